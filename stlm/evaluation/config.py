@@ -1,0 +1,97 @@
+"""What `stlm evaluate` scores and how: the `evaluation` section of a study (no heavy import here)."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Mode = Literal["harness", "paper"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BenchmarkConfig(_Strict):
+    """One benchmark's own settings."""
+
+    limit: int | None = Field(
+        default=None, gt=0, description="items scored, a seeded random subset; null: the study's `limit` applies"
+    )
+
+
+class PerplexityConfig(_Strict):
+    """Test bits per byte, character and token perplexity."""
+
+    stride: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens by which overlapping windows advance; null: half of the model's context",
+    )
+    max_documents: int | None = Field(
+        default=None, gt=0, description="documents of the test split, a seeded random subset; null: all of them"
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens after which no further document of the test split is taken; null: no bound",
+    )
+
+
+class EvaluationConfig(_Strict):
+    """Benchmarks, modes, limits and numerical settings of an evaluation.
+
+    `benchmarks` may be a list of names, or a mapping from a name to its own settings.
+    """
+
+    benchmarks: dict[str, BenchmarkConfig] = Field(
+        default_factory=dict, description="names in params/benchmarks.yaml: a list, or a mapping name -> {limit}"
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="items of each benchmark, a seeded random subset; null: all items"
+    )
+    intermediate_limit: int | None = Field(
+        default=None,
+        gt=0,
+        description="items of each benchmark at all checkpoints but the last (where lower than its limit), "
+        "so that curves cost little; null: as at the last",
+    )
+    limit_seed: int = Field(default=0, ge=0, description="seed of the random subsets")
+    modes: tuple[Mode, ...] = Field(
+        default=("harness", "paper"), min_length=1, description="scoring modes: harness, paper or both"
+    )
+    perplexity: PerplexityConfig = Field(
+        default_factory=PerplexityConfig, description="how perplexity is measured on the test split"
+    )
+    batch_tokens: int = Field(default=8192, gt=0, description="tokens in one forward pass, padding included")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="arithmetic of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere"
+    )
+    checkpoints: Literal["all", "last"] = Field(
+        default="all", description="which of the run's kept checkpoints are evaluated"
+    )
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _names_to_mapping(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            if len(set(map(str, value))) < len(value):
+                raise ValueError("a benchmark is listed twice")
+            return {name: {} for name in value}
+        if isinstance(value, dict):
+            return {name: {} if own is None else own for name, own in value.items()}
+        return value
+
+    @field_validator("modes")
+    @classmethod
+    def _modes_once(cls, value: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a mode is listed twice")
+        return value
+
+    def limit_of(self, benchmark: str, last: bool) -> int | None:
+        """Items of `benchmark` to score at the last (`last`) or another checkpoint; None: all of them."""
+        own = self.benchmarks[benchmark].limit if benchmark in self.benchmarks else None
+        limit = own if own is not None else self.limit
+        if last or self.intermediate_limit is None:
+            return limit
+        return self.intermediate_limit if limit is None else min(limit, self.intermediate_limit)
