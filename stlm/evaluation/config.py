@@ -15,7 +15,9 @@ class BenchmarkConfig(_Strict):
     """One benchmark's own settings."""
 
     limit: int | None = Field(
-        default=None, gt=0, description="items scored, a seeded random subset; null: the study's `limit` applies"
+        default=None,
+        gt=0,
+        description="items scored, a seeded random subset; null: the study's `limit` applies",
     )
 
 
@@ -28,7 +30,9 @@ class PerplexityConfig(_Strict):
         description="tokens by which overlapping windows advance; null: half of the model's context",
     )
     max_documents: int | None = Field(
-        default=None, gt=0, description="documents of the test split, a seeded random subset; null: all of them"
+        default=None,
+        gt=0,
+        description="documents of the test split, a seeded random subset; null: all of them",
     )
     max_tokens: int | None = Field(
         default=None,
@@ -44,7 +48,8 @@ class EvaluationConfig(_Strict):
     """
 
     benchmarks: dict[str, BenchmarkConfig] = Field(
-        default_factory=dict, description="names in params/benchmarks.yaml: a list, or a mapping name -> {limit}"
+        default_factory=dict,
+        description="names in params/benchmarks.yaml: a list, or a mapping name -> {limit}",
     )
     limit: int | None = Field(
         default=None, gt=0, description="items of each benchmark, a seeded random subset; null: all items"
@@ -64,7 +69,8 @@ class EvaluationConfig(_Strict):
     )
     batch_tokens: int = Field(default=8192, gt=0, description="tokens in one forward pass, padding included")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="arithmetic of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere"
+        default="auto",
+        description="arithmetic of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere",
     )
     checkpoints: Literal["all", "last"] = Field(
         default="all", description="which of the run's kept checkpoints are evaluated"

@@ -1,0 +1,22 @@
+"""What a user did or has that cannot work, said so that they can mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, key or flag, what was found and what was expected.
+
+    The command line prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint to append to an error: the choice most like ``word``, or all of them where none is like it."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (choices: {', '.join(choices)})" if choices else ""

@@ -1,0 +1,1 @@
+"""The transformer and its interchangeable parts. Knows nothing of files."""
