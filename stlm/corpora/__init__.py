@@ -1,0 +1,1 @@
+"""Corpora, benchmarks and vocabularies: schemas, sources, and the synthetic story grammar."""
