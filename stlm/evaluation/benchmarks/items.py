@@ -1,0 +1,126 @@
+"""What a benchmark is: items with options, read from parquet files with the hub's columns."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stlm.errors import UserError
+from stlm.evaluation.config import Mode
+from stlm.evaluation.interface import Request
+
+Row = Mapping[str, Any]
+
+
+class Option(NamedTuple):
+    """One way to go on: the text before it, the text scored after it, and the words that lengths count.
+
+    `words` is the continuation without the space that joins it to its context, as in lm_eval's `acc_norm`.
+    """
+
+    context: str
+    continuation: str
+    words: str
+
+    def request(self, mode: Mode) -> Request:
+        """The text to score: the continuation given the context (harness), or both together (paper)."""
+        return Request(self.context, self.continuation, whole=mode == "paper")
+
+
+class Item(NamedTuple):
+    """A question: its options, the index of the right one, and its group of each of the benchmark's kinds."""
+
+    id: str
+    options: tuple[Option, ...]
+    gold: int
+    groups: tuple[str, ...] = ()
+
+
+class BadRow(ValueError):
+    """A row that is no item; the message says why."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read and scored.
+
+    `version` changes whenever the same model would get another score. `splits` are tried in order. `read`
+    turns numbered rows into items (ids within their file order) and raises BadRow. `normalized`: whether the
+    reference harness also reports `acc_norm`, the score divided by the characters of the option.
+    """
+
+    name: str
+    version: str
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]
+    read: Callable[[Iterable[Row]], Iterator[Item]]
+    group_kinds: tuple[str, ...] = ()
+    normalized: bool = False
+
+    def files(self, folder: Path) -> tuple[str, list[Path]]:
+        """The first split that `folder` holds, and its parquet files. UserError where it holds none."""
+        found = sorted(folder.rglob("*.parquet"))
+        for split in self.splits:
+            # The split is a word of the file's name, as in test.parquet or test-00000-of-00001.parquet.
+            own = [f for f in found if split in re.split(r"[-_.]", f.name)]
+            if own:
+                return split, own
+        raise UserError(
+            f"{folder}: no parquet file of the split {' or '.join(self.splits)} of {self.name} "
+            f"(found: {', '.join(f.name for f in found) or 'none'}); run: stlm fetch {self.name}"
+        )
+
+    def load(self, folder: Path) -> tuple[str, list[Item]]:
+        """The split used and its items. UserError: missing or corrupt file, missing columns, bad row, empty."""
+        split, files = self.files(folder)
+        items = [item for file in files for item in self._read_file(file)]
+        if not items:
+            raise UserError(f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}")
+        # Files that count their rows from zero each would repeat ids.
+        if len({item.id for item in items}) < len(items):
+            items = [item._replace(id=f"{number}-{item.id}") for number, item in enumerate(items)]
+        return split, items
+
+    def _read_file(self, file: Path) -> list[Item]:
+        try:
+            found = pq.read_schema(file).names
+            missing = [column for column in self.columns if column not in found]
+            if missing:
+                raise UserError(
+                    f"{file}: {self.name} lacks the column(s) {', '.join(missing)}; "
+                    f"found {', '.join(found)}; expected {', '.join(self.columns)}"
+                )
+            rows = pq.read_table(file, columns=list(self.columns)).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{file}: not a readable parquet file ({error}); run: stlm fetch {self.name}"
+            ) from error
+        items: list[Item] = []
+        try:
+            items.extend(self.read(rows))
+        except (BadRow, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"{file}: a row of {self.name} after item {len(items)}: {error}") from error
+        return items
+
+
+def gold_index(label: object, labels: Sequence[str]) -> int:
+    """Where `label` stands among `labels`; BadRow where it does not."""
+    if str(label) not in labels:
+        raise BadRow(f"the answer {label!r} is none of {', '.join(labels)}")
+    return labels.index(str(label))
+
+
+def subset(items: Sequence[Item], limit: int | None, seed: int, name: str) -> list[Item]:
+    """At most `limit` items, drawn by `seed` and in their own order; a smaller limit draws a subset of a larger."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(items))
+    return [items[i] for i in sorted(order[:limit])]

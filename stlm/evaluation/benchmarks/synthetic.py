@@ -1,0 +1,35 @@
+"""The synthetic grammar's own benchmarks: minimal pairs like BLiMP's, and a story with several endings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from stlm.evaluation.benchmarks.blimp import COLUMNS, minimal_pairs
+from stlm.evaluation.benchmarks.items import Benchmark, Item, Option, Row, gold_index
+
+
+def read_choice(rows: Iterable[Row]) -> Iterator[Item]:
+    for number, row in enumerate(rows):
+        context, endings = row["ctx"].strip(), [ending.strip() for ending in row["endings"]]
+        gold = gold_index(row["label"], [str(i) for i in range(len(endings))])
+        options = tuple(Option(context, " " + ending, ending) for ending in endings)
+        yield Item(str(number), options, gold, (row["kind"],))
+
+
+SYNTHETIC_PAIRS = Benchmark(
+    name="synthetic_pairs",
+    version="1",
+    splits=("train",),
+    columns=COLUMNS,
+    read=minimal_pairs,
+    group_kinds=("phenomenon", "paradigm"),
+)
+SYNTHETIC_CHOICE = Benchmark(
+    name="synthetic_choice",
+    version="1",
+    splits=("validation",),
+    columns=("ctx", "endings", "label", "kind"),
+    read=read_choice,
+    group_kinds=("kind",),
+    normalized=True,
+)

@@ -1,0 +1,60 @@
+"""What evaluation sees of a language model: log-probabilities of given text, nothing else.
+
+A model of another kind (byte-level, early-exit, from another library) is scored by the same code once it
+implements :class:`LanguageModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+Progress = Callable[[int], object]
+
+
+def no_progress(_: int) -> None:
+    """Report progress to nobody."""
+
+
+class Request(NamedTuple):
+    """A text to score: log P(continuation | context); with `whole`, log P(context continuation).
+
+    An empty context stands for the start of a document (the end-of-text token).
+    """
+
+    context: str
+    continuation: str
+    whole: bool = False
+
+
+class Score(NamedTuple):
+    """Log-probability in nats, the number of tokens it sums, and whether the context had to be cut."""
+
+    logprob: float
+    n_tokens: int
+    truncated: bool
+
+
+class LanguageModel(Protocol):
+    """Anything that can say how probable a text is."""
+
+    def loglikelihoods(
+        self, requests: Sequence[Request], progress: Progress = no_progress
+    ) -> list[Score]:
+        """One score a request, in order. `progress` is told how many more requests are done.
+
+        What does not fit the model is cut from the left. Among `whole` requests with the same context, all
+        are cut where the longest must be, so that their sums stay comparable.
+        """
+        ...
+
+    def document_loglikelihoods(
+        self, documents: Sequence[Sequence[int]], stride: int | None = None, progress: Progress = no_progress
+    ) -> list[float]:
+        """Log-probability (nats) of every token of each document, its first after the end-of-text token.
+
+        Documents longer than the model's context are read in windows that advance by `stride` tokens (None:
+        half of the context); each token is scored once, in the first window that holds it. `progress` is
+        told how many more windows are done.
+        """
+        ...
