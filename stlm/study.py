@@ -1,0 +1,428 @@
+"""Studies and their runs: the only reader of params/.
+
+A study file ``params/<study>.yaml`` states a baseline (corpus, tokenizer, model, training, evaluation) and
+its variants as differences from it, as the paper's Table 1 does. Everything is checked before any work
+starts; an error names the file, the key, what was found, what was expected and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
+from stlm.errors import UserError, nearest
+from stlm.evaluation.config import EvaluationConfig
+from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
+from stlm.training.config import TrainingConfig
+
+PARAMS = Path("params")
+_NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+_NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Variant(BaseModel):
+    """A model variant: what differs from the study's baseline."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str | None = Field(None, description="Name in tables and plots; default: the variant's key.")
+    paper_row: str | None = Field(None, description="The row of the paper's tables that this variant repeats.")
+    corpus: str | None = Field(None, description="Corpus, where it differs.")
+    tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
+    model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
+    training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
+
+
+class StudyFile(BaseModel):
+    """The keys of ``params/<study>.yaml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str = Field(description="What the study is for, in a line or two.")
+    corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")
+    tokenizer: str = Field(
+        description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus."
+    )
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each variant is run once a seed.")
+    baseline: str = Field("baseline", description="The variant that the others are compared with.")
+    model: dict[str, Any] = Field(default_factory=dict, description="The baseline's model; see `model`.")
+    training: dict[str, Any] = Field(default_factory=dict, description="The baseline's recipe; see `training`.")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="What is scored and how; see `evaluation`."
+    )
+    variants: dict[str, Variant] = Field(
+        min_length=1, description="The runs: name -> differences from the baseline; see `variants`."
+    )
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _empty_is_no_difference(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: {} if own is None else own for name, own in value.items()}
+        return value
+
+
+class Run(BaseModel):
+    """One training: model variant x corpus x tokenizer x recipe x seed, everything resolved."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study: str
+    name: str
+    variant: str
+    label: str
+    paper_row: str | None
+    seed: int
+    corpus: str
+    tokenizer: str
+    model: ModelConfig
+    training: TrainingConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where results of the run go."""
+        return Path("results") / self.study / "runs" / self.name
+
+    @property
+    def state_folder(self) -> Path:
+        """Where the rolling state lives: outside every declared output, which engines delete at will."""
+        return Path(".state") / self.study / self.name
+
+    @property
+    def tokens_folder(self) -> Path:
+        """The token shards that the run reads."""
+        return Path("data") / "tokens" / self.corpus / self.tokenizer
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.training.steps * self.training.tokens_per_step(self.model.context)
+
+    @property
+    def parameters(self) -> ParameterCounts:
+        """The model's parameters."""
+        return parameter_counts(self.model)
+
+    @property
+    def flops(self) -> float:
+        """Estimated floating-point operations of the whole training."""
+        return self.tokens * training_flops_per_token(self.model)
+
+
+class Study(BaseModel):
+    """The runs that one report compares."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    description: str
+    baseline: str
+    runs: dict[str, Run]
+    evaluation: EvaluationConfig
+    corpora: list[str]
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's tables, plots and runs go."""
+        return Path("results") / self.name
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """The benchmarks scored, in the order of the study file."""
+        return list(self.evaluation.benchmarks)
+
+    def run(self, name: str) -> Run:
+        """The run of that name; a ``UserError`` with the nearest one otherwise."""
+        if name not in self.runs:
+            raise UserError(f"study {self.name!r} has no run {name!r}{nearest(name, self.runs)}")
+        return self.runs[name]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads ``6e-4`` as the number it is in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file; run from the project's top folder") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    content = _parse(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> Iterable[str]:
+    """The keys valid beside the one at ``location``, for the hint of a misspelt key."""
+    current: Any = model
+    for part in location[:-1]:
+        # A union says in the location which member it tried: follow any member that has the key.
+        for candidate in _models(current):
+            if part in candidate.model_fields:
+                current = candidate.model_fields[part].annotation
+                break
+        else:
+            if isinstance(part, int) or get_origin(current) is dict:
+                current = (get_args(current) or (current,))[-1]
+    return {name for candidate in _models(current) for name in candidate.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for member in get_args(annotation) for found in _models(member)]
+
+
+def _problems(error: ValidationError, model: type[BaseModel], file: str, prefix: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        key = ".".join(part for part in (prefix, *(str(x) for x in location)) if part)
+        found = problem["input"]
+        shown = "" if isinstance(found, dict | list) else f", found {found!r}"
+        if problem["type"] == "extra_forbidden":
+            hint = nearest(str(location[-1]), _keys_at(model, location))
+            lines.append(f"{file}: {key}: no such key{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{file}: {key}: this key is missing")
+        elif problem["type"] == "literal_error":
+            choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            lines.append(f"{file}: {key}: {problem['msg']}{shown}{nearest(str(found), choices)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "value_error":
+                shown, separator = "", "." if prefix else ""
+                key_only = key + separator if not location else key + ": "
+                lines.append(f"{file}: {key_only}{message}")
+            else:
+                lines.append(f"{file}: {key}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def validate(model: type[_Model], content: Any, file: str, prefix: str = "") -> _Model:
+    """Check ``content`` strictly against ``model``; a ``UserError`` lists every problem by file and key."""
+    try:
+        # By way of JSON, strict mode takes lists for tuples and whole numbers for floats, but no "400" or
+        # true for 400.
+        return model.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise UserError(_problems(error, model, file, prefix)) from None
+    except TypeError as error:
+        raise UserError(f"{file}: {prefix}: {error}") from None
+
+
+def _catalogue(root: Path, name: str, model: type[_Model]) -> dict[str, _Model]:
+    path = root / PARAMS / f"{name}.yaml"
+    content = read_yaml(path)
+    return {
+        key: validate(
+            model, {"name": key, **value} if isinstance(value, dict) else value, f"{PARAMS}/{name}.yaml", key
+        )
+        for key, value in content.items()
+    }
+
+
+def load_corpora(root: Path = Path()) -> dict[str, CorpusEntry]:
+    """The corpora and mixes by name, from params/corpora.yaml."""
+    corpora = _catalogue(root, "corpora", CorpusEntry)
+    for name, entry in corpora.items():
+        for component in entry.mix or {}:
+            if component not in corpora or corpora[component].mix:
+                plain = [key for key, other in corpora.items() if not other.mix]
+                raise UserError(
+                    f"params/corpora.yaml: {name}.mix.{component}: no such corpus{nearest(component, plain)}"
+                )
+    return corpora
+
+
+def load_benchmarks(root: Path = Path()) -> dict[str, BenchmarkEntry]:
+    """The benchmarks by name, from params/benchmarks.yaml."""
+    return _catalogue(root, "benchmarks", BenchmarkEntry)
+
+
+def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
+    """The published vocabularies by name, from params/vocabularies.yaml."""
+    return _catalogue(root, "vocabularies", VocabularyEntry)
+
+
+def study_names(root: Path = Path()) -> list[str]:
+    """The studies that params/ has."""
+    return sorted(
+        path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in _NOT_STUDIES
+    )
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UserError(f"--set {override}: expected key.path=value, for example training.steps=100")
+    value = _parse(text, f"--set {override}")
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        below = content
+        for earlier in parts[:depth]:
+            below = below[earlier] or {}
+        if isinstance(below.get(part), list | str | int | float):
+            raise UserError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, it has no keys")
+        if below.get(part) is None:
+            below[part] = {}
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return _merge(content, nested)
+
+
+def vocabulary_size(tokenizer: str) -> int:
+    """Tokens in the vocabulary of a tokenizer, by its name, the end-of-text token included."""
+    if tokenizer == "gpt2":
+        return 50257
+    if tokenizer == "bytes":
+        return 257
+    match = re.fullmatch(r"bpe-(\d+)", tokenizer)
+    if not match:
+        raise UserError(f"tokenizer: {tokenizer!r} is none of gpt2, bytes, bpe-N (for example bpe-4096)")
+    size = int(match[1])
+    if size < 258:
+        raise UserError(f"tokenizer: {tokenizer!r} is too small: 256 bytes, the end of text and a merge need 258")
+    return size
+
+
+def _resolve(
+    study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]
+) -> Run:
+    variant = parsed.variants[name]
+    where = f"variants.{name}"
+    tokenizer = variant.tokenizer or parsed.tokenizer
+    try:
+        vocab_size = vocabulary_size(tokenizer)
+    except UserError as error:
+        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
+    sections: dict[str, Any] = {}
+    for section, model in (("model", ModelConfig), ("training", TrainingConfig)):
+        base, own = raw.get(section) or {}, getattr(variant, section)
+        # The baseline first: its mistakes are not the variant's.
+        validate(model, base, file, section)
+        sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
+        if section == "model" and sections[section].vocab_size not in (None, vocab_size):
+            raise UserError(
+                f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
+            )
+    return Run(
+        study=study,
+        name=name if len(parsed.seeds) == 1 else f"{name}-s{seed}",
+        variant=name,
+        label=variant.label or name,
+        paper_row=variant.paper_row,
+        seed=seed,
+        corpus=variant.corpus or parsed.corpus,
+        tokenizer=tokenizer,
+        model=sections["model"].model_copy(update={"vocab_size": vocab_size}),
+        training=sections["training"],
+    )
+
+
+def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
+    """Read, override, check and resolve the study ``params/<name>.yaml``.
+
+    ``overrides`` are ``key.path=value`` texts, the value in YAML, as after ``--set``. Raises ``UserError``
+    with every problem found.
+    """
+    path = root / PARAMS / f"{name}.yaml"
+    if not path.is_file() or name in _NOT_STUDIES:
+        raise UserError(f"{PARAMS}/{name}.yaml: no such study{nearest(name, study_names(root))}")
+    file = f"{PARAMS}/{name}.yaml"
+    raw = read_yaml(path)
+    for override in overrides:
+        raw = _override(raw, override)
+    if overrides:
+        file += f" (with --set {' '.join(overrides)})"
+    parsed = validate(StudyFile, raw, file)
+    if parsed.baseline not in parsed.variants:
+        raise UserError(
+            f"{file}: baseline: {parsed.baseline!r} is not among the variants"
+            f"{nearest(parsed.baseline, parsed.variants)}"
+        )
+    for variant in parsed.variants:
+        if not _NAME.fullmatch(variant):
+            raise UserError(f"{file}: variants.{variant}: a name is lower-case letters, digits, _ and -")
+    if len(set(parsed.seeds)) < len(parsed.seeds):
+        raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
+    _check_names(root, file, parsed)
+    runs = [
+        _resolve(name, file, parsed, variant, seed, raw)
+        for variant in parsed.variants
+        for seed in parsed.seeds
+    ]
+    first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
+    return Study(
+        name=name,
+        description=parsed.description,
+        baseline=parsed.baseline + first_seed,
+        runs={run.name: run for run in runs},
+        evaluation=parsed.evaluation,
+        corpora=list(dict.fromkeys(run.corpus for run in runs)),
+        overrides=list(overrides),
+    )
+
+
+def _check_names(root: Path, file: str, parsed: StudyFile) -> None:
+    corpora = load_corpora(root)
+    named = {"corpus": parsed.corpus}
+    named |= {f"variants.{key}.corpus": own.corpus for key, own in parsed.variants.items() if own.corpus}
+    for key, corpus in named.items():
+        if corpus not in corpora:
+            raise UserError(f"{file}: {key}: unknown corpus {corpus!r}{nearest(corpus, corpora)}")
+    benchmarks = load_benchmarks(root)
+    for benchmark in parsed.evaluation.benchmarks:
+        if benchmark not in benchmarks:
+            raise UserError(
+                f"{file}: evaluation.benchmarks: unknown benchmark {benchmark!r}{nearest(benchmark, benchmarks)}"
+            )

@@ -1,0 +1,87 @@
+"""Checkpoints: a folder with the weights (safetensors) and a ``config.json`` that says all about them."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import stlm
+from stlm.errors import UserError
+from stlm.files import atomic_directory, read_json, sha256, write_json
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+
+
+@cache
+def code_version() -> dict[str, str | None]:
+    """The versions of STLM, torch and the git commit (with ``-dirty``), or None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        git = result.stdout.strip() or None
+    except FileNotFoundError:
+        git = None
+    return {"stlm": stlm.__version__, "torch": torch.__version__, "git": git}
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint at ``step``; names sort by step."""
+    return f"step-{step:07d}"
+
+
+def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any]) -> str:
+    """Write a checkpoint folder atomically and return the weights' SHA-256.
+
+    A tied head is the embedding, stored once.
+    """
+    state = model.state_dict()
+    if model.config.tied:
+        del state["output.weight"]
+    with atomic_directory(folder) as temporary:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(weights, temporary / WEIGHTS)
+        digest = sha256(temporary / WEIGHTS)
+        content = {"format": FORMAT, "model": model.config.model_dump(), **description}
+        write_json(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})
+    return digest
+
+
+def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
+    """Load a checkpoint folder: the model in evaluation mode, and the content of ``config.json``.
+
+    Raises ``UserError`` for a missing, truncated or altered file.
+    """
+    folder = Path(folder)
+    description = read_json(folder / "config.json")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{folder / 'config.json'}: not a checkpoint's description of format {FORMAT}")
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise UserError(f"{path}: no such file; train the run again, or dvc pull")
+    damaged = f"{path}: the weights are damaged; delete the run's results and train again, or dvc pull"
+    digest = sha256(path)
+    if digest != description.get("weights_sha256"):
+        raise UserError(
+            f"{damaged} (SHA-256 {digest[:12]}..., expected {str(description.get('weights_sha256'))[:12]}...)"
+        )
+    try:
+        model = Transformer(ModelConfig.model_validate(description["model"]))
+        weights = load_file(path)
+        if model.config.tied:
+            weights["output.weight"] = weights["embedding.weight"]
+        model.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{damaged} ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        raise UserError(f"{folder / 'config.json'}: model: {error.errors()[0]['msg']}") from None
+    return model.to(device).eval(), description

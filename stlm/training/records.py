@@ -1,0 +1,101 @@
+"""What a run tells while it trains: a progress bar, curve.csv, DVCLive and, when asked, Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stlm.errors import UserError
+from stlm.files import atomic_path
+from stlm.study import Run
+
+CURVE_COLUMNS = [
+    "step",
+    "tokens",
+    "seconds",
+    "learning_rate",
+    "train_loss",
+    "grad_norm",
+    "tokens_per_second",
+    "val_loss",
+    "val_bits_per_byte",
+    "val_char_perplexity",
+    "val_token_perplexity",
+]
+
+
+def progress_bar(run: Run, done: int) -> tqdm:
+    """A bar over the steps; where no one watches (a log file), a line now and then."""
+    return tqdm(
+        total=run.training.steps,
+        initial=done,
+        desc=run.name,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        maxinterval=10.0 if sys.stderr.isatty() else 30.0,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )
+
+
+def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write the rows of the training curve, blank where a step was not validated."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Records:
+    """Sends each row of the curve to DVCLive and, when the recipe asks, to Weights & Biases.
+
+    DVCLive's folder is written anew from the rows that a resumed run already has, so that it always agrees
+    with the curve.
+    """
+
+    def __init__(self, run: Run, folder: Path, rows: list[dict[str, float]]) -> None:
+        from dvclive import Live
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+        self._wandb: Any = None
+        if run.training.wandb:
+            try:
+                import wandb
+            except ModuleNotFoundError:
+                raise UserError(
+                    "training.wandb: true needs the package wandb: pip install 'stlm[wandb]', or set it to false"
+                ) from None
+            self._wandb = wandb.init(
+                project=f"stlm-{run.study}",
+                name=run.name,
+                id=f"{run.study}-{run.name}-{run.training.steps}",
+                resume="allow",
+                config=run.model_dump(mode="json"),
+            )
+        for row in rows:
+            self._log_live(row)
+
+    def _log_live(self, row: dict[str, float]) -> None:
+        self._live.step = int(row["step"])
+        for name, value in row.items():
+            if name not in ("step", "tokens", "seconds", "tokens_per_second"):
+                self._live.log_metric(name.replace("_", "/", 1) if name.startswith("val_") else name, value)
+        self._live.make_summary()
+
+    def log(self, row: dict[str, float]) -> None:
+        """Record one row of the curve."""
+        self._log_live(row)
+        if self._wandb is not None:
+            self._wandb.log(row, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Finish both."""
+        self._live.end()
+        if self._wandb is not None:
+            self._wandb.finish()
