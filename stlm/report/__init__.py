@@ -1,0 +1,1 @@
+"""Tables, plots and metrics of a study, made from what its runs left behind."""

@@ -1,0 +1,306 @@
+"""Table 2: perplexity and zero-shot accuracy of our runs beside the paper's rows and the literature's."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from stlm.report.comparison import Comparisons
+from stlm.report.names import benchmark_label, count, p_value, percent
+from stlm.report.results import BenchmarkResult, Proportion, RunResult
+from stlm.report.table import Cell, Section, Table
+from stlm.study import Study
+
+_METRICS = {
+    "acc": "acc: the option of highest log-probability is the answer",
+    "acc_norm": "acc_norm: log-probabilities are divided by the option's length in characters",
+}
+_MODES = {
+    "harness": "harness mode: prompts and scored continuations of the reference evaluation harness",
+    "paper": "paper mode: the summed log-probability of the whole string, context and option, not normalized",
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published row: whole percents by benchmark, as printed in `source`."""
+
+    kind: str
+    label: str
+    parameters: str
+    scores: dict[str, float]
+    source: str
+
+
+def read_references() -> tuple[list[str], list[Reference]]:
+    """The benchmarks of the paper's table, in its order, and its rows (literature.csv)."""
+    with Path(__file__).with_name("literature.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    benchmarks = [column for column in rows[0] if column not in ("kind", "label", "parameters", "source")]
+    references = [
+        Reference(
+            row["kind"],
+            row["label"],
+            row["parameters"],
+            {benchmark: float(row[benchmark]) for benchmark in benchmarks},
+            row["source"],
+        )
+        for row in rows
+    ]
+    return benchmarks, references
+
+
+def score(result: BenchmarkResult | None, mode: str, metric: str) -> Proportion | None:
+    """The accuracy asked for, or None where the run has none."""
+    if result is None or mode not in result.modes:
+        return None
+    return getattr(result.modes[mode], metric)
+
+
+def main_mode(results: Mapping[str, RunResult]) -> str:
+    """The mode that plots and metrics quote: harness, or paper where that is the only one scored."""
+    modes = {mode for r in results.values() for b in r.last.benchmarks.values() for mode in b.modes}
+    return "harness" if "harness" in modes or not modes else "paper"
+
+
+def run_label(result: RunResult, results: Mapping[str, RunResult]) -> str:
+    """The variant's label, with the seed where the variant has several runs."""
+    several = sum(other.train.variant == result.train.variant for other in results.values()) > 1
+    return f"{result.train.label} (seed {result.train.seed})" if several else result.train.label
+
+
+def accuracy_tables(study: Study, results: Mapping[str, RunResult], comparisons: Comparisons) -> list[Table]:
+    """table2 (acc), and where the runs have them table2-acc-norm and table2-paper-mode.
+
+    The main table is in harness mode, or in paper mode where that is the only one scored.
+    """
+    main = main_mode(results)
+    table = _Table2(study, results, comparisons)
+    tables = [table.build("table2", "Table 2", main, "acc", references=True)]
+    normalized = any(score(b, main, "acc_norm") for r in results.values() for b in r.last.benchmarks.values())
+    if normalized:
+        tables.append(
+            table.build("table2-acc-norm", "Table 2, length-normalized", main, "acc_norm", references=False)
+        )
+    if main != "paper" and any(
+        "paper" in b.modes for r in results.values() for b in r.last.benchmarks.values()
+    ):
+        tables.append(
+            table.build("table2-paper-mode", "Table 2, paper mode", "paper", "acc", references=True)
+        )
+    return tables
+
+
+class _Table2:
+    """What the variations of Table 2 have in common."""
+
+    def __init__(self, study: Study, results: Mapping[str, RunResult], comparisons: Comparisons) -> None:
+        self.study, self.results, self.comparisons = study, results, comparisons
+        self.paper_benchmarks, self.references = read_references()
+
+    def build(self, name: str, title: str, mode: str, metric: str, references: bool) -> Table:
+        own = [
+            b
+            for b in self._scored_benchmarks()
+            if any(score(r.last.benchmarks.get(b), mode, metric) for r in self.results.values())
+        ]
+        # The main table keeps the paper's columns even where no run has them: its rows stand beside ours.
+        paper = self.paper_benchmarks if references else [b for b in self.paper_benchmarks if b in own]
+        benchmarks = paper + [b for b in own if b not in paper]
+        rows: list[Sequence[Cell] | Section] = [Section(f"This study ({self.study.name})")]
+        records: list[dict[str, object]] = []
+        for runs in self._by_variant():
+            for result in runs:
+                self._add_run(result, benchmarks, mode, metric, rows, records)
+            if len(runs) > 1:
+                self._add_mean(runs, benchmarks, mode, metric, rows, records)
+        if references:
+            for kind, heading in (("paper", "The paper"), ("literature", "Literature")):
+                self._add_references(kind, heading, benchmarks, rows, records)
+        self._add_chance(benchmarks, rows, records)
+        return Table(
+            name=name,
+            title=f"{title}. Zero-shot accuracy (%), {mode} mode, {metric}; study {self.study.name}",
+            header=[
+                "",
+                "parameters",
+                "bits per byte",
+                "character perplexity",
+                *(self._heading(b) for b in benchmarks),
+            ],
+            rows=rows,
+            notes=self._notes(own, mode, metric, references),
+            records=records,
+        )
+
+    def _scored_benchmarks(self) -> list[str]:
+        scored = {b for r in self.results.values() for b in r.last.benchmarks}
+        return [b for b in self.study.benchmarks if b in scored] + sorted(scored - set(self.study.benchmarks))
+
+    def _by_variant(self) -> list[list[RunResult]]:
+        variants: dict[str, list[RunResult]] = {}
+        for result in self.results.values():
+            variants.setdefault(result.train.variant, []).append(result)
+        return list(variants.values())
+
+    def _add_run(self, result: RunResult, benchmarks, mode, metric, rows, records) -> None:
+        last = result.last
+        label = run_label(result, self.results)
+        record: dict[str, object] = {
+            "kind": "run",
+            "run": result.name,
+            "label": label,
+            "seed": result.train.seed,
+            "parameters": result.train.parameters.total,
+            "step": last.step,
+            "test_bits_per_byte": round(last.perplexity.bits_per_byte, 4),
+            "test_char_perplexity": round(last.perplexity.char_perplexity, 4),
+        }
+        cells = [
+            Cell(label),
+            Cell(count(result.train.parameters.total)),
+            Cell(f"{last.perplexity.bits_per_byte:.3f}"),
+            Cell(f"{last.perplexity.char_perplexity:.3f}"),
+        ]
+        for benchmark in benchmarks:
+            accuracy = score(last.benchmarks.get(benchmark), mode, metric)
+            if accuracy is None:
+                cells.append(Cell("–"))
+                continue
+            lines = [
+                percent(accuracy.value),
+                f"[{percent(accuracy.low)}, {percent(accuracy.high)}]",
+            ]
+            record |= {
+                f"{benchmark}_percent": round(100 * accuracy.value, 3),
+                f"{benchmark}_low": round(100 * accuracy.low, 3),
+                f"{benchmark}_high": round(100 * accuracy.high, 3),
+                f"{benchmark}_n": accuracy.n,
+            }
+            paired = self.comparisons.paired.get(result.name, {}).get((benchmark, mode, metric))
+            if paired is not None:
+                lines.append(f"{percent(paired.difference, signed=True)}, {p_value(paired.p)}")
+                record |= {
+                    f"{benchmark}_difference": round(100 * paired.difference, 3),
+                    f"{benchmark}_p": float(f"{paired.p:.4g}"),
+                }
+            cells.append(Cell("\n".join(lines)))
+        rows.append(cells)
+        records.append(record)
+
+    def _add_mean(self, runs: list[RunResult], benchmarks, mode, metric, rows, records) -> None:
+        train = runs[0].train
+        label = f"{train.label}, mean of {len(runs)} seeds"
+        bits = [r.last.perplexity.bits_per_byte for r in runs]
+        perplexity = [r.last.perplexity.char_perplexity for r in runs]
+        record: dict[str, object] = {
+            "kind": "mean",
+            "label": label,
+            "parameters": train.parameters.total,
+            "test_bits_per_byte": round(mean(bits), 4),
+            "test_char_perplexity": round(mean(perplexity), 4),
+        }
+        cells = [
+            Cell(label, bold=True),
+            Cell(count(train.parameters.total)),
+            Cell(f"{mean(bits):.3f}\n± {stdev(bits):.3f}"),
+            Cell(f"{mean(perplexity):.3f}\n± {stdev(perplexity):.3f}"),
+        ]
+        for benchmark in benchmarks:
+            accuracies = [score(r.last.benchmarks.get(benchmark), mode, metric) for r in runs]
+            values = [a.value for a in accuracies if a is not None]
+            if len(values) < 2:
+                cells.append(Cell("–"))
+                continue
+            cells.append(Cell(f"{percent(mean(values))}\n± {percent(stdev(values))}"))
+            record |= {
+                f"{benchmark}_percent": round(100 * mean(values), 3),
+                f"{benchmark}_sd": round(100 * stdev(values), 3),
+            }
+        rows.append(cells)
+        records.append(record)
+
+    def _add_references(self, kind, heading, benchmarks, rows, records) -> None:
+        chosen = [reference for reference in self.references if reference.kind == kind]
+        rows.append(Section(f"{heading} ({chosen[0].source})"))
+        for reference in chosen:
+            cells = [Cell(reference.label), Cell(reference.parameters), Cell("–"), Cell("–")]
+            cells += [Cell(f"{reference.scores[b]:g}" if b in reference.scores else "–") for b in benchmarks]
+            rows.append(cells)
+            scores = {f"{b}_percent": value for b, value in reference.scores.items() if b in benchmarks}
+            records.append(
+                {"kind": kind, "label": reference.label, "parameters": reference.parameters, **scores}
+            )
+
+    def _add_chance(self, benchmarks, rows, records) -> None:
+        published = next(r.scores for r in self.references if r.kind == "chance")
+        levels = {b: 100 * self.comparisons.chance[b] for b in benchmarks if b in self.comparisons.chance}
+        levels |= {b: value for b, value in published.items() if b in benchmarks and b not in levels}
+        rows.append(Section("Guessing"))
+        shown = [f"{levels[b]:.1f}".removesuffix(".0") if b in levels else "–" for b in benchmarks]
+        rows.append([Cell("chance"), Cell("–"), Cell("–"), Cell("–"), *map(Cell, shown)])
+        records.append(
+            {"kind": "chance", "label": "chance"} | {f"{b}_percent": round(v, 3) for b, v in levels.items()}
+        )
+
+    def _heading(self, benchmark: str) -> str:
+        sizes = self._sizes(benchmark)
+        return f"{benchmark_label(benchmark)}\nn = {sizes}" if sizes else benchmark_label(benchmark)
+
+    def _sizes(self, benchmark: str) -> str:
+        found = [
+            r.last.benchmarks[benchmark] for r in self.results.values() if benchmark in r.last.benchmarks
+        ]
+        sizes = sorted({b.items for b in found})
+        return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
+
+    def _notes(self, benchmarks: list[str], mode: str, metric: str, references: bool) -> list[str]:
+        baseline = run_label(self.results[self.study.baseline], self.results)
+        notes = [
+            f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. "
+            "In brackets: the 95% Wilson interval. Below it: the difference in points from "
+            f"{baseline} on the same items, and its exact McNemar p-value, not corrected for the number of "
+            "comparisons."
+        ]
+        if any(len(runs) > 1 for runs in self._by_variant()):
+            notes.append("Mean rows: mean ± standard deviation over seeds.")
+        notes.append(
+            "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
+            "one corpus, whatever their tokenizers."
+        )
+        notes += self._subset_notes(benchmarks, mode)
+        if references:
+            notes.append(
+                "The paper's and the literature's rows are whole percents as printed in the paper, which scores "
+                "whole strings without length normalization: compare them with acc, ours in paper mode first "
+                f"({'table2-paper-mode' if mode == 'harness' else 'this table'})."
+            )
+        return notes
+
+    def _subset_notes(self, benchmarks: list[str], mode: str) -> list[str]:
+        limited, truncated = [], []
+        for benchmark in benchmarks:
+            found = [
+                r.last.benchmarks[benchmark] for r in self.results.values() if benchmark in r.last.benchmarks
+            ]
+            total = max(b.items_total for b in found)
+            if any(b.items < b.items_total for b in found):
+                limited.append(f"{benchmark_label(benchmark)} {self._sizes(benchmark)} of {total:,}")
+            cut = max((b.modes[mode].truncated for b in found if mode in b.modes), default=0)
+            if cut:
+                truncated.append(f"{benchmark_label(benchmark)} {cut:,}")
+        notes = []
+        if limited:
+            seed = self.study.evaluation.limit_seed
+            notes.append(f"Limited to a random subset of the items (seed {seed}): {'; '.join(limited)}.")
+        elif benchmarks:
+            notes.append("All items of every benchmark are scored (no limit).")
+        if truncated:
+            notes.append(
+                "Options longer than the context, cut from the left (most of any run): "
+                f"{'; '.join(truncated)}."
+            )
+        return notes

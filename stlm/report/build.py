@@ -1,0 +1,52 @@
+"""`stlm report`: from the runs' files to the study's tables, plots and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stlm.files import atomic_directory, write_json, write_text
+from stlm.report.accuracies import accuracy_tables, main_mode, score
+from stlm.report.comparison import compare_all
+from stlm.report.groups import group_records
+from stlm.report.hyperparameters import table1
+from stlm.report.plots import write_plots
+from stlm.report.results import RunResult, read_results
+from stlm.report.table import csv_text, write_table
+from stlm.study import Study
+
+
+def report(study: Study) -> None:
+    """Write results/<study>/{tables/,plots/,metrics.json} from results/<study>/runs/*.
+
+    Everything is read and compared before anything is written; each of the three replaces its predecessor
+    whole. Raises UserError naming a run's missing or broken file and the command that makes it.
+    """
+    results = read_results(study)
+    comparisons = compare_all(results, study.baseline)
+    tables = [table1(study, results), *accuracy_tables(study, results, comparisons)]
+    with atomic_directory(study.folder / "tables") as folder:
+        for table in tables:
+            write_table(folder, table)
+        write_text(folder / "groups.csv", csv_text(group_records(results)))
+    with atomic_directory(study.folder / "plots") as folder:
+        write_plots(folder, study, results, comparisons)
+    write_json(study.folder / "metrics.json", metrics(results))
+
+
+def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
+    """Run -> name -> number, flat, for `dvc metrics`; accuracies are fractions."""
+    mode = main_mode(results)
+    collected = {}
+    for name, result in results.items():
+        own: dict[str, float] = {
+            "parameters": result.train.parameters.total,
+            "tokens": result.last.tokens,
+            "test_bits_per_byte": round(result.last.perplexity.bits_per_byte, 4),
+            "test_char_perplexity": round(result.last.perplexity.char_perplexity, 4),
+        }
+        for benchmark, scored in result.last.benchmarks.items():
+            accuracy = score(scored, mode, "acc")
+            if accuracy is not None:
+                own[benchmark] = round(accuracy.value, 4)
+        collected[name] = own
+    return collected

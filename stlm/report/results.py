@@ -1,0 +1,227 @@
+"""What a run left behind, read and checked: train.json, curve.csv, evaluation.json, items.parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from stlm.errors import UserError
+from stlm.files import read_json
+from stlm.study import Run, Study
+
+ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars"]
+CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class ParameterCounts(BaseModel):
+    total: int
+    embedding: int
+    non_embedding: int
+
+
+class CheckpointReference(BaseModel):
+    step: int
+    tokens: int
+    weights_sha256: str
+
+
+class TrainRecord(BaseModel):
+    """train.json: what was trained, with which settings, and how long it took."""
+
+    run: str
+    variant: str
+    label: str
+    seed: int
+    parameters: ParameterCounts
+    steps: int
+    tokens: int
+    seconds: float
+    flops: float
+    device: str
+    precision: str
+    model: dict[str, Any]
+    training: dict[str, Any]
+    corpus: str
+    tokenizer: str
+    checkpoints: list[CheckpointReference]
+
+
+class Proportion(BaseModel):
+    """An accuracy as a fraction 0..1, its 95% interval, and the number of items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class ModeResult(BaseModel):
+    acc: Proportion
+    acc_norm: Proportion | None = None
+    truncated: int = 0
+    groups: dict[str, dict[str, Proportion]] = {}
+
+
+class BenchmarkResult(BaseModel):
+    version: str | int | float
+    items: int
+    items_total: int
+    limit: int | None = None
+    modes: dict[str, ModeResult]
+
+
+class Perplexity(BaseModel):
+    bits_per_byte: float
+    char_perplexity: float
+
+
+class CheckpointResult(BaseModel):
+    step: int
+    tokens: int
+    weights_sha256: str
+    perplexity: Perplexity
+    benchmarks: dict[str, BenchmarkResult]
+
+
+class EvaluationRecord(BaseModel):
+    """evaluation.json: every evaluated checkpoint by name."""
+
+    checkpoints: dict[str, CheckpointResult]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run's files. `checkpoints` are sorted by step; `items` is read on demand, being the large one."""
+
+    name: str
+    train: TrainRecord
+    curve: pd.DataFrame
+    checkpoints: dict[str, CheckpointResult]
+    items_path: Path
+    evaluate_command: str
+
+    @property
+    def last(self) -> CheckpointResult:
+        """The last checkpoint: the one that the tables quote."""
+        return list(self.checkpoints.values())[-1]
+
+    def outcomes(self) -> pd.DataFrame:
+        """The last checkpoint's outcome of each item, indexed by (benchmark, mode, item).
+
+        Columns: acc and acc_norm (1 right, 0 wrong, 1/k where the right option ties with k-1 others for the
+        best), chance (the expected score of a blind choice). Raises UserError for a missing or corrupt file.
+        """
+        checkpoint = list(self.checkpoints)[-1]
+        try:
+            table = pq.read_table(
+                self.items_path, columns=ITEM_COLUMNS, filters=[("checkpoint", "==", checkpoint)]
+            )
+        except FileNotFoundError:
+            raise _broken(self.items_path, "is missing", self.evaluate_command) from None
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise _broken(self.items_path, f"cannot be read ({error})", self.evaluate_command) from error
+        if table.num_rows == 0:
+            raise _broken(self.items_path, f"has no rows of {checkpoint}", self.evaluate_command)
+        return score_items(table.to_pandas())
+
+
+def score_items(options: pd.DataFrame) -> pd.DataFrame:
+    """Outcomes by item from a table with one row an option (columns ITEM_COLUMNS). See RunResult.outcomes."""
+    keys = ["benchmark", "mode", "item"]
+    scored = options[keys].copy()
+    gold = options["gold"].to_numpy(bool)
+    scores = {"acc": options["logprob"], "acc_norm": options["logprob"] / options["n_chars"].clip(lower=1)}
+    by_item = scored.groupby(keys, sort=False, observed=True)
+    item = by_item.ngroup().to_numpy()
+    best = {name: score.groupby(item).transform("max") == score for name, score in scores.items()}
+    columns = {"chance": gold.astype(float)}
+    columns |= {f"{name}_best": is_best.astype(float) for name, is_best in best.items()}
+    columns |= {f"{name}_right": (is_best & gold).astype(float) for name, is_best in best.items()}
+    sums = scored.assign(**columns, options=1.0).groupby(keys, sort=False, observed=True).sum()
+    return pd.DataFrame(
+        {
+            "acc": sums["acc_right"] / sums["acc_best"],
+            "acc_norm": sums["acc_norm_right"] / sums["acc_norm_best"],
+            "chance": sums["chance"] / sums["options"],
+        }
+    )
+
+
+def read_results(study: Study) -> dict[str, RunResult]:
+    """Every run of the study by name, in the study's order, baseline first.
+
+    Raises UserError naming each missing or broken file and the command that makes it.
+    """
+    results, problems = {}, []
+    for name in sorted(study.runs, key=lambda name: name != study.baseline):
+        try:
+            results[name] = _read_run(study, study.runs[name])
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return results
+
+
+def _broken(path: Path, what: str, command: str) -> UserError:
+    return UserError(f"{path} {what}: run `{command}`")
+
+
+def _read_record(path: Path, kind: type[_Record], command: str) -> _Record:
+    if not path.is_file():
+        raise _broken(path, "is missing", command)
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the whole file"
+        raise _broken(path, f"is not what its stage writes ({key}: {first['msg']})", command) from None
+    except UserError as error:
+        raise UserError(f"{error}\nTo make it again, delete it and run `{command}`") from None
+
+
+def _read_curve(path: Path, command: str) -> pd.DataFrame:
+    if not path.is_file():
+        raise _broken(path, "is missing", command)
+    try:
+        curve = pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' parser and decoding errors are ValueErrors
+        raise _broken(path, f"cannot be read ({error})", command) from None
+    missing = [column for column in CURVE_COLUMNS if column not in curve]
+    if missing:
+        found = ", ".join(curve.columns)
+        raise _broken(path, f"has no column {', '.join(missing)} (found: {found})", command)
+    text = [column for column in CURVE_COLUMNS if not pd.api.types.is_numeric_dtype(curve[column])]
+    if text:
+        raise _broken(path, f"has values that are not numbers in column {', '.join(text)}", command)
+    return curve
+
+
+def _read_run(study: Study, run: Run) -> RunResult:
+    train_command = f"stlm train {study.name} {run.name}"
+    evaluate_command = f"stlm evaluate {study.name} {run.name}"
+    train = _read_record(run.folder / "train.json", TrainRecord, train_command)
+    curve = _read_curve(run.folder / "curve.csv", train_command)
+    evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
+    evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)
+    if not evaluation.checkpoints:
+        raise _broken(evaluation_path, "holds no checkpoint", evaluate_command)
+    if not items_path.is_file():
+        raise _broken(items_path, "is missing", evaluate_command)
+    checkpoints = dict(sorted(evaluation.checkpoints.items(), key=lambda item: item[1].step))
+    trained = {checkpoint.step: checkpoint.weights_sha256 for checkpoint in train.checkpoints}
+    for name, checkpoint in checkpoints.items():
+        # Numbers of weights that are no longer there would be published under this run's name.
+        if trained.get(checkpoint.step) != checkpoint.weights_sha256:
+            raise _broken(
+                evaluation_path, f"scored other weights for {name} than train.json lists", evaluate_command
+            )
+    return RunResult(run.name, train, curve, checkpoints, items_path, evaluate_command)

@@ -1,0 +1,63 @@
+"""How plots look: one place for colours, sizes and deterministic output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stlm.report.results import RunResult
+
+# Okabe & Ito's colours, told apart by colour-blind readers too; the yellow is too faint on white.
+_COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_LINES = ["-", "--", ":", "-."]
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
+CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
+
+_RC = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "svg.fonttype": "none",  # text stays text: searchable, readable aloud, small
+    "svg.hashsalt": "stlm",  # the same ids, hence the same bytes, in every run
+    "savefig.dpi": 144,
+}
+
+
+def styles(results: Mapping[str, RunResult]) -> dict[str, dict[str, object]]:
+    """Colour, linestyle and marker by run: a variant's seeds share them, the baseline is black."""
+    variants = list(dict.fromkeys(result.train.variant for result in results.values()))
+    by_variant = {}
+    for index, variant in enumerate(variants):
+        by_variant[variant] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "linestyle": _LINES[index // len(_COLOURS) % len(_LINES)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+        }
+    return {name: by_variant[result.train.variant] for name, result in results.items()}
+
+
+@contextmanager
+def figure(folder: Path, name: str, title: str, width: float, height: float) -> Iterator[Figure]:
+    """A figure (inches) to draw on, saved as `folder`/`name`.svg and .png when the block ends well."""
+    with matplotlib.rc_context(_RC):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawing)
+        yield drawing
+        # No date and no version: the same numbers give the same bytes.
+        drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
+        drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})

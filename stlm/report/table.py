@@ -1,0 +1,182 @@
+"""A table once, written four ways: CSV (bare numbers), Markdown, LaTeX (booktabs) and HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stlm.files import write_text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a reader sees; a newline in `text` starts a second line in the cell."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A row that names the rows below it."""
+
+    title: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for people (`header`, `rows`, `notes`) and the same content for programs (`records`)."""
+
+    name: str
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell] | Section]
+    notes: Sequence[str] = ()
+    records: Sequence[Mapping[str, object]] = field(default_factory=list)
+
+
+def write_table(folder: Path, table: Table) -> None:
+    """Write `folder`/<name>.{csv,md,tex,html}."""
+    write_text(folder / f"{table.name}.csv", csv_text(table.records))
+    write_text(folder / f"{table.name}.md", markdown(table))
+    write_text(folder / f"{table.name}.tex", latex(table))
+    write_text(folder / f"{table.name}.html", html_page(table))
+
+
+def csv_text(records: Sequence[Mapping[str, object]]) -> str:
+    """CSV with the union of the records' keys as header, in order of first appearance; None is empty."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def markdown(table: Table) -> str:
+    """GitHub-flavoured Markdown; a line break inside a cell is `<br>`."""
+
+    def cell(text: str, bold: bool = False) -> str:
+        lines = [re.sub(r"([\\|*_`<\[\]])", r"\\\1", line) for line in text.split("\n")]
+        return "<br>".join(f"**{line}**" if bold and line else line for line in lines)
+
+    width = len(table.header)
+    lines = [f"**{cell(table.title)}**", ""]
+    lines.append("| " + " | ".join(cell(text) for text in table.header) + " |")
+    lines.append("| --- |" + " ---: |" * (width - 1))
+    for row in table.rows:
+        cells = [Cell(row.title, bold=True)] + [Cell("")] * (width - 1) if isinstance(row, Section) else row
+        lines.append("| " + " | ".join(cell(c.text, c.bold) for c in cells) + " |")
+    for note in table.notes:
+        lines += ["", cell(note)]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "–": "--",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{character: "\\" + character for character in "&%$#_"},
+}
+
+
+def escape_latex(text: str) -> str:
+    """`text` with every character that LaTeX would interpret written out."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex(table: Table) -> str:
+    """A `table` environment; it needs the packages booktabs and graphicx (wide tables shrink to the line)."""
+
+    def cell(text: str, bold: bool = False) -> str:
+        lines = [escape_latex(line) for line in text.split("\n")]
+        lines = [rf"\textbf{{{line}}}" if bold and line else line for line in lines]
+        stacked = r" \\ ".join(lines)
+        return stacked if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
+
+    width = len(table.header)
+    body = []
+    for row in table.rows:
+        if isinstance(row, Section):
+            if body:
+                body.append(r"\midrule")
+            body.append(rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(row.title)}}}}} \\")
+        else:
+            body.append(" & ".join(cell(c.text, c.bold) for c in row) + r" \\")
+    notes = r" \\ ".join(escape_latex(note) for note in table.notes)
+    lines = [
+        r"% needs \usepackage{booktabs,graphicx}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape_latex(table.title)}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        r"\toprule",
+        " & ".join(cell(text) for text in table.header) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *(
+            [rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"]
+            if notes
+            else []
+        ),
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_CSS = (
+    "body{font:14px/1.4 sans-serif;margin:1.5em;color:#111;background:#fff}"
+    "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
+    "caption{text-align:left;font-weight:bold;padding-bottom:.6em}"
+    "th,td{padding:.25em .7em;text-align:right;vertical-align:top;white-space:nowrap}"
+    "th:first-child,td:first-child{text-align:left}thead{border-bottom:1px solid}"
+    ".section td{font-style:italic;border-top:1px solid #999}p{max-width:60em;font-size:13px}"
+)
+
+
+def html_page(table: Table) -> str:
+    """A page that stands alone, for Snakemake's report."""
+
+    def cell(text: str, bold: bool = False) -> str:
+        inner = "<br>".join(html.escape(line) for line in text.split("\n"))
+        return f"<strong>{inner}</strong>" if bold and text else inner
+
+    rows = []
+    for row in table.rows:
+        if isinstance(row, Section):
+            rows.append(f'<tr class="section"><td colspan="{len(table.header)}">{cell(row.title)}</td></tr>')
+        else:
+            rows.append("<tr>" + "".join(f"<td>{cell(c.text, c.bold)}</td>" for c in row) + "</tr>")
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><meta charset="utf-8"><title>{cell(table.title)}</title><style>{_CSS}</style>',
+        f"<table><caption>{cell(table.title)}</caption>",
+        "<thead><tr>"
+        + "".join(f'<th scope="col">{cell(text)}</th>' for text in table.header)
+        + "</tr></thead>",
+        "<tbody>",
+        *rows,
+        "</tbody></table>",
+        *(f"<p>{cell(note)}</p>" for note in table.notes),
+        "</html>",
+    ]
+    return "\n".join(lines) + "\n"
