@@ -34,7 +34,9 @@ class Variant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     label: str | None = Field(None, description="Name in tables and plots; default: the variant's key.")
-    paper_row: str | None = Field(None, description="The row of the paper's tables that this variant repeats.")
+    paper_row: str | None = Field(
+        None, description="The row of the paper's tables that this variant repeats."
+    )
     corpus: str | None = Field(None, description="Corpus, where it differs.")
     tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
     model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
@@ -54,7 +56,9 @@ class StudyFile(BaseModel):
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each variant is run once a seed.")
     baseline: str = Field("baseline", description="The variant that the others are compared with.")
     model: dict[str, Any] = Field(default_factory=dict, description="The baseline's model; see `model`.")
-    training: dict[str, Any] = Field(default_factory=dict, description="The baseline's recipe; see `training`.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="The baseline's recipe; see `training`."
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="What is scored and how; see `evaluation`."
     )
@@ -285,9 +289,7 @@ def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
 
 def study_names(root: Path = Path()) -> list[str]:
     """The studies that params/ has."""
-    return sorted(
-        path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in _NOT_STUDIES
-    )
+    return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in _NOT_STUDIES)
 
 
 def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,13 +333,13 @@ def vocabulary_size(tokenizer: str) -> int:
         raise UserError(f"tokenizer: {tokenizer!r} is none of gpt2, bytes, bpe-N (for example bpe-4096)")
     size = int(match[1])
     if size < 258:
-        raise UserError(f"tokenizer: {tokenizer!r} is too small: 256 bytes, the end of text and a merge need 258")
+        raise UserError(
+            f"tokenizer: {tokenizer!r} is too small: 256 bytes, the end of text and a merge need 258"
+        )
     return size
 
 
-def _resolve(
-    study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]
-) -> Run:
+def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
     variant = parsed.variants[name]
     where = f"variants.{name}"
     tokenizer = variant.tokenizer or parsed.tokenizer

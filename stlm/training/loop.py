@@ -35,9 +35,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devi
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
 class Trainer:
@@ -271,8 +269,3 @@ def train(run: Run) -> None:
     )
     trainer.fit()
     trainer.publish()
-
-
-def state_exists(folder: Path) -> bool:
-    """Whether ``folder`` holds a state to resume from."""
-    return (folder / "state.pt").exists()

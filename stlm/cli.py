@@ -1,0 +1,184 @@
+"""The command ``stlm``: one verb a stage, and no logic of its own.
+
+Heavy packages are imported by the verb that needs them, so that ``stlm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import stlm
+from stlm.errors import UserError
+
+RAW = Path("data/raw")
+TOKENS = Path("data/tokens")
+
+
+def _study(options: argparse.Namespace):
+    from stlm.pipeline import check_active
+    from stlm.study import load_study
+
+    study = load_study(options.study, options.set)
+    check_active(study)
+    return study
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Fetch a corpus, mix, benchmark or vocabulary into data/raw/NAME/."""
+    from stlm.corpora.fetch import fetch as fetch_entry
+    from stlm.errors import nearest
+    from stlm.study import load_benchmarks, load_corpora, load_vocabularies
+
+    corpora = load_corpora()
+    entries = {**corpora, **load_benchmarks(), **load_vocabularies()}
+    if options.name not in entries:
+        raise UserError(
+            f"{options.name!r} is in none of params/corpora.yaml, benchmarks.yaml and vocabularies.yaml"
+            f"{nearest(options.name, entries)}"
+        )
+    mirror = options.mirror or os.environ.get("STLM_MIRROR")
+    mirror = Path(mirror).expanduser() if mirror else None
+    if mirror is not None and not mirror.is_dir():
+        flag = "--mirror" if options.mirror else "STLM_MIRROR"
+        raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
+    fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Tokenize data/raw/CORPUS/ into data/tokens/CORPUS/TOKENIZER/."""
+    from stlm.errors import nearest
+    from stlm.study import load_corpora, vocabulary_size
+
+    corpora = load_corpora()
+    if options.corpus not in corpora:
+        raise UserError(f"unknown corpus {options.corpus!r}{nearest(options.corpus, corpora)}")
+    vocabulary_size(options.tokenizer)  # refuses an unknown name before the heavy imports
+    from stlm.tokens.tokenize import tokenize_corpus
+
+    tokenize_corpus(RAW / options.corpus, TOKENS / options.corpus / options.tokenizer, options.tokenizer, RAW)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train one run of a study; killed, it goes on from its last state."""
+    run = _study(options).run(options.run)
+    from stlm.training.loop import train as train_run
+
+    train_run(run)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score every checkpoint of a run: perplexity on the test split, and the study's benchmarks."""
+    study = _study(options)
+    run = study.run(options.run)
+    from stlm.evaluation.evaluate import evaluate_run
+
+    evaluate_run(run, study.evaluation)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the tables, plots and metrics of a study from its runs."""
+    study = _study(options)
+    from stlm.report.build import report as build_report
+
+    build_report(study)
+
+
+def study(options: argparse.Namespace) -> None:
+    """List the runs of a study with their size and cost, training nothing."""
+    from stlm.listing import runs_table
+    from stlm.study import load_study
+
+    print(runs_table(load_study(options.study, options.set)))
+
+
+def use(options: argparse.Namespace) -> None:
+    """Make a study the active one: write its stages to dvc.yaml."""
+    from stlm.pipeline import use as use_study
+
+    changed = use_study(options.study)
+    print(f"dvc.yaml {'now lists' if changed else 'already lists'} the stages of the study {options.study}")
+
+
+def sync(options: argparse.Namespace) -> None:
+    """Bring Snakemake's records in line after `dvc repro` or `dvc pull`."""
+    from stlm.pipeline import sync as sync_engines
+
+    name = sync_engines()
+    print(f"Snakemake's records agree with the results of the study {name}")
+
+
+def document(options: argparse.Namespace) -> None:
+    """Write params/README.md from the schema of the parameters."""
+    from stlm.documentation import write_params_readme
+
+    print(f"wrote {write_params_readme()}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="stlm",
+        description="Research on super tiny language models: the stages of the pipeline, a verb each.",
+    )
+    top.add_argument("--version", action="version", version=f"stlm {stlm.__version__}")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function, *arguments: tuple[str, str], overridable: bool = False) -> argparse.ArgumentParser:
+        own = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        own.set_defaults(function=function)
+        for name, text in arguments:
+            own.add_argument(name, metavar=name.upper(), help=text)
+        if overridable:
+            own.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="override a parameter of the study, for example training.steps=100 (repeatable)",
+            )
+        return own
+
+    of_study = ("study", "a study: the name of a file in params/, for example smoke")
+    of_run = ("run", "a run of the study, as `stlm study` lists them")
+    listing = verb(study, overridable=True)
+    listing.add_argument(
+        "study", metavar="STUDY", nargs="?", default="smoke", help=f"{of_study[1]} (default)"
+    )
+    fetcher = verb(fetch, ("name", "a corpus, mix, benchmark or vocabulary in params/"))
+    fetcher.add_argument(
+        "--mirror", metavar="FOLDER", help="a local folder laid out like the hub (default: STLM_MIRROR)"
+    )
+    verb(
+        tokenize,
+        ("corpus", "a corpus or mix in params/corpora.yaml"),
+        ("tokenizer", "gpt2, bytes, or bpe-N: a byte-pair vocabulary of N tokens trained on the corpus"),
+    )
+    verb(train, of_study, of_run, overridable=True)
+    verb(evaluate, of_study, of_run, overridable=True)
+    verb(report, of_study, overridable=True)
+    verb(use, of_study)
+    verb(sync)
+    verb(document)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a listing, such as `head`, had enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
+        return 141
+    return 0
