@@ -274,9 +274,9 @@ class _Table2:
         notes += self._subset_notes(benchmarks, mode)
         if references:
             notes.append(
-                "The paper's and the literature's rows are whole percents as printed in the paper, which scores "
-                "whole strings without length normalization: compare them with acc, ours in paper mode first "
-                f"({'table2-paper-mode' if mode == 'harness' else 'this table'})."
+                "The paper's and the literature's rows are whole percents as printed in the paper, which "
+                "scores whole strings without length normalization: compare them with acc, first in paper "
+                f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
             )
         return notes
 

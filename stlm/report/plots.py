@@ -56,12 +56,15 @@ def _groups(result: RunResult, benchmark: str, mode: str, grouping: str) -> dict
 
 
 def _write_data(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
+    """`value` must be the last column: the one that DVC plots unless told otherwise."""
     write_text(folder / "data" / f"{name}.csv", csv_text(records))
 
 
-def _legend(drawing: Figure, axes: Axes, results: Mapping[str, RunResult], shown: Mapping[str, str]) -> None:
+def _legend(
+    drawing: Figure, axes: Axes, results: Mapping[str, RunResult], shown: Mapping[str, str], title: str = ""
+) -> None:
     """One entry a run, or a variant where it has several; `shown` maps runs to what follows the label."""
-    handles, labels, seen = [], [], set()
+    handles, labels, seen, detailed = [], [], set(), False
     drawn = dict(zip(axes.get_legend_handles_labels()[1], axes.get_legend_handles_labels()[0], strict=True))
     for name, detail in shown.items():
         variant = results[name].train.variant
@@ -70,14 +73,26 @@ def _legend(drawing: Figure, axes: Axes, results: Mapping[str, RunResult], shown
         seen.add(variant)
         seeds = sum(results[other].train.variant == variant for other in shown)
         text = results[name].train.label
+        detailed |= seeds == 1
         labels.append(f"{text} ({seeds} seeds)" if seeds > 1 else f"{text}{detail}")
         handles.append(drawn[name])
-    drawing.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    drawing.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(_legend_columns(results), len(labels)),
+        title=title if title and detailed else None,
+    )
+
+
+def _legend_columns(results: Mapping[str, RunResult]) -> int:
+    longest = max(len(result.train.label) for result in results.values())
+    return max(1, min(3, 90 // (longest + 14)))
 
 
 def _legend_height(results: Mapping[str, RunResult]) -> float:
     variants = len({result.train.variant for result in results.values()})
-    return 0.25 * -(-variants // 3)
+    return 0.25 * -(-variants // _legend_columns(results))
 
 
 def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
@@ -125,7 +140,7 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
             axes.xaxis.set_major_locator(MaxNLocator(5))
         drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
         final = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
-        _legend(drawing, panels[0], results, final)
+        _legend(drawing, panels[0], results, final, title="run and its last value")
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -152,8 +167,8 @@ def _accuracy(
         folder,
         name,
         [
-            {"run": run, "tokens": tokens, "value": round(a.value, 5), "low": round(a.low, 5)}
-            | {"high": round(a.high, 5), "n": a.n, "chance": None if chance is None else round(chance, 5)}
+            {"run": run, "tokens": tokens, "n": a.n, "chance": None if chance is None else round(chance, 5)}
+            | {"low": round(a.low, 5), "high": round(a.high, 5), "value": round(a.value, 5)}
             for run, own in points.items()
             for tokens, a in own
         ],
@@ -190,9 +205,8 @@ def _accuracy(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
         drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
-        _legend(
-            drawing, axes, results, {run: f"  {100 * own[-1][1].value:.1f}" for run, own in points.items()}
-        )
+        final = {run: f"  {100 * own[-1][1].value:.1f}" for run, own in points.items()}
+        _legend(drawing, axes, results, final, title="run and its last value")
 
 
 def _chance_line(draw: Any, chance: float) -> None:
@@ -217,8 +231,8 @@ def _phenomena(
         folder,
         name,
         [
-            {"run": run, "phenomenon": group, "value": round(own[group].value, 5)}
-            | {"low": round(own[group].low, 5), "high": round(own[group].high, 5), "n": own[group].n}
+            {"run": run, "phenomenon": group, "n": own[group].n, "low": round(own[group].low, 5)}
+            | {"high": round(own[group].high, 5), "value": round(own[group].value, 5)}
             for run, own in groups.items()
             for group in order
             if group in own
@@ -246,7 +260,7 @@ def _dots(
     looks = styles(results)
     runs = [run for run in results if any(run in own for own in rows.values())]
     most = max(len(own) for own in rows.values())
-    height = 0.17 * most + 0.22  # inches a row
+    height = 0.13 * most + 0.18  # inches a row
     with figure(folder, name, title, 8.5, 1.3 + height * len(rows) + _legend_height(results)) as drawing:
         axes = drawing.subplots()
         for index, own in enumerate(rows.values()):

@@ -60,10 +60,12 @@ def make_items(benchmark: str, n: int, skill: float, seed: int) -> pd.DataFrame:
 
 def summarize(items: pd.DataFrame, total: int, normalized: bool) -> dict:
     """The entry of one mode in evaluation.json, counted item by item."""
+    k = OPTIONS.get(items.benchmark.iloc[0], 4)
+    score, gold = (items[column].to_numpy().reshape(-1, k) for column in ("logprob", "gold"))
+    best = score == score.max(axis=1, keepdims=True)
     right: dict[str, list[float]] = {}
-    for _, options in items.groupby("item", sort=False):
-        best = options[options.logprob == options.logprob.max()]
-        right.setdefault(options.group.iloc[0], []).append(float(best.gold.mean()))
+    for group, won in zip(items.group[::k], (best & gold).sum(axis=1) / best.sum(axis=1), strict=True):
+        right.setdefault(group, []).append(float(won))
     scores = [score for group in right.values() for score in group]
     mode = {"acc": interval(float(np.mean(scores)), len(scores)), "ties": 0, "truncated": 0}
     mode["groups"] = {"phenomenon": {g: interval(float(np.mean(s)), len(s)) for g, s in right.items()}}
