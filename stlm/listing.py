@@ -56,8 +56,8 @@ def runs_table(study: Study) -> str:
             "",
             *lines,
             "",
-            f"{len(study.runs)} runs, {total:.2e} FLOPs of training in all (estimated, forward and backward); "
-            f"baseline: {study.baseline}",
+            f"{len(study.runs)} runs, baseline: {study.baseline}; training takes {total:.2e} FLOPs in all "
+            "(estimated, forward and backward)",
             f"benchmarks: {', '.join(study.benchmarks) or 'none'}",
         ]
     )

@@ -355,7 +355,8 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
         if section == "model" and sections[section].vocab_size not in (None, vocab_size):
             raise UserError(
-                f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
+                f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; "
+                "leave the key out"
             )
     return Run(
         study=study,
@@ -426,5 +427,6 @@ def _check_names(root: Path, file: str, parsed: StudyFile) -> None:
     for benchmark in parsed.evaluation.benchmarks:
         if benchmark not in benchmarks:
             raise UserError(
-                f"{file}: evaluation.benchmarks: unknown benchmark {benchmark!r}{nearest(benchmark, benchmarks)}"
+                f"{file}: evaluation.benchmarks: unknown benchmark {benchmark!r}"
+                f"{nearest(benchmark, benchmarks)}"
             )

@@ -18,8 +18,8 @@ class ModelConfig(BaseModel):
     kv_heads: int = Field(
         4,
         ge=1,
-        description="Key/value heads, each shared by `heads / kv_heads` query heads (grouped-query attention). "
-        "Must divide `heads`.",
+        description="Key/value heads, each shared by `heads / kv_heads` query heads (grouped-query "
+        "attention). Must divide `heads`.",
     )
     ffn: Literal["swiglu", "gelu"] = Field("swiglu", description="Kind of feed-forward network.")
     ffn_width: int = Field(1536, ge=1, description="Hidden units of the feed-forward network.")
@@ -45,7 +45,8 @@ class ModelConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="Share of attention weights dropped in training. On a CPU it costs torch's fused attention.",
+        description="Share of attention weights dropped in training. On a CPU it is slow: it excludes "
+        "fused attention.",
     )
     tied: bool = Field(True, description="Whether embedding and output head are one matrix.")
     vocab_size: int | None = Field(

@@ -15,20 +15,6 @@ from torch.nn import functional as F
 from stlm.model.config import ModelConfig
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalization (Ba et al. 2016), with gain and bias."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__(width, eps=eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalization (Zhang and Sennrich 2019), with gain, no bias."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__(width, eps=eps)
-
-
 class SwiGLU(nn.Module):
     """Feed-forward network silu(x W_gate) * (x W_up), projected down (Shazeer 2020)."""
 
@@ -55,7 +41,8 @@ class GELU(nn.Module):
         return self.down(F.gelu(self.up(x_BLD)))
 
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+# RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU}
 
 
@@ -88,9 +75,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        self.qkv = nn.Linear(
-            config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False
-        )
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.dropout = config.attention_dropout
 
@@ -117,9 +102,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         norm = NORMS[config.norm]
-        self.attention_norm = norm(config.width, config.norm_eps)
+        self.attention_norm = norm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = norm(config.width, config.norm_eps)
+        self.ffn_norm = norm(config.width, eps=config.norm_eps)
         self.ffn = FFNS[config.ffn](config.width, config.ffn_width)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -148,7 +133,7 @@ class Transformer(nn.Module):
             self.register_buffer("sin_LE", sin_LE, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
-        self.norm = NORMS[config.norm](config.width, config.norm_eps)
+        self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.output.weight = self.embedding.weight
@@ -164,8 +149,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BL: Tensor) -> Tensor:
         """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context."""
-        L = tokens_BL.shape[1]
-        assert L <= self.config.context, f"{L} tokens do not fit the context of {self.config.context}"
+        L, longest = tokens_BL.shape[1], self.config.context
+        assert L <= longest, f"{L} tokens do not fit the context of {longest}"
         x_BLD = self.embedding(tokens_BL)
         rope = None
         if self.config.positions == "rope":
@@ -173,8 +158,8 @@ class Transformer(nn.Module):
         elif self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[:L]
         else:
-            # The embedding starts at a standard deviation of 0.02, the sinusoids at 0.7: unscaled they drown it.
-            # Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
+            # The embedding starts at a standard deviation of 0.02, the sinusoids at 0.7: unscaled they
+            # drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[:L]
         x_BLD = self.dropout(x_BLD)
         for block in self.blocks:

@@ -6,8 +6,6 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,10 +257,9 @@ def train(run: Run) -> None:
     damaged tokens or state, and for a loss that is not finite.
     """
     trainer = Trainer(run)
-    counts = asdict(trainer.where) | {"parameters": run.parameters.total, "tokens": run.tokens}
     resumed = trainer.resume()
     print(
-        f"{run.name}: {counts['parameters']:,} parameters, {counts['tokens']:,} tokens, {trainer.where.name}, "
+        f"{run.name}: {run.parameters.total:,} parameters, {run.tokens:,} tokens, {trainer.where.name}, "
         f"{trainer.where.precision}{', compiled' if trainer.where.compiled else ''}"
         + (f", resuming after step {trainer.progress.step}" if resumed else ""),
         file=sys.stderr,

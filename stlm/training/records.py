@@ -69,7 +69,8 @@ class Records:
                 import wandb
             except ModuleNotFoundError:
                 raise UserError(
-                    "training.wandb: true needs the package wandb: pip install 'stlm[wandb]', or set it to false"
+                    "training.wandb: true needs the package wandb: install it (pip install wandb), "
+                    "or set training.wandb to false"
                 ) from None
             self._wandb = wandb.init(
                 project=f"stlm-{run.study}",

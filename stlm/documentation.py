@@ -1,0 +1,141 @@
+"""params/README.md, written from the schema that checks the parameters, so that the two cannot drift."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from stlm.corpora.config import (
+    BenchmarkEntry,
+    CorpusEntry,
+    HubSource,
+    MirrorSource,
+    SyntheticSource,
+    VocabularyEntry,
+    WheelSource,
+)
+from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
+from stlm.files import write_text
+from stlm.model.config import ModelConfig
+from stlm.study import PARAMS, StudyFile, Variant
+from stlm.training.config import TrainingConfig
+
+README = PARAMS / "README.md"
+
+_HEAD = """\
+# Parameters
+
+Every knob of the pipeline is in this folder, in plain YAML. This page is written by `stlm document` from the
+schema that checks the files (a test fails when they differ): do not edit it.
+
+- A **study** is a file of its own: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add. It states a
+  baseline and its variants, as differences from the baseline.
+- `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
+- A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
+  work starts. `stlm study NAME` checks a study and lists its runs.
+- From the command line, one run of the pipeline only: `snakemake --cores 1 all --config study=desk
+  'set=training.steps=100 model.layers=2'`; a single stage takes `--set training.steps=100`.
+
+A variant is added by an entry under `variants`, for example one that trains with half of the learning rate:
+
+```yaml
+variants:
+  half-rate:
+    label: Half the learning rate
+    training: {learning_rate: 1.5e-3}
+```
+
+"Default" is the value taken where a study leaves the key out; those of `model` and `training` are Table 1 of
+the paper, but for dropout.
+"""
+
+_SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
+    ("Study", "The top level of `params/<study>.yaml`.", StudyFile),
+    ("`model`", "The transformer.", ModelConfig),
+    ("`training`", "The recipe.", TrainingConfig),
+    ("`evaluation`", "What is scored, and how.", EvaluationConfig),
+    ("`evaluation.perplexity`", "", PerplexityConfig),
+    ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),
+    ("`variants.<name>`", "A run a seed; `{}` is the baseline itself.", Variant),
+    ("`corpora.yaml`", "An entry a corpus or mix.", CorpusEntry),
+    ("`benchmarks.yaml`", "An entry a benchmark.", BenchmarkEntry),
+    ("`vocabularies.yaml`", "An entry a published vocabulary.", VocabularyEntry),
+    ("`hub` source", "A repository on the Hugging Face hub.", HubSource),
+    ("`mirror` source", "A folder of the local mirror.", MirrorSource),
+    ("`wheel` source", "A package of the Python package index, read as data.", WheelSource),
+    ("`synthetic` source", "The seeded story grammar.", SyntheticSource),
+)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in members)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type_name(member) for member in members))
+    if origin in (list, tuple):
+        return f"list of {_type_name(members[0])}"
+    if origin is dict:
+        return "keys and values"
+    if hasattr(annotation, "__value__") or origin is not None:
+        return _type_name(members[0]) if members else "value"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        kind = annotation.model_fields.get("kind")
+        return f"`{get_args(kind.annotation)[0]}` source" if kind else "keys and values"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, "value")
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel) or value in ({}, [], ()):
+        return "empty"
+    if isinstance(value, tuple | list):
+        return f"`[{', '.join(str(item) for item in value)}]`"
+    return f"`{json.dumps(value).strip(chr(34))}`"
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [
+        f"{sign} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, sign in signs.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return f", {' and '.join(found)}" if found else ""
+
+
+def _table(model: type[BaseModel]) -> list[str]:
+    lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        if name == "name":
+            continue  # the entry's own key
+        meaning = " ".join((field.description or "").split())
+        if not meaning.startswith("torch."):
+            meaning = meaning[:1].upper() + meaning[1:]
+        cells = (f"`{name}`", _type_name(field.annotation) + _bounds(field), _default(field), meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def params_readme() -> str:
+    """The text of params/README.md."""
+    parts = [_HEAD]
+    for title, lead, model in _SECTIONS:
+        parts.append("\n".join([f"## {title}", "", *([lead, ""] if lead else []), *_table(model), ""]))
+    return "\n".join(parts)
+
+
+def write_params_readme(root: Path = Path()) -> Path:
+    """Write params/README.md; its path."""
+    write_text(root / README, params_readme())
+    return README
