@@ -1,0 +1,126 @@
+"""Streaming access to the raw text of a corpus, or of each component of a mix (data/raw/<name>/)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stlm.errors import UserError, nearest
+from stlm.files import read_json, sha256
+
+_BATCH_BYTES = 4 << 20  # text held at a time, about
+
+
+@dataclass(frozen=True)
+class RawComponent:
+    """One source of documents: parquet files with a text column, and a group column or none."""
+
+    name: str
+    weight: float
+    folder: Path
+    text: str
+    group: str | None
+    files: tuple[str, ...]
+    sha256: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(_open(self.folder / file).metadata.num_rows for file in self.files)
+
+    def batches(self) -> Iterator[RawBatch]:
+        """All documents in the files' order, in batches of a few megabytes."""
+        for file in self.files:
+            yield from self._file_batches(self.folder / file)
+
+    def _file_batches(self, path: Path) -> Iterator[RawBatch]:
+        parquet = _open(path)
+        for column in filter(None, (self.text, self.group)):
+            _check_column(path, parquet.schema_arrow, column)
+        metadata = parquet.metadata
+        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        rows = min(max(_BATCH_BYTES * metadata.num_rows // max(size, 1), 1), 4096)
+        columns = [self.text] if self.group in (None, self.text) else [self.text, self.group]
+        try:
+            for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+                groups = _as_bytes(batch.column(self.group)) if self.group else [None] * batch.num_rows
+                yield RawBatch(_as_bytes(batch.column(self.text)), groups)
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt(path, error) from error
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Documents as stored: bytes that should be UTF-8, or None; and the group of each, or None."""
+
+    texts: list[bytes | None]
+    groups: list[bytes | None]
+
+
+def raw_components(folder: Path) -> list[RawComponent]:
+    """The components of `data/raw/<name>/`: one for a corpus, several for a mix, as its source.json says."""
+    source = read_json(folder / "source.json")
+    if source.get("kind") != "mix":
+        return [_component(folder, folder.name, 1.0, source)]
+    return [
+        _component(folder / name, name, weight, read_json(folder / name / "source.json"))
+        for name, weight in source["mix"].items()
+    ]
+
+
+def _component(folder: Path, name: str, weight: float, source: dict[str, Any]) -> RawComponent:
+    files = [entry for entry in source.get("files", []) if entry["path"].endswith(".parquet")]
+    if not files:
+        raise UserError(f"{folder / 'source.json'}: names no parquet file; run `stlm fetch` again")
+    for entry in files:
+        path = folder / entry["path"]
+        if not path.exists():
+            raise UserError(f"{path}: no such file, but source.json names it; run `stlm fetch` again")
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(
+                f"{path}: {path.stat().st_size:,} bytes, but {entry['bytes']:,} were fetched: truncated or "
+                "changed; run `stlm fetch` again"
+            )
+        if sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: corrupt: its SHA-256 is not the one fetched; run `stlm fetch` again")
+    files.sort(key=lambda entry: entry["path"])
+    return RawComponent(
+        name=name,
+        weight=float(weight),
+        folder=folder,
+        text=source.get("text") or "text",
+        group=source.get("group"),
+        files=tuple(entry["path"] for entry in files),
+        sha256=tuple(entry["sha256"] for entry in files),
+    )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        # Buffered reads of pages instead of whole row groups: memory does not grow with the row groups.
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path}: truncated or corrupt parquet file ({reason}); run `stlm fetch` again")
+
+
+def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
+    if column not in schema.names:
+        raise UserError(f"{path}: no column {column!r}{nearest(column, schema.names)}")
+
+
+def _as_bytes(column: pa.Array) -> list[bytes | None]:
+    """A column as bytes, unchecked: pyarrow would fail on the whole batch where one text is not UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
+        column = column.cast(pa.large_string())
+    return column.cast(pa.large_binary()).to_pylist()

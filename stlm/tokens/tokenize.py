@@ -1,0 +1,330 @@
+"""Tokenize a corpus: raw text in, Arrow shards out.
+
+Three passes stream over the text: a survey (which documents, in which split), the vocabulary where one is
+trained, and the encoding on all cores. Everything is built in a folder beside the target, which is renamed
+once complete; a run that was killed goes on from the shards it had finished, to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tqdm import tqdm
+
+from stlm.errors import UserError
+from stlm.files import disk_errors, read_json, replace_directory, write_json
+from stlm.tokens.bpe import train_bpe
+from stlm.tokens.raw import RawComponent, raw_components
+from stlm.tokens.shards import SPLITS, Document, write_shard
+from stlm.tokens.survey import DROPPED, Survey, digest, survey
+from stlm.tokens.tokenizer import (
+    DESCRIPTION,
+    ByteTokenizer,
+    Tokenizer,
+    bpe_vocab_size,
+    gpt2_tokenizer,
+    load_tokenizer,
+)
+
+SHARD_BYTES = 64 << 20
+TRAINING_BYTES = 64 << 20  # text that a vocabulary is trained on, about
+_FORMAT = 1
+
+
+def tokenize_corpus(
+    raw_folder: Path,
+    out_folder: Path,
+    tokenizer_name: str,
+    vocabulary_folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenize `data/raw/<corpus>/` into `out_folder`, which it replaces; the content of its meta.json.
+
+    `tokenizer_name`: gpt2 (from `vocabulary_folder`'s files), bytes, or bpe-N (trained on the train split).
+    Memory: about four shards of `shard_bytes`, and a few megabytes of text a worker (default: one a core).
+    The output does not depend on `workers`. Raises `UserError` for bad input and a failing disk.
+    """
+    if tokenizer_name not in ("gpt2", "bytes"):
+        bpe_vocab_size(tokenizer_name)
+    components = raw_components(raw_folder)
+    partial = out_folder.parent / f".{out_folder.name}.partial"
+    plan = _plan(components, tokenizer_name, shard_bytes)
+    try:
+        with disk_errors(out_folder):
+            _prepare(partial, plan)
+            counts = survey(components, partial, progress)
+            tokenizer = _tokenizer(tokenizer_name, vocabulary_folder, components, counts, partial / "tokens")
+            journal = Journal(partial / "journal.jsonl")
+            with tqdm(
+                total=counts.text_bytes,
+                desc=f"tokenize {raw_folder.name}",
+                unit="B",
+                unit_scale=True,
+                disable=not progress,
+            ) as bar:
+                _encode(components, counts, tokenizer, partial / "tokens", journal, shard_bytes, workers, bar)
+            meta = _meta(raw_folder.name, tokenizer, components, counts, journal)
+            write_json(partial / "tokens" / "meta.json", meta)
+            replace_directory(partial / "tokens", out_folder)
+            shutil.rmtree(partial)
+    except Exception:
+        # Bad input or a full disk; what a kill interrupts stays, for the next call to go on from.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _report(meta)
+    return meta
+
+
+def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: int) -> dict[str, Any]:
+    """All that the output depends on: what a killed run left is gone on from where this is the same."""
+    return {
+        "format": _FORMAT,
+        "libraries": {"tokenizers": tokenizers.__version__, "tiktoken": tiktoken.__version__},
+        "tokenizer": tokenizer_name,
+        "shard_bytes": shard_bytes,
+        "components": [
+            {
+                "name": component.name,
+                "weight": component.weight,
+                "columns": [component.text, component.group],
+                "files": dict(zip(component.files, component.sha256, strict=True)),
+            }
+            for component in components
+        ],
+    }
+
+
+def _prepare(partial: Path, plan: dict[str, Any]) -> None:
+    """Leave in `partial` what this plan can go on from, and nothing else."""
+    try:
+        same = read_json(partial / "plan.json") == plan
+    except UserError:
+        same = False
+    if same:
+        kept = {shard["path"]: shard["size"] for shard in Journal(partial / "journal.jsonl").shards}
+        found = {path.name: path.stat().st_size for path in (partial / "tokens").glob("*.arrow")}
+        same = kept.items() <= found.items()
+        for path in (partial / "tokens").iterdir():
+            if path.is_file() and path.name not in kept:
+                path.unlink()  # written or half-written, but not yet in the journal
+    if not same:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "tokens").mkdir(parents=True)
+        write_json(partial / "plan.json", plan)
+
+
+class Journal:
+    """The finished shards, one JSON line each with `component`, `split` and `row`, the last document's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards: list[dict[str, Any]] = []
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):  # killed in the middle of the line
+                os.truncate(path, sum(map(len, lines[:-1])))
+                lines.pop()
+            self.shards = [json.loads(line) for line in lines]
+
+    def add(self, shard: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(shard) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.shards.append(shard)
+
+    def of(self, component: str, split: str) -> list[dict[str, Any]]:
+        return [s for s in self.shards if (s["component"], s["split"]) == (component, split)]
+
+
+def _tokenizer(
+    name: str, vocabulary_folder: Path, components: Sequence[RawComponent], counts: Survey, folder: Path
+) -> Tokenizer:
+    if (folder / "tokenizer" / DESCRIPTION).exists():
+        return load_tokenizer(folder / "tokenizer")
+    if name == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif name == "gpt2":
+        tokenizer = gpt2_tokenizer(vocabulary_folder)
+    else:
+        print(f"training {name} on the train split", file=sys.stderr)
+        tokenizer = train_bpe(name, _training_texts(components, counts))
+    tokenizer.save(folder / "tokenizer")
+    return tokenizer
+
+
+def _training_texts(components: Sequence[RawComponent], counts: Survey) -> Iterator[str]:
+    """The train split, or a sample of about TRAINING_BYTES of it, a mix's components by their weights.
+
+    Whether a document is in the sample follows from its hash, so that the sample is the same every time.
+    """
+    total = sum(component.weight for component in components)
+    rates = [
+        TRAINING_BYTES * component.weight / total / max(train_bytes, 1)
+        for component, train_bytes in zip(components, counts.train_bytes, strict=True)
+    ]
+    for batch in _batches(components, counts):
+        rate = rates[batch.component]
+        for text, split in zip(batch.texts, batch.splits, strict=True):
+            if split == 0 and (rate >= 1 or int.from_bytes(digest(text)[8:], "little") < rate * 2**64):
+                yield text.decode()
+
+
+class _Batch(NamedTuple):
+    """Raw documents: their component's index, the number of the first (over all components), their splits."""
+
+    component: int
+    first: int
+    texts: list[bytes | None]
+    splits: np.ndarray
+
+
+def _batches(components: Sequence[RawComponent], counts: Survey) -> Iterator[_Batch]:
+    first = 0
+    for index, component in enumerate(components):
+        for batch in component.batches():
+            yield _Batch(index, first, batch.texts, counts.splits[first : first + len(batch.texts)])
+            first += len(batch.texts)
+
+
+class _Shards:
+    """The growing shards of one split of one component; those in the journal are not made again."""
+
+    def __init__(self, folder: Path, component: str, split: str, journal: Journal, shard_bytes: int) -> None:
+        self.folder, self.component, self.split = folder, component, split
+        self.journal, self.shard_bytes = journal, shard_bytes
+        finished = journal.of(component, split)
+        self.number = len(finished)
+        self.last_row = finished[-1]["row"] if finished else -1
+        self.documents: list[Document] = []
+        self.size = 0
+
+    def add(self, row: int, document: Document) -> None:
+        """Append a document; the shard is written first where it would grow too large. One always fits."""
+        if self.documents and self.size + document.tokens.nbytes > self.shard_bytes:
+            self.flush()
+        self.documents.append(document)
+        self.size += document.tokens.nbytes
+        self.last_row = row
+
+    def flush(self) -> None:
+        if not self.documents:
+            return
+        path = self.folder / f"{self.split}-{self.component}-{self.number:05d}.arrow"
+        shard = write_shard(path, self.documents)
+        self.journal.add({**shard, "component": self.component, "split": self.split, "row": self.last_row})
+        self.documents, self.size = [], 0
+        self.number += 1
+
+
+def _encode(
+    components: Sequence[RawComponent],
+    counts: Survey,
+    tokenizer: Tokenizer,
+    folder: Path,
+    journal: Journal,
+    shard_bytes: int,
+    workers: int | None,
+    bar: tqdm,
+) -> None:
+    """Encode the kept documents that are in no finished shard, in order, into their splits' shards."""
+    shards = [
+        [_Shards(folder, component.name, split, journal, shard_bytes) for split in SPLITS]
+        for component in components
+    ]
+    finished = [[split.last_row for split in splits] for splits in shards]
+    workers = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+
+        def encode(batch: _Batch) -> list[tuple[int, int, Document]]:
+            return [
+                (row, split, _document(tokenizer, text))
+                for row, text, split in zip(count(batch.first), batch.texts, batch.splits.tolist())
+                if split != DROPPED and row > finished[batch.component][split]
+            ]
+
+        tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
+        for batch, task in _ahead(tasks, workers + 1):
+            for row, split, document in task.result():
+                shards[batch.component][split].add(row, document)
+            bar.update(sum(len(text or b"") for text in batch.texts))
+    for splits in shards:
+        for split in splits:
+            split.flush()
+
+
+def _document(tokenizer: Tokenizer, content: bytes) -> Document:
+    text = content.decode()
+    tokens = np.append(tokenizer.encode_array(text), tokenizer.dtype.type(tokenizer.eot))
+    return Document(tokens, len(content), len(text))
+
+
+T = TypeVar("T")
+
+
+def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """`items`, drawn up to `depth` ahead of their use, so that the workers have something to do."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _meta(
+    corpus: str, tokenizer: Tokenizer, components: Sequence[RawComponent], counts: Survey, journal: Journal
+) -> dict[str, Any]:
+    def split(component: str, name: str) -> dict[str, Any]:
+        shards = [
+            {key: value for key, value in shard.items() if key not in ("component", "split", "row")}
+            for shard in journal.of(component, name)
+        ]
+        totals = {
+            key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes", "chars")
+        }
+        return {**totals, "shards": shards}
+
+    return {
+        "corpus": corpus,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "dtype": tokenizer.dtype.name,
+        "components": {
+            component.name: {
+                "weight": component.weight,
+                "splits": {name: split(component.name, name) for name in SPLITS},
+            }
+            for component in components
+        },
+        "documents": counts.counts,
+    }
+
+
+def _report(meta: dict[str, Any]) -> None:
+    """Say on stderr what was kept and what was not."""
+    n = meta["documents"]
+    print(
+        f"{meta['corpus']}: {n['read']:,} documents read, {n['kept']:,} kept; dropped: {n['duplicates']:,} "
+        f"exact duplicates, {n['empty']:,} empty, {n['invalid_utf8']:,} not UTF-8; {n['nul']:,} have NUL",
+        file=sys.stderr,
+    )
+    for name, component in meta["components"].items():
+        tokens = ", ".join(f"{split} {component['splits'][split]['tokens']:,}" for split in SPLITS)
+        print(f"{name}: {tokens} tokens ({meta['tokenizer']})", file=sys.stderr)
