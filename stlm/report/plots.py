@@ -76,6 +76,8 @@ def _legend(
         detailed |= seeds == 1
         labels.append(f"{text} ({seeds} seeds)" if seeds > 1 else f"{text}{detail}")
         handles.append(drawn[name])
+    if not handles:
+        return
     drawing.legend(
         handles,
         labels,

@@ -1,0 +1,150 @@
+"""The whole report: what is written, that it is the same each time, and all of it or nothing."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import jinja2
+import pandas as pd
+import pytest
+from docutils.core import publish_parts
+
+from stlm.errors import UserError
+from stlm.report.build import report
+
+ONE = {"baseline": ("Baseline", {})}
+TWO = ONE | {"sincos": ("SinCos PE", {"positions": "sinusoidal"})}
+PNG = b"\x89PNG\r\n\x1a\n"
+CAPTIONS = Path(__file__).parents[2] / "workflow" / "report"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def results(study) -> dict[str, bytes]:
+    """Everything in the study's folder but the runs."""
+    return {name: data for name, data in contents(study.folder).items() if not name.startswith("runs/")}
+
+
+def test_writes_every_table_and_plot(make_study):
+    study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
+    report(study)
+    found = set(results(study))
+    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode")
+    plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena")
+    assert found == (
+        {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
+        | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}
+        | {f"plots/data/{name}.csv" for name in plots}
+        | {"tables/groups.csv", "metrics.json"}
+    )
+    for name in plots:
+        assert (study.folder / f"plots/{name}.png").read_bytes().startswith(PNG)
+        text = "".join(ElementTree.parse(study.folder / f"plots/{name}.svg").getroot().itertext())
+        for label in ("Baseline", "SinCos PE", "Learned PE", "Simple FFN", "DropoutFree"):
+            assert label in text, (name, label)
+
+
+def test_same_results_give_the_same_bytes(make_study):
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    report(study)
+    first = results(study)
+    report(study)
+    assert results(study) == first
+
+
+def test_metrics_are_flat_numbers(make_study):
+    study = make_study(TWO)
+    report(study)
+    metrics = json.loads((study.folder / "metrics.json").read_text())
+    assert list(metrics) == ["baseline", "sincos"]
+    for run, own in metrics.items():
+        assert set(own) == {
+            *("parameters", "tokens", "test_bits_per_byte", "test_char_perplexity", "blimp", "hellaswag")
+        }
+        assert own["parameters"] == study.runs[run].parameters.total
+        last = json.loads((study.runs[run].folder / "evaluation.json").read_text())["checkpoints"][
+            "step-000200"
+        ]
+        expected = last["benchmarks"]["blimp"]["modes"]["harness"]["acc"]["value"]
+        assert own["blimp"] == pytest.approx(expected, abs=5e-5)
+
+
+def test_plot_data_are_the_curves_with_the_value_last(make_study):
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    report(study)
+    curve = pd.read_csv(study.runs["sincos"].folder / "curve.csv").dropna(subset="val_char_perplexity")
+    data = pd.read_csv(study.folder / "plots/data/figure1.csv")
+    own = data[data.run == "sincos"]
+    assert own.tokens.tolist() == curve.tokens.tolist()
+    assert own.value.tolist() == pytest.approx(curve.val_char_perplexity.tolist(), abs=1e-5)
+    for file in (study.folder / "plots/data").glob("*.csv"):
+        assert next(csv.reader(file.open()))[-1] == "value"
+    assert len(pd.read_csv(study.folder / "plots/data/accuracy-blimp.csv")) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"variants": ONE},
+        {"variants": ONE, "steps": (20,), "benchmarks": {"synthetic_choice": 20}},
+        {"variants": TWO, "seeds": (0, 1)},
+        {"variants": {f"v{i}": (f"Variant {i}", {}) for i in range(12)}, "benchmarks": {"blimp": 30}},
+        {"variants": {"baseline": ("A label as long as a sentence, and_$odd & <b>", {})}},
+    ],
+    ids=["one run", "one checkpoint", "seeds", "many runs", "long label"],
+)
+def test_studies_of_any_shape(make_study, shape):
+    study = make_study(**shape)
+    report(study)
+    for file in (study.folder / "plots").glob("*.svg"):
+        ElementTree.parse(file)
+    rows = list(csv.DictReader((study.folder / "tables/table2.csv").open()))
+    assert [row["run"] for row in rows if row["kind"] == "run"] == list(study.runs)
+
+
+def test_run_never_validated_still_has_a_report(make_study):
+    study = make_study(ONE, benchmarks={"blimp": 20})
+    path = study.runs["baseline"].folder / "curve.csv"
+    curve = pd.read_csv(path)
+    curve["val_char_perplexity"] = float("nan")
+    curve.to_csv(path, index=False)
+    report(study)
+    assert (study.folder / "plots/figure1.png").read_bytes().startswith(PNG)
+
+
+def test_broken_run_leaves_the_old_report_whole(make_study):
+    study = make_study(TWO, benchmarks={"blimp": 20})
+    report(study)
+    before = results(study)
+    (study.runs["sincos"].folder / "items.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match=r"items\.parquet.*stlm evaluate toy sincos"):
+        report(study)
+    assert results(study) == before
+
+
+def test_plots_of_a_benchmark_no_longer_scored_go(make_study):
+    study = make_study(ONE, benchmarks={"blimp": 20, "hellaswag": 20})
+    report(study)
+    path = study.runs["baseline"].folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for checkpoint in evaluation["checkpoints"].values():
+        del checkpoint["benchmarks"]["hellaswag"]
+    path.write_text(json.dumps(evaluation))
+    report(study)
+    assert not [name for name in results(study) if "hellaswag" in name]
+
+
+def test_every_table_and_plot_has_a_caption(make_study):
+    study = make_study(ONE, benchmarks={"blimp": 20, "hellaswag": 20})
+    report(study)
+    for folder, suffix in (("tables", "html"), ("plots", "svg")):
+        template = jinja2.Template((CAPTIONS / f"{folder}.rst").read_text())
+        for file in (study.folder / folder).glob(f"*.{suffix}"):
+            text = template.render(snakemake=SimpleNamespace(wildcards=SimpleNamespace(name=file.stem)))
+            assert text.strip() != file.stem, f"{file.name} has no caption"
+            assert not re.search("system-message", publish_parts(text, writer="html")["body"])

@@ -1,0 +1,72 @@
+"""One table in four formats: nothing in a cell may be taken for markup."""
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+from stlm.report.table import Cell, Section, Table, csv_text, escape_latex, html_page, latex, markdown
+
+NASTY = r"a|b & 50% of $x_1$ #2 {c} ~d^e\f <g>"
+TABLE = Table(
+    name="t",
+    title="A title & more",
+    header=["", "one\nn = 5", "two"],
+    rows=[Section("First"), [Cell(NASTY), Cell("71.6\n[68.5, 74.7]\n−1.1"), Cell("x", bold=True)]],
+    notes=["A note_1."],
+    records=[{"label": NASTY, "value": 1.5}, {"label": "b", "other": None}],
+)
+
+
+def test_csv_gives_back_what_went_in():
+    rows = list(csv.DictReader(io.StringIO(csv_text(TABLE.records))))
+    assert rows == [
+        {"label": NASTY, "value": "1.5", "other": ""},
+        {"label": "b", "value": "", "other": ""},
+    ]
+
+
+def test_markdown_rows_have_as_many_cells_as_the_header():
+    rows = [line for line in markdown(TABLE).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
+    assert r"71.6<br>\[68.5, 74.7\]<br>−1.1" in rows[-1]
+    assert "**x**" in rows[-1]
+
+
+def test_latex_is_balanced_and_escaped():
+    text = latex(TABLE)
+    body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
+    # Without the escaped ones, only column separators are left of LaTeX's special characters.
+    bare = re.sub(r"\\([&%$#_{}])", "", body)
+    assert len(re.findall("&", bare)) == 2 * 2
+    assert not re.search(r"[%#_~^]", bare)
+    assert bare.count("{") == bare.count("}")
+    assert bare.count("$") % 2 == 0
+    for environment in ("table", "tabular"):
+        assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 1
+
+
+def test_latex_line_break_does_not_swallow_an_interval():
+    assert not re.search(r"\\\\\s*\[", latex(TABLE))
+
+
+def test_latex_has_no_character_that_pdflatex_lacks():
+    assert escape_latex("± − – × ·").isascii()
+
+
+def test_html_shows_the_text_itself():
+    class Reader(HTMLParser):
+        cells: list[str]
+
+        def handle_starttag(self, tag, attributes):
+            if tag == "td":
+                self.cells.append("")
+
+        def handle_data(self, data):
+            if self.cells:
+                self.cells[-1] += data
+
+    reader = Reader()
+    reader.cells = []
+    reader.feed(html_page(TABLE))
+    assert NASTY in reader.cells
