@@ -1,0 +1,163 @@
+"""params/: what a study resolves to, and what a mistake in it is told."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from stlm.documentation import README, params_readme
+from stlm.errors import UserError
+from stlm.listing import runs_table
+from stlm.study import load_study, vocabulary_size
+
+ROWS = ["baseline", "sincos", "learned", "simple-ffn", "dropout-free"]
+
+
+@pytest.mark.parametrize("name", ["smoke", "desk", "paper"])
+def test_the_studies_have_the_papers_rows(name, project):
+    study = load_study(name)
+    rows = {run.variant: run for run in study.runs.values()}
+    assert set(ROWS) <= set(rows)
+    assert [rows[key].paper_row for key in ROWS] == [
+        "Baseline",
+        "SinCos PE",
+        "Learned PE",
+        "Simple FFN",
+        "DropoutFree",
+    ]
+    base = rows["baseline"].model
+    assert (base.positions, base.ffn, base.norm, base.tied) == ("rope", "swiglu", "rmsnorm", True)
+    assert base.dropout == 0.1
+    # As published: the 47M rows have a feed-forward network of 1320 / 1536 of the baseline's width.
+    for key in ("sincos", "learned", "dropout-free"):
+        assert rows[key].model.ffn_width == round(base.ffn_width * 1320 / 1536)
+    # GELU's two matrices of 1.5 times the width are as large as SwiGLU's three.
+    assert rows["simple-ffn"].parameters == rows["baseline"].parameters
+    assert rows["dropout-free"].model.dropout == rows["dropout-free"].model.attention_dropout == 0
+
+
+def test_the_paper_study_is_table_1(project):
+    run = load_study("paper").runs["baseline"]
+    assert run.parameters.total == 49_857_536
+    assert run.training.tokens_per_step(run.model.context) == 245_760
+    assert (run.training.steps, run.training.warmup_steps) == (25000, 5000)
+    assert (run.training.learning_rate, run.training.min_learning_rate) == (6e-4, 6e-5)
+    assert run.model.attention_dropout == 0.1
+
+
+def edit(project, old, new, name="smoke"):
+    path = project / "params" / f"{name}.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("  layers: 4", "  layrs: 4", r"params/smoke.yaml: model.layrs: no such key.*'layers'"),
+        ("  layers: 4", '  layers: "4"', r"params/smoke.yaml: model.layers: .*integer.*found '4'"),
+        ("  layers: 4", "  layers: 4.5", r"params/smoke.yaml: model.layers: .*integer"),
+        ("  layers: 4", "  layers: true", r"params/smoke.yaml: model.layers: .*integer.*found True"),
+        ("  heads: 8", "  heads: 7", r"params/smoke.yaml: .*heads: 7 does not divide width: 128.*8"),
+        ("  kv_heads: 2", "  kv_heads: 3", r"params/smoke.yaml: .*kv_heads: 3 does not divide heads: 8.*"),
+        ("  warmup_steps: 40", "  warmup_steps: 500", r"warmup_steps: 500 is longer than .*steps: 400.*400"),
+        ("corpus: synthetic", "corpus: synthtic", r"params/smoke.yaml: corpus: .*'synthtic'.*'synthetic'"),
+        ("tokenizer: bpe-1024", "tokenizer: bpe1024", r"params/smoke.yaml: tokenizer: 'bpe1024'.*bpe-4096"),
+        ("tokenizer: bpe-1024", "tokenizer: bpe-100", r"tokenizer: 'bpe-100' is too small"),
+        ("  ffn: swiglu", "  ffn: swigul", r"params/smoke.yaml: model.ffn: .*'swiglu'"),
+        ("synthetic_choice]", "synthetic_choise]", r"unknown benchmark.*did you mean 'synthetic_choice'"),
+        ("{ffn: gelu,", "{fnn: gelu,", r"params/smoke.yaml: variants.simple-ffn.model.fnn.*'ffn'"),
+        ("    label: Learned PE", "    lable: Learned PE", r"variants.learned.lable: no such key.*'label'"),
+        ("baseline: baseline", "baseline: bsaeline", r"baseline: 'bsaeline'.*did you mean 'baseline'"),
+        ("steps: 400", "steps: 400\n  steps: 500", r"params/smoke.yaml, line \d+: .*'steps' is given twice"),
+        ("seeds: [0]", "seeds: [0, 0]", r"seeds: a seed is given twice"),
+        ("checkpoints: [100, 200, 300]", "checkpoints: [100, 999]", r"checkpoints: 999 is outside"),
+        ("steps: 400", "steps: {", r"params/smoke.yaml, line \d+: not valid YAML"),
+        ("  modes: [harness, paper]", "  modes: [harnes]", r"evaluation.modes.*'harness'"),
+        ("  dropout: 0.1", "  dropout: 1.0", r"params/smoke.yaml: model.dropout: .*less than 1.*found 1.0"),
+        ("  dropout: 0.1", "  dropout: .nan", r"params/smoke.yaml: model.dropout: "),
+        ("  positions: rope", "  positions: rope\n  vocab_size: 99", r"vocab_size: the tokenizer bpe-1024 has"),
+    ],
+)
+def test_a_mistake_names_file_key_and_nearest_choice(old, new, expected, project):
+    edit(project, old, new)
+    with pytest.raises(UserError) as error:
+        load_study("smoke")
+    assert re.search(expected, str(error.value)), str(error.value)
+
+
+def test_all_mistakes_are_told_at_once(project):
+    edit(project, "  layers: 4", "  layrs: 4")
+    edit(project, "description:", "decsription:")
+    with pytest.raises(UserError) as error:
+        load_study("smoke")
+    assert "'description'" in str(error.value)
+
+
+def test_an_unknown_study_names_the_nearest(project):
+    with pytest.raises(UserError, match=r"params/smok.yaml: no such study.*'smoke'"):
+        load_study("smok")
+
+
+def test_a_catalogue_is_no_study(project):
+    with pytest.raises(UserError, match="no such study"):
+        load_study("corpora")
+
+
+def test_overrides_reach_every_run_and_own_keys_of_variants_stay(project):
+    study = load_study("smoke", ["training.steps=50", "training.warmup_steps=5", "training.checkpoints=[]"])
+    assert {run.training.steps for run in study.runs.values()} == {50}
+    study = load_study("smoke", ["model.ffn_width=100", "variants.sincos.model.layers=1"])
+    assert study.runs["baseline"].model.ffn_width == 100
+    assert study.runs["sincos"].model.ffn_width == 330
+    assert study.runs["sincos"].model.layers == 1
+    assert study.runs["learned"].model.layers == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.stps=50", r"training.stps: no such key.*'steps'"),
+        ("training.steps", r"--set training.steps: expected key.path=value"),
+        ("training.steps.more=3", r"training.steps is a value"),
+        ("training.steps=fifty", r"training.steps: .*found 'fifty'"),
+    ],
+)
+def test_a_mistaken_override_is_told(override, expected, project):
+    with pytest.raises(UserError, match=expected):
+        load_study("smoke", [override])
+
+
+def test_seeds_make_a_run_each(project):
+    edit(project, "seeds: [0]", "seeds: [0, 7]")
+    study = load_study("smoke")
+    assert len(study.runs) == 10
+    assert study.baseline == "baseline-s0"
+    assert study.runs["learned-s7"].seed == 7
+
+
+def test_a_mix_must_name_corpora_that_are_there(project):
+    path = project / "params" / "corpora.yaml"
+    text = path.read_text() + "\nown_mix:\n  description: d\n  licence: l\n  mix: {synthetic: 1.0, nope: 2.0}\n"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"params/corpora.yaml: own_mix.mix.nope: no such corpus"):
+        load_study("smoke")
+
+
+def test_vocabulary_sizes():
+    assert [vocabulary_size(name) for name in ("gpt2", "bytes", "bpe-4096")] == [50257, 257, 4096]
+
+
+def test_the_listing_counts_without_training(project):
+    text = runs_table(load_study("paper"))
+    assert "49,857,536" in text
+    assert "6.14G" in text
+    # 6 N D, with N the matrices: 6 * 49.8M * 6.14G = 1.84e18, and attention.
+    assert "1.91e+18" in text
+
+
+def test_the_parameters_page_is_the_schemas(root):
+    page = (root / README).read_text(encoding="utf-8")
+    assert page == params_readme(), "params/README.md is out of date: run `stlm document`"
