@@ -1,0 +1,66 @@
+"""The command line as a user meets it: a process, its output, its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def stlm(*arguments, cwd, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "stlm", *arguments], cwd=cwd, capture_output=True, text=True, env=env
+    )
+
+
+def test_help_and_listing_import_nothing_heavy(project):
+    code = (
+        "import sys; from stlm.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'datasets', 'pandas', 'matplotlib', 'pyarrow', 'dvc', 'snakemake'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments in (["--help"], ["study", "paper"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=project, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_study_lists_runs(project):
+    done = stlm("study", "desk", cwd=project)
+    assert done.returncode == 0, done.stderr
+    for text in ("SinCos PE", "gutenberg_children", "FLOPs", "baseline: baseline"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["study", "dsk"], "params/dsk.yaml: no such study (did you mean 'desk'?)"),
+        (["train", "smoke", "basline"], "no run 'basline' (did you mean 'baseline'?)"),
+        (["train", "smoke", "baseline", "--set", "model.hedas=2"], "model.hedas: no such key"),
+        (["fetch", "blmip"], "did you mean 'blimp'?"),
+        (["fetch", "blimp", "--mirror", "nowhere"], "--mirror: nowhere is no folder"),
+        (["tokenize", "synthetc", "bytes"], "did you mean 'synthetic'?"),
+        (["tokenize", "synthetic", "bpe-x"], "'bpe-x'"),
+        (["train", "smoke", "baseline"], "data/tokens/synthetic"),
+        (["evaluate", "smoke", "baseline"], "results/smoke/runs/baseline"),
+        (["report", "smoke"], "results/smoke/runs/baseline"),
+        (["frobnicate"], "invalid choice"),
+    ],
+)
+def test_a_mistake_is_told_without_traceback_and_exits_2(arguments, expected, project):
+    done = stlm(*arguments, cwd=project)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outside_a_project_the_error_says_where_to_be(tmp_path):
+    done = stlm("fetch", "blimp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run from the project's top folder" in done.stderr
