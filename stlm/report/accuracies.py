@@ -300,7 +300,7 @@ class _Table2:
             notes.append("All items of every benchmark are scored (no limit).")
         if truncated:
             notes.append(
-                "Options longer than the context, cut from the left (most of any run): "
+                "Items with an option longer than the context, cut from the left (most of any run): "
                 f"{'; '.join(truncated)}."
             )
         return notes

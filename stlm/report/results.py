@@ -128,7 +128,7 @@ class RunResult:
             raise _broken(self.items_path, "is missing", self.evaluate_command) from None
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise _broken(self.items_path, f"cannot be read ({error})", self.evaluate_command) from error
-        if table.num_rows == 0:
+        if table.num_rows == 0 and self.last.benchmarks:
             raise _broken(self.items_path, f"has no rows of {checkpoint}", self.evaluate_command)
         return score_items(table.to_pandas())
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.model.config import ModelConfig
 from stlm.study import Run, Study
 from stlm.training.config import TrainingConfig
@@ -136,7 +139,9 @@ def write_run(
         }
     record = {"study": run.study, "run": run.name, "limit_seed": 0, "checkpoints": evaluated}
     (folder / "evaluation.json").write_text(json.dumps(record))
-    pd.concat(frames).to_parquet(folder / "items.parquet", index=False)
+    items = pd.concat(frames) if frames else pd.DataFrame(columns=ITEMS_SCHEMA.names)
+    columns = [pa.array(items[field.name], field.type) for field in ITEMS_SCHEMA]
+    pq.write_table(pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA), folder / "items.parquet")
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         skills: dict[str, float] | None = None,
     ) -> Study:
         variants = variants or VARIANTS
-        benchmarks = benchmarks or {"blimp": 200, "hellaswag": 100}
+        benchmarks = {"blimp": 200, "hellaswag": 100} if benchmarks is None else benchmarks
         base = ModelConfig(layers=2, width=48, heads=4, kv_heads=2, ffn_width=64, context=64, dropout=0.1)
         training = TrainingConfig(steps=steps[-1], batch_size=8, accumulation=2, warmup_steps=10)
         runs = {}

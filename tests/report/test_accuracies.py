@@ -90,7 +90,7 @@ def test_all_items_is_stated(make_study):
     assert "no limit" in notes
 
 
-def test_truncated_options_are_counted_in_the_notes(make_study):
+def test_truncated_items_are_counted_in_the_notes(make_study):
     study = make_study(TWO)
     path = study.runs["sincos"].folder / "evaluation.json"
     evaluation = json.loads(path.read_text())

@@ -93,10 +93,11 @@ def test_plot_data_are_the_curves_with_the_value_last(make_study):
         {"variants": ONE},
         {"variants": ONE, "steps": (20,), "benchmarks": {"synthetic_choice": 20}},
         {"variants": TWO, "seeds": (0, 1)},
+        {"variants": TWO, "benchmarks": {}},
         {"variants": {f"v{i}": (f"Variant {i}", {}) for i in range(12)}, "benchmarks": {"blimp": 30}},
         {"variants": {"baseline": ("A label as long as a sentence, and_$odd & <b>", {})}},
     ],
-    ids=["one run", "one checkpoint", "seeds", "many runs", "long label"],
+    ids=["one run", "one checkpoint", "seeds", "no benchmark", "many runs", "long label"],
 )
 def test_studies_of_any_shape(make_study, shape):
     study = make_study(**shape)

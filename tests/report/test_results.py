@@ -126,6 +126,6 @@ def test_items_of_another_evaluation_are_refused(make_study):
     study = make_study(TWO)
     result = read_results(study)["baseline"]
     items = pd.read_parquet(result.items_path)
-    items[items.checkpoint != "step-000200"].to_parquet(result.items_path)
+    items[items.checkpoint != "step-000200"].to_parquet(result.items_path, index=False)
     with pytest.raises(UserError, match="no rows of step-000200"):
         result.outcomes()
