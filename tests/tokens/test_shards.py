@@ -1,0 +1,124 @@
+"""Shards: what was written is read, without a copy, and damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from raw_samples import stories, write_raw
+
+from stlm.errors import UserError
+from stlm.files import read_json
+from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.tokenize import tokenize_corpus
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A corpus of 600 documents in bytes, in shards of at most 8 kB."""
+    folder = tmp_path / "tokens" / "tales" / "bytes"
+    raw = write_raw(tmp_path / "raw" / "tales", stories(600))
+    tokenize_corpus(raw, folder, "bytes", tmp_path, shard_bytes=8000, progress=False)
+    return folder
+
+
+def test_documents_in_order(tokens: Path) -> None:
+    tokenizer = load_tokenizer(tokens / "tokenizer")
+    texts = {}
+    for split in ("train", "val", "test"):
+        (component,) = read_split(tokens, split)
+        assert (component.name, component.weight) == ("tales", 1.0)
+        here = []
+        for document in component:
+            assert document.tokens.dtype == np.uint16
+            assert document.tokens[-1] == tokenizer.eot and tokenizer.eot not in document.tokens[:-1]
+            text = tokenizer.decode(document.tokens)
+            assert (len(text.encode()), len(text)) == (document.n_bytes, document.n_chars)
+            here.append(text)
+        assert len(component) == len(here) > 0
+        assert component.n_tokens == sum(len(text.encode()) + 1 for text in here)
+        texts[split] = here
+    everything = stories(600)
+    places = {text: place for place, text in enumerate(everything)}
+    for here in texts.values():
+        assert [places[text] for text in here] == sorted(places[text] for text in here)
+    assert sorted(text for here in texts.values() for text in here) == sorted(everything)
+
+
+def test_the_stream_across_shards(tokens: Path) -> None:
+    (component,) = read_split(tokens, "train")
+    assert len(component.shards) > 20
+    flat = np.concatenate([shard.values for shard in component.shards])
+    draw = np.random.default_rng(0)
+    for length in (1, 100, 20_000):
+        for start in draw.integers(0, len(flat) - length, 30):
+            out = np.empty(length, np.int64)
+            component.read(int(start), out)
+            np.testing.assert_array_equal(out, flat[start : start + length])
+
+
+def test_nothing_is_copied(tokens: Path) -> None:
+    """Every view lies in a mapping of its shard's file."""
+    (component,) = read_split(tokens, "train")
+    mapped = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name.endswith(".arrow"):
+            start, end = (int(address, 16) for address in span.split("-"))
+            mapped[Path(name).name] = range(start, end)
+    for number, shard in enumerate(component.shards):
+        addresses = mapped[f"train-tales-{number:05d}.arrow"]
+        for view in shard:
+            assert view.ctypes.data in addresses and view.ctypes.data + view.nbytes - 1 in addresses
+            assert not view.flags.writeable
+
+
+def test_the_library_datasets_opens_a_shard(tokens: Path) -> None:
+    loaded = datasets.Dataset.from_file(str(tokens / "train-tales-00000.arrow"))
+    (component,) = read_split(tokens, "train")
+    for row, document in zip(loaded, component, strict=False):
+        assert row["tokens"] == document.tokens.tolist()
+        assert (row["n_bytes"], row["n_chars"]) == (document.n_bytes, document.n_chars)
+    assert loaded.features["tokens"].feature.dtype == "uint16"
+    entry = read_json(tokens / "meta.json")["components"]["tales"]["splits"]["train"]["shards"][0]
+    assert len(loaded) == entry["documents"]
+
+
+def test_damaged_shards(tokens: Path) -> None:
+    path = tokens / "val-tales-00000.arrow"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"val-tales-00000\.arrow: truncated shard"):
+        read_split(tokens, "val")
+    path.write_bytes(whole + b"x")
+    with pytest.raises(UserError, match=r"val-tales-00000\.arrow: changed shard"):
+        read_split(tokens, "val")
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(UserError, match=r"val-tales-00000\.arrow: corrupt shard"):
+        read_split(tokens, "val")
+    path.unlink()
+    with pytest.raises(UserError, match=r"val-tales-00000\.arrow: no such shard"):
+        read_split(tokens, "val")
+    assert read_split(tokens, "train")
+
+
+def test_damaged_description(tokens: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        read_split(tokens, "trian")
+    meta = tokens / "meta.json"
+    whole = meta.read_text()
+    meta.write_text(whole[:50])
+    with pytest.raises(UserError, match=r"meta\.json: not valid JSON"):
+        read_split(tokens, "train")
+    meta.write_text('{"dtype": "uint16"}')
+    with pytest.raises(UserError, match=r"meta\.json: not the description of token shards"):
+        read_split(tokens, "train")
+    meta.write_text(whole.replace('"uint16"', '"uint32"'))
+    with pytest.raises(UserError, match="do not belong together"):
+        read_split(tokens, "train")
+    meta.unlink()
+    with pytest.raises(UserError, match=r"meta\.json: no such file"):
+        read_split(tokens, "train")

@@ -1,0 +1,169 @@
+"""Tokenizers: every text comes back, ids are those of the reference libraries, damage is named."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from raw_samples import stories
+
+from stlm.errors import UserError
+from stlm.tokens.bpe import train_bpe
+from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
+
+EDGES = [
+    "",
+    " ",
+    "\0a\0\0",
+    "<|endoftext|> is text <|endoftext|>",
+    "don't  stop\t\n\n  it's 2024 ",
+    "naïve café 水 🙂\u200d👩 \U0010ffff",
+    " " * 5000 + "x" + "\n" * 3000,
+    "\xa0\u3000\x85\x1c\u2028",
+]
+
+
+def random_texts(n: int) -> list[str]:
+    """Texts of random bytes where they are UTF-8, of random code points, and of random pieces of both."""
+    draw = random.Random(7)
+    texts = []
+    for _ in range(n):
+        bytes_ = draw.randbytes(draw.randrange(40)).decode(errors="replace")
+        points = "".join(
+            chr(p) for p in draw.choices(range(0x110000), k=draw.randrange(30)) if not 0xD800 <= p < 0xE000
+        )
+        ascii_ = "".join(draw.choices("ab '1\n\t.", k=draw.randrange(60)))
+        texts.append("".join(draw.sample([bytes_, points, ascii_], 3)))
+    return texts
+
+
+@pytest.fixture
+def gpt2_folder(mirror: Path) -> Path:
+    return mirror / "tokenizers" / "gpt2"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe("bpe-400", stories(200))
+
+
+@pytest.fixture(params=["bytes", "bpe-400", "gpt2"])
+def tokenizer(request: pytest.FixtureRequest, bpe: Tokenizer) -> Tokenizer:
+    if request.param == "gpt2":
+        return gpt2_tokenizer(request.getfixturevalue("gpt2_folder"))
+    return bpe if request.param == "bpe-400" else ByteTokenizer()
+
+
+def test_every_text_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.name, loaded.vocab_size, loaded.eot) == (
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.eot,
+    )
+    texts = EDGES + random_texts(300)
+    for text, ids in zip(texts, loaded.encode_batch(texts), strict=True):
+        assert loaded.decode(ids) == text
+        assert ids == tokenizer.encode(text)
+        assert loaded.eot not in ids
+        assert all(0 <= token < loaded.vocab_size for token in ids)
+
+
+def test_every_byte_has_a_token(tokenizer: Tokenizer) -> None:
+    """Also in pieces of characters that are no text on their own."""
+    ids = tokenizer.encode("".join(map(chr, range(0x800))) + "\U0010ffff\U000e0041水")
+    assert tokenizer.vocab_size >= 257 and tokenizer.eot == tokenizer.vocab_size - 1
+    assert tokenizer.decode([*ids[:5], tokenizer.eot, *ids[5:]]) == tokenizer.decode(ids)
+
+
+def test_gpt2_is_the_published_one(gpt2_folder: Path) -> None:
+    tokenizer = gpt2_tokenizer(gpt2_folder)
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.dtype) == (50_257, 50_256, np.uint16)
+    # As in the documentation of OpenAI's and Hugging Face's implementations.
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("hello <|endoftext|>")[:2] == [31373, 1279]
+    reference = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(str(gpt2_folder / "encoder.json"), str(gpt2_folder / "vocab.bpe"))
+    )
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in EDGES + random_texts(300) + stories(20):
+        assert tokenizer.encode(text) == reference.encode(text).ids
+
+
+def test_a_trained_vocabulary_encodes_as_the_library_that_trained_it(bpe: Tokenizer, tmp_path: Path) -> None:
+    assert bpe.vocab_size == 400
+    bpe.save(tmp_path)
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert reference.get_vocab_size() == 400 and reference.token_to_id("<|endoftext|>") == bpe.eot
+    texts = stories(100, seed=3) + random_texts(300) + [text for text in EDGES if "<|" not in text]
+    for text in texts:
+        assert bpe.encode(text) == reference.encode(text).ids
+    assert len(bpe.encode(texts[0])) < len(texts[0].encode()) / 2
+
+
+def test_training_is_deterministic(bpe: Tokenizer) -> None:
+    again = train_bpe("bpe-400", iter(stories(200)))
+    assert again.files == bpe.files
+
+
+def test_a_very_long_run_of_white_space(bpe: Tokenizer) -> None:
+    """The regular expression runs out of stack on it; the pieces are the same as for a shorter run."""
+    for space in (" ", "\n", "\u3000"):
+        for text in (space * 1_200_000, "a" + space * 1_200_000 + "b"):
+            assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gtp2", "did you mean 'gpt2'"), ("bpe-", "bpe-N"), ("bpe-100", "at least 258")],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_bpe(name, ["a"])
+
+
+def test_a_corpus_too_small_for_the_vocabulary() -> None:
+    with pytest.raises(UserError, match=r"bpe-5000.*choose bpe-\d+ or smaller"):
+        train_bpe("bpe-5000", stories(3))
+
+
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"lone surrogate \('\\ud800' at character 1\)"):
+        tokenizer.encode("a\ud800")
+
+
+def test_damaged_vocabulary_files(tmp_path: Path, bpe: Tokenizer) -> None:
+    (tmp_path / "gpt2").mkdir()
+    with pytest.raises(UserError, match=r"encoder\.json: no such vocabulary file; run `stlm fetch gpt2`"):
+        gpt2_tokenizer(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match=r"encoder\.json: corrupt vocabulary file"):
+        gpt2_tokenizer(tmp_path / "gpt2")
+
+    bpe.save(tmp_path / "bpe")
+    path = tmp_path / "bpe" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"tokenizer\.json: corrupt vocabulary file"):
+        load_tokenizer(tmp_path / "bpe")
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such vocabulary file"):
+        load_tokenizer(tmp_path / "bpe")
+    (tmp_path / "bpe" / "tokenizer-name.json").write_text(json.dumps({"size": 3}))
+    with pytest.raises(UserError, match="not a tokenizer's description"):
+        load_tokenizer(tmp_path / "bpe")
+
+
+def test_a_damaged_copy_of_gpt2(tmp_path: Path, gpt2_folder: Path) -> None:
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copyfile(gpt2_folder / name, tmp_path / name)
+    with (tmp_path / "vocab.bpe").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"zz")
+    with pytest.raises(UserError, match=r"vocab\.bpe: corrupt vocabulary file"):
+        gpt2_tokenizer(tmp_path)
