@@ -1,0 +1,2 @@
+# Snakemake looks here first; the workflow is in workflow/.
+include: "workflow/Snakefile"

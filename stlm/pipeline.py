@@ -1,0 +1,252 @@
+"""What the two workflow engines share: which data a stage reads, DVC's stages, and keeping both in step.
+
+Snakemake's rules are in workflow/rules/; DVC's stages are written to ``dvc.yaml`` by ``stlm use``, because
+DVC's own templates can hold no list of dependencies, and a stage reads as many benchmarks or runs as the
+study names. Both run the same commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stlm.errors import UserError
+from stlm.files import write_text
+from stlm.study import (
+    Run,
+    Study,
+    load_benchmarks,
+    load_corpora,
+    load_study,
+    load_vocabularies,
+    read_yaml,
+)
+
+DVC_FILE = Path("dvc.yaml")
+_HEADER = """\
+# The stages of the study `{study}` for DVC, the same as Snakemake's. Written by `stlm use {study}` from
+# params/{study}.yaml: do not edit, run it again when runs, corpora or benchmarks come or go.
+"""
+
+
+def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[str]:
+    """The folders that ``stlm tokenize`` reads: the corpus and, where it is published, the vocabulary."""
+    published = [tokenizer] if tokenizer in load_vocabularies(root) else []
+    return [f"data/raw/{name}" for name in (corpus, *published)]
+
+
+def evaluate_inputs(study: Study, run: Run) -> list[str]:
+    """The folders that ``stlm evaluate`` reads: weights, test text and benchmarks."""
+    benchmarks = [f"data/raw/{name}" for name in study.benchmarks]
+    return [f"{run.folder}/checkpoints", str(run.tokens_folder), *benchmarks]
+
+
+def report_inputs(study: Study) -> list[str]:
+    """The files that ``stlm report`` reads: the small results of every run, and each item's scores."""
+    names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
+    return [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
+
+
+def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
+    """What params/ says of the data ``name``: file stem -> key -> entry, a mix with its components."""
+    catalogues = {
+        "corpora": load_corpora(root),
+        "benchmarks": load_benchmarks(root),
+        "vocabularies": load_vocabularies(root),
+    }
+    for stem, catalogue in catalogues.items():
+        if name in catalogue:
+            names = [name, *(getattr(catalogue[name], "mix", None) or {})]
+            return {stem: {key: catalogue[key].model_dump(mode="json") for key in names}}
+    raise UserError(f"{name!r} is in none of params/{{{','.join(catalogues)}}}.yaml")
+
+
+def _study_params(study: Study, root: Path, *keys: str) -> dict[str, list[str]]:
+    """The keys of the study's file that a stage depends on; a section left out is no parameter to DVC."""
+    file = f"params/{study.name}.yaml"
+    present = read_yaml(root / file)
+    return {file: [key for key in keys if key.split(".")[0] in present]}
+
+
+def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
+    """The study's stages in the form of ``dvc.yaml``. Shared data has one stage for all studies."""
+    runs = study.runs.values()
+    tokens = list(dict.fromkeys((run.corpus, run.tokenizer) for run in runs))
+    vocabularies = [name for name in load_vocabularies(root) if name in {run.tokenizer for run in runs}]
+    stages: dict[str, dict[str, Any]] = {}
+    for name in (*study.corpora, *vocabularies, *study.benchmarks):
+        entries = source_entries(name, root)
+        stages[f"fetch-{name}"] = {
+            "cmd": f"stlm fetch {name}",
+            "params": [{f"params/{stem}.yaml": list(keys)} for stem, keys in entries.items()],
+            "outs": [f"data/raw/{name}"],
+        }
+    for corpus, tokenizer in tokens:
+        stages[f"tokenize-{corpus}-{tokenizer}"] = {
+            "cmd": f"stlm tokenize {corpus} {tokenizer}",
+            "deps": tokenize_inputs(corpus, tokenizer, root),
+            "outs": [f"data/tokens/{corpus}/{tokenizer}"],
+        }
+    for run in runs:
+        stages |= _run_stages(study, run, root)
+    stages[f"report-{study.name}"] = {
+        "cmd": f"stlm report {study.name}",
+        "deps": report_inputs(study),
+        # The whole file: any change in it is seen by this stage at least, whose command then finds out
+        # whether dvc.yaml still lists the right runs.
+        "params": [{f"params/{study.name}.yaml": None}],
+        "outs": [_in_git(f"{study.folder}/tables"), _in_git(f"{study.folder}/plots")],
+        "metrics": [_in_git(f"{study.folder}/metrics.json")],
+    }
+    return stages
+
+
+def dvc_plots(study: Study) -> list[Any]:
+    """What `dvc plots` shows: two curves of training, a line a run, and Figure 1."""
+    curves = {"validation bits per byte": "val/bits_per_byte", "training loss": "train_loss"}
+    return [
+        {
+            title: {
+                "x": "step",
+                "y": {
+                    f"{run.folder}/dvclive/plots/metrics/{curve}.tsv": Path(curve).name
+                    for run in study.runs.values()
+                },
+                "x_label": "step",
+                "y_label": title,
+            }
+        }
+        for title, curve in curves.items()
+    ] + [f"{study.folder}/plots/figure1.svg"]
+
+
+def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]:
+    """Training and evaluation of one run."""
+    variant = f"variants.{run.variant}"
+    # Where there are several seeds, the run's name has its own: another one more is nothing to it.
+    seeds = ["seeds"] if run.name == run.variant else []
+    return {
+        f"train-{study.name}-{run.name}": {
+            "cmd": f"stlm train {study.name} {run.name}",
+            "deps": [str(run.tokens_folder)],
+            "params": [_study_params(study, root, "model", "training", *seeds, variant)],
+            "outs": [
+                f"{run.folder}/checkpoints",
+                _in_git(f"{run.folder}/dvclive"),
+                _in_git(f"{run.folder}/curve.csv"),
+                _in_git(f"{run.folder}/train.json"),
+            ],
+        },
+        f"evaluate-{study.name}-{run.name}": {
+            "cmd": f"stlm evaluate {study.name} {run.name}",
+            "deps": evaluate_inputs(study, run),
+            "params": [_study_params(study, root, "evaluation", variant)],
+            "outs": [f"{run.folder}/items.parquet", _in_git(f"{run.folder}/evaluation.json")],
+        },
+    }
+
+
+def _in_git(path: str) -> dict[str, dict[str, bool]]:
+    """A small output, which git keeps, so that DVC can compare commits."""
+    return {path: {"cache": False}}
+
+
+def _dvc_content(study: Study, root: Path) -> dict[str, Any]:
+    return {"vars": [{"study": study.name}], "stages": dvc_stages(study, root), "plots": dvc_plots(study)}
+
+
+def active_study(root: Path = Path()) -> str | None:
+    """The study whose stages ``dvc.yaml`` holds; None where there is no such file."""
+    path = root / DVC_FILE
+    if not path.exists():
+        return None
+    try:
+        return str(read_yaml(path)["vars"][0]["study"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{path}: not as `stlm use` writes it; run `stlm use STUDY`") from None
+
+
+def use(name: str, root: Path = Path()) -> bool:
+    """Make ``name`` the active study: write its stages to ``dvc.yaml``. Returns whether the file changed."""
+    study = load_study(name, root=root)
+    body = yaml.safe_dump(_dvc_content(study, root), sort_keys=False, width=110, allow_unicode=True)
+    text = _HEADER.format(study=name) + body
+    path = root / DVC_FILE
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_text(path, text)
+    return True
+
+
+def check_active(study: Study, root: Path = Path()) -> None:
+    """Refuse to work on the active study when ``dvc.yaml`` lists other stages than params/ asks for.
+
+    Otherwise a run added to params/ would silently be missing from ``dvc repro``. Overridden parameters
+    are described by no file and are not compared.
+    """
+    if study.overrides or active_study(root) != study.name:
+        return
+    if read_yaml(root / DVC_FILE) != _dvc_content(study, root):
+        raise UserError(
+            f"dvc.yaml does not list the stages that params/{study.name}.yaml asks for: "
+            f"run `stlm use {study.name}`, then this again"
+        )
+
+
+def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+    """Run an engine of this Python's environment, its output captured."""
+    # The engines start `stlm` by name: let them find the one that belongs to this Python.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=root,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def record_in_dvc(root: Path = Path()) -> str:
+    """Tell DVC that the outputs in place belong to the inputs in place, after Snakemake made them all.
+
+    Returns what was done, for people. Never an error: the results are there, whatever DVC says.
+    """
+    if not (root / ".dvc").is_dir() or not (root / ".git").exists():
+        return "DVC: nothing recorded, this folder is not a clone of a git repository with DVC"
+    done = _engine("dvc", "commit", "--force", "--quiet", root=root)
+    if done.returncode:
+        return f"DVC: nothing recorded, `dvc commit --force` failed:\n{done.stderr.strip()}"
+    return "DVC: results recorded in dvc.lock; `dvc status` is clean"
+
+
+def sync(root: Path = Path()) -> str:
+    """Bring Snakemake's records in line with results that DVC made or pulled; returns the study's name.
+
+    Snakemake is told to take every output as made by today's parameters, so this is refused where
+    ``dvc status`` finds that one is not.
+    """
+    name = active_study(root)
+    if name is None:
+        raise UserError("there is no dvc.yaml: run `stlm use STUDY`")
+    check_active(load_study(name, root=root), root)
+    status = _engine("dvc", "status", "--json", root=root)
+    if status.returncode:
+        raise UserError(f"`dvc status` failed:\n{status.stderr.strip()}")
+    changed = json.loads(status.stdout)
+    if changed:
+        raise UserError(
+            f"`dvc status` is not clean: {', '.join(changed)}. Bring the results in line first, with "
+            "`dvc repro` (make them) or `dvc pull` (get them)."
+        )
+    # Forced, so that every job gets a record, those too that no time stamp gives away.
+    command = ("--touch", "--forceall", "--cores", "1", "--no-hooks", "all", "--config", f"study={name}")
+    touched = _engine("snakemake", *command, root=root)
+    if touched.returncode:
+        raise UserError(f"`snakemake --touch all` failed:\n{touched.stderr.strip()}")
+    return name

@@ -1,0 +1,129 @@
+"""The study that config names, and what the rules ask of it. No rule here, no function elsewhere."""
+
+import fcntl
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import RerunTrigger
+from stlm import pipeline
+from stlm.errors import UserError
+from stlm.study import load_study
+
+# Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
+CHOICES = {"study", "mirror", "set"}
+
+
+def flatten(value: object, path: str) -> Iterator[str]:
+    """A nested override as `key.path=value` texts: {"training": {"steps": 50}} -> training.steps=50."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from flatten(below, f"{path}.{key}")
+    else:
+        yield f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def overrides() -> list[str]:
+    """The overrides of --config, from `set='a.b=1 c=2'` and from keys like `training='{steps: 50}'`."""
+    listed = config.get("set", [])
+    given = shlex.split(listed) if isinstance(listed, str) else list(listed)
+    for key in sorted(config.keys() - CHOICES):
+        given += flatten(config[key], key)
+    return given
+
+
+def load():
+    """The study to run: the one named by --config study=NAME, else the active one, else smoke."""
+    try:
+        name = config.get("study") or pipeline.active_study() or "smoke"
+        return load_study(name, overrides())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def canonical(content: object) -> str:
+    """The same text for the same content: Snakemake runs a job again when the text changes."""
+    return json.dumps(content, sort_keys=True)
+
+
+def source_params(wildcards) -> str:
+    return canonical(pipeline.source_entries(wildcards.name))
+
+
+def run_params(wildcards) -> str:
+    return canonical(STUDY.run(wildcards.run).model_dump(mode="json"))
+
+
+def evaluation_params(wildcards) -> str:
+    return canonical(STUDY.evaluation.model_dump(mode="json"))
+
+
+def study_params(wildcards) -> str:
+    return canonical(STUDY.model_dump(mode="json"))
+
+
+def tokenize_inputs(wildcards) -> list[str]:
+    return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
+
+
+def train_inputs(wildcards) -> str:
+    return str(STUDY.run(wildcards.run).tokens_folder)
+
+
+def evaluate_inputs(wildcards) -> list[str]:
+    return pipeline.evaluate_inputs(STUDY, STUDY.run(wildcards.run))
+
+
+def report_inputs(wildcards) -> list[str]:
+    return pipeline.report_inputs(STUDY)
+
+
+def begin() -> None:
+    """Before the first job: let no second Snakemake in, and show DVC the same study.
+
+    The lock goes with the process, however it ends; Snakemake's own outlives a kill and is switched off in
+    the profile, so that an interrupted study goes on with the same command.
+    """
+    global LOCK
+    LOCK = Path(".snakemake/stlm.lock").open("w")
+    try:
+        fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkflowError("another Snakemake is at work in this folder; wait for it, or stop it") from None
+    if not STUDY.overrides and pipeline.use(STUDY.name):
+        print(f"dvc.yaml: now lists the stages of the study {STUDY.name}", file=sys.stderr)
+
+
+def finish() -> None:
+    """After the last job: record the results in DVC, where they are what params/ describes, all of it."""
+    asked = workflow.dag_settings
+    if STUDY.overrides:
+        note = "DVC: nothing recorded, params/ does not describe results made with overrides"
+    elif workflow.touch or not set(asked.targets) <= {"all"} or asked.until or asked.omit_from or asked.batch:
+        note = "DVC: nothing recorded, only part of the study was asked for; run `snakemake all`"
+    elif asked.rerun_triggers != RerunTrigger.all():
+        note = "DVC: nothing recorded, not all of --rerun-triggers were in force"
+    else:
+        note = pipeline.record_in_dvc()
+    print(note, file=sys.stderr)
+
+
+STUDY = load()
+# Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
+MACHINE = os.cpu_count() or 1
+SET = "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
+
+# Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
+os.environ.update(
+    PATH=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+)
+# Progress reaches the terminal and the log as it is printed, although both are behind a pipe.
+os.environ.update(PYTHONUNBUFFERED="1")
+if config.get("mirror"):
+    # Not an argument: where the bytes came from is no part of the command, which is DVC's too.
+    os.environ.update(STLM_MIRROR=str(config["mirror"]))

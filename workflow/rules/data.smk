@@ -1,0 +1,25 @@
+rule fetch:
+    output:
+        directory("data/raw/{name}"),
+    log:
+        "logs/fetch/{name}.log",
+    conda:
+        "../envs/stlm.yaml"
+    params:
+        source=source_params,
+    shell:
+        "stlm fetch {wildcards.name} 2>&1 | tee {log}"
+
+
+rule tokenize:
+    input:
+        tokenize_inputs,
+    output:
+        directory("data/tokens/{corpus}/{tokenizer}"),
+    log:
+        "logs/tokenize/{corpus}-{tokenizer}.log",
+    conda:
+        "../envs/stlm.yaml"
+    threads: MACHINE
+    shell:
+        "stlm tokenize {wildcards.corpus} {wildcards.tokenizer} 2>&1 | tee {log}"

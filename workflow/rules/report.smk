@@ -1,0 +1,28 @@
+rule report:
+    input:
+        report_inputs,
+    output:
+        tables=report(
+            directory("results/{study}/tables"),
+            patterns=["{name}.html"],
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"table": "{name}"},
+        ),
+        plots=report(
+            directory("results/{study}/plots"),
+            patterns=["{name}.svg"],
+            caption="../report/plots.rst",
+            category="Figures",
+            labels={"figure": "{name}"},
+        ),
+        metrics="results/{study}/metrics.json",
+    log:
+        "logs/{study}/report.log",
+    conda:
+        "../envs/stlm.yaml"
+    params:
+        study=study_params,
+        set=SET,
+    shell:
+        "stlm report {wildcards.study}{params.set} 2>&1 | tee {log}"

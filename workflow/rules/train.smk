@@ -1,0 +1,20 @@
+rule train:
+    input:
+        train_inputs,
+    output:
+        checkpoints=directory("results/{study}/runs/{run}/checkpoints"),
+        live=directory("results/{study}/runs/{run}/dvclive"),
+        curve="results/{study}/runs/{run}/curve.csv",
+        record="results/{study}/runs/{run}/train.json",
+    log:
+        "logs/{study}/train/{run}.log",
+    conda:
+        "../envs/stlm.yaml"
+    threads: MACHINE
+    resources:
+        gpu=1,
+    params:
+        run=run_params,
+        set=SET,
+    shell:
+        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
