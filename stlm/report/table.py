@@ -121,11 +121,12 @@ def latex(table: Table) -> str:
         else:
             body.append(" & ".join(cell(c.text, c.bold) for c in row) + r" \\")
     notes = r" \\ ".join(escape_latex(note) for note in table.notes)
+    caption = re.sub(r"^Table \d+[^.]*\. ", "", table.title)  # LaTeX numbers its tables itself
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(table.title)}}}",
+        rf"\caption{{{escape_latex(caption)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",

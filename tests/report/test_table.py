@@ -10,7 +10,7 @@ from stlm.report.table import Cell, Section, Table, csv_text, escape_latex, html
 NASTY = r"a|b & 50% of $x_1$ #2 {c} ~d^e\f <g>"
 TABLE = Table(
     name="t",
-    title="A title & more",
+    title="Table 2, by x. A title & more",
     header=["", "one\nn = 5", "two"],
     rows=[Section("First"), [Cell(NASTY), Cell("71.6\n[68.5, 74.7]\n−1.1"), Cell("x", bold=True)]],
     notes=["A note_1."],
@@ -44,6 +44,10 @@ def test_latex_is_balanced_and_escaped():
     assert bare.count("$") % 2 == 0
     for environment in ("table", "tabular"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 1
+
+
+def test_latex_numbers_the_table_itself():
+    assert r"\caption{A title \& more}" in latex(TABLE)
 
 
 def test_latex_line_break_does_not_swallow_an_interval():
