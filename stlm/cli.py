@@ -59,7 +59,12 @@ def tokenize(options: argparse.Namespace) -> None:
     vocabulary_size(options.tokenizer)  # refuses an unknown name before the heavy imports
     from stlm.tokens.tokenize import tokenize_corpus
 
-    tokenize_corpus(RAW / options.corpus, TOKENS / options.corpus / options.tokenizer, options.tokenizer, RAW)
+    tokenize_corpus(
+        RAW / options.corpus,
+        TOKENS / options.corpus / options.tokenizer,
+        options.tokenizer,
+        RAW / options.tokenizer,
+    )
 
 
 def train(options: argparse.Namespace) -> None:

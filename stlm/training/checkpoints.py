@@ -42,14 +42,17 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any]) -> str:
     """Write a checkpoint folder atomically and return the weights' SHA-256.
 
-    A tied head is the embedding, stored once.
+    A tied head is the embedding, stored once. Raises ``UserError`` where the disk fails.
     """
     state = model.state_dict()
     if model.config.tied:
         del state["output.weight"]
     with atomic_directory(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(weights, temporary / WEIGHTS)
+        try:
+            save_file(weights, temporary / WEIGHTS)
+        except SafetensorError as error:
+            raise UserError(f"{folder / WEIGHTS}: cannot write the weights: {error}") from None
         digest = sha256(temporary / WEIGHTS)
         content = {"format": FORMAT, "model": model.config.model_dump(), **description}
         write_json(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})

@@ -42,7 +42,10 @@ def save_state(
         "progress": json.dumps(vars(progress)),
     }
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's writer tells no more of a failing disk
+            raise UserError(f"{path}: cannot write the state: is the disk full? ({error})") from None
 
 
 def load_state(
