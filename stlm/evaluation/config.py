@@ -69,8 +69,9 @@ class EvaluationConfig(_Strict):
     )
     batch_tokens: int = Field(default=8192, gt=0, description="tokens in one forward pass, padding included")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="arithmetic of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere",
+        default="float32",
+        description="arithmetic of the forward pass, logits are always float32; auto: bfloat16 on CUDA, "
+        "float32 elsewhere",
     )
     checkpoints: Literal["all", "last"] = Field(
         default="all", description="which of the run's kept checkpoints are evaluated"
@@ -101,3 +102,9 @@ class EvaluationConfig(_Strict):
         if last or self.intermediate_limit is None:
             return limit
         return self.intermediate_limit if limit is None else min(limit, self.intermediate_limit)
+
+    def arithmetic(self, device: str) -> Literal["float32", "bfloat16"]:
+        """The precision on `device` ("cpu" or "cuda"), auto decided."""
+        if self.precision == "auto":
+            return "bfloat16" if device == "cuda" else "float32"
+        return self.precision

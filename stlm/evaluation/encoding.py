@@ -1,4 +1,4 @@
-"""From requests to token sequences, as lm_eval 0.4 does (`TemplateLM._encode_pair`), each text encoded once."""
+"""Requests to token sequences, as lm_eval 0.4 does (`TemplateLM._encode_pair`), each text encoded once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Tokenizer(Protocol):
     """The part of `stlm.tokens`' tokenizers that scoring needs."""
 
     eot: int
+    vocab_size: int
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 

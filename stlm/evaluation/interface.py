@@ -38,9 +38,7 @@ class Score(NamedTuple):
 class LanguageModel(Protocol):
     """Anything that can say how probable a text is."""
 
-    def loglikelihoods(
-        self, requests: Sequence[Request], progress: Progress = no_progress
-    ) -> list[Score]:
+    def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in order. `progress` is told how many more requests are done.
 
         What does not fit the model is cut from the left. Among `whole` requests with the same context, all

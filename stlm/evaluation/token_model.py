@@ -51,8 +51,8 @@ class _Part(NamedTuple):
 class TokenModel:
     """Scores text with a transformer that offers `config.context`, `hidden(tokens_BL)` and `head(x)`.
 
-    The forward pass runs in `precision` (auto: bfloat16 on CUDA, float32 elsewhere); the logits of the scored
-    positions and their log-softmax are float32. `batch_tokens` bounds a batch, padding included.
+    The forward pass runs in `precision`; the logits of the scored positions and their log-softmax are
+    float32. `batch_tokens` bounds a batch, padding included.
     """
 
     def __init__(
@@ -60,21 +60,17 @@ class TokenModel:
         transformer: nn.Module,
         encoder: RequestEncoder,
         device: str = "cpu",
-        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        precision: Literal["float32", "bfloat16"] = "float32",
         batch_tokens: int = 8192,
     ) -> None:
         self.transformer = transformer.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
-        if precision == "auto":
-            precision = "bfloat16" if self.device.type == "cuda" else "float32"
         self.precision = precision
         self.batch_tokens = batch_tokens
         self.context: int = transformer.config.context
 
-    def loglikelihoods(
-        self, requests: Sequence[Request], progress: Progress = no_progress
-    ) -> list[Score]:
+    def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
         """See `LanguageModel`. Requests with the same input tokens share one forward pass."""
         encoded = self.encoder(requests)
         forwards, parts = self._plan(requests, encoded)

@@ -1,4 +1,4 @@
-"""BLiMP (Warstadt et al. 2020): which sentence of a minimal pair is more probable; 67 paradigms, 12 phenomena.
+"""BLiMP (Warstadt et al. 2020): the more probable sentence of a minimal pair; 67 paradigms, 12 phenomena.
 
 As lm_eval 0.4's `blimp` (task version 1.0): no context, each sentence after its delimiting space.
 """

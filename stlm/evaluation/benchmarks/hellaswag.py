@@ -1,4 +1,7 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings follows. As lm_eval 0.4's `hellaswag` (version 1.0)."""
+"""HellaSwag (Zellers et al. 2019): which of four endings follows.
+
+As lm_eval 0.4's `hellaswag` (task version 1.0).
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Benchmark:
         )
 
     def load(self, folder: Path) -> tuple[str, list[Item]]:
-        """The split used and its items. UserError: missing or corrupt file, missing columns, bad row, empty."""
+        """The split used and its items. UserError: missing or corrupt file, missing column, bad row."""
         split, files = self.files(folder)
         items = [item for file in files for item in self._read_file(file)]
         if not items:
@@ -119,7 +119,7 @@ def gold_index(label: object, labels: Sequence[str]) -> int:
 
 
 def subset(items: Sequence[Item], limit: int | None, seed: int, name: str) -> list[Item]:
-    """At most `limit` items, drawn by `seed` and in their own order; a smaller limit draws a subset of a larger."""
+    """At most `limit` items, drawn by `seed`, in their own order; a lower limit draws some of these."""
     if limit is None or limit >= len(items):
         return list(items)
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(items))

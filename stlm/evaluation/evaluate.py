@@ -1,0 +1,193 @@
+"""Evaluate the kept checkpoints of a run: perplexity of the test split, and the study's benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from stlm.errors import UserError
+from stlm.evaluation import perplexity, scoring
+from stlm.evaluation.benchmarks import Benchmark, Item, benchmark, subset
+from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.interface import Progress
+from stlm.evaluation.token_model import TokenModel
+from stlm.files import atomic_directory, atomic_path, read_json, sha256, write_json
+from stlm.study import Run
+from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import DESCRIPTION
+from stlm.training.checkpoints import code_version, load_checkpoint
+
+# The reference of the harness mode: its package and the version that prompts and rules were taken from.
+HARNESS = {"package": "lm_eval", "version": "0.4.13"}
+# Goes up whenever the same weights, text and settings would get other numbers.
+SCORING_VERSION = 1
+RAW = Path("data/raw")
+
+
+class Material(NamedTuple):
+    """What every checkpoint of a run is scored on."""
+
+    documents: list[perplexity.Document]
+    documents_total: int
+    benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
+    encoder: RequestEncoder
+    fingerprint: dict[str, Any]
+
+
+def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
+    """Score the checkpoints of `run`; write `evaluation.json` and `items.parquet` to its folder, atomically.
+
+    `raw` holds a folder for each benchmark. Each finished checkpoint is kept in the run's state folder until
+    all are: killed, a second call goes on with the next. Raises UserError for missing or damaged files.
+    """
+    folders = checkpoint_folders(run, config)
+    material = load_material(run, config, raw)
+    state = run.state_folder / "evaluation"
+    results, tables, last = {}, [], folders[-1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = config.arithmetic(device)
+    for number, folder in enumerate(folders, 1):
+        key = _fingerprint(folder, folder == last, config, precision, material)
+        kept = state / f"{folder.name}-{key[:16]}"
+        if not kept.is_dir():
+            label = f"{run.name} {folder.name} ({number}/{len(folders)})"
+            result, table = evaluate_checkpoint(folder, folder == last, config, material, device, label)
+            with atomic_directory(kept) as temporary:
+                write_json(temporary / "result.json", result)
+                pq.write_table(table, temporary / "items.parquet", compression="zstd")
+        results[folder.name] = read_json(kept / "result.json")
+        tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
+    with atomic_path(run.folder / "items.parquet") as temporary:
+        pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
+    write_json(
+        run.folder / "evaluation.json",
+        {
+            **run.model_dump(include={"study", "label", "variant", "seed"}),
+            "run": run.name,
+            "limit_seed": config.limit_seed,
+            "checkpoints": results,
+            "harness": HARNESS,
+            "scoring_version": SCORING_VERSION,
+            "code": code_version(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "precision": precision,
+        },
+    )
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
+    """The checkpoints to evaluate, by step. UserError where the run has none."""
+    parent = run.folder / "checkpoints"
+    found = sorted(parent.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    if not found:
+        raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.name}")
+    return found if config.checkpoints == "all" else found[-1:]
+
+
+def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
+    """Tokenizer, test documents and benchmark items. UserError: missing, damaged, another tokenizer."""
+    own, shards = run.folder / "checkpoints" / "tokenizer", run.tokens_folder / "tokenizer"
+    if read_json(own / DESCRIPTION) != read_json(shards / DESCRIPTION):
+        raise UserError(
+            f"{shards}: another tokenizer than {own}, with which the run was trained; "
+            f"run: stlm train {run.study} {run.name}"
+        )
+    documents, total = perplexity.load_documents(run.tokens_folder, config.perplexity, config.limit_seed)
+    benchmarks, digests = [], {}
+    for name in config.benchmarks:
+        chosen = benchmark(name)
+        split, items = chosen.load(raw / name)
+        benchmarks.append((chosen, split, items))
+        digests[name] = [chosen.version, *(sha256(file) for file in chosen.files(raw / name)[1])]
+    fingerprint = {"tokens": sha256(run.tokens_folder / "meta.json"), "benchmarks": digests}
+    return Material(documents, total, benchmarks, RequestEncoder(load_tokenizer(own)), fingerprint)
+
+
+def evaluate_checkpoint(
+    folder: Path, last: bool, config: EvaluationConfig, material: Material, device: str, label: str
+) -> tuple[dict[str, Any], pa.Table]:
+    """The checkpoint's part of `evaluation.json`, and the rows of its options."""
+    transformer, description = load_checkpoint(folder)
+    tokenizer = material.encoder.tokenizer
+    if transformer.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
+            f"{tokenizer.vocab_size}; delete the run's results and train again"
+        )
+    model = TokenModel(transformer, material.encoder, device, config.arithmetic(device), config.batch_tokens)
+    stride = config.perplexity.stride or max(1, model.context // 2)
+    windows = sum(1 + max(0, math.ceil((len(d.tokens) - model.context) / stride)) for d in material.documents)
+    with _bar(f"{label} perplexity", "window", windows) as progress:
+        measured = perplexity.measure(model, material.documents, stride, progress)
+    measured["documents_total"] = material.documents_total
+    benchmarks: dict[str, Any] = {}
+    tables = []
+    step = description["step"]
+    for chosen, split, items in material.benchmarks:
+        limit = config.limit_of(chosen.name, last)
+        taken = subset(items, limit, config.limit_seed, chosen.name)
+        requests = len(config.modes) * sum(len(item.options) for item in taken)
+        with _bar(f"{label} {chosen.name}", "option", requests) as progress:
+            scores = scoring.score(model, taken, config.modes, progress)
+        labels = {"checkpoint": folder.name, "step": step, "benchmark": chosen.name}
+        tables.append(scoring.rows(labels, taken, scores))
+        benchmarks[chosen.name] = {
+            "version": chosen.version,
+            "split": split,
+            "items": len(taken),
+            "items_total": len(items),
+            "limit": limit,
+            "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in config.modes},
+        }
+    result = {
+        **{key: description[key] for key in ("step", "tokens", "weights_sha256")},
+        "perplexity": measured,
+        "benchmarks": benchmarks,
+    }
+    table = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
+    return result, table
+
+
+def _fingerprint(
+    folder: Path, last: bool, config: EvaluationConfig, precision: str, material: Material
+) -> str:
+    """Changes with anything that the checkpoint's scores depend on."""
+    depends = {
+        "version": SCORING_VERSION,
+        "weights": read_json(folder / "config.json")["weights_sha256"],
+        "config": config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
+        "last": last,
+        "precision": precision,
+        **material.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _bar(description: str, unit: str, total: int) -> Iterator[Progress]:
+    """A progress bar; where no one watches (a log file), a line now and then."""
+    watched = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        mininterval=0.5 if watched else 10.0,
+        maxinterval=10.0 if watched else 30.0,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar.update

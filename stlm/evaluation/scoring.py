@@ -1,0 +1,109 @@
+"""A benchmark's items through a language model: a row for every option, and the accuracies of each mode."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from stlm.errors import UserError
+from stlm.evaluation.accuracy import credit, is_tie, proportion
+from stlm.evaluation.benchmarks import Benchmark, Item
+from stlm.evaluation.config import Mode
+from stlm.evaluation.interface import LanguageModel, Progress, Score, no_progress
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+# One row a scored option; `group` is the finest one (a paradigm, a subject), `logprob` in nats, `n_bytes` and
+# `n_chars` the length of the option's own words, `n_tokens` the tokens that the log-probability sums.
+ITEMS_SCHEMA = pa.schema(
+    [
+        ("checkpoint", _NAMES),
+        ("step", pa.int64()),
+        ("benchmark", _NAMES),
+        ("mode", _NAMES),
+        ("item", pa.string()),
+        ("group", _NAMES),
+        ("option", pa.int8()),
+        ("gold", pa.bool_()),
+        ("logprob", pa.float64()),
+        ("n_tokens", pa.int32()),
+        ("n_bytes", pa.int32()),
+        ("n_chars", pa.int32()),
+        ("truncated", pa.bool_()),
+    ]
+)
+
+ItemScores = list[list[Score]]
+
+
+def score(
+    model: LanguageModel, items: Sequence[Item], modes: Sequence[Mode], progress: Progress = no_progress
+) -> dict[Mode, ItemScores]:
+    """Each mode's scores, by item and option. UserError where one is not a finite number."""
+    # All modes at once: their forward passes are largely the same.
+    requests = [option.request(mode) for mode in modes for item in items for option in item.options]
+    scores = model.loglikelihoods(requests, progress)
+    for request, found in zip(requests, scores, strict=True):
+        if not math.isfinite(found.logprob):
+            raise UserError(
+                f"the log-probability of {request.continuation[:60]!r} is {found.logprob}: the checkpoint's "
+                "weights give no finite numbers (did its training diverge?)"
+            )
+    remaining = iter(scores)
+    return {mode: [list(islice(remaining, len(item.options))) for item in items] for mode in modes}
+
+
+def rows(labels: Mapping[str, Any], items: Sequence[Item], scores: Mapping[Mode, ItemScores]) -> pa.Table:
+    """The table of ITEMS_SCHEMA; `labels` gives the columns checkpoint, step and benchmark."""
+    columns: dict[str, list] = {name: [] for name in ITEMS_SCHEMA.names if name not in labels}
+    for mode, of_items in scores.items():
+        for item, of_options in zip(items, of_items, strict=True):
+            for number, (option, found) in enumerate(zip(item.options, of_options, strict=True)):
+                columns["mode"].append(mode)
+                columns["item"].append(item.id)
+                columns["group"].append(item.groups[-1] if item.groups else "")
+                columns["option"].append(number)
+                columns["gold"].append(number == item.gold)
+                columns["logprob"].append(found.logprob)
+                columns["n_tokens"].append(found.n_tokens)
+                columns["n_bytes"].append(len(option.words.encode()))
+                columns["n_chars"].append(len(option.words))
+                columns["truncated"].append(found.truncated)
+    length = len(columns["item"])
+    columns |= {name: [value] * length for name, value in labels.items()}
+    arrays = [pa.array(columns[field.name], field.type) for field in ITEMS_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=ITEMS_SCHEMA)
+
+
+def summarize(benchmark: Benchmark, mode: Mode, items: Sequence[Item], scores: ItemScores) -> dict[str, Any]:
+    """Accuracy with its interval, ties, truncated items, and the accuracy of every group.
+
+    `acc_norm` divides each log-probability by the characters of the option's words, in the harness mode of
+    the benchmarks where the reference harness does.
+    """
+    logprobs = [[found.logprob for found in of_options] for of_options in scores]
+    credits = [credit(of_options, item.gold) for of_options, item in zip(logprobs, items, strict=True)]
+    result: dict[str, Any] = {"acc": proportion(credits)}
+    if benchmark.normalized and mode == "harness":
+        # An option without a word would divide by zero.
+        lengths = [[max(len(option.words), 1) for option in item.options] for item in items]
+        normalized = [
+            [logprob / n for logprob, n in zip(*pair, strict=True)]
+            for pair in zip(logprobs, lengths, strict=True)
+        ]
+        result["acc_norm"] = proportion(
+            [credit(of_options, item.gold) for of_options, item in zip(normalized, items, strict=True)]
+        )
+    result["ties"] = sum(is_tie(of_options) for of_options in logprobs)
+    result["truncated"] = sum(any(found.truncated for found in of_options) for of_options in scores)
+    groups: dict[str, dict[str, list[float]]] = {}
+    for index, kind in enumerate(benchmark.group_kinds):
+        by_name: defaultdict[str, list[float]] = defaultdict(list)
+        for item, own in zip(items, credits, strict=True):
+            by_name[item.groups[index]].append(own)
+        groups[kind] = {name: proportion(by_name[name]) for name in sorted(by_name)}
+    return result | ({"groups": groups} if groups else {})

@@ -1,0 +1,178 @@
+"""Fast scoring gives what slow scoring gives."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import slow_reference as reference
+import torch
+
+from stlm.errors import UserError
+from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.interface import Request
+from stlm.evaluation.token_model import TokenModel
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+from stlm.tokens.tokenizer import ByteTokenizer
+
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        layers=2, width=32, heads=4, kv_heads=2, ffn="swiglu", ffn_width=64, context=CONTEXT, vocab_size=257
+    )
+    model = Transformer(config).eval()
+    with torch.no_grad():  # weights large enough that every token before a position matters
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+class PairTokenizer(ByteTokenizer):
+    """Bytes, but " a" is one token: a context's last space may be part of the continuation's first token."""
+
+    def encode(self, text):
+        ids = super().encode(text)
+        merged = []
+        for token in ids:
+            if merged and merged[-1] == ord(" ") and token == ord("a"):
+                merged[-1] = 1
+            else:
+                merged.append(token)
+        return merged
+
+
+@pytest.fixture(scope="module", params=[ByteTokenizer, PairTokenizer])
+def tokenizer(request):
+    return request.param()
+
+
+def model_of(transformer, tokenizer, **settings):
+    return TokenModel(transformer, RequestEncoder(tokenizer), **settings)
+
+
+def random_requests(n: int, longest: int) -> list[Request]:
+    rng = random.Random(1)
+    word = lambda: "".join(rng.choice("abc é") for _ in range(rng.randint(1, 6)))  # noqa: E731
+    requests = []
+    while len(requests) < n:
+        context = rng.choice(["", " ".join(word() for _ in range(rng.randint(1, 4))).lstrip()])
+        continuations = [" " + word().strip() + "x" for _ in range(3)] + [" b"]
+        for continuation in continuations:
+            if len((context + continuation).encode()) <= longest:
+                requests += [Request(context, continuation), Request(context, continuation, whole=True)]
+    return requests
+
+
+def test_scores_equal_one_request_at_a_time_with_full_logits(transformer, tokenizer):
+    requests = random_requests(120, longest=CONTEXT)
+    found = model_of(transformer, tokenizer, batch_tokens=200).loglikelihoods(requests)
+    for request, score in zip(requests, found, strict=True):
+        if request.whole:
+            expected, n_tokens = reference.whole(transformer, tokenizer, request)
+        else:
+            expected, n_tokens, truncated = reference.harness(transformer, tokenizer, request)
+            assert score.truncated == truncated
+        assert score.logprob == pytest.approx(expected, abs=1e-4)
+        assert score.n_tokens == n_tokens
+
+
+def test_what_does_not_fit_is_cut_from_the_left_and_said(transformer, tokenizer):
+    requests = [
+        Request("abc " * 30, "b c"),
+        Request("short", " c"),
+        Request("a", "b" * 100),
+        Request("x" * CONTEXT, "y"),  # exactly what fits: the last token is never an input
+    ]
+    found = model_of(transformer, tokenizer).loglikelihoods(requests)
+    for request, score in zip(requests, found, strict=True):
+        expected, n_tokens, truncated = reference.harness(transformer, tokenizer, request)
+        assert score.logprob == pytest.approx(expected, abs=1e-4)
+        assert (score.n_tokens, score.truncated) == (n_tokens, truncated)
+    assert [score.truncated for score in found] == [True, False, True, False]
+
+
+def test_whole_strings_of_one_context_lose_the_same_tokens(transformer):
+    """Otherwise the longer option would be asked for fewer of the context's tokens, and win."""
+    context, options = "c" * 45, [" b", " bbbbbbb", " bbbb"]
+    model = model_of(transformer, ByteTokenizer())
+    found = model.loglikelihoods([Request(context, option, whole=True) for option in options])
+    assert all(score.truncated for score in found)
+    length_of_shared_context = {
+        score.n_tokens - len(option) for score, option in zip(found, options, strict=True)
+    }
+    assert length_of_shared_context == {CONTEXT + 1 - 8 - 1}
+
+
+def test_order_and_batches_do_not_matter(transformer, tokenizer):
+    requests = random_requests(60, longest=CONTEXT)
+    expected = model_of(transformer, tokenizer, batch_tokens=10_000).loglikelihoods(requests)
+    order = random.Random(2).sample(range(len(requests)), len(requests))
+    shuffled = model_of(transformer, tokenizer, batch_tokens=1).loglikelihoods([requests[i] for i in order])
+    for position, i in enumerate(order):
+        assert shuffled[position].logprob == pytest.approx(expected[i].logprob, abs=1e-4)
+
+
+class CountingTransformer(torch.nn.Module):
+    def __init__(self, transformer):
+        super().__init__()
+        self.inner, self.config, self.rows, self.scored = transformer, transformer.config, 0, 0
+
+    def hidden(self, tokens_BL):
+        self.rows += len(tokens_BL)
+        return self.inner.hidden(tokens_BL)
+
+    def head(self, x):
+        self.scored += len(x) if x.dim() == 2 else 1
+        return self.inner.head(x)
+
+
+def test_forward_passes_are_shared_and_only_scored_positions_get_logits(transformer):
+    counting = CountingTransformer(transformer)
+    letters = [Request("Q: which?\nAnswer:", letter) for letter in "ABCD"]
+    model = model_of(counting, ByteTokenizer())
+    seen = []
+    model.loglikelihoods([*letters, *letters], seen.append)
+    assert (counting.rows, counting.scored) == (1, 1)
+    assert sum(seen) == 8
+    counting.rows = counting.scored = 0
+    model.loglikelihoods([Request("abc", " def"), Request("abc", " def", whole=True)])
+    # One pass for both modes and one for the first token after the end of text; 6 inner targets and that.
+    assert (counting.rows, counting.scored) == (2, 7)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7, CONTEXT])
+def test_documents_are_scored_token_by_token_once(transformer, stride):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n) for n in (1, 2, CONTEXT - 1, CONTEXT, CONTEXT + 1, 131)]
+    found = model_of(transformer, ByteTokenizer(), batch_tokens=150).document_loglikelihoods(
+        documents, stride
+    )
+    step = stride or CONTEXT // 2
+    for document, score in zip(documents, found, strict=True):
+        tokens = [256, *document.tolist()]
+        total = 0.0
+        for position in range(1, len(tokens)):
+            # The first window that holds the token starts at the lowest multiple of the stride in reach.
+            begin = max(0, math.ceil((position - CONTEXT) / step) * step)
+            total += reference.logprob_of_rest(transformer, tokens[begin : position + 1], position - begin)
+        assert score == pytest.approx(total, abs=1e-3)
+
+
+def test_a_stride_beyond_the_context_would_skip_tokens(transformer):
+    with pytest.raises(UserError, match=r"perplexity\.stride: 49 .* 48 tokens"):
+        model_of(transformer, ByteTokenizer()).document_loglikelihoods([[1]], CONTEXT + 1)
+
+
+def test_bfloat16_stays_near_float32(transformer):
+    requests = random_requests(40, longest=CONTEXT)
+    exact = model_of(transformer, ByteTokenizer()).loglikelihoods(requests)
+    half = model_of(transformer, ByteTokenizer(), precision="bfloat16").loglikelihoods(requests)
+    assert any(a.logprob != b.logprob for a, b in zip(exact, half, strict=True))
+    for a, b in zip(exact, half, strict=True):
+        assert b.logprob == pytest.approx(a.logprob, rel=0.03, abs=0.2)
