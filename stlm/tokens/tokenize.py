@@ -68,7 +68,9 @@ def tokenize_corpus(
         with disk_errors(out_folder):
             _prepare(partial, plan)
             counts = survey(components, partial, progress)
-            tokenizer = _tokenizer(tokenizer_name, vocabulary_folder, components, counts, partial / "tokens")
+            tokenizer = _tokenizer(
+                tokenizer_name, vocabulary_folder, components, counts, partial / "tokens", progress
+            )
             journal = Journal(partial / "journal.jsonl")
             with tqdm(
                 total=counts.text_bytes,
@@ -153,8 +155,14 @@ class Journal:
 
 
 def _tokenizer(
-    name: str, vocabulary_folder: Path, components: Sequence[RawComponent], counts: Survey, folder: Path
+    name: str,
+    vocabulary_folder: Path,
+    components: Sequence[RawComponent],
+    counts: Survey,
+    folder: Path,
+    progress: bool,
 ) -> Tokenizer:
+    """The tokenizer by its name, in `folder`'s tokenizer/: what a killed run left there, else made anew."""
     if (folder / "tokenizer" / DESCRIPTION).exists():
         return load_tokenizer(folder / "tokenizer")
     if name == "bytes":
@@ -162,13 +170,12 @@ def _tokenizer(
     elif name == "gpt2":
         tokenizer = gpt2_tokenizer(vocabulary_folder)
     else:
-        print(f"training {name} on the train split", file=sys.stderr)
-        tokenizer = train_bpe(name, _training_texts(components, counts))
+        tokenizer = train_bpe(name, _training_texts(components, counts, progress))
     tokenizer.save(folder / "tokenizer")
     return tokenizer
 
 
-def _training_texts(components: Sequence[RawComponent], counts: Survey) -> Iterator[str]:
+def _training_texts(components: Sequence[RawComponent], counts: Survey, progress: bool) -> Iterator[str]:
     """The train split, or a sample of about TRAINING_BYTES of it, a mix's components by their weights.
 
     Whether a document is in the sample follows from its hash, so that the sample is the same every time.
@@ -178,11 +185,16 @@ def _training_texts(components: Sequence[RawComponent], counts: Survey) -> Itera
         TRAINING_BYTES * component.weight / total / max(train_bytes, 1)
         for component, train_bytes in zip(components, counts.train_bytes, strict=True)
     ]
-    for batch in _batches(components, counts):
-        rate = rates[batch.component]
-        for text, split in zip(batch.texts, batch.splits, strict=True):
-            if split == 0 and (rate >= 1 or int.from_bytes(digest(text)[8:], "little") < rate * 2**64):
-                yield text.decode()
+    total_bytes = sum(min(rate, 1) * size for rate, size in zip(rates, counts.train_bytes, strict=True))
+    with tqdm(
+        total=int(total_bytes), desc="vocabulary", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        for batch in _batches(components, counts):
+            rate = rates[batch.component]
+            for text, split in zip(batch.texts, batch.splits, strict=True):
+                if split == 0 and (rate >= 1 or int.from_bytes(digest(text)[8:], "little") < rate * 2**64):
+                    bar.update(len(text))
+                    yield text.decode()
 
 
 class _Batch(NamedTuple):

@@ -19,11 +19,12 @@ from stlm.tokens.tokenize import tokenize_corpus
 CONTEXT = 64
 
 
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokens" / "tales" / "bytes"
-    raw = write_raw(tmp_path / "raw" / "tales", stories(500))
-    tokenize_corpus(raw, folder, "bytes", tmp_path, shard_bytes=8000, progress=False)
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tales")
+    folder = root / "tokens" / "tales" / "bytes"
+    raw = write_raw(root / "raw" / "tales", stories(500))
+    tokenize_corpus(raw, folder, "bytes", root, shard_bytes=8000, progress=False)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -15,13 +16,20 @@ from stlm.tokens import load_tokenizer, read_split
 from stlm.tokens.tokenize import tokenize_corpus
 
 
-@pytest.fixture
-def tokens(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 600 documents in bytes, in shards of at most 8 kB."""
-    folder = tmp_path / "tokens" / "tales" / "bytes"
-    raw = write_raw(tmp_path / "raw" / "tales", stories(600))
-    tokenize_corpus(raw, folder, "bytes", tmp_path, shard_bytes=8000, progress=False)
+    root = tmp_path_factory.mktemp("tales")
+    folder = root / "tokens" / "tales" / "bytes"
+    raw = write_raw(root / "raw" / "tales", stories(600))
+    tokenize_corpus(raw, folder, "bytes", root, shard_bytes=8000, progress=False)
     return folder
+
+
+@pytest.fixture
+def copied(tokens: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(tokens, tmp_path / "copied"))
 
 
 def test_documents_in_order(tokens: Path) -> None:
@@ -86,39 +94,39 @@ def test_the_library_datasets_opens_a_shard(tokens: Path) -> None:
     assert len(loaded) == entry["documents"]
 
 
-def test_damaged_shards(tokens: Path) -> None:
-    path = tokens / "val-tales-00000.arrow"
+def test_damaged_shards(copied: Path) -> None:
+    path = copied / "val-tales-00000.arrow"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(UserError, match=r"val-tales-00000\.arrow: truncated shard"):
-        read_split(tokens, "val")
+        read_split(copied, "val")
     path.write_bytes(whole + b"x")
     with pytest.raises(UserError, match=r"val-tales-00000\.arrow: changed shard"):
-        read_split(tokens, "val")
+        read_split(copied, "val")
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     with pytest.raises(UserError, match=r"val-tales-00000\.arrow: corrupt shard"):
-        read_split(tokens, "val")
+        read_split(copied, "val")
     path.unlink()
     with pytest.raises(UserError, match=r"val-tales-00000\.arrow: no such shard"):
-        read_split(tokens, "val")
-    assert read_split(tokens, "train")
+        read_split(copied, "val")
+    assert read_split(copied, "train")
 
 
-def test_damaged_description(tokens: Path) -> None:
+def test_damaged_description(copied: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'train'"):
-        read_split(tokens, "trian")
-    meta = tokens / "meta.json"
+        read_split(copied, "trian")
+    meta = copied / "meta.json"
     whole = meta.read_text()
     meta.write_text(whole[:50])
     with pytest.raises(UserError, match=r"meta\.json: not valid JSON"):
-        read_split(tokens, "train")
+        read_split(copied, "train")
     meta.write_text('{"dtype": "uint16"}')
     with pytest.raises(UserError, match=r"meta\.json: not the description of token shards"):
-        read_split(tokens, "train")
+        read_split(copied, "train")
     meta.write_text(whole.replace('"uint16"', '"uint32"'))
     with pytest.raises(UserError, match="do not belong together"):
-        read_split(tokens, "train")
+        read_split(copied, "train")
     meta.unlink()
     with pytest.raises(UserError, match=r"meta\.json: no such file"):
-        read_split(tokens, "train")
+        read_split(copied, "train")
