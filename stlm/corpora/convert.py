@@ -79,14 +79,14 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise SourceError(f"{path.name}: a text that is not UTF-8 ({error})") from None
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Path, name: str) -> list[str]:
     try:
         if path.suffix == ".parquet":
             return pq.read_schema(path).names
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
             return stream.schema.names
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path.name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
+        raise SourceError(f"{name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
 
 
 def _joined(row: dict[str, Any], join: Sequence[str]) -> str:
@@ -129,9 +129,17 @@ def _documents(
             yield (_joined(row, join) if join else row[text]), (row[group] if group else None)
 
 
+def _encoded(text: str) -> bytes:
+    """The bytes that were read: what was no UTF-8 comes out as it went in, lone surrogates as three bytes."""
+    try:
+        return text.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", errors="surrogatepass")
+
+
 def _text_array(texts: Sequence[str | None]) -> pa.Array:
-    """A string column in which lone surrogates stay, as bytes that are not UTF-8."""
-    encoded = [None if text is None else text.encode("utf-8", errors="surrogatepass") for text in texts]
+    """A string column, unchecked: it may hold bytes that are not UTF-8."""
+    encoded = [None if text is None else _encoded(text) for text in texts]
     return pa.array(encoded, pa.binary()).cast(pa.string(), safe=False)
 
 
@@ -182,7 +190,7 @@ def _conformed(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.Table
 
 def check_columns(path: Path, name: str, columns: Sequence[str], text: str | None = None) -> None:
     """Check that the file has ``columns``, and that ``text`` is one of strings or bytes."""
-    found = _names(path)
+    found = _names(path, name)
     missing = [column for column in columns if column not in found]
     if missing:
         raise SourceError(

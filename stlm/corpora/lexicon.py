@@ -54,8 +54,8 @@ def _verbs(regular: str, irregular: str) -> tuple[Verb, ...]:
     )
 
 
-WOMEN = _words("Anna Mia Lily Emma Rosa Clara Ella Nora Lucy Sara Ivy Ruth Jane Kate Amy Zoe")
-MEN = _words("Tom Ben Max Jack Leo Sam Paul Hugo Fred Noah Finn Carl Adam Luke Owen Dan")
+WOMEN = _words("Anna Mia Lily Emma Rosa Clara Ella Nora Lucy Sara Ivy Zoe")
+MEN = _words("Tom Ben Max Jack Leo Sam Paul Hugo Fred Noah Finn Carl Dan")
 
 PEOPLE = (
     *_regular("girl queen mother sister aunt princess", "f"),

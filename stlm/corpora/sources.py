@@ -141,7 +141,7 @@ def _hub_reason(error: Exception, source: HubSource, endpoint: str) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     reason = str(error.__cause__ or error).splitlines()
-    return f"{endpoint} cannot be reached ({reason[0] if reason else type(error).__name__})"
+    return f"no connection to {endpoint}, or it broke ({reason[0] if reason else type(error).__name__})"
 
 
 def from_hub(source: HubSource, downloads: Path) -> Found:

