@@ -113,21 +113,29 @@ def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: 
 
 def _prepare(partial: Path, plan: dict[str, Any]) -> None:
     """Leave in `partial` what this plan can go on from, and nothing else."""
-    try:
-        same = read_json(partial / "plan.json") == plan
-    except UserError:
-        same = False
-    if same:
-        kept = {shard["path"]: shard["size"] for shard in Journal(partial / "journal.jsonl").shards}
-        found = {path.name: path.stat().st_size for path in (partial / "tokens").glob("*.arrow")}
-        same = kept.items() <= found.items()
-        for path in (partial / "tokens").iterdir():
-            if path.is_file() and path.name not in kept:
-                path.unlink()  # written or half-written, but not yet in the journal
-    if not same:
+    tokens = partial / "tokens"
+    finished = _finished(partial, plan)
+    if finished is None:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "tokens").mkdir(parents=True)
+        tokens.mkdir(parents=True)
         write_json(partial / "plan.json", plan)
+        return
+    for path in tokens.iterdir():
+        if path.is_file() and path.name not in finished:
+            path.unlink()  # written or half-written, but not yet in the journal
+
+
+def _finished(partial: Path, plan: dict[str, Any]) -> set[str] | None:
+    """The shards that a killed run of this plan had finished; None where there is nothing to go on from."""
+    try:
+        if read_json(partial / "plan.json") != plan:
+            return None
+    except UserError:
+        return None
+    shards = {shard["path"]: shard["size"] for shard in Journal(partial / "journal.jsonl").shards}
+    found = {path.name: path.stat().st_size for path in (partial / "tokens").glob("*.arrow")}
+    there = (partial / "tokens").is_dir() and shards.items() <= found.items()
+    return set(shards) if there else None
 
 
 class Journal:

@@ -11,8 +11,9 @@ import pytest
 from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
-from stlm.files import read_json
+from stlm.files import read_json, write_json
 from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.shards import Document, write_shard
 from stlm.tokens.tokenize import tokenize_corpus
 
 
@@ -24,6 +25,20 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = write_raw(root / "raw" / "tales", stories(600))
     tokenize_corpus(raw, folder, "bytes", root, shard_bytes=8000, progress=False)
     return folder
+
+
+def test_ids_of_four_bytes(tmp_path: Path) -> None:
+    tokens = [np.array([70_000, 3, 65_792], np.uint32), np.array([65_792], np.uint32)]
+    entry = write_shard(tmp_path / "a.arrow", [Document(tokens[0], 5, 4), Document(tokens[1], 0, 0)])
+    assert (entry["documents"], entry["tokens"], entry["bytes"], entry["chars"]) == (2, 4, 5, 4)
+    split = {"train": {"shards": [entry]}}
+    write_json(
+        tmp_path / "meta.json", {"dtype": "uint32", "components": {"a": {"weight": 1.0, "splits": split}}}
+    )
+    for row, expected in zip(read_split(tmp_path, "train")[0], tokens, strict=True):
+        assert row.tokens.dtype == np.uint32 and row.tokens.tolist() == expected.tolist()
+    loaded = datasets.Dataset.from_file(str(tmp_path / "a.arrow"))
+    assert loaded["tokens"][:] == [array.tolist() for array in tokens]
 
 
 @pytest.fixture

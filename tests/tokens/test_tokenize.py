@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,45 +163,55 @@ def test_tokenizing_again_replaces_the_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "tokens"]
 
 
+def kill(raw: Path, out: Path, name: str, shards: int) -> Path:
+    """Tokenize in 8 kB shards in another process and kill it once it has `shards`; the unfinished folder."""
+    partial = out.parent / f".{out.name}.partial"
+    journal = partial / "journal.jsonl"
+    process = subprocess.Popen(script(raw, out, name, 8000), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= shards):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    return partial
+
+
 def test_resuming_after_kill_ends_with_the_same_bits(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw" / "tales", stories(4000), files=3)
     tokenize(raw, tmp_path / "whole", "bpe-300", shard_bytes=8000)
-    out, partial = tmp_path / "killed", tmp_path / ".killed.partial"
-    journal = partial / "journal.jsonl"
-
-    for lines in (5, 15):  # killed twice
-        process = subprocess.Popen(script(raw, out, "bpe-300", 8000), stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not out.exists()
+    out = tmp_path / "killed"
+    for shards in (5, 15):  # killed twice
+        partial = kill(raw, out, "bpe-300", shards)
     finished = {path.name: path.stat().st_ino for path in (partial / "tokens").glob("*.arrow")}
-    named = journal.read_text().splitlines()
-    journal.write_text("\n".join(named) + '\n{"path": "train-ta')  # as if killed in the middle of a line
+    journal = (partial / "journal.jsonl").read_text().splitlines()
+    # As if killed in the middle of a line, and of a shard.
+    (partial / "journal.jsonl").write_text("\n".join(journal) + '\n{"path": "train-ta')
     (partial / "tokens" / ".train-tales-00099.arrow.x.partial").write_bytes(b"half")
 
     tokenize(raw, out, "bpe-300", shard_bytes=8000)
     assert contents(out) == contents(tmp_path / "whole")
     assert not partial.exists()
     kept = sum(finished.get(path.name) == path.stat().st_ino for path in out.glob("*.arrow"))
-    assert kept >= len(named) - 1 >= 14  # not made anew
+    assert kept >= len(journal) - 1 >= 14  # not made anew
 
 
-def test_what_was_left_by_another_corpus_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_what_cannot_be_gone_on_from_is_made_anew(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw" / "tales", stories(4000))
-    out, journal = tmp_path / "out", tmp_path / ".out.partial" / "journal.jsonl"
-    process = subprocess.Popen(script(raw, out, "bytes", 8000), stdout=subprocess.DEVNULL)
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    write_raw(tmp_path / "raw" / "tales", stories(500, seed=5))
+    tokenize(raw, tmp_path / "whole", shard_bytes=8000)
+    out = tmp_path / "out"
+    partial = kill(raw, out, "bytes", 3)
+    (partial / "tokens").rename(out)  # as if killed between the last rename and the clean-up
+    tokenize(raw, out, shard_bytes=8000)
+    assert contents(out) == contents(tmp_path / "whole")
+
+    shutil.rmtree(out)
+    kill(raw, out, "bytes", 3)
+    write_raw(tmp_path / "raw" / "tales", stories(500, seed=5))  # another corpus
     tokenize(raw, out, shard_bytes=8000)
     assert sorted(text for here in texts_of(out).values() for text in here) == sorted(stories(500, seed=5))
+    assert not partial.exists()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from raw_samples import stories
 
 from stlm.errors import UserError
 from stlm.tokens.bpe import train_bpe
-from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
+from stlm.tokens.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 
 EDGES = [
     "",
@@ -117,6 +117,17 @@ def test_a_very_long_run_of_white_space(bpe: Tokenizer) -> None:
     for space in (" ", "\n", "\u3000"):
         for text in (space * 1_200_000, "a" + space * 1_200_000 + "b"):
             assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_more_ids_than_two_bytes_hold() -> None:
+    """65,536 pairs of bytes beside the bytes: stored in four bytes each."""
+    ranks = {bytes([a]): a for a in range(256)}
+    ranks |= {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
+    tokenizer = BpeTokenizer("pairs", ranks, {})
+    assert (tokenizer.vocab_size, tokenizer.dtype) == (65_793, np.uint32)
+    ids = tokenizer.encode_array("\U0010ffff")  # F4, 8F BF (the lowest id first), BF
+    assert ids.dtype == np.uint32 and ids.tolist() == [0xF4, 256 + 256 * 0x8F + 0xBF, 0xBF]
+    assert ByteTokenizer().dtype == np.uint16
 
 
 @pytest.mark.parametrize(
