@@ -67,11 +67,15 @@ class EvaluationConfig(_Strict):
     perplexity: PerplexityConfig = Field(
         default_factory=PerplexityConfig, description="how perplexity is measured on the test split"
     )
-    batch_tokens: int = Field(default=8192, gt=0, description="tokens in one forward pass, padding included")
+    batch_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens in one forward pass, padding included; null: 2,048 on a CPU, 65,536 on a GPU",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
-        description="arithmetic of the forward pass, logits are always float32; auto: bfloat16 on CUDA, "
-        "float32 elsewhere",
+        description="arithmetic of the forward pass (logits are always float32); auto: bfloat16 where the "
+        "hardware multiplies it, with scores that vary a little from machine to machine",
     )
     checkpoints: Literal["all", "last"] = Field(
         default="all", description="which of the run's kept checkpoints are evaluated"
@@ -102,9 +106,3 @@ class EvaluationConfig(_Strict):
         if last or self.intermediate_limit is None:
             return limit
         return self.intermediate_limit if limit is None else min(limit, self.intermediate_limit)
-
-    def arithmetic(self, device: str) -> Literal["float32", "bfloat16"]:
-        """The precision on `device` ("cpu" or "cuda"), auto decided."""
-        if self.precision == "auto":
-            return "bfloat16" if device == "cuda" else "float32"
-        return self.precision

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +27,10 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, sha256, write_json
 from stlm.study import Run
 from stlm.tokens import load_tokenizer
+from stlm.tokens.shards import Document
 from stlm.tokens.tokenizer import DESCRIPTION
 from stlm.training.checkpoints import code_version, load_checkpoint
+from stlm.training.devices import cpu_multiplies_bfloat16
 
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}
@@ -38,13 +40,16 @@ RAW = Path("data/raw")
 
 
 class Material(NamedTuple):
-    """What every checkpoint of a run is scored on."""
+    """What every checkpoint of a run is scored on, and how."""
 
-    documents: list[perplexity.Document]
+    config: EvaluationConfig
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    documents: list[Document]
     documents_total: int
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
     encoder: RequestEncoder
-    fingerprint: dict[str, Any]
+    digests: dict[str, Any]
 
 
 def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
@@ -56,15 +61,13 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     folders = checkpoint_folders(run, config)
     material = load_material(run, config, raw)
     state = run.state_folder / "evaluation"
-    results, tables, last = {}, [], folders[-1]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = config.arithmetic(device)
+    results, tables = {}, []
     for number, folder in enumerate(folders, 1):
-        key = _fingerprint(folder, folder == last, config, precision, material)
-        kept = state / f"{folder.name}-{key[:16]}"
+        last = number == len(folders)
+        kept = state / f"{folder.name}-{fingerprint(material, folder, last)[:16]}"
         if not kept.is_dir():
             label = f"{run.name} {folder.name} ({number}/{len(folders)})"
-            result, table = evaluate_checkpoint(folder, folder == last, config, material, device, label)
+            result, table = evaluate_checkpoint(material, folder, last, label)
             with atomic_directory(kept) as temporary:
                 write_json(temporary / "result.json", result)
                 pq.write_table(table, temporary / "items.parquet", compression="zstd")
@@ -72,20 +75,18 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
         tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
     with atomic_path(run.folder / "items.parquet") as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
-    write_json(
-        run.folder / "evaluation.json",
-        {
-            **run.model_dump(include={"study", "label", "variant", "seed"}),
-            "run": run.name,
-            "limit_seed": config.limit_seed,
-            "checkpoints": results,
-            "harness": HARNESS,
-            "scoring_version": SCORING_VERSION,
-            "code": code_version(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "precision": precision,
-        },
-    )
+    summary = {
+        **run.model_dump(include={"study", "label", "variant", "seed"}),
+        "run": run.name,
+        "limit_seed": config.limit_seed,
+        "checkpoints": results,
+        "harness": HARNESS,
+        "scoring_version": SCORING_VERSION,
+        "code": code_version(),
+        "device": torch.cuda.get_device_name() if material.device == "cuda" else "cpu",
+        "precision": material.precision,
+    }
+    write_json(run.folder / "evaluation.json", summary)
     shutil.rmtree(state, ignore_errors=True)
 
 
@@ -113,22 +114,41 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
         split, items = chosen.load(raw / name)
         benchmarks.append((chosen, split, items))
         digests[name] = [chosen.version, *(sha256(file) for file in chosen.files(raw / name)[1])]
-    fingerprint = {"tokens": sha256(run.tokens_folder / "meta.json"), "benchmarks": digests}
-    return Material(documents, total, benchmarks, RequestEncoder(load_tokenizer(own)), fingerprint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Material(
+        config=config,
+        device=device,
+        precision=arithmetic(config, device),
+        documents=documents,
+        documents_total=total,
+        benchmarks=benchmarks,
+        encoder=RequestEncoder(load_tokenizer(own)),
+        digests={"tokens": sha256(run.tokens_folder / "meta.json"), "benchmarks": digests},
+    )
+
+
+def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfloat16"]:
+    """The precision of the forward pass on `device` ("cpu" or "cuda"), auto decided."""
+    if config.precision != "auto":
+        return config.precision
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_multiplies_bfloat16()
+    return "bfloat16" if native else "float32"
 
 
 def evaluate_checkpoint(
-    folder: Path, last: bool, config: EvaluationConfig, material: Material, device: str, label: str
+    material: Material, folder: Path, last: bool, label: str
 ) -> tuple[dict[str, Any], pa.Table]:
-    """The checkpoint's part of `evaluation.json`, and the rows of its options."""
+    """The checkpoint's part of `evaluation.json`, and the rows of its options; `label` names it in bars."""
     transformer, description = load_checkpoint(folder)
-    tokenizer = material.encoder.tokenizer
+    config, tokenizer = material.config, material.encoder.tokenizer
     if transformer.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; delete the run's results and train again"
         )
-    model = TokenModel(transformer, material.encoder, device, config.arithmetic(device), config.batch_tokens)
+    model = TokenModel(
+        transformer, material.encoder, material.device, material.precision, config.batch_tokens
+    )
     stride = config.perplexity.stride or max(1, model.context // 2)
     windows = sum(1 + max(0, math.ceil((len(d.tokens) - model.context) / stride)) for d in material.documents)
     with _bar(f"{label} perplexity", "window", windows) as progress:
@@ -162,17 +182,15 @@ def evaluate_checkpoint(
     return result, table
 
 
-def _fingerprint(
-    folder: Path, last: bool, config: EvaluationConfig, precision: str, material: Material
-) -> str:
+def fingerprint(material: Material, folder: Path, last: bool) -> str:
     """Changes with anything that the checkpoint's scores depend on."""
     depends = {
         "version": SCORING_VERSION,
-        "weights": read_json(folder / "config.json")["weights_sha256"],
-        "config": config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
+        "weights": read_json(folder / "config.json").get("weights_sha256"),
+        "config": material.config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
         "last": last,
-        "precision": precision,
-        **material.fingerprint,
+        "precision": material.precision,
+        **material.digests,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 

@@ -15,26 +15,13 @@ from torch import Tensor, nn
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.forwards import Forward, SharedPrefixes, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
 
 # Logits held at once, in floats: few enough to stay near the cache on a CPU, enough to fill a GPU.
 _LOGITS = {"cpu": 2**21, "cuda": 2**27}
-
-
-class Forward(NamedTuple):
-    """One sequence through the model: its input, the first position scored, the tokens asked for at its end.
-
-    The targets of all positions but the last are the input itself, shifted; the last may have several.
-    """
-
-    tokens: np.ndarray
-    start: int
-    finals: list[int]
-
-    @property
-    def inner(self) -> int:
-        """Scored positions but the last."""
-        return len(self.tokens) - 1 - self.start
+# Tokens in a batch: on a CPU, 2,048 went 1.2 to 1.4 times as fast as 8,192.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 class _Part(NamedTuple):
@@ -52,7 +39,7 @@ class TokenModel:
     """Scores text with a transformer that offers `config.context`, `hidden(tokens_BL)` and `head(x)`.
 
     The forward pass runs in `precision`; the logits of the scored positions and their log-softmax are
-    float32. `batch_tokens` bounds a batch, padding included.
+    float32. `batch_tokens` bounds a batch, padding included (None: chosen for the device).
     """
 
     def __init__(
@@ -61,13 +48,13 @@ class TokenModel:
         encoder: RequestEncoder,
         device: str = "cpu",
         precision: Literal["float32", "bfloat16"] = "float32",
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
     ) -> None:
         self.transformer = transformer.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
         self.precision = precision
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
         self.context: int = transformer.config.context
 
     def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
@@ -75,7 +62,8 @@ class TokenModel:
         encoded = self.encoder(requests)
         forwards, parts = self._plan(requests, encoded)
         waiting = np.bincount([p.forward for p in parts if p.n_tokens], minlength=len(forwards))
-        logprobs = self._run(forwards, lambda done: progress(int(waiting[done].sum())))
+        shared = SharedPrefixes(forwards)
+        logprobs = shared.restore(self._run(shared.forwards, lambda done: progress(int(waiting[done].sum()))))
         progress(sum(not part.n_tokens for part in parts))
         first = self._first_token_logprobs() if any(part.starts_document for part in parts) else None
         scores = []
@@ -219,18 +207,3 @@ class TokenModel:
             own = rows[low:high] - begin
             found.append(logits_NV[own, targets[low:high]] - torch.logsumexp(logits_NV, dim=-1)[own])
         return torch.cat(found).double().cpu().numpy()
-
-
-def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Forward]:
-    """Overlapping windows over `tokens` that score each token but the first exactly once.
-
-    Each window holds at most `context` input tokens; all but the first window overlap the one before by
-    `context - stride` tokens, which serve as context alone.
-    """
-    end = 1  # the first token not yet scored
-    begin = 0
-    while end < len(tokens):
-        stop = min(begin + context + 1, len(tokens))
-        yield Forward(tokens[begin : stop - 1], end - 1 - begin, [int(tokens[stop - 1])])
-        end = stop
-        begin += stride
