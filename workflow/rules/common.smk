@@ -116,6 +116,8 @@ def finish() -> None:
 STUDY = load()
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
+# The overrides as arguments. In no rule's `params`, which have the resolved values: a job is run again for
+# what an override changes in it, not because there is one.
 SET = "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
 
 # Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.

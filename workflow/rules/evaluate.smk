@@ -13,6 +13,5 @@ rule evaluate:
         gpu=1,
     params:
         evaluation=evaluation_params,
-        set=SET,
     shell:
-        "stlm evaluate {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
+        "stlm evaluate {wildcards.study} {wildcards.run}{SET} 2>&1 | tee {log}"

@@ -15,6 +15,5 @@ rule train:
         gpu=1,
     params:
         run=run_params,
-        set=SET,
     shell:
-        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
+        "stlm train {wildcards.study} {wildcards.run}{SET} 2>&1 | tee {log}"
