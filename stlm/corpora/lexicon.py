@@ -1,4 +1,4 @@
-"""The words of the synthetic stories: about 550 word forms of simple English, with their inflections."""
+"""The words of the synthetic stories: about 600 word forms of simple English, with their inflections."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ COLOURS = _words("red blue green yellow black white brown pink orange purple gre
 QUALITIES = _words(
     "big small old new heavy light soft pretty strange clean dirty round wet dry broken shiny cheap fine"
 )
-FEELINGS = _words(
-    "happy sad tired hungry angry proud afraid excited sleepy lonely calm bored worried glad brave kind"
-)
+FEELINGS = _words("happy sad angry proud afraid excited sleepy lonely calm worried glad brave kind")
 ADVERBS = _words("slowly quickly quietly loudly happily sadly again together alone well badly today")
 NUMBERS = _words("two three four five six seven many some")
 
@@ -128,6 +126,26 @@ REFLEXIVE = _verbs(
 
 # What goes with a clause, with or without a gap: "Anna heard what Tom saw", "Anna heard that Tom saw it".
 KNOWING = _words("heard guessed learned remembered")
+
+# What one does when, where and with what; none of these words has another part in the stories.
+STATES = {
+    "hungry": "ate some soup", "thirsty": "drank a glass of water", "tired": "went to bed early",
+    "cold": "put on a warm coat", "hot": "took off every sock", "late": "ran all the way",
+    "curious": "looked at the map", "ill": "called for help", "bored": "read a long poem",
+    "muddy": "had a bath", "rich": "bought a horse", "scared": "turned on the light",
+}  # fmt: skip
+SPOTS = {
+    "bakery": "bought some bread", "pool": "swam for an hour", "theatre": "watched a play",
+    "zoo": "fed the animals", "bank": "saved some money", "stable": "rode a pony",
+    "mill": "ground some flour", "harbour": "counted the ships", "orchard": "picked some plums",
+    "church": "sang a song", "shop": "paid for some toys", "hill": "saw the sun go down",
+}  # fmt: skip
+TOOLS = {
+    "axe": "cut the wood", "pen": "wrote a note", "broom": "swept the floor", "pan": "fried an egg",
+    "net": "caught a fish", "spade": "dug a hole", "towel": "dried the dishes", "needle": "sewed a shirt",
+    "camera": "took a picture", "hose": "watered the flowers", "ticket": "boarded the train",
+    "hammer": "mended the roof",
+}  # fmt: skip
 
 IN_THE_PAST = ("Yesterday", "Last week", "Long ago", "Last night")
 IN_GENERAL = ("Every day", "Every morning", "Every week", "Each night")

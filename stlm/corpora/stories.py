@@ -1,14 +1,17 @@
 """Stories of the synthetic grammar, and multiple choice about them.
 
-A story states facts (where a thing was, whose, which colour; where somebody went), tells something with the
-constructions of `stlm.corpora.grammar`, and then asks about a fact and answers. Each kind of fact is stated
-of two things with different values, so that an answer needs the sentence about the right thing.
+A story states facts, tells something with the constructions of `stlm.corpora.grammar`, and then asks about
+the facts and answers. Facts are of two sorts, one easier to learn than the other:
+
+- *known* consequences, always the same: who has an axe cuts the wood, who is cold puts on a coat;
+- *told* facts, new in each story: where a thing was, whose, of which colour. Two things have different
+  values, so that an answer needs the sentence about the right thing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,52 +24,64 @@ OPTIONS = 4
 
 @dataclass(frozen=True)
 class FactKind:
-    """A kind of fact: what it is said of (`{0}`), its values (`{1}`), and its sentences."""
+    """A kind of fact: its values (`{1}`), and sentences that say one of a subject (`{0}`)."""
 
-    subjects: tuple[str, ...]
     values: tuple[str, ...]
     statement: str
-    paraphrase: str  # `{2}` is somebody
     question: str
+    paraphrase: str = ""  # `{2}` is somebody
+    of_things: bool = True  # the subject is a thing, else somebody
+    deeds: Mapping[str, str] | None = None  # known: value -> what it leads to
+
+    def answer(self, subject: str, value: str) -> str:
+        if self.deeds is not None:
+            return f"{subject} {self.deeds[value]}."
+        return self.statement.format(subject, value)
 
 
-_THINGS = tuple(noun.singular for noun in words.THINGS)
+def _known(deeds: Mapping[str, str], statement: str, question: str) -> FactKind:
+    return FactKind(tuple(deeds), statement, question, of_things=False, deeds=deeds)
+
+
 _NAMES = words.WOMEN + words.MEN
-FACTS: dict[str, FactKind] = {
+TOLD: dict[str, FactKind] = {
     "where": FactKind(
-        _THINGS, words.CONTAINERS, "The {0} was {1}.", "{2} put the {0} {1}.", "Where was the {0}?"
+        words.CONTAINERS, "The {0} was {1}.", "Where was the {0}?", paraphrase="{2} put the {0} {1}."
     ),
-    "whose": FactKind(
-        _THINGS, _NAMES, "The {0} belonged to {1}.", "The {0} belonged to {1}.", "Whose was the {0}?"
-    ),
+    "whose": FactKind(_NAMES, "The {0} belonged to {1}.", "Whose was the {0}?"),
     "colour": FactKind(
-        _THINGS, words.COLOURS, "The {0} was {1}.", "{2} painted the {0} {1}.", "What colour was the {0}?"
-    ),
-    "went": FactKind(
-        _NAMES, words.PLACES, "{0} went to the {1}.", "{0} went to the {1}.", "Where did {0} go?"
+        words.COLOURS, "The {0} was {1}.", "What colour was the {0}?", paraphrase="{2} painted the {0} {1}."
     ),
 }
+KNOWN: dict[str, FactKind] = {
+    "state": _known(words.STATES, "{0} was {1}.", "What did {0} do then?"),
+    "spot": _known(words.SPOTS, "{0} went to the {1}.", "What did {0} do there?"),
+    "tool": _known(words.TOOLS, "{0} had the {1}.", "What did {0} do with it?"),
+}
+FACTS = TOLD | KNOWN
+Fact = tuple[FactKind, str, str]  # kind, subject, value
 
 
-def _stated(s: Speaker, kind: FactKind, subject: str, value: str) -> str:
+def _stated(s: Speaker, fact: Fact) -> str:
     """The fact in its own words, in other words, or said by one and confirmed by another.
 
     The echo is what a small model learns first of looking back.
     """
+    kind, subject, value = fact
     chance, (first, second) = s.rng.random(), s.two_names()
     statement = kind.statement.format(subject, value)
-    if chance < 0.2:
+    if chance < 0.2 and kind.paraphrase:
         return kind.paraphrase.format(subject, value, first)
-    if chance < 0.6:
+    if chance < 0.5 and not kind.deeds:
         return f'"{statement[:-1]}," said {first}. "Yes. {statement[:-1]}," said {second}.'
     return statement
 
 
-def _facts(s: Speaker, kind: FactKind) -> list[tuple[str, str]]:
-    """Two facts of a kind about the cast: (subject, value)."""
-    subjects = s.cast.names if kind.subjects is _NAMES else [noun.singular for noun in s.cast.things]
+def _told(s: Speaker, kind: FactKind) -> list[Fact]:
+    """Two facts of a kind about the cast."""
+    things = [noun.singular for noun in s.rng.sample(s.cast.things, 2)]
     values = s.cast.names if kind.values is _NAMES else kind.values
-    return list(zip(s.rng.sample(subjects, 2), s.rng.sample(values, 2), strict=True))
+    return [(kind, thing, value) for thing, value in zip(things, s.rng.sample(values, 2), strict=True)]
 
 
 # --- sentences that are in no pair, but show its words where they belong ---
@@ -110,7 +125,13 @@ def _saying(s: Speaker) -> str:
 
 
 _PLAIN: tuple[Callable[[Speaker], str], ...] = (_somebody, _has, _every, _pronoun, _saying)
-_PARADIGMS = tuple(function for _, function in grammar.CONSTRUCTIONS.values())
+# Those that many words take part in, and that a small model so needs to see more often, come twice.
+_TWICE = ("agreement_regular", "agreement_attractor", "anaphor_gender", "npi_ever", "tense_of_adverb")
+_PARADIGMS = tuple(
+    function
+    for name, (_, function) in grammar.CONSTRUCTIONS.items()
+    for _ in range(2 if name in _TWICE else 1)
+)
 
 
 def _sentence(s: Speaker) -> str:
@@ -133,8 +154,9 @@ def _opening(s: Speaker) -> str:
     )
 
 
-def _question(s: Speaker, kind: FactKind, subject: str, value: str) -> str:
-    question, answer = kind.question.format(subject), kind.statement.format(subject, value)
+def _question(s: Speaker, fact: Fact) -> str:
+    kind, subject, value = fact
+    question, answer = kind.question.format(subject), kind.answer(subject, value)
     if s.rng.random() < 0.7:
         return f"{question} {answer}"
     asking, answering = s.two_names()
@@ -142,15 +164,19 @@ def _question(s: Speaker, kind: FactKind, subject: str, value: str) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """One story: an opening, two facts and one to three other sentences in any order, two questions."""
+    """One story: an opening, two facts and a few other sentences in any order, a question of each fact."""
     s = Speaker(rng, new_cast(rng))
-    kind = rng.choice(tuple(FACTS.values()))
-    facts = [(kind, *fact) for fact in _facts(s, kind)]
-    body = [_stated(s, *fact) for fact in facts]
-    body += [_sentence(s) for _ in range(rng.randint(1, 3))]
+    if rng.random() < 0.5:
+        facts = _told(s, s.pick(tuple(TOLD.values())))
+        others = rng.randint(1, 2)
+    else:
+        kinds = rng.sample(tuple(KNOWN.values()), 2)
+        facts = [(kind, s.name(), s.pick(kind.values)) for kind in kinds]
+        others = rng.randint(2, 4)
+    body = [_stated(s, fact) for fact in facts] + [_sentence(s) for _ in range(others)]
     rng.shuffle(body)
     rng.shuffle(facts)
-    return " ".join([_opening(s), *body, *(_question(s, *fact) for fact in facts)])
+    return " ".join([_opening(s), *body, *(_question(s, fact) for fact in facts)])
 
 
 def _quadruples(rng: random.Random, values: Sequence[str]) -> Iterator[list[str]]:
@@ -165,7 +191,7 @@ def choice_items(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """``count`` items: ctx (a story and a question), endings (four answers), label, kind.
 
     Within each set of four values each one is right once, so no option is likelier than another without the
-    story; one wrong option is also in the story, said of something else.
+    story. Of a told fact one wrong option is also in the story, said of something else.
     """
     sets = {name: _quadruples(rng, kind.values) for name, kind in FACTS.items()}
     made = 0
@@ -178,23 +204,23 @@ def choice_items(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _choice_item(rng: random.Random, name: str, options: Sequence[str], right: str) -> dict[str, Any]:
-    kind = FACTS[name]
+    kind, cast = FACTS[name], new_cast(rng)
     wrong = rng.choice([option for option in options if option != right])
-    cast = new_cast(rng)
-    # Only the two values of the facts may come up in the other sentences.
-    if kind.values is _NAMES:
+    if kind.values is _NAMES:  # of the options only these two may come up in the story
         cast = Cast((right, wrong), cast.beings, cast.things, cast.places)
-    elif kind.values is words.PLACES:
-        cast = Cast(cast.names, cast.beings, cast.things, (right, wrong))
     s = Speaker(rng, cast)
-    (subject, _), (other, _) = _facts(s, kind)
-    body = [_stated(s, kind, subject, right), _stated(s, kind, other, wrong)]
-    body += [_sentence(s) for _ in range(rng.randint(1, 2))]
+    if name in KNOWN:
+        subject = s.name()
+        facts = [(kind, subject, right)]
+    else:
+        (_, subject, _), (_, other, _) = _told(s, kind)
+        facts = [(kind, subject, right), (kind, other, wrong)]
+    body = [_stated(s, fact) for fact in facts] + [_sentence(s) for _ in range(rng.randint(1, 2))]
     rng.shuffle(body)
     order = rng.sample(options, OPTIONS)
     return {
         "ctx": " ".join([_opening(s), *body, kind.question.format(subject)]),
-        "endings": [kind.statement.format(subject, option) for option in order],
+        "endings": [kind.answer(subject, option) for option in order],
         "label": order.index(right),
         "kind": name,
     }

@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from stlm.corpora import grammar, lexicon, synthetic
+from stlm.corpora import grammar, lexicon, stories, synthetic
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry
 from stlm.corpora.fetch import fetch
 
 STORIES = synthetic.corpus(seed=0, size=3000)["text"]
 PAIRS = synthetic.pairs(seed=1, size=60)
-CHOICE = synthetic.choice(seed=2, size=400)
+CHOICE = synthetic.choice(seed=2, size=480)
 
 
 def words(texts: list[str]) -> collections.Counter[str]:
@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
     assert synthetic.corpus(0, 50)["text"] == STORIES[:50]
     assert synthetic.corpus(1, 50)["text"] != STORIES[:50]
     assert synthetic.pairs(1, 60) == PAIRS
-    assert synthetic.choice(2, 400) == CHOICE
+    assert synthetic.choice(2, 480) == CHOICE
 
 
 def test_stories_are_short_different_and_of_few_words() -> None:
@@ -75,21 +75,32 @@ def test_every_word_of_the_benchmarks_is_in_the_corpus() -> None:
     assert [word for word in asked if word not in known] == []
 
 
-def test_a_choice_has_one_right_answer_that_its_story_states() -> None:
-    for context, endings, label in zip(CHOICE["ctx"], CHOICE["endings"], CHOICE["label"], strict=True):
+def items(kinds: dict[str, stories.FactKind]) -> list[tuple[str, list[str], int, str]]:
+    rows = zip(CHOICE["ctx"], CHOICE["endings"], CHOICE["label"], CHOICE["kind"], strict=True)
+    return [row for row in rows if row[3] in kinds]
+
+
+def test_a_told_answer_is_stated_in_its_story_and_the_wrong_ones_are_not() -> None:
+    told = items(stories.TOLD)
+    assert len(told) == len(CHOICE["ctx"]) // 2
+    for context, endings, label, _ in told:
         assert len(set(endings)) == 4
-        # What a fact says: "The cup was in the box.", or "Anna put the cup in the box."
-        stated = [ending for ending in endings if said(context, ending)]
-        assert stated == [endings[label]]
+        assert [ending for ending in endings if said(context, ending)] == [endings[label]]
 
 
 def said(context: str, ending: str) -> bool:
-    if ending[:-1] in context:
-        return True
-    subject, value = (
-        re.fullmatch(r"The (\w+) was (.*)\.", ending).groups() if " was " in ending else ("-", "-")
-    )
-    return re.search(rf"(put|painted) the {subject} {value}\.", context) is not None
+    """Whether the story says so: "The cup was in the box.", or "Anna put the cup in the box."."""
+    match = re.fullmatch(r"The (\w+) was (.*)\.", ending)
+    put = match is not None and re.search(rf"(put|painted) the {match[1]} {match[2]}\.", context)
+    return bool(put) or ending[:-1] in context
+
+
+def test_a_known_answer_follows_from_one_word_of_its_story_alone() -> None:
+    for context, endings, label, kind in items(stories.KNOWN):
+        causes = [cause for cause in stories.KNOWN[kind].values if re.search(rf"\b{cause}\b", context)]
+        assert len(causes) == 1
+        deeds = [ending.split(" ", 1)[1].rstrip(".") for ending in endings]
+        assert deeds.index(stories.KNOWN[kind].deeds[causes[0]]) == label
 
 
 def test_no_option_is_likelier_to_be_right_without_its_story() -> None:
@@ -97,7 +108,8 @@ def test_no_option_is_likelier_to_be_right_without_its_story() -> None:
     offered: collections.Counter[str] = collections.Counter()
     right: collections.Counter[str] = collections.Counter()
     for endings, label in zip(CHOICE["endings"], CHOICE["label"], strict=True):
-        values = [ending.split(maxsplit=2)[2] for ending in endings]
+        # What follows the subject, "Anna" or "The cup".
+        values = [ending.split(maxsplit=2 if ending.startswith("The") else 1)[-1] for ending in endings]
         offered.update(values)
         right[values[label]] += 1
     assert all(4 * right[value] == count for value, count in offered.items())
@@ -105,13 +117,14 @@ def test_no_option_is_likelier_to_be_right_without_its_story() -> None:
 
 def test_reading_half_the_story_is_not_enough() -> None:
     """Preferring what is said last, or at all, is right half of the time."""
+    told = items(stories.TOLD)
     last = mentioned = 0.0
-    for context, endings, label in zip(CHOICE["ctx"], CHOICE["endings"], CHOICE["label"], strict=True):
+    for context, endings, label, _ in told:
         at = [context.rfind(ending.rstrip(".").split()[-1]) for ending in endings]
         last += at.index(max(at)) == label
         mentioned += (at[label] >= 0) / sum(place >= 0 for place in at)
-    assert last / len(CHOICE["ctx"]) < 0.6
-    assert mentioned / len(CHOICE["ctx"]) < 0.6
+    assert last / len(told) < 0.6
+    assert mentioned / len(told) < 0.6
 
 
 def test_a_story_asks_about_what_it_said() -> None:
