@@ -144,6 +144,10 @@ def test_forward_passes_are_shared_and_only_scored_positions_get_logits(transfor
     model.loglikelihoods([Request("abc", " def"), Request("abc", " def", whole=True)])
     # One pass for both modes and one for the first token after the end of text; 6 inner targets and that.
     assert (counting.rows, counting.scored) == (2, 7)
+    counting.rows = counting.scored = 0
+    model.loglikelihoods([Request("abc", ending, whole=True) for ending in (" def", " dxy", " z")])
+    # All 6 positions of one, those after its neighbour's "abc " and "abc d" of the others, and the first token.
+    assert (counting.rows, counting.scored) == (4, 6 + 2 + 1 + 1)
 
 
 @pytest.mark.parametrize("stride", [None, 1, 7, CONTEXT])
