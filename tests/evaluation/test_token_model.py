@@ -146,7 +146,7 @@ def test_forward_passes_are_shared_and_only_scored_positions_get_logits(transfor
     assert (counting.rows, counting.scored) == (2, 7)
     counting.rows = counting.scored = 0
     model.loglikelihoods([Request("abc", ending, whole=True) for ending in (" def", " dxy", " z")])
-    # All 6 positions of one, those after its neighbour's "abc " and "abc d" of the others, and the first token.
+    # All 6 positions of one, what follows "abc d" and "abc " in the others, and the first token.
     assert (counting.rows, counting.scored) == (4, 6 + 2 + 1 + 1)
 
 
