@@ -1,0 +1,116 @@
+"""The stages written to dvc.yaml, without running an engine."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from stlm import pipeline
+from stlm.errors import UserError
+from stlm.study import load_study, study_names
+
+STUDIES = ["smoke", "desk", "paper"]
+
+
+def edit(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def paths(entries) -> set[str]:
+    return {path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}
+
+
+def test_the_dvc_yaml_of_the_repository_is_of_smoke_and_current(root):
+    assert pipeline.active_study(root) == "smoke"
+    pipeline.check_active(load_study("smoke", root=root), root)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_dependency_is_the_output_of_one_stage(root, name):
+    stages = pipeline.dvc_stages(load_study(name, root=root), root)
+    made = [path for stage in stages.values() for path in paths([*stage["outs"], *stage.get("metrics", [])])]
+    assert len(made) == len(set(made))
+    assert {path for stage in stages.values() for path in stage.get("deps", [])} <= set(made)
+
+
+def test_the_three_studies_are_there(root):
+    assert set(STUDIES) <= set(study_names(root))
+
+
+def test_a_published_vocabulary_is_fetched_and_read(root):
+    stages = pipeline.dvc_stages(load_study("paper", root=root), root)
+    assert stages["fetch-gpt2"]["params"] == [{"params/vocabularies.yaml": ["gpt2"]}]
+    assert "data/raw/gpt2" in stages["tokenize-openwebtext-gpt2"]["deps"]
+
+
+def test_a_training_depends_on_its_own_variant_alone(root):
+    stage = pipeline.dvc_stages(load_study("smoke", root=root), root)["train-smoke-sincos"]
+    assert stage["params"] == [{"params/smoke.yaml": ["model", "training", "seeds", "variants.sincos"]}]
+
+
+def test_another_seed_leaves_the_runs_of_earlier_seeds_alone(project):
+    edit(project / "params/smoke.yaml", "seeds: [0]", "seeds: [0, 1]")
+    two = pipeline.dvc_stages(load_study("smoke"))
+    edit(project / "params/smoke.yaml", "seeds: [0, 1]", "seeds: [0, 1, 2]")
+    three = pipeline.dvc_stages(load_study("smoke"))
+    assert "train-smoke-baseline-s2" in three and "train-smoke-baseline-s2" not in two
+    runs = [name for name in two if name.startswith(("train-", "evaluate-"))]
+    assert {name: two[name] for name in runs} == {name: three[name] for name in runs}
+    assert "seeds" not in two["train-smoke-baseline-s0"]["params"][0]["params/smoke.yaml"]
+
+
+def test_a_mix_depends_on_its_components(project):
+    entries = pipeline.source_entries("paper_mix")
+    corpora = yaml.safe_load((project / "params/corpora.yaml").read_text())
+    assert set(entries["corpora"]) == {"paper_mix", *corpora["paper_mix"]["mix"]}
+
+
+def test_an_unknown_name_is_refused(project):
+    with pytest.raises(UserError, match="'gutenberg' is in none of params/"):
+        pipeline.source_entries("gutenberg")
+
+
+def test_use_writes_once_and_switches(project):
+    assert pipeline.active_study() is None
+    assert pipeline.use("smoke") is True
+    assert pipeline.use("smoke") is False
+    assert pipeline.use("desk") is True
+    assert pipeline.active_study() == "desk"
+
+
+def test_a_stale_dvc_yaml_is_refused_with_the_command_that_mends_it(project):
+    pipeline.use("smoke")
+    edit(project / "params/smoke.yaml", "variants:\n", "variants:\n  extra: {model: {layers: 2}}\n")
+    with pytest.raises(UserError, match="run `stlm use smoke`"):
+        pipeline.check_active(load_study("smoke"))
+    pipeline.use("smoke")
+    pipeline.check_active(load_study("smoke"))
+
+
+def test_a_number_changed_in_params_leaves_dvc_yaml_current(project):
+    pipeline.use("smoke")
+    edit(project / "params/smoke.yaml", "model:\n", "model:\n  rope_theta: 5000.0\n")
+    pipeline.check_active(load_study("smoke"))
+
+
+def test_a_study_that_is_not_active_and_overrides_are_not_compared(project):
+    pipeline.use("smoke")
+    pipeline.check_active(load_study("desk"))
+    pipeline.check_active(load_study("smoke", ["variants.extra.model.layers=2"]))
+
+
+def test_sync_needs_an_active_study(project):
+    with pytest.raises(UserError, match="run `stlm use STUDY`"):
+        pipeline.sync()
+
+
+def test_a_damaged_dvc_yaml_is_named(project):
+    (project / "dvc.yaml").write_text("stages: {}\n")
+    with pytest.raises(UserError, match=r"dvc\.yaml: not as `stlm use` writes it"):
+        pipeline.active_study()
+
+
+def test_nothing_is_recorded_outside_a_repository(project):
+    assert pipeline.record_in_dvc().startswith("DVC: nothing recorded, this folder is not")
