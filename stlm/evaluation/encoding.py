@@ -36,6 +36,7 @@ class RequestEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._eot = np.array([tokenizer.eot], dtype=np.int32)
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[Encoded]:
@@ -47,7 +48,7 @@ class RequestEncoder:
             if n_context:
                 encoded.append(Encoded(whole, n_context, False))
             else:
-                encoded.append(Encoded(np.insert(whole, 0, self.tokenizer.eot), 1, True))
+                encoded.append(Encoded(np.concatenate([self._eot, whole]), 1, True))
         return encoded
 
     def _encode(self, texts: Iterable[str]) -> None:
