@@ -19,7 +19,8 @@ def no_progress(_: int) -> None:
 class Request(NamedTuple):
     """A text to score: log P(continuation | context); with `whole`, log P(context continuation).
 
-    An empty context stands for the start of a document (the end-of-text token).
+    An empty context stands for the start of a document (the end-of-text token). The first token of a whole
+    string is scored after it too; the others are conditioned on the string alone, as a continuation is.
     """
 
     context: str
