@@ -78,7 +78,11 @@ def edit(project, old, new, name="smoke"):
         ("  modes: [harness, paper]", "  modes: [harnes]", r"evaluation.modes.*'harness'"),
         ("  dropout: 0.1", "  dropout: 1.0", r"params/smoke.yaml: model.dropout: .*less than 1.*found 1.0"),
         ("  dropout: 0.1", "  dropout: .nan", r"params/smoke.yaml: model.dropout: "),
-        ("  positions: rope", "  positions: rope\n  vocab_size: 99", r"vocab_size: the tokenizer bpe-1024 has"),
+        (
+            "  positions: rope",
+            "  positions: rope\n  vocab_size: 99",
+            r"vocab_size: the tokenizer bpe-1024 has",
+        ),
     ],
 )
 def test_a_mistake_names_file_key_and_nearest_choice(old, new, expected, project):
@@ -140,7 +144,9 @@ def test_seeds_make_a_run_each(project):
 
 def test_a_mix_must_name_corpora_that_are_there(project):
     path = project / "params" / "corpora.yaml"
-    text = path.read_text() + "\nown_mix:\n  description: d\n  licence: l\n  mix: {synthetic: 1.0, nope: 2.0}\n"
+    text = (
+        path.read_text() + "\nown_mix:\n  description: d\n  licence: l\n  mix: {synthetic: 1.0, nope: 2.0}\n"
+    )
     path.write_text(text)
     with pytest.raises(UserError, match=r"params/corpora.yaml: own_mix.mix.nope: no such corpus"):
         load_study("smoke")

@@ -37,9 +37,7 @@ def test_the_papers_rows_have_the_papers_sizes(changes, total, paper):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_counted_parameters_are_the_models(norm, ffn, positions, tied, kv_heads):
-    config = ModelConfig(
-        **{**TINY, "kv_heads": kv_heads}, norm=norm, ffn=ffn, positions=positions, tied=tied
-    )
+    config = ModelConfig(**{**TINY, "kv_heads": kv_heads}, norm=norm, ffn=ffn, positions=positions, tied=tied)
     model = Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == parameter_counts(config).total
     logits_BLV = model(torch.randint(0, 61, (2, 16)))
