@@ -149,7 +149,7 @@ def test_dvc_compares_commits(changed):
     project, _ = changed
     metrics = json.loads(project.run("dvc", "metrics", "diff", "--json", "HEAD~1", "HEAD"))
     metrics = metrics["results/smoke/metrics.json"]
-    assert list(metrics) == ["learned.test_bits_per_byte", "learned.test_char_perplexity", *list(metrics)[2:]]
+    assert {"learned.test_bits_per_byte", "learned.test_char_perplexity"} <= set(metrics)
     assert all(name.startswith("learned.") for name in metrics)
     params = json.loads(project.run("dvc", "params", "diff", "--json", "HEAD~1", "HEAD"))
     assert params == {

@@ -67,6 +67,15 @@ def study_params(wildcards) -> str:
     return canonical(STUDY.model_dump(mode="json"))
 
 
+def set_arguments(wildcards, threads) -> str:
+    """The overrides as arguments of a verb.
+
+    A parameter that asks for `threads` is none that Snakemake compares: a job is run again for what an
+    override changes in it, which its other parameters have, and not because there is an override.
+    """
+    return "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
+
+
 def tokenize_inputs(wildcards) -> list[str]:
     return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
@@ -116,9 +125,6 @@ def finish() -> None:
 STUDY = load()
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
-# The overrides as arguments. In no rule's `params`, which have the resolved values: a job is run again for
-# what an override changes in it, not because there is one.
-SET = "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
 
 # Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
 os.environ.update(

@@ -13,5 +13,6 @@ rule evaluate:
         gpu=1,
     params:
         evaluation=evaluation_params,
+        set=set_arguments,
     shell:
-        "stlm evaluate {wildcards.study} {wildcards.run}{SET} 2>&1 | tee {log}"
+        "stlm evaluate {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"

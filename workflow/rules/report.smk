@@ -23,5 +23,6 @@ rule report:
         "../envs/stlm.yaml"
     params:
         study=study_params,
+        set=set_arguments,
     shell:
-        "stlm report {wildcards.study}{SET} 2>&1 | tee {log}"
+        "stlm report {wildcards.study}{params.set} 2>&1 | tee {log}"

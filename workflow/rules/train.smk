@@ -15,5 +15,6 @@ rule train:
         gpu=1,
     params:
         run=run_params,
+        set=set_arguments,
     shell:
-        "stlm train {wildcards.study} {wildcards.run}{SET} 2>&1 | tee {log}"
+        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
