@@ -163,20 +163,39 @@ def _question(s: Speaker, fact: Fact) -> str:
     return f'"{question}" asked {asking}. "{answer[:-1]}," said {answering}.'
 
 
+def _consequence(s: Speaker, fact: Fact) -> str:
+    """What followed from a known fact: "So she cut the wood."."""
+    kind, subject, value = fact
+    return f"So {kind.answer('she' if is_woman(subject) else 'he', value)}"
+
+
+def _known_facts(s: Speaker, count: int) -> list[Fact]:
+    """Facts of different kinds about the cast."""
+    return [(kind, s.name(), s.pick(kind.values)) for kind in s.rng.sample(tuple(KNOWN.values()), count)]
+
+
 def story(rng: random.Random) -> str:
-    """One story: an opening, two facts and a few other sentences in any order, a question of each fact."""
+    """One story: an opening, three facts and a few other sentences in any order, questions of the facts.
+
+    What follows from a fact comes right after it, or when it is asked for, at once or in the end: a model
+    that has learned to look back a sentence goes on to look further.
+    """
     s = Speaker(rng, new_cast(rng))
-    if rng.random() < 0.5:
-        facts = _told(s, s.pick(tuple(TOLD.values())))
-        others = rng.randint(1, 2)
-    else:
-        kinds = rng.sample(tuple(KNOWN.values()), 2)
-        facts = [(kind, s.name(), s.pick(kind.values)) for kind in kinds]
-        others = rng.randint(2, 4)
-    body = [_stated(s, fact) for fact in facts] + [_sentence(s) for _ in range(others)]
+    told = rng.random() < 0.5
+    facts = _told(s, s.pick(tuple(TOLD.values()))) + _known_facts(s, 1) if told else _known_facts(s, 3)
+    body, end = [_sentence(s) for _ in range(rng.randint(1, 3))], []
+    for fact in facts:
+        stated, chance = _stated(s, fact), rng.random()
+        if fact[0].deeds and chance < 0.5:
+            body.append(f"{stated} {_consequence(s, fact)}")
+        elif chance < 0.7:
+            body.append(f"{stated} {_question(s, fact)}")
+        else:
+            body.append(stated)
+            end.append(_question(s, fact))
     rng.shuffle(body)
-    rng.shuffle(facts)
-    return " ".join([_opening(s), *body, *(_question(s, fact) for fact in facts)])
+    rng.shuffle(end)
+    return " ".join([_opening(s), *body, *end])
 
 
 def _quadruples(rng: random.Random, values: Sequence[str]) -> Iterator[list[str]]:
