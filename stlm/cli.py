@@ -117,10 +117,11 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Write params/README.md from the schema of the parameters."""
-    from stlm.documentation import write_params_readme
+    """Write the generated documentation: params/README.md, and the results in README.md."""
+    from stlm.documentation import write_params_readme, write_readme_results
 
     print(f"wrote {write_params_readme()}")
+    print(f"wrote {write_readme_results()}")
 
 
 def parser() -> argparse.ArgumentParser:

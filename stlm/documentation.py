@@ -1,4 +1,4 @@
-"""params/README.md, written from the schema that checks the parameters, so that the two cannot drift."""
+"""Generated documentation: params/README.md from the schema, the results in README.md from their files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
+from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.config import ModelConfig
 from stlm.study import PARAMS, StudyFile, Variant
 from stlm.training.config import TrainingConfig
 
-README = PARAMS / "README.md"
+PARAMS_README = PARAMS / "README.md"
+README = Path("README.md")
+# The study whose results README.md shows, and the comments between which it shows them.
+SHOWN = Path("results/desk")
+_BEGIN, _END = "<!-- results: written by `stlm document` from results/desk/ -->\n", "<!-- /results -->"
 
 _HEAD = """\
 # Parameters
@@ -137,5 +142,31 @@ def params_readme() -> str:
 
 def write_params_readme(root: Path = Path()) -> Path:
     """Write params/README.md; its path."""
-    write_text(root / README, params_readme())
+    write_text(root / PARAMS_README, params_readme())
+    return PARAMS_README
+
+
+def readme_with_results(root: Path = Path()) -> str:
+    """README.md with the table and the figure of results/desk/, as they are there."""
+    text = (root / README).read_text(encoding="utf-8")
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise UserError(f"{README}: expected once each: {_BEGIN.strip()} and {_END}")
+    table = root / SHOWN / "tables" / "table2.md"
+    if not table.is_file():
+        raise UserError(f"{table}: no such file; run the study: make all STUDY=desk")
+    before, rest = text.split(_BEGIN)
+    after = rest.split(_END)[1]
+    shown = [
+        "## What you get",
+        f"The study `desk`: models of about 4M parameters, trained on children's books (tables, plots and "
+        f"metrics in [{SHOWN}/]({SHOWN})).",
+        table.read_text(encoding="utf-8").strip(),
+        f"![Character perplexity on validation text during training, all runs]({SHOWN}/plots/figure1.svg)",
+    ]
+    return before + _BEGIN + "\n\n".join(shown) + "\n\n" + _END + after
+
+
+def write_readme_results(root: Path = Path()) -> Path:
+    """Put the results of results/desk/ into README.md; its path."""
+    write_text(root / README, readme_with_results(root))
     return README

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from stlm.documentation import README, params_readme
+from stlm.documentation import PARAMS_README, README, params_readme, readme_with_results
 from stlm.errors import UserError
 from stlm.listing import runs_table
 from stlm.study import load_study, vocabulary_size
@@ -165,5 +165,10 @@ def test_the_listing_counts_without_training(project):
 
 
 def test_the_parameters_page_is_the_schemas(root):
-    page = (root / README).read_text(encoding="utf-8")
+    page = (root / PARAMS_README).read_text(encoding="utf-8")
     assert page == params_readme(), "params/README.md is out of date: run `stlm document`"
+
+
+def test_the_results_in_the_readme_are_the_committed_ones(root):
+    page = (root / README).read_text(encoding="utf-8")
+    assert page == readme_with_results(root), "README.md is out of date: run `stlm document`"
