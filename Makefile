@@ -35,10 +35,10 @@ test: $(READY) ## all tests that fit in 15 minutes on two cores, and the code st
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/snakefmt --check Snakefile workflow
-	$(BIN)/python -m pytest -m "not network and not cuda"
+	$(BIN)/python -m pytest -m "not network"
 
 test-fast: $(READY) ## the unit tests alone, without the two engines
-	$(BIN)/python -m pytest -m "not engine and not slow and not network and not cuda"
+	$(BIN)/python -m pytest -m "not engine and not slow and not network"
 
 lint: $(READY) ## check the code style and Snakemake's own advice
 	$(BIN)/ruff check

@@ -95,9 +95,10 @@ def report(options: argparse.Namespace) -> None:
 def study(options: argparse.Namespace) -> None:
     """List the runs of a study with their size and cost, training nothing."""
     from stlm.listing import runs_table
+    from stlm.pipeline import active_study
     from stlm.study import load_study
 
-    print(runs_table(load_study(options.study, options.set)))
+    print(runs_table(load_study(options.study or active_study() or "smoke", options.set)))
 
 
 def use(options: argparse.Namespace) -> None:
@@ -152,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     of_run = ("run", "a run of the study, as `stlm study` lists them")
     listing = verb(study, overridable=True)
     listing.add_argument(
-        "study", metavar="STUDY", nargs="?", default="smoke", help=f"{of_study[1]} (default)"
+        "study", metavar="STUDY", nargs="?", help="default: the active study, as cloned smoke"
     )
     fetcher = verb(fetch, ("name", "a corpus, mix, benchmark or vocabulary in params/"))
     fetcher.add_argument(

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -53,7 +53,9 @@ class StudyFile(BaseModel):
     tokenizer: str = Field(
         description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus."
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each variant is run once a seed.")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        (0,), min_length=1, description="Each variant is run once a seed."
+    )
     baseline: str = Field("baseline", description="The variant that the others are compared with.")
     model: dict[str, Any] = Field(default_factory=dict, description="The baseline's model; see `model`.")
     training: dict[str, Any] = Field(
@@ -246,11 +248,16 @@ def validate(model: type[_Model], content: Any, file: str, prefix: str = "") -> 
     try:
         # By way of JSON, strict mode takes lists for tuples and whole numbers for floats, but no "400" or
         # true for 400.
-        return model.model_validate_json(json.dumps(content), strict=True)
+        return model.model_validate_json(json.dumps(content, default=_not_json), strict=True)
     except ValidationError as error:
         raise UserError(_problems(error, model, file, prefix)) from None
-    except TypeError as error:
-        raise UserError(f"{file}: {prefix}: {error}") from None
+    except TypeError as error:  # a key of a mapping that is no text
+        raise UserError(f"{file}: {prefix + ': ' if prefix else ''}{error}") from None
+
+
+def _not_json(value: Any) -> str:
+    """YAML's dates, which no parameter is: as text, so that the check that follows names their key."""
+    return str(value)
 
 
 def _catalogue(root: Path, name: str, model: type[_Model]) -> dict[str, _Model]:
@@ -358,6 +365,12 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
                 f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; "
                 "leave the key out"
             )
+    stride = parsed.evaluation.perplexity.stride
+    if stride is not None and stride > sections["model"].context:
+        raise UserError(
+            f"{file}: evaluation.perplexity.stride: {stride} is above model.context: "
+            f"{sections['model'].context}; text between windows would be left out"
+        )
     return Run(
         study=study,
         name=name if len(parsed.seeds) == 1 else f"{name}-s{seed}",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 
 from stlm.documentation import PARAMS_README, README, params_readme, readme_with_results
 from stlm.errors import UserError
+from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.listing import runs_table
-from stlm.study import load_study, vocabulary_size
+from stlm.study import load_benchmarks, load_study, vocabulary_size
 
 ROWS = ["baseline", "sincos", "learned", "simple-ffn", "dropout-free"]
 
@@ -81,6 +83,14 @@ def edit(project, old, new, name="smoke"):
         ("steps: 900", "steps: {", r"params/smoke.yaml, line \d+: not valid YAML"),
         ("  modes: [harness, paper]", "  modes: [harnes]", r"evaluation.modes.*'harness'"),
         ("  dropout: 0.1", "  dropout: 1.0", r"params/smoke.yaml: model.dropout: .*less than 1.*found 1.0"),
+        ("seeds: [0]", "seeds: [-1]", r"params/smoke.yaml: seeds.0: .*greater than or equal to 0.*found -1"),
+        ("  learning_rate: 3.0e-3", "  learning_rate: .inf", r"training.learning_rate: .*finite number"),
+        ("  learning_rate: 3.0e-3", "  learning_rate: 2026-01-01", r"training.learning_rate: .*2026-01-01"),
+        (
+            "evaluation:",
+            "evaluation:\n  perplexity: {stride: 200}",
+            r"evaluation.perplexity.stride: 200 is above model.context: 128",
+        ),
         ("  dropout: 0.1", "  dropout: .nan", r"params/smoke.yaml: model.dropout: "),
         (
             "  positions: rope",
@@ -156,6 +166,10 @@ def test_a_mix_must_name_corpora_that_are_there(project):
         load_study("smoke")
 
 
+def test_every_benchmark_in_params_can_be_scored(project):
+    assert set(load_benchmarks()) == set(BENCHMARKS)
+
+
 def test_vocabulary_sizes():
     assert [vocabulary_size(name) for name in ("gpt2", "bytes", "bpe-4096")] == [50257, 257, 4096]
 
@@ -174,5 +188,10 @@ def test_the_parameters_page_is_the_schemas(root):
 
 
 def test_the_results_in_the_readme_are_the_committed_ones(root):
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "README.md", "results/desk"], cwd=root, capture_output=True, text=True
+    )
+    if changed.returncode or changed.stdout:
+        pytest.skip("not a clean clone: results of a study run here are not the committed ones")
     page = (root / README).read_text(encoding="utf-8")
     assert page == readme_with_results(root), "README.md is out of date: run `stlm document`"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ModelConfig(BaseModel):
     """A decoder-only transformer (paper, Table 1). Frozen; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layers: int = Field(8, ge=1, description="Transformer blocks.")
     width: int = Field(512, ge=1, description="Model dimension (the residual stream's).")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class TrainingConfig(BaseModel):
     """A training recipe (paper, Table 1). Frozen; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(25000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(24, ge=1, description="Sequences of `model.context` tokens in a micro-batch.")

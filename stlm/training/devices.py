@@ -43,12 +43,14 @@ class Device:
 def choose_device(config: TrainingConfig) -> Device:
     """The device and arithmetic for a recipe, its ``auto`` settings decided."""
     cuda = torch.cuda.is_available()
-    if cuda:
-        # What autocast leaves in float32 may use the tensor cores.
-        torch.set_float32_matmul_precision("high")
     precision = config.precision
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if cuda else cpu_multiplies_bfloat16()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_multiplies_bfloat16()
+        )
         precision = "bfloat16" if native else "float32"
+    if cuda and precision == "bfloat16":
+        # What autocast leaves in float32 may use the tensor cores too.
+        torch.set_float32_matmul_precision("high")
     compiled = cuda if config.compile == "auto" else config.compile
     return Device(torch.device("cuda" if cuda else "cpu"), precision, compiled)

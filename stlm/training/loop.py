@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm.errors import UserError
-from stlm.files import read_json, replace_directory, write_json
+from stlm.files import atomic_directory, disk_errors, read_json, write_json
 from stlm.model.config import training_flops_per_token
 from stlm.model.transformer import Transformer
 from stlm.study import Run
@@ -36,6 +37,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devi
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
+# Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
+_ASIDE = {"log_every", "save_every", "validate_every", "validation_tokens", "wandb"}
+
+
 class Trainer:
     """The state of one run and the steps that move it on."""
 
@@ -54,7 +59,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.config, self.device)
         self.mark = fingerprint(
             {
-                "run": run.model_dump(mode="json", exclude={"label", "paper_row", "name", "study"}),
+                "run": run.model_dump(
+                    mode="json",
+                    exclude={
+                        "label": True,
+                        "paper_row": True,
+                        "name": True,
+                        "study": True,
+                        "training": _ASIDE,
+                    },
+                ),
                 "tokens": read_json(run.tokens_folder / "meta.json"),
                 "precision": self.where.precision,
             }
@@ -73,11 +87,26 @@ class Trainer:
             )
 
     def resume(self) -> bool:
-        """Go on from the last saved state of this very run, if there is one."""
+        """Go on from the last saved state of this very run, if there is one.
+
+        The state of another recipe is set aside, in case it is wanted after all.
+        """
+        folder = self.run.state_folder
         progress = load_state(self.state_path, self.mark, self.model, self.optimizer)
         if progress is None:
-            shutil.rmtree(self.run.state_folder, ignore_errors=True)
+            if self.state_path.exists():
+                aside = folder.with_name(f"{folder.name}.aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.replace(aside)
+                print(
+                    f"{self.run.name}: the state in {folder} is of other parameters or data: "
+                    f"set aside as {aside}, training from the start",
+                    file=sys.stderr,
+                )
+            shutil.rmtree(folder, ignore_errors=True)
             return False
+        for left in self.output.rglob(".*.partial"):  # of a checkpoint that a kill cut short
+            shutil.rmtree(left, ignore_errors=True)
         self.progress = progress
         return True
 
@@ -190,7 +219,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, saving, validating, recording and keeping checkpoints on the way."""
         config, progress = self.config, self.progress
-        records = Records(self.run, self.output / "dvclive", progress.rows)
+        records = Records(self.run, self.output / "dvclive", progress.rows, self.mark)
         bar = progress_bar(self.run, progress.step)
         self.model.train()
         tokens_a_step = config.tokens_per_step(self.run.model.context)
@@ -235,19 +264,30 @@ class Trainer:
         records.close()
 
     def publish(self) -> None:
-        """Put the finished outputs in place, and forget the rolling state."""
+        """Put the finished outputs in place, then forget the rolling state.
+
+        Until all are in place the state keeps its own (linked, not moved): a kill in between, after which an
+        engine deletes what was published, costs nothing.
+        """
         folder = self.run.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        write_curve(self.output / "curve.csv", self.progress.rows)
-        write_json(self.output / "train.json", self.summary())
         tokenizer = self.output / "checkpoints" / "tokenizer"
         shutil.rmtree(tokenizer, ignore_errors=True)
         shutil.copytree(self.run.tokens_folder / "tokenizer", tokenizer)
         for name in ("checkpoints", "dvclive"):
-            replace_directory(self.output / name, folder / name)
-        for name in ("curve.csv", "train.json"):
-            (self.output / name).replace(folder / name)
+            with atomic_directory(folder / name) as temporary:
+                shutil.copytree(self.output / name, temporary, copy_function=_link, dirs_exist_ok=True)
+        write_curve(folder / "curve.csv", self.progress.rows)
+        write_json(folder / "train.json", self.summary())
+        self.state_path.unlink()
         shutil.rmtree(self.run.state_folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def train(run: Run) -> None:
@@ -264,5 +304,6 @@ def train(run: Run) -> None:
         + (f", resuming after step {trainer.progress.step}" if resumed else ""),
         file=sys.stderr,
     )
-    trainer.fit()
-    trainer.publish()
+    with disk_errors(run.folder):
+        trainer.fit()
+        trainer.publish()

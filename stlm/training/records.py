@@ -58,7 +58,7 @@ class Records:
     with the curve.
     """
 
-    def __init__(self, run: Run, folder: Path, rows: list[dict[str, float]]) -> None:
+    def __init__(self, run: Run, folder: Path, rows: list[dict[str, float]], mark: str) -> None:
         from dvclive import Live
 
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +75,8 @@ class Records:
             self._wandb = wandb.init(
                 project=f"stlm-{run.study}",
                 name=run.name,
-                id=f"{run.study}-{run.name}-{run.training.steps}",
+                # The same for a resumed run, another for another recipe.
+                id=f"{run.study}-{run.name}-{mark[:8]}",
                 resume="allow",
                 config=run.model_dump(mode="json"),
             )

@@ -51,7 +51,7 @@ def save_state(
 def load_state(
     path: Path, mark: str, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Restore ``model`` and ``optimizer`` from ``path``; None where there is no state of this fingerprint.
+    """Restore ``model`` and ``optimizer`` from ``path``; None where there is no state, or of another mark.
 
     Only tensors and plain values are read (``weights_only``). Raises ``UserError`` for a damaged file.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import time
 
+import dvclive
 import pytest
 import torch
 
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.tokens.batches import ValidationSet
+from stlm.training import loop
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.loop import Trainer, train
 from stlm.training.records import CURVE_COLUMNS
@@ -161,6 +164,75 @@ def test_a_changed_recipe_starts_afresh(make_run, monkeypatch, capsys):
     assert "resuming" not in capsys.readouterr().err
     train(make_run(learning_rate=5e-3))
     assert "resuming after step 12" in capsys.readouterr().err
+
+
+def test_recording_more_or_less_does_not_start_afresh(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    train(make_run())
+    train(make_run(log_every=1, save_every=7))
+    assert "resuming after step 12" in capsys.readouterr().err
+
+
+def test_a_state_of_another_recipe_is_set_aside(make_run, monkeypatch, capsys):
+    run = make_run()
+    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    train(run)
+    train(make_run(learning_rate=5e-3))
+    assert "set aside as" in capsys.readouterr().err
+    aside = run.state_folder.with_name("tiny-run.aside")
+    assert (aside / "state.pt").exists()
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run, monkeypatch):
+    """Cut short after each of the four outputs, and the published ones deleted, as both engines do."""
+    run = make_run(checkpoints=[5])
+    count = 0
+
+    def cut_after(function):
+        def wrapped(*arguments, **keys):
+            nonlocal count
+            if count == moment:
+                raise KeyboardInterrupt
+            count += 1
+            return function(*arguments, **keys)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_curve", cut_after(loop.write_curve))
+        patch.setattr(loop, "write_json", cut_after(loop.write_json))
+        patch.setattr(loop, "atomic_directory", cut_after(loop.atomic_directory))
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    train(run)
+    kept = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert kept == ["step-0000005", "step-0000012", "tokenizer"]
+    weights(run, 5), weights(run, 12)
+    assert not run.state_folder.exists()
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_not_published(make_run, monkeypatch):
+    run = make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "publish", lambda self: None)
+        train(run)
+    (run.state_folder / "output" / "checkpoints" / ".step-0000012.x.partial").mkdir()
+    train(run)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "step-0000012",
+        "tokenizer",
+    ]
+
+
+def test_a_disk_that_fills_up_in_the_records_is_told(make_run, monkeypatch):
+    def full(self, *arguments, **keys):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dvclive.Live, "log_metric", full)
+    with pytest.raises(UserError, match="cannot write: no space left"):
+        train(make_run())
 
 
 def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(make_run):
