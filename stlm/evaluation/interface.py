@@ -21,11 +21,13 @@ class Request(NamedTuple):
 
     An empty context stands for the start of a document (the end-of-text token). The first token of a whole
     string is scored after it too; the others are conditioned on the string alone, as a continuation is.
+    `item` numbers what the request is an option of; without, it is compared with no other.
     """
 
     context: str
     continuation: str
     whole: bool = False
+    item: int | None = None
 
 
 class Score(NamedTuple):
@@ -42,8 +44,8 @@ class LanguageModel(Protocol):
     def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
         """One score a request, in order. `progress` is told how many more requests are done.
 
-        What does not fit the model is cut from the left. Among `whole` requests with the same context, all
-        are cut where the longest must be, so that their sums stay comparable.
+        What does not fit the model is cut from the left. Of the `whole` requests of an item, all lose as many
+        tokens as the longest must, so that their sums stay comparable.
         """
         ...
 

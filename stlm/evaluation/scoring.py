@@ -45,7 +45,12 @@ def score(
 ) -> dict[Mode, ItemScores]:
     """Each mode's scores, by item and option. UserError where one is not a finite number."""
     # All modes at once: their forward passes are largely the same.
-    requests = [option.request(mode) for mode in modes for item in items for option in item.options]
+    requests = [
+        option.request(mode)._replace(item=number)
+        for mode in modes
+        for number, item in enumerate(items)
+        for option in item.options
+    ]
     scores = model.loglikelihoods(requests, progress)
     for request, found in zip(requests, scores, strict=True):
         if not math.isfinite(found.logprob):

@@ -106,15 +106,15 @@ class TokenModel:
     ) -> tuple[list[Forward], list[_Part]]:
         """The distinct forward passes that the requests need, and each request's place in them."""
         cuts = [max(0, len(e.tokens) - (self.context + 1)) for e in encoded]
-        common_cut: dict[str, int] = {}
+        common_cut: dict[int, int] = {}
         for request, cut in zip(requests, cuts, strict=True):
-            if request.whole:
-                common_cut[request.context] = max(cut, common_cut.get(request.context, 0))
+            if request.whole and request.item is not None:
+                common_cut[request.item] = max(cut, common_cut.get(request.item, 0))
         forwards: list[Forward] = []
         index: dict[bytes, int] = {}
         parts = []
         for request, item, own_cut in zip(requests, encoded, cuts, strict=True):
-            cut = common_cut[request.context] if request.whole else own_cut
+            cut = common_cut.get(request.item, own_cut) if request.whole else own_cut
             first_target = max(1 if request.whole else item.n_context, cut + 1)
             n_tokens = len(item.tokens) - first_target
             if n_tokens <= 0:

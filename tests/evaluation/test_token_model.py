@@ -9,6 +9,9 @@ import slow_reference as reference
 import torch
 
 from stlm.errors import UserError
+from stlm.evaluation import scoring
+from stlm.evaluation.benchmarks import Benchmark, Item
+from stlm.evaluation.benchmarks.items import Option
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
@@ -97,16 +100,40 @@ def test_what_does_not_fit_is_cut_from_the_left_and_said(transformer, tokenizer)
     assert [score.truncated for score in found] == [True, False, True, False]
 
 
-def test_whole_strings_of_one_context_lose_the_same_tokens(transformer):
+def test_whole_strings_of_one_item_lose_the_same_tokens(transformer):
     """Otherwise the longer option would be asked for fewer of the context's tokens, and win."""
     context, options = "c" * 45, [" b", " bbbbbbb", " bbbb"]
     model = model_of(transformer, ByteTokenizer())
-    found = model.loglikelihoods([Request(context, option, whole=True) for option in options])
+    found = model.loglikelihoods([Request(context, option, whole=True, item=7) for option in options])
     assert all(score.truncated for score in found)
     length_of_shared_context = {
         score.n_tokens - len(option) for score, option in zip(found, options, strict=True)
     }
     assert length_of_shared_context == {CONTEXT + 1 - 8 - 1}
+
+
+def test_an_item_that_does_not_fit_leaves_the_others_whole(transformer, tokenizer):
+    """Minimal pairs all have the same context, none; options with contexts of their own are one item."""
+    pairs = Benchmark("pairs", "1", (), (), lambda rows: iter(()))
+    contexts = ("b" * 47, "c" * 49)
+    items = [
+        Item("0", (Option("", " b cat", "b cat"), Option("", " b dog", "b dog")), 0),
+        Item("1", (Option("", " " + "c" * 60, ""), Option("", " " + "c" * 55, "")), 0),
+        Item("2", tuple(Option(context, " bc", "bc") for context in contexts), 0),
+        Item("3", (Option("", " b", "b"), Option("", " c", "c")), 1),
+    ]
+    of_items = scoring.score(model_of(transformer, tokenizer), items, ["paper", "harness"])["paper"]
+    assert [[found.truncated for found in item] for item in of_items] == [
+        [False, False], [True, True], [True, True], [False, False]
+    ]  # fmt: skip
+    for item, scores in zip((items[0], items[3]), (of_items[0], of_items[3]), strict=True):
+        for option, found in zip(item.options, scores, strict=True):
+            expected, n_tokens = reference.whole(transformer, tokenizer, option.request("paper"))
+            assert (found.logprob, found.n_tokens) == (pytest.approx(expected, abs=1e-4), n_tokens)
+    # 61 and 56 tokens after the end-of-text one, then 50 and 52 without: each item's longest has CONTEXT + 1.
+    assert [found.n_tokens for found in of_items[1]] == [CONTEXT, CONTEXT - 5]
+    assert [found.n_tokens for found in of_items[2]] == [CONTEXT - 2, CONTEXT]
+    assert scoring.summarize(pairs, "paper", items, of_items)["truncated"] == 2
 
 
 def test_order_and_batches_do_not_matter(transformer, tokenizer):
