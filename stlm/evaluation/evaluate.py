@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,8 +36,9 @@ from stlm.training.devices import cpu_multiplies_bfloat16
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}
 # Goes up whenever the same weights, text and settings would get other numbers.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 RAW = Path("data/raw")
+_STEP = re.compile(r"step-[0-9]+")
 
 
 class Material(NamedTuple):
@@ -93,7 +95,8 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
 def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
     """The checkpoints to evaluate, by step. UserError where the run has none."""
     parent = run.folder / "checkpoints"
-    found = sorted(parent.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    found = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name)]
+    found.sort(key=lambda folder: int(folder.name.removeprefix("step-")))
     if not found:
         raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.name}")
     return found if config.checkpoints == "all" else found[-1:]
@@ -131,7 +134,10 @@ def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfl
     """The precision of the forward pass on `device` ("cpu" or "cuda"), auto decided."""
     if config.precision != "auto":
         return config.precision
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_multiplies_bfloat16()
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = cpu_multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 

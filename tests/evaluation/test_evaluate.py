@@ -232,3 +232,19 @@ def test_bad_input_is_named(run):
     with pytest.raises(UserError, match=r"checkpoints: no checkpoint; run: stlm train tiny tiny-run"):
         evaluate_run(run, CONFIG)
     assert not (run.folder / "evaluation.json").exists()
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(run):
+    for name in ("step-abc", "step-", "step-0000030-old", "step-²"):
+        (run.folder / "checkpoints" / name).mkdir()
+    found = evaluate.checkpoint_folders(run, CONFIG)
+    assert [folder.name for folder in found] == ["step-0000010", "step-0000020", "step-0000030"]
+    for folder in found:
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate.checkpoint_folders(run, CONFIG)
+
+
+def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it_itself(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert evaluate.arithmetic(CONFIG, "cuda") == "float32"
