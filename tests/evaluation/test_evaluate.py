@@ -247,4 +247,4 @@ def test_folders_that_are_no_checkpoints_are_passed_over(run):
 
 def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it_itself(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert evaluate.arithmetic(CONFIG, "cuda") == "float32"
+    assert evaluate.arithmetic(EvaluationConfig(precision="auto"), "cuda") == "float32"
