@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from small_sources import COMMIT, REPO, Hub, parquet
 
 from stlm.corpora.config import CorpusEntry
 from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import read_json
-from tests.corpora.conftest import COMMIT, REPO, Hub, parquet
 
 
 def entry(**source) -> CorpusEntry:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from small_sources import parquet
 
 from stlm.corpora import sources
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
@@ -21,7 +22,6 @@ from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import read_json, sha256
 from stlm.study import load_benchmarks, load_corpora, load_vocabularies
-from tests.corpora.conftest import parquet
 
 ROOT = Path(__file__).parents[2]
 
