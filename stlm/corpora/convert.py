@@ -8,14 +8,17 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stlm.corpora.sources import SourceError
+
+_T = TypeVar("_T")
 
 BATCH_ROWS = 1024
 BLOCK_ROWS = 16 * 1024  # rows of a row group: some 30 MB of text
@@ -32,7 +35,7 @@ def _lines(path: Path) -> Iterator[str]:
             for line in file:
                 # Bytes that are no UTF-8 survive as lone surrogates, for the stage that tokenizes to count.
                 yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SourceError(f"{path.name}: truncated or corrupt ({error})") from None
 
 
@@ -42,8 +45,10 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{path.name}: line {number} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise SourceError(f"{path.name}: line {number}: expected an object, found {_kind(row)}")
         missing = [column for column in columns if column not in row]
         if missing:
             raise SourceError(f"{path.name}: line {number}: no column {missing[0]!r}; found {', '.join(row)}")
@@ -89,16 +94,47 @@ def _names(path: Path, name: str) -> list[str]:
         raise SourceError(f"{name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
 
 
+class _BadRow(ValueError):
+    """A row that lacks a text where one is expected; the message says what it has."""
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _text(value: Any, name: str) -> str | None:
+    """A text or null. Bytes need not be UTF-8: they come through as those of a text file do."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    if value is None or isinstance(value, str):
+        return value
+    raise _BadRow(f"{name}: expected a text, found {_kind(value)}")
+
+
+def _line(value: Any, name: str) -> str:
+    line = _text(value, name)
+    if line is None:
+        raise _BadRow(f"{name}: expected a line of text, found null")
+    return line
+
+
+def _field(element: Any, key: str, name: str) -> Any:
+    if element is None:
+        return None
+    if not isinstance(element, dict) or key not in element:
+        found = ", ".join(element) if isinstance(element, dict) else _kind(element)
+        raise _BadRow(f"{name}: expected elements with {key!r}, found {found or 'an empty one'}")
+    return element[key]
+
+
 def _joined(row: dict[str, Any], join: Sequence[str]) -> str:
     """The columns of ``join`` by empty lines; of a list of structs, one field of each element."""
-    texts: list[str] = []
+    texts: list[str | None] = []
     for name in join:
         column, _, key = name.partition(".")
         value = row[column]
-        if isinstance(value, list):
-            texts += [element[key] if key else element for element in value]
-        else:
-            texts.append(value)
+        elements = value if isinstance(value, list) else [value]
+        texts += [_text(_field(element, key, name) if key else element, name) for element in elements]
     return "\n\n".join(text.strip("\n") for text in texts if text and text.strip())
 
 
@@ -121,12 +157,24 @@ def _documents(
 ) -> Iterator[tuple[str, Any]]:
     """The text and the group of each document of a corpus file."""
     columns = list(dict.fromkeys([name.partition(".")[0] for name in join] or [text]))
-    rows = _rows(path, [*columns, group] if group else columns)
+    columns += [group] if group else []
     if starts or lines:
-        yield from ((document, None) for document in _grouped((row[text] for row in rows), starts, lines))
+        found = _each(path, columns, lambda row: _line(row[text], text))
+        yield from ((document, None) for document in _grouped(found, starts, lines))
+    elif join:
+        yield from _each(path, columns, lambda row: (_joined(row, join), row[group] if group else None))
     else:
-        for row in rows:
-            yield (_joined(row, join) if join else row[text]), (row[group] if group else None)
+        yield from _each(path, columns, lambda row: (_text(row[text], text), row[group] if group else None))
+
+
+def _each(path: Path, columns: Sequence[str], read: Callable[[dict[str, Any]], _T]) -> Iterator[_T]:
+    """What ``read`` makes of every row; a row that it refuses is named."""
+    for number, row in enumerate(_rows(path, columns), 1):
+        try:
+            content = read(row)
+        except _BadRow as error:
+            raise SourceError(f"{path.name}: row {number}: {error}") from None
+        yield content
 
 
 def _encoded(text: str) -> bytes:
@@ -184,7 +232,7 @@ def tables_to_parquet(paths: Sequence[Path], target: Path, columns: Sequence[str
 def _conformed(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.Table:
     try:
         return pa.Table.from_batches([batch.select(schema.names)]).cast(schema)
-    except (KeyError, ValueError, pa.ArrowInvalid) as error:
+    except (KeyError, ValueError, pa.ArrowException) as error:
         raise SourceError(f"{path.name}: columns differ from the first file's ({error})") from None
 
 

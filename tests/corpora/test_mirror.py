@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -237,6 +238,56 @@ def test_a_truncated_gzip(mirror: Path, books: Path, tmp_path: Path) -> None:
 def test_a_line_that_is_not_json(mirror: Path, books: Path, tmp_path: Path) -> None:
     (books / "train.jsonl").write_text('{"text": "one"}\n{"text": \n')
     refused(corpus(), tmp_path / "raw" / "books", mirror, "train.jsonl: line 2 is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "message"),
+    [
+        ('{"text": "one"}\n\n{"text": 5}', {}, "row 2: text: expected a text, found int"),
+        ('["one"]', {}, "line 1: expected an object, found list"),
+        ("null", {}, "line 1: expected an object, found null"),
+        ("[" * 100_000, {}, "line 1 is not JSON"),
+        ('{"text": "one"}\n{"text": null}', {"lines": 2}, "row 2: text: expected a line of text, found null"),
+        ('{"text": ["one"]}', {"starts": "="}, "row 1: text: expected a text, found list"),
+        ('{"turns": [{"value": "one"}, {"from": "me"}]}', {"join": ["turns.value"]}, "'value', found from"),
+        ('{"turns": [{}]}', {"join": ["turns.value"]}, "elements with 'value', found an empty one"),
+        ('{"turns": ["one"]}', {"join": ["turns.value"]}, "turns.value: expected elements .*, found str"),
+        ('{"turns": [{"value": 1}]}', {"join": ["turns.value"]}, "turns.value: expected a text, found int"),
+        ('{"turns": {"value": 1}}', {"join": ["turns"]}, "row 1: turns: expected a text, found dict"),
+    ],
+)
+def test_rows_that_hold_no_text_leave_it_to_the_next_source(
+    mirror: Path, books: Path, tmp_path: Path, rows: str, keys: dict[str, Any], message: str
+) -> None:
+    (books / "train.jsonl").write_text(rows)
+    (mirror / "other").mkdir()
+    (mirror / "other" / "train.txt").write_text("good")
+    next_one = mirror_source(path="other")
+    record = fetch(corpus(mirror_source(**keys), next_one), tmp_path / "raw" / "books", mirror)
+    assert record["source"]["path"] == "other" and texts(tmp_path / "raw" / "books") == ["good"]
+    assert re.search(f"train.jsonl: .*{message}", record["tried"][0]["error"])
+
+
+def test_a_text_column_of_bytes_is_read_as_lines_of_text_are(
+    mirror: Path, books: Path, tmp_path: Path
+) -> None:
+    parquet(books / "train.parquet", {"text": [b"one", b"two \xff", b"three"]})
+    fetch(corpus(mirror_source(lines=2)), tmp_path / "raw" / "books", mirror)
+    table = pq.read_table(tmp_path / "raw" / "books" / "train-00000.parquet")
+    assert table["text"].cast("binary").to_pylist() == [b"one\ntwo \xff", b"three"]
+
+
+def test_parts_of_a_split_with_columns_of_other_kinds(mirror: Path, books: Path, tmp_path: Path) -> None:
+    parquet(books / "train-a.parquet", {"sentence_good": ["a"], "sentence_bad": ["b"]})
+    parquet(books / "train-b.parquet", {"sentence_good": [["a"]], "sentence_bad": [{"b": 1}]})
+    refused(benchmark(), tmp_path / "raw" / "books", mirror, "train-b.parquet: columns differ from the first")
+
+
+def test_a_gzip_corrupt_in_the_middle(mirror: Path, books: Path, tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(os.urandom(1000).hex().encode()))
+    packed[20:60] = b"\xff" * 40
+    (books / "train.txt.gz").write_bytes(packed)
+    refused(corpus(), tmp_path / "raw" / "books", mirror, "train.txt.gz: truncated or corrupt")
 
 
 def test_no_text_column(mirror: Path, books: Path, tmp_path: Path) -> None:
