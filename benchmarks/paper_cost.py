@@ -3,9 +3,9 @@
     python benchmarks/paper_cost.py [--batches 3] [--batch-size 4] [--peak-tflops 181 --use 0.4]
 
 Writes benchmarks/results/paper_cost.json. Memory is the process's (CPU) or the allocator's (CUDA) peak while
-it trains on micro-batches (of the recipe's size unless `--batch-size` says otherwise: a CPU has no fused
-attention with dropout, and needs far more memory than a GPU); time is FLOPs over the speed measured, and over the speed of
-a GPU of `--peak-tflops` (dense bfloat16) of which `--use` is reached.
+it trains on micro-batches, of the recipe's size unless `--batch-size` says otherwise: a CPU has no fused
+attention with dropout and needs far more memory than a GPU. Time is FLOPs over the speed measured, and over
+the speed of a GPU of `--peak-tflops` (dense bfloat16) of which `--use` is reached.
 """
 
 from __future__ import annotations
