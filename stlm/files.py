@@ -15,9 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from stlm.errors import UserError
+
+Record = TypeVar("Record", bound=BaseModel)
 
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk; free some and run again",
@@ -27,19 +31,34 @@ _DISK_ERRORS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.EIO: "the disk reported an input/output error",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file stands where a folder should be",
+    errno.EISDIR: "a folder stands where the file should be",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
 }
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failing disk into a ``UserError`` that names ``path``; other errors pass through."""
+    """Turn a failing disk into a ``UserError`` that names ``path``; other errors pass through.
+
+    Of a copied tree, whose errors come collected, the first is told.
+    """
     try:
         yield
     except OSError as error:
-        reason = _DISK_ERRORS.get(error.errno)
+        reason = _first_cause(error) if isinstance(error, shutil.Error) else _DISK_ERRORS.get(error.errno)
         if reason is None:
             raise
         raise UserError(f"{path}: cannot write: {reason}. Nothing was half-written.") from error
+
+
+def _first_cause(error: shutil.Error) -> str:
+    """What `copytree` collects is (source, target, why); other errors of shutil are a text."""
+    if error.args and isinstance(error.args[0], list) and error.args[0]:
+        source, _, why = error.args[0][0]
+        return f"{source} could not be copied ({why})"
+    return str(error)
 
 
 def _fsync(path: Path) -> None:
@@ -120,11 +139,34 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the stage that writes it has not run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
 
 
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a JSON file that a stage wrote, with the keys of ``kind``; a key that is wrong is named."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the whole file"
+        raise UserError(
+            f"{path}: not what its stage writes ({key}: {first['msg']}); delete it and run its stage again"
+        ) from None
+
+
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, in hexadecimal. `UserError` where it is there and cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {_DISK_ERRORS.get(error.errno) or error.strerror or error}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 import signal
 
 import pytest
 
 from stlm.errors import UserError, nearest
-from stlm.files import atomic_directory, atomic_path, read_json, sha256, write_json, write_text
+from stlm.files import atomic_directory, atomic_path, disk_errors, read_json, sha256, write_json, write_text
 
 
 @pytest.fixture
@@ -55,6 +56,47 @@ def test_other_failures_of_the_disk_are_told(tmp_path, number):
     with pytest.raises(UserError, match="cannot write"), atomic_path(tmp_path / "file"):
         raise OSError(number, "from the kernel")
     assert names(tmp_path) == []
+
+
+def test_paths_that_cannot_be_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path, reason in (
+        (tmp_path / "file" / "a", "a file stands where a folder should be"),
+        (tmp_path / "file" / "deep" / "a", "a part of the path is a file"),
+        (tmp_path / "folder", "a folder stands where the file should be"),
+        (tmp_path / ("x" * 300), "the name is too long"),
+    ):
+        with pytest.raises(UserError, match=f"{path.name}: cannot write: {reason}"):
+            write_text(path, "text")
+    with (
+        pytest.raises(UserError, match="a: cannot write: a part of the path is a file"),
+        atomic_directory(tmp_path / "file" / "deep" / "a"),
+    ):
+        pass
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_the_first_failure_of_a_copied_tree_is_told(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "gone").symlink_to("nowhere")
+    with (
+        pytest.raises(UserError, match=r"target: cannot write: .*gone could not be copied \(.*No such file"),
+        disk_errors(tmp_path / "target"),
+    ):
+        shutil.copytree(source, tmp_path / "target")
+    with pytest.raises(UserError, match=r"target: cannot write: .*are the same file"), disk_errors("target"):
+        shutil.copyfile(__file__, __file__)
+
+
+def test_what_is_there_and_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path.name}: cannot be read: a folder stands"):
+        sha256(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path.name}: cannot be read: a folder stands"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sha256(tmp_path / "none")
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path):

@@ -77,6 +77,11 @@ def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
     where = f"mirror: {source.path}"
     paths = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     matched = _match(source.files, paths, where)
+    for path in dict.fromkeys(path for each in matched.values() for path in each):
+        try:
+            (root / path).open("rb").close()
+        except OSError as error:
+            raise SourceError(f"{where}: {path}: cannot be read: {error.strerror}") from None
     for path in source.sha256:
         if (root / path).is_file():
             check_sha256(path, root / path, source.sha256, where)

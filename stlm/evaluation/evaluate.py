@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from stlm.errors import UserError
@@ -25,7 +26,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
 from stlm.evaluation.token_model import TokenModel
-from stlm.files import atomic_directory, atomic_path, read_json, sha256, write_json
+from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
 from stlm.study import Run
 from stlm.tokens import load_tokenizer
 from stlm.tokens.shards import Document
@@ -39,6 +40,10 @@ HARNESS = {"package": "lm_eval", "version": "0.4.13"}
 SCORING_VERSION = 2
 RAW = Path("data/raw")
 _STEP = re.compile(r"step-[0-9]+")
+
+
+class _Weights(BaseModel):
+    weights_sha256: str
 
 
 class Material(NamedTuple):
@@ -192,7 +197,7 @@ def fingerprint(material: Material, folder: Path, last: bool) -> str:
     """Changes with anything that the checkpoint's scores depend on."""
     depends = {
         "version": SCORING_VERSION,
-        "weights": read_json(folder / "config.json").get("weights_sha256"),
+        "weights": read_record(folder / "config.json", _Weights).weights_sha256,
         "config": material.config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
         "last": last,
         "precision": material.precision,

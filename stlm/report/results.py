@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from stlm.errors import UserError
-from stlm.files import read_json
+from stlm.files import Record, read_record
 from stlm.study import Run, Study
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars"]
 CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
-
-_Record = TypeVar("_Record", bound=BaseModel)
 
 
 class ParameterCounts(BaseModel):
@@ -175,15 +173,11 @@ def _broken(path: Path, what: str, command: str) -> UserError:
     return UserError(f"{path} {what}: run `{command}`")
 
 
-def _read_record(path: Path, kind: type[_Record], command: str) -> _Record:
+def _read_record(path: Path, kind: type[Record], command: str) -> Record:
     if not path.is_file():
         raise _broken(path, "is missing", command)
     try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        raise _broken(path, f"is not what its stage writes ({key}: {first['msg']})", command) from None
+        return read_record(path, kind)
     except UserError as error:
         raise UserError(f"{error}\nTo make it again, delete it and run `{command}`") from None
 

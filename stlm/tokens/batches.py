@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from stlm.errors import UserError
-from stlm.files import read_json
-from stlm.tokens.shards import ComponentTokens, Document, read_split
+from stlm.tokens.shards import ComponentTokens, Document, read_meta, read_split
 
 # Slots after which the assignment of a batch's rows to the components of a mix repeats.
 # Weights of up to four decimals are met exactly.
@@ -105,7 +104,7 @@ class ValidationSet:
         self.n_tokens = sum(len(document.tokens) - 1 for document in chosen)
         self.n_bytes = sum(document.n_bytes for document in chosen)
         self.n_chars = sum(document.n_chars for document in chosen)
-        self._eot = read_json(folder / "meta.json")["eot"]
+        self._eot = read_meta(folder).eot
         # The last document's end of text is no target, and nothing follows it.
         stream = np.concatenate([[self._eot], *(document.tokens for document in chosen)])[:-1]
         windows = -(-(len(stream) - 1) // context)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
-from stlm.files import read_json, sha256
+from stlm.files import read_record, sha256
 
 _BATCH_BYTES = 4 << 20  # text held at a time, about
 
@@ -61,41 +61,60 @@ class RawBatch:
     groups: list[bytes | None]
 
 
+class _File(BaseModel):
+    path: str
+    sha256: str
+    bytes: int
+
+
+class _Source(BaseModel):
+    """What source.json says that matters here."""
+
+    kind: str
+    mix: dict[str, float] = {}
+    files: list[_File] = []
+    text: str | None = None
+    group: str | None = None
+
+
 def raw_components(folder: Path) -> list[RawComponent]:
     """The components of `data/raw/<name>/`: one for a corpus, several for a mix, as its source.json says."""
-    source = read_json(folder / "source.json")
-    if source.get("kind") != "mix":
+    path = folder / "source.json"
+    source = read_record(path, _Source)
+    if source.kind != "mix":
         return [_component(folder, folder.name, 1.0, source)]
+    if not source.mix:
+        raise UserError(f"{path}: a mix of no component; run `stlm fetch {folder.name}` again")
     return [
-        _component(folder / name, name, weight, read_json(folder / name / "source.json"))
-        for name, weight in source["mix"].items()
+        _component(folder / name, name, weight, read_record(folder / name / "source.json", _Source))
+        for name, weight in source.mix.items()
     ]
 
 
-def _component(folder: Path, name: str, weight: float, source: dict[str, Any]) -> RawComponent:
-    files = [entry for entry in source.get("files", []) if entry["path"].endswith(".parquet")]
+def _component(folder: Path, name: str, weight: float, source: _Source) -> RawComponent:
+    files = [entry for entry in source.files if entry.path.endswith(".parquet")]
     if not files:
         raise UserError(f"{folder / 'source.json'}: names no parquet file; run `stlm fetch` again")
     for entry in files:
-        path = folder / entry["path"]
+        path = folder / entry.path
         if not path.exists():
             raise UserError(f"{path}: no such file, but source.json names it; run `stlm fetch` again")
-        if path.stat().st_size != entry["bytes"]:
+        if path.stat().st_size != entry.bytes:
             raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes, but {entry['bytes']:,} were fetched: truncated or "
+                f"{path}: {path.stat().st_size:,} bytes, but {entry.bytes:,} were fetched: truncated or "
                 "changed; run `stlm fetch` again"
             )
-        if sha256(path) != entry["sha256"]:
+        if sha256(path) != entry.sha256:
             raise UserError(f"{path}: corrupt: its SHA-256 is not the one fetched; run `stlm fetch` again")
-    files.sort(key=lambda entry: entry["path"])
+    files.sort(key=lambda entry: entry.path)
     return RawComponent(
         name=name,
-        weight=float(weight),
+        weight=weight,
         folder=folder,
-        text=source.get("text") or "text",
-        group=source.get("group"),
-        files=tuple(entry["path"] for entry in files),
-        sha256=tuple(entry["sha256"] for entry in files),
+        text=source.text or "text",
+        group=source.group,
+        files=tuple(entry.path for entry in files),
+        sha256=tuple(entry.sha256 for entry in files),
     )
 
 

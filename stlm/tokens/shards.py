@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
-from stlm.files import atomic_path, read_json, sha256
+from stlm.files import atomic_path, read_record, sha256
 
 SPLITS = ("train", "val", "test")
 
@@ -79,6 +80,39 @@ class ComponentTokens:
             shard += 1
 
 
+class ShardEntry(BaseModel):
+    """What meta.json says of a shard."""
+
+    path: str
+    sha256: str
+    size: int
+    documents: int
+    tokens: int
+
+
+class _Split(BaseModel):
+    shards: list[ShardEntry]
+
+
+class _Splits(BaseModel):
+    train: _Split
+    val: _Split
+    test: _Split
+
+
+class _Component(BaseModel):
+    weight: float
+    splits: _Splits
+
+
+class Meta(BaseModel):
+    """What meta.json says that readers need."""
+
+    eot: int
+    dtype: str
+    components: dict[str, _Component]
+
+
 def write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
     """Write `documents` (at least one) as one record batch, atomically; what meta.json says of the shard."""
     values = np.concatenate([document.tokens for document in documents])
@@ -118,36 +152,36 @@ def read_split(folder: Path, split: str) -> list[ComponentTokens]:
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{nearest(split, SPLITS)}")
-    meta = read_json(folder / "meta.json")
-    try:
-        return [
-            ComponentTokens(
-                name,
-                component["weight"],
-                [_open(folder, entry, meta["dtype"]) for entry in component["splits"][split]["shards"]],
-            )
-            for name, component in meta["components"].items()
-        ]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'meta.json'}: not the description of token shards (no {error}); tokenize again"
-        ) from None
+    meta = read_meta(folder)
+    return [
+        ComponentTokens(
+            name,
+            component.weight,
+            [_open(folder, entry, meta.dtype) for entry in getattr(component.splits, split).shards],
+        )
+        for name, component in meta.components.items()
+    ]
 
 
-def _open(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
-    path = folder / entry["path"]
+def read_meta(folder: Path) -> Meta:
+    """The meta.json of a folder of tokens; `UserError` where it describes no shards."""
+    return read_record(folder / "meta.json", Meta)
+
+
+def _open(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
+    path = folder / entry.path
     if not path.exists():
         raise UserError(f"{path}: no such shard, but meta.json names it; tokenize the corpus again")
     size = path.stat().st_size
-    if size != entry["size"]:
-        what = "truncated" if size < entry["size"] else "changed"
-        raise UserError(f"{path}: {what} shard: {size:,} bytes, expected {entry['size']:,}; tokenize again")
-    if sha256(path) != entry["sha256"]:
+    if size != entry.size:
+        what = "truncated" if size < entry.size else "changed"
+        raise UserError(f"{path}: {what} shard: {size:,} bytes, expected {entry.size:,}; tokenize again")
+    if sha256(path) != entry.sha256:
         raise UserError(f"{path}: corrupt shard: its SHA-256 differs from meta.json's; tokenize again")
     batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
     tokens = batch.column("tokens")
     values = tokens.values.to_numpy(zero_copy_only=True)
-    if values.dtype != dtype or len(values) != entry["tokens"] or batch.num_rows != entry["documents"]:
+    if values.dtype != dtype or len(values) != entry.tokens or batch.num_rows != entry.documents:
         raise UserError(f"{path}: shard and meta.json do not belong together; tokenize the corpus again")
     return Shard(
         values,

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
-from stlm.files import atomic_path, read_json, write_json
+from stlm.files import atomic_path, read_record, write_json
 
 EOT = "<|endoftext|>"
 DESCRIPTION = "tokenizer-name.json"
@@ -130,20 +131,23 @@ class BpeTokenizer(Tokenizer):
         return self._encoding.decode_bytes(ids)
 
 
+class _Description(BaseModel):
+    """What tokenizer-name.json says that is not known from the name."""
+
+    name: str
+    sha256: dict[str, str]
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a tokenizer's folder (`tokenizer/` in a folder of tokens or of checkpoints).
 
     A missing, truncated or changed file is a `UserError` that names it.
     """
-    description = read_json(folder / DESCRIPTION)
-    try:
-        name, digests = description["name"], description["sha256"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{folder / DESCRIPTION}: not a tokenizer's description (no `name`, `sha256`)"
-        ) from None
+    description = read_record(folder / DESCRIPTION, _Description)
+    name = description.name
     files = {
-        file: _checked(folder / file, digest, "tokenize the corpus again") for file, digest in digests.items()
+        file: _checked(folder / file, digest, "tokenize the corpus again")
+        for file, digest in description.sha256.items()
     }
     if name == "bytes":
         return ByteTokenizer()

@@ -290,6 +290,25 @@ def test_a_gzip_corrupt_in_the_middle(mirror: Path, books: Path, tmp_path: Path)
     refused(corpus(), tmp_path / "raw" / "books", mirror, "train.txt.gz: truncated or corrupt")
 
 
+def test_a_file_that_may_not_be_read_is_named_and_the_next_source_tried(
+    mirror: Path, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    parquet(mirror / "other" / "train.parquet", {"text": ["two"]})
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **keys: Any) -> Any:  # tests may run as root, who may read all
+        if path.parent == books:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    raw = tmp_path / "raw" / "books"
+    refused(corpus(), raw, mirror, "mirror: corpora/books: train.parquet: cannot be read: Permission denied")
+    fetch(corpus(mirror_source(), mirror_source(path="other")), raw, mirror)
+    assert texts(raw) == ["two"]
+
+
 def test_no_text_column(mirror: Path, books: Path, tmp_path: Path) -> None:
     parquet(books / "train.parquet", {"content": ["one"], "id": [1]})
     message = "train.parquet: no column 'text'; expected text; found content, id"

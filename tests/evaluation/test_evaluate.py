@@ -223,6 +223,9 @@ def test_bad_input_is_named(run):
     save_weights(run, 10, scale=math.nan)
     with pytest.raises(UserError, match=r"log-probability .* is nan"):
         evaluate_run(run, CONFIG)
+    (run.folder / "checkpoints" / "step-0000010" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"step-0000010/config\.json: not what its stage writes"):
+        evaluate_run(run, CONFIG)
     description = run.tokens_folder / "tokenizer" / "tokenizer-name.json"
     content = json.loads(description.read_text())
     description.write_text(json.dumps(content | {"name": "bpe-257"}))

@@ -31,10 +31,9 @@ def test_ids_of_four_bytes(tmp_path: Path) -> None:
     tokens = [np.array([70_000, 3, 65_792], np.uint32), np.array([65_792], np.uint32)]
     entry = write_shard(tmp_path / "a.arrow", [Document(tokens[0], 5, 4), Document(tokens[1], 0, 0)])
     assert (entry["documents"], entry["tokens"], entry["bytes"], entry["chars"]) == (2, 4, 5, 4)
-    split = {"train": {"shards": [entry]}}
-    write_json(
-        tmp_path / "meta.json", {"dtype": "uint32", "components": {"a": {"weight": 1.0, "splits": split}}}
-    )
+    splits = {"train": {"shards": [entry]}, "val": {"shards": []}, "test": {"shards": []}}
+    components = {"a": {"weight": 1.0, "splits": splits}}
+    write_json(tmp_path / "meta.json", {"dtype": "uint32", "eot": 65_792, "components": components})
     for row, expected in zip(read_split(tmp_path, "train")[0], tokens, strict=True):
         assert row.tokens.dtype == np.uint32 and row.tokens.tolist() == expected.tolist()
     loaded = datasets.Dataset.from_file(str(tmp_path / "a.arrow"))
@@ -136,9 +135,16 @@ def test_damaged_description(copied: Path) -> None:
     meta.write_text(whole[:50])
     with pytest.raises(UserError, match=r"meta\.json: not valid JSON"):
         read_split(copied, "train")
-    meta.write_text('{"dtype": "uint16"}')
-    with pytest.raises(UserError, match=r"meta\.json: not the description of token shards"):
-        read_split(copied, "train")
+    for content, key in (
+        ('{"eot": 256, "dtype": "uint16"}', "components: Field required"),
+        ('{"eot": 256, "dtype": "uint16", "components": []}', "components: Input should be a"),
+        (whole.replace('"weight"', '"width"'), r"components\.tales\.weight: Field required"),
+        (whole.replace('"size"', '"length"'), r"splits\.train\.shards\.0\.size: Field required"),
+        ("[]", "the whole file: Input should be"),
+    ):
+        meta.write_text(content)
+        with pytest.raises(UserError, match=rf"meta\.json: not what its stage writes \(.*{key}"):
+            read_split(copied, "train")
     meta.write_text(whole.replace('"uint16"', '"uint32"'))
     with pytest.raises(UserError, match="do not belong together"):
         read_split(copied, "train")

@@ -265,6 +265,17 @@ def test_bad_raw_folders(tmp_path: Path) -> None:
     source = read_json(raw / "source.json")
     write_json(raw / "source.json", {**source, "text": "txt"})
     check_refused(tmp_path, raw, r"train-00000\.parquet: no column 'txt' \(did you mean 'text'\?\)")
+    for content, key in (
+        ([], "the whole file"),
+        ({**source, "files": [{"path": "train-00000.parquet"}]}, r"files\.0\.sha256"),
+        ({**source, "files": ["train-00000.parquet"]}, r"files\.0"),
+        ({"kind": "mix", "mix": ["a"]}, "mix"),
+        ({"kind": "mix", "mix": {"a": "much"}}, r"mix\.a"),
+    ):
+        write_json(raw / "source.json", content)
+        check_refused(tmp_path, raw, rf"source\.json: not what its stage writes \({key}: ")
+    write_json(raw / "source.json", {"kind": "mix"})
+    check_refused(tmp_path, raw, r"source\.json: a mix of no component; run `stlm fetch a` again")
     write_json(raw / "source.json", source)
     path = raw / "train-00000.parquet"
     whole = path.read_bytes()

@@ -165,9 +165,14 @@ def test_damaged_vocabulary_files(tmp_path: Path, bpe: Tokenizer) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: no such vocabulary file"):
         load_tokenizer(tmp_path / "bpe")
-    (tmp_path / "bpe" / "tokenizer-name.json").write_text(json.dumps({"size": 3}))
-    with pytest.raises(UserError, match="not a tokenizer's description"):
-        load_tokenizer(tmp_path / "bpe")
+    for content, key in (
+        ({"size": 3}, "name"),
+        ({"name": "bytes", "sha256": []}, "sha256"),
+        ([], "the whole"),
+    ):
+        (tmp_path / "bpe" / "tokenizer-name.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"tokenizer-name\.json: not what its stage writes \({key}"):
+            load_tokenizer(tmp_path / "bpe")
 
 
 def test_a_damaged_copy_of_gpt2(tmp_path: Path, gpt2_folder: Path) -> None:
