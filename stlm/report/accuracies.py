@@ -258,14 +258,15 @@ class _Table2:
         return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
 
     def _notes(self, benchmarks: list[str], mode: str, metric: str, references: bool) -> list[str]:
-        baseline = run_label(self.results[self.study.baseline], self.results)
+        several = any(len(runs) > 1 for runs in self._by_variant())
+        baseline = self.results[self.study.baseline].train.label + (" of the same seed" if several else "")
         notes = [
             f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. "
             "In brackets: the 95% Wilson interval. Below it: the difference in points from "
             f"{baseline} on the same items, and its exact McNemar p-value, not corrected for the number of "
             "comparisons."
         ]
-        if any(len(runs) > 1 for runs in self._by_variant()):
+        if several:
             notes.append("Mean rows: mean ± standard deviation over seeds.")
         notes.append(
             "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "

@@ -29,7 +29,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """`paired[run][score]` for every run but the baseline; `chance[benchmark]` as a fraction."""
+    """`paired[run][score]` for every run but the baseline's; `chance[benchmark]` as a fraction."""
 
     paired: Mapping[str, Mapping[Score, Paired]]
     chance: Mapping[str, float]
@@ -48,16 +48,27 @@ def compare(baseline: pd.DataFrame, run: pd.DataFrame) -> dict[Score, Paired]:
 
 
 def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
-    """Compare every run with `baseline`; at most two runs' items are in memory at a time."""
-    outcomes = results[baseline].outcomes()
-    levels = [outcomes.groupby("benchmark", sort=False, observed=True)["chance"].mean()]
-    paired = {}
-    for name, result in results.items():
-        if name != baseline:
-            own = result.outcomes()
-            paired[name] = compare(outcomes, own)
-            levels.append(own.groupby("benchmark", sort=False, observed=True)["chance"].mean())
-    chance = {}
-    for level in levels:
-        chance = {str(benchmark): float(value) for benchmark, value in level.items()} | chance
+    """Compare every run with the run of `baseline`'s variant that has its seed, where there is one.
+
+    At most two runs' items are in memory at a time.
+    """
+    variant = results[baseline].train.variant
+    baselines = {
+        result.train.seed: name for name, result in results.items() if result.train.variant == variant
+    }
+    paired: dict[str, Mapping[Score, Paired]] = {}
+    chance: dict[str, float] = {}
+    for seed, name in baselines.items():
+        outcomes = results[name].outcomes()
+        chance = _chance(outcomes) | chance
+        for other, result in results.items():
+            if result.train.seed == seed and result.train.variant != variant:
+                own = result.outcomes()
+                paired[other] = compare(outcomes, own)
+                chance = _chance(own) | chance
     return Comparisons(paired, chance)
+
+
+def _chance(outcomes: pd.DataFrame) -> dict[str, float]:
+    levels = outcomes.groupby("benchmark", sort=False, observed=True)["chance"].mean()
+    return {str(benchmark): float(level) for benchmark, level in levels.items()}

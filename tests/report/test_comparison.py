@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
+from stlm.report.accuracies import accuracy_tables
 from stlm.report.comparison import compare, compare_all
 from stlm.report.results import read_results
 
@@ -50,3 +51,20 @@ def test_difference_equals_that_of_the_accuracies_and_chance_the_options(make_st
                     results[run].last.benchmarks[benchmark].modes[mode] for run in (name, "baseline")
                 )
                 assert found.difference == pytest.approx(own.acc.value - base.acc.value)
+
+
+def test_runs_are_compared_with_the_baseline_of_their_own_seed(make_study):
+    variants = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
+    skills = {"baseline-s0": 0.9, "baseline-s1": 0.5, "sincos-s0": 0.6, "sincos-s1": 0.8}
+    study = make_study(variants, seeds=(0, 1), benchmarks={"blimp": 100}, skills=skills)
+    results = read_results(study)
+    comparisons = compare_all(results, study.baseline)
+    assert set(comparisons.paired) == {"sincos-s0", "sincos-s1"}
+    scored = {
+        name: result.last.benchmarks["blimp"].modes["paper"].acc.value for name, result in results.items()
+    }
+    for seed in (0, 1):
+        found = comparisons.paired[f"sincos-s{seed}"]["blimp", "paper", "acc"].difference
+        assert found == pytest.approx(scored[f"sincos-s{seed}"] - scored[f"baseline-s{seed}"])
+    (table, *_) = accuracy_tables(study, results, comparisons)
+    assert "difference in points from Baseline of the same seed on the same items" in table.notes[0]
