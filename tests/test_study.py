@@ -189,7 +189,10 @@ def test_the_parameters_page_is_the_schemas(root):
 
 def test_the_results_in_the_readme_are_the_committed_ones(root):
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "README.md", "results/desk"], cwd=root, capture_output=True, text=True
+        ["git", "status", "--porcelain", "README.md", "results/desk"],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     if changed.returncode or changed.stdout:
         pytest.skip("not a clean clone: results of a study run here are not the committed ones")
