@@ -22,9 +22,24 @@ def paths(entries) -> set[str]:
     return {path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}
 
 
-def test_the_dvc_yaml_of_the_repository_is_of_smoke_and_current(root):
-    assert pipeline.active_study(root) == "smoke"
-    pipeline.check_active(load_study("smoke", root=root), root)
+def test_the_dvc_yaml_of_the_repository_is_current(root):
+    """For whatever study: running one makes it the active one."""
+    pipeline.check_active(load_study(pipeline.active_study(root), root=root), root)
+
+
+def test_the_stages_of_smoke_are_its_commands(project):
+    pipeline.use("smoke")
+    content = yaml.safe_load((project / "dvc.yaml").read_text())
+    assert content["vars"] == [{"study": "smoke"}]
+    runs = yaml.safe_load((project / "params/smoke.yaml").read_text())["variants"]
+    assert [stage["cmd"] for stage in content["stages"].values()] == [
+        "stlm fetch synthetic",
+        "stlm fetch synthetic_pairs",
+        "stlm fetch synthetic_choice",
+        "stlm tokenize synthetic bpe-2048",
+        *(f"stlm {verb} smoke {run}" for run in runs for verb in ("train", "evaluate")),
+        "stlm report smoke",
+    ]
 
 
 @pytest.mark.parametrize("name", STUDIES)
