@@ -74,14 +74,19 @@ def _study_params(study: Study, root: Path, *keys: str) -> dict[str, list[str]]:
     return {file: [key for key in keys if key.split(".")[0] in present]}
 
 
+def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
+    """The data that the study needs fetched: name -> its ``source_entries``."""
+    tokenizers = {run.tokenizer for run in study.runs.values()}
+    vocabularies = [name for name in load_vocabularies(root) if name in tokenizers]
+    return {name: source_entries(name, root) for name in (*study.corpora, *vocabularies, *study.benchmarks)}
+
+
 def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     """The study's stages in the form of ``dvc.yaml``. Shared data has one stage for all studies."""
     runs = study.runs.values()
     tokens = list(dict.fromkeys((run.corpus, run.tokenizer) for run in runs))
-    vocabularies = [name for name in load_vocabularies(root) if name in {run.tokenizer for run in runs}]
     stages: dict[str, dict[str, Any]] = {}
-    for name in (*study.corpora, *vocabularies, *study.benchmarks):
-        entries = source_entries(name, root)
+    for name, entries in fetched(study, root).items():
         stages[f"fetch-{name}"] = {
             "cmd": f"stlm fetch {name}",
             "params": [{f"params/{stem}.yaml": list(keys)} for stem, keys in entries.items()],

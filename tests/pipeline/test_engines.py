@@ -248,6 +248,27 @@ def test_results_with_overrides_are_not_recorded_in_dvc(done):
     assert list(benchmarks["synthetic_pairs"]["modes"]) == ["harness"]
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("smoke", "trains within a second", "trains fast"),
+        ("benchmarks", "minimal pairs", "pairs"),
+    ],
+)
+def test_params_changed_while_snakemake_ran_are_not_recorded_in_dvc(done, file, old, new):
+    before = (done.folder / "dvc.lock").read_text()
+    done.edit("modes: [paper]", "modes: [harness]")
+    with done.start("snakemake", "--cores", "1", "--printshellcmds", "all") as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "Shell command: stlm report" in line:
+                done.edit(old, new, f"params/{file}.yaml")
+    assert process.returncode == 0, printed
+    assert "nothing recorded, params/ changed meanwhile; run `snakemake all` again" in printed
+    assert (done.folder / "dvc.lock").read_text() == before
+
+
 def test_config_names_the_mirror(fresh, tmp_path):
     project = fresh.copy(tmp_path / "project")
     mirrored = tmp_path / "mirror" / "copied"

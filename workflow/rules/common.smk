@@ -37,10 +37,11 @@ def overrides() -> list[str]:
 
 
 def load():
-    """The study to run: the one named by --config study=NAME, else the active one, else smoke."""
+    """The study to run, and what it fetches: of --config study=NAME, else the active one, else smoke."""
     try:
         name = config.get("study") or pipeline.active_study() or "smoke"
-        return load_study(name, overrides())
+        study = load_study(name, overrides())
+        return study, pipeline.fetched(study)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -108,6 +109,14 @@ def begin() -> None:
         print(f"dvc.yaml: now lists the stages of the study {STUDY.name}", file=sys.stderr)
 
 
+def edited() -> bool:
+    """Whether params/ has changed since the start: each job reads them when its turn comes."""
+    try:
+        return load_study(STUDY.name) != STUDY or pipeline.fetched(STUDY) != FETCHED
+    except UserError:
+        return True
+
+
 def finish() -> None:
     """After the last job: record the results in DVC, where they are what params/ describes, all of it."""
     asked = workflow.dag_settings
@@ -117,12 +126,14 @@ def finish() -> None:
         note = "DVC: nothing recorded, only part of the study was asked for; run `snakemake all`"
     elif asked.rerun_triggers != RerunTrigger.all():
         note = "DVC: nothing recorded, not all of --rerun-triggers were in force"
+    elif edited():
+        note = "DVC: nothing recorded, params/ changed meanwhile; run `snakemake all` again"
     else:
         note = pipeline.record_in_dvc()
     print(note, file=sys.stderr)
 
 
-STUDY = load()
+STUDY, FETCHED = load()
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
 
