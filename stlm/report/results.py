@@ -16,6 +16,10 @@ from stlm.files import Record, read_record
 from stlm.study import Run, Study
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars"]
+# What is recorded and when, which may change between parts of a training and is often given by --set.
+_ASIDE = {
+    f"training.{key}" for key in ("log_every", "save_every", "validate_every", "validation_tokens", "wandb")
+}
 CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
 
 
@@ -199,10 +203,29 @@ def _read_curve(path: Path, command: str) -> pd.DataFrame:
     return curve
 
 
+def _check_trained_as_asked(run: Run, train: TrainRecord, path: Path, command: str) -> None:
+    """Refuse results that params/ does not describe, which tables would show under the run's name.
+
+    Keys that only the record or only the run has are of another version of the program.
+    """
+    asked = run.model_dump(mode="json", include={"seed", "corpus", "tokenizer", "model", "training"})
+    found = train.model_dump(mode="json", include=set(asked))
+    for section in ("model", "training"):
+        asked |= {f"{section}.{key}": value for key, value in asked.pop(section).items()}
+        found |= {f"{section}.{key}": value for key, value in found.pop(section).items()}
+    for key, value in asked.items():
+        if key in found and key not in _ASIDE and found[key] != value:
+            raise UserError(
+                f"{path} was trained with {key}: {found[key]}, the study asks for {value}: run `{command}`, "
+                "or give the --set that it was trained with"
+            )
+
+
 def _read_run(study: Study, run: Run) -> RunResult:
     train_command = f"stlm train {study.name} {run.name}"
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
     train = _read_record(run.folder / "train.json", TrainRecord, train_command)
+    _check_trained_as_asked(run, train, run.folder / "train.json", train_command)
     curve = _read_curve(run.folder / "curve.csv", train_command)
     evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
     evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)

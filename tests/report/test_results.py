@@ -129,3 +129,39 @@ def test_items_of_another_evaluation_are_refused(make_study):
     items[items.checkpoint != "step-000200"].to_parquet(result.items_path, index=False)
     with pytest.raises(UserError, match="no rows of step-000200"):
         result.outcomes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"seed": 3}, "seed: 0, the study asks for 3"),
+        ({"tokenizer": "bytes"}, "tokenizer: bpe-512, the study asks for bytes"),
+        ({"model": {"dropout": 0.2}}, r"model.dropout: 0.1, the study asks for 0.2"),
+        (
+            {"training": {"betas": (0.9, 0.99)}},
+            r"training.betas: \[0.9, 0.95\], the study asks for \[0.9, 0.99\]",
+        ),
+    ],
+)
+def test_results_of_another_recipe_are_refused(make_study, changed, key):
+    study = make_study(TWO)
+    run = study.runs["sincos"]
+    update = {
+        name: getattr(run, name).model_copy(update=value) if isinstance(value, dict) else value
+        for name, value in changed.items()
+    }
+    asked = study.model_copy(update={"runs": {**study.runs, "sincos": run.model_copy(update=update)}})
+    message = rf"runs/sincos/train\.json was trained with {key}: run `stlm train toy sincos`, or .* --set"
+    with pytest.raises(UserError, match=message):
+        read_results(asked)
+
+
+def test_settings_of_the_record_and_of_other_versions_are_not_compared(make_study):
+    study = make_study(TWO)
+    run = study.runs["sincos"]
+    path = run.folder / "train.json"
+    record = json.loads(path.read_text())
+    record["training"] |= {"wandb": True, "log_every": 7, "long_gone": 1}
+    del record["model"]["rope_theta"]
+    path.write_text(json.dumps(record))
+    assert set(read_results(study)) == set(study.runs)
