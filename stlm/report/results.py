@@ -14,12 +14,10 @@ from pydantic import BaseModel
 from stlm.errors import UserError
 from stlm.files import Record, read_record
 from stlm.study import Run, Study
+from stlm.training.config import RECORD_KEYS
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars"]
-# What is recorded and when, which may change between parts of a training and is often given by --set.
-_ASIDE = {
-    f"training.{key}" for key in ("log_every", "save_every", "validate_every", "validation_tokens", "wandb")
-}
+_RECORD_KEYS = {f"training.{key}" for key in RECORD_KEYS}
 CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
 
 
@@ -214,7 +212,7 @@ def _check_trained_as_asked(run: Run, train: TrainRecord, path: Path, command: s
         asked |= {f"{section}.{key}": value for key, value in asked.pop(section).items()}
         found |= {f"{section}.{key}": value for key, value in found.pop(section).items()}
     for key, value in asked.items():
-        if key in found and key not in _ASIDE and found[key] != value:
+        if key in found and key not in _RECORD_KEYS and found[key] != value:
             raise UserError(
                 f"{path} was trained with {key}: {found[key]}, the study asks for {value}: run `{command}`, "
                 "or give the --set that it was trained with"

@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
+RECORD_KEYS = frozenset({"log_every", "save_every", "validate_every", "validation_tokens", "wandb"})
+
 
 class TrainingConfig(BaseModel):
     """A training recipe (paper, Table 1). Frozen; unknown keys are refused."""

@@ -19,7 +19,7 @@ from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
-from stlm.training.config import TrainingConfig
+from stlm.training.config import RECORD_KEYS, TrainingConfig
 from stlm.training.devices import Device, choose_device
 from stlm.training.records import Records, progress_bar, write_curve
 from stlm.training.schedules import learning_rate
@@ -35,10 +35,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.devi
     ]
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
-
-
-# Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
-_ASIDE = {"log_every", "save_every", "validate_every", "validation_tokens", "wandb"}
 
 
 class Trainer:
@@ -66,7 +62,7 @@ class Trainer:
                         "paper_row": True,
                         "name": True,
                         "study": True,
-                        "training": _ASIDE,
+                        "training": RECORD_KEYS,
                     },
                 ),
                 "tokens": read_json(run.tokens_folder / "meta.json"),
