@@ -1,5 +1,6 @@
 """Fast scoring gives what slow scoring gives."""
 
+import copy
 import math
 import random
 
@@ -207,3 +208,14 @@ def test_bfloat16_stays_near_float32(transformer):
     assert any(a.logprob != b.logprob for a, b in zip(exact, half, strict=True))
     for a, b in zip(exact, half, strict=True):
         assert b.logprob == pytest.approx(a.logprob, rel=0.03, abs=0.2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_scores_are_the_cpus(transformer):
+    requests = [Request("", "the cat sat"), Request("the cat", " sat on the mat"), Request("a", " b")]
+    tokenizer = ByteTokenizer()
+    on_cpu = model_of(transformer, tokenizer).loglikelihoods(requests)
+    on_gpu = model_of(copy.deepcopy(transformer).cuda(), tokenizer, device="cuda").loglikelihoods(requests)
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-2)
