@@ -25,8 +25,8 @@ from stlm.study import (
     load_corpora,
     load_study,
     load_vocabularies,
-    read_yaml,
 )
+from stlm.validation import read_yaml
 
 DVC_FILE = Path("dvc.yaml")
 _HEADER = """\
