@@ -70,8 +70,8 @@ def edit(project, old, new, name="smoke"):
             r"warmup_steps: 1000 is longer than .*steps: 900.*900",
         ),
         ("corpus: synthetic", "corpus: synthtic", r"params/smoke.yaml: corpus: .*'synthtic'.*'synthetic'"),
-        ("tokenizer: bpe-2048", "tokenizer: bpe1024", r"params/smoke.yaml: tokenizer: 'bpe1024'.*bpe-4096"),
-        ("tokenizer: bpe-2048", "tokenizer: bpe-100", r"tokenizer: 'bpe-100' is too small"),
+        ("tokenizer: bpe-1280", "tokenizer: bpe1024", r"params/smoke.yaml: tokenizer: 'bpe1024'.*bpe-4096"),
+        ("tokenizer: bpe-1280", "tokenizer: bpe-100", r"tokenizer: 'bpe-100' is too small"),
         ("  ffn: swiglu", "  ffn: swigul", r"params/smoke.yaml: model.ffn: .*'swiglu'"),
         ("synthetic_choice]", "synthetic_choise]", r"unknown benchmark.*did you mean 'synthetic_choice'"),
         ("{ffn: gelu,", "{fnn: gelu,", r"params/smoke.yaml: variants.simple-ffn.model.fnn.*'ffn'"),
@@ -95,7 +95,7 @@ def edit(project, old, new, name="smoke"):
         (
             "  positions: rope",
             "  positions: rope\n  vocab_size: 99",
-            r"vocab_size: the tokenizer bpe-2048 has",
+            r"vocab_size: the tokenizer bpe-1280 has",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_results_in_the_readme_are_the_committed_ones(root):
         capture_output=True,
         text=True,
     )
-    if changed.returncode or changed.stdout:
+    if changed.returncode or changed.stdout or not (root / "results" / "desk" / "tables").is_dir():
         pytest.skip("not a clean clone: results of a study run here are not the committed ones")
     page = (root / README).read_text(encoding="utf-8")
     assert page == readme_with_results(root), "README.md is out of date: run `stlm document`"
