@@ -31,12 +31,13 @@ def test_the_stages_of_smoke_are_its_commands(project):
     pipeline.use("smoke")
     content = yaml.safe_load((project / "dvc.yaml").read_text())
     assert content["vars"] == [{"study": "smoke"}]
-    runs = yaml.safe_load((project / "params/smoke.yaml").read_text())["variants"]
+    smoke = yaml.safe_load((project / "params/smoke.yaml").read_text())
+    runs = smoke["variants"]
     assert [stage["cmd"] for stage in content["stages"].values()] == [
         "stlm fetch synthetic",
         "stlm fetch synthetic_pairs",
         "stlm fetch synthetic_choice",
-        "stlm tokenize synthetic bpe-2048",
+        f"stlm tokenize synthetic {smoke['tokenizer']}",
         *(f"stlm {verb} smoke {run}" for run in runs for verb in ("train", "evaluate")),
         "stlm report smoke",
     ]
