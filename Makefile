@@ -25,11 +25,11 @@ $(READY): requirements.lock pyproject.toml
 
 all: $(READY) ## run a study: data, training, evaluation, tables and plots
 	$(BIN)/snakemake --cores $(CORES) all --config study=$(STUDY)
-	@echo; cat results/$(STUDY)/tables/table2.md
-	@echo; echo "tables, plots and metrics of the study are in results/$(STUDY)/"
+	@echo "tables, plots and metrics of the study: results/$(STUDY)/"
 
 report: all ## write the study's self-contained HTML report
 	$(BIN)/snakemake --config study=$(STUDY) --report results/$(STUDY)/report.html
+	@echo "the report: results/$(STUDY)/report.html"
 
 test: $(READY) ## all tests that fit in 15 minutes on two cores, and the code style
 	$(BIN)/ruff check

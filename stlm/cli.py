@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
                 action="append",
                 default=[],
                 metavar="KEY=VALUE",
-                help="override a parameter of the study, for example training.steps=100 (repeatable)",
+                help="override a parameter of the study, for example model.layers=2 (repeatable)",
             )
         return own
 

@@ -45,7 +45,7 @@ schema that checks the files (a test fails when they differ): do not edit it.
 - A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
   work starts. `stlm study NAME` checks a study and lists its runs.
 - From the command line, one run of the pipeline only: `snakemake --cores 1 all --config study=desk
-  'set=training.steps=100 model.layers=2'`; a single stage takes `--set training.steps=100`.
+  'set=training.learning_rate=1e-3 model.layers=2'`; a single stage takes `--set model.layers=2`.
 
 A variant is added by an entry under `variants`, for example one that trains with half of the learning rate:
 
@@ -53,7 +53,7 @@ A variant is added by an entry under `variants`, for example one that trains wit
 variants:
   half-rate:
     label: Half the learning rate
-    training: {learning_rate: 1.5e-3}
+    training: {learning_rate: 1.5e-3, min_learning_rate: 1.5e-4}
 ```
 
 "Default" is the value taken where a study leaves the key out; those of `model` and `training` are Table 1 of

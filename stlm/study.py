@@ -204,7 +204,7 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
-        raise UserError(f"--set {override}: expected key.path=value, for example training.steps=100")
+        raise UserError(f"--set {override}: expected key.path=value, for example model.layers=2")
     value = parse_yaml(text, f"--set {override}")
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):

@@ -134,6 +134,12 @@ def test_overrides_reach_every_run_and_own_keys_of_variants_stay(project):
     assert study.runs["learned"].model.layers == 4
 
 
+@pytest.mark.parametrize("name", ["smoke", "desk", "paper"])
+def test_the_overrides_that_the_documentation_shows_are_valid(name, project):
+    study = load_study(name, ["training.learning_rate=1e-3", "model.layers=2"])
+    assert {(run.training.learning_rate, run.model.layers) for run in study.runs.values()} == {(1e-3, 2)}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -264,7 +264,7 @@ class _Table2:
             f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. "
             "In brackets: the 95% Wilson interval. Below it: the difference in points from "
             f"{baseline} on the same items, and its exact McNemar p-value, not corrected for the number of "
-            "comparisons."
+            "comparisons. Both are over items: they do not say how much another seed would change a run."
         ]
         if several:
             notes.append("Mean rows: mean ± standard deviation over seeds.")

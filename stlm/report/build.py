@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stlm.files import atomic_directory, write_json, write_text
-from stlm.report.accuracies import accuracy_tables, main_mode, score
+from stlm.report.accuracies import accuracy_tables, main_mode, run_label, score
 from stlm.report.comparison import compare_all
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1
@@ -30,7 +30,34 @@ def report(study: Study) -> None:
         write_text(folder / "groups.csv", csv_text(group_records(results)))
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
-    write_json(study.folder / "metrics.json", metrics(results))
+    collected = metrics(results)
+    write_json(study.folder / "metrics.json", collected)
+    print(summary(study, results, collected))
+
+
+def summary(
+    study: Study, results: Mapping[str, RunResult], collected: Mapping[str, Mapping[str, float]]
+) -> str:
+    """The study in a few lines for the terminal; the tables have the intervals."""
+    names = list(dict.fromkeys(name for own in collected.values() for name in own))[2:]
+    header = ["", *(name.removeprefix("test_").replace("_", " ") for name in names)]
+    rows = [
+        [
+            run_label(results[run], results),
+            *("–" if name not in own else _shown(name, own[name]) for name in names),
+        ]
+        for run, own in collected.items()
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in (header, *rows)
+    ]
+    return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.3f}" if name.startswith("test_") else f"{100 * value:.1f}"
 
 
 def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:

@@ -20,8 +20,8 @@ from stlm.report.style import CHANCE, figure, styles
 from stlm.report.table import csv_text
 from stlm.study import Study
 
-# More bands than this on one plot hide each other: then only the baseline's is drawn.
-_MOST_BANDS = 6
+# More intervals than this on one plot hide each other: then only the baseline's are drawn.
+_MOST_INTERVALS = 6
 Points = dict[str, list[tuple[int, Proportion]]]
 
 
@@ -132,7 +132,7 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
         _plain_log_ticks(panels[0])
         panels[0].set_ylabel("character perplexity (validation)")
         if zoom:
-            panels[0].set_title("whole training", loc="left")
+            panels[0].set_title("whole training, logarithmic scale", loc="left")
             panels[1].set_title("second half, linear scale", loc="left")
             panels[1].set_xlim(left=half * 0.98)
             late = np.concatenate([values[tokens >= half] for tokens, values in curves.values()])
@@ -183,21 +183,23 @@ def _accuracy(
     looks = styles(results)
     with figure(folder, name, title, 8, 4.6 + _legend_height(results)) as drawing:
         axes = drawing.subplots()
-        for run, own in reversed(points.items()):
-            tokens = [t for t, _ in own]
+        # Runs stand a little side by side, so that none hides another's interval.
+        aside = 0.006 * max(tokens for own in points.values() for tokens, _ in own)
+        for place, (run, own) in reversed(list(enumerate(points.items()))):
+            tokens = [t + aside * (place - (len(points) - 1) / 2) for t, _ in own]
             axes.plot(tokens, [100 * a.value for _, a in own], label=run, **looks[run])
-            if len(points) <= _MOST_BANDS or run == study.baseline:
+            if len(points) <= _MOST_INTERVALS or run == study.baseline:
                 low, high = ([100 * getattr(a, side) for _, a in own] for side in ("low", "high"))
-                axes.fill_between(tokens, low, high, color=looks[run]["color"], alpha=0.1, linewidth=0)
+                axes.vlines(tokens, low, high, color=looks[run]["color"], linewidth=1.2, alpha=0.7)
         if chance is not None:
             _chance_line(axes.axhline, chance)
             axes.annotate(
                 "chance",
                 (1, 100 * chance),
                 xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                xytext=(0, 2),
+                ha="left",
+                va="center",
+                xytext=(4, 0),
                 textcoords="offset points",
                 color=CHANCE["color"],
                 fontsize=10,

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from stlm.errors import UserError
@@ -290,8 +291,21 @@ def train(run: Run) -> None:
     """Train ``run`` and write ``checkpoints/``, ``curve.csv``, ``dvclive/`` and ``train.json`` to its folder.
 
     Killed at any time, a second call goes on from the last saved state. Raises ``UserError`` for missing or
-    damaged tokens or state, and for a loss that is not finite.
+    damaged tokens or state, for a loss that is not finite, and while another process trains the same run.
     """
+    lock = run.state_folder.with_name(f"{run.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # The system gives it back however the process ends.
+        with FileLock(lock, timeout=0):
+            _train(run)
+    except Timeout:
+        raise UserError(
+            f"run {run.name}: another process is training it ({lock} is held); wait for it, or stop it"
+        ) from None
+
+
+def _train(run: Run) -> None:
     trainer = Trainer(run)
     resumed = trainer.resume()
     print(
@@ -303,3 +317,8 @@ def train(run: Run) -> None:
     with disk_errors(run.folder):
         trainer.fit()
         trainer.publish()
+    print(
+        f"{run.name}: {trainer.progress.rows[-1]['val_bits_per_byte']:.4f} bits per byte on validation text "
+        f"after {trainer.progress.seconds:,.0f} s of training; {run.folder}",
+        file=sys.stderr,
+    )

@@ -60,9 +60,15 @@ class Records:
 
     def __init__(self, run: Run, folder: Path, rows: list[dict[str, float]], mark: str) -> None:
         from dvclive import Live
+        from scmrepo.exceptions import SCMError
 
         shutil.rmtree(folder, ignore_errors=True)
-        self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+        try:
+            self._live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
+        except SCMError as error:
+            raise UserError(
+                f"DVCLive cannot read the git repository ({error}): make a first commit"
+            ) from None
         self._wandb: Any = None
         if run.training.wandb:
             try:

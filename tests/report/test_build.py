@@ -57,6 +57,17 @@ def test_same_results_give_the_same_bytes(make_study):
     assert results(study) == first
 
 
+def test_the_terminal_gets_a_line_a_run(make_study, capsys):
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    report(study)
+    printed = capsys.readouterr().out.splitlines()
+    numbers = json.loads((study.folder / "metrics.json").read_text())
+    assert printed[0].split("  ")[-1].strip() == "blimp"
+    for line, run, label in zip(printed[1:], numbers, ("Baseline", "SinCos PE"), strict=False):
+        assert line.startswith(label)
+        assert line.endswith(f"{100 * numbers[run]['blimp']:.1f}")
+
+
 def test_metrics_are_flat_numbers(make_study):
     study = make_study(TWO)
     report(study)

@@ -17,6 +17,7 @@ import time
 import dvclive
 import pytest
 import torch
+from filelock import FileLock
 
 from stlm.errors import UserError
 from stlm.files import read_json
@@ -154,6 +155,29 @@ def test_kill_9_and_again(make_run, tmp_path):
     assert "resuming after step" in done.stderr
     assert_same(weights(plain, 60), weights(killed, 60))
     assert_same(weights(plain, 30), weights(killed, 30))
+
+
+def test_two_processes_do_not_train_the_same_run(make_run):
+    run = make_run()
+    run.state_folder.parent.mkdir(parents=True)
+    with FileLock(run.state_folder.parent / "tiny-run.lock"):
+        with pytest.raises(UserError, match="another process is training it"):
+            train(run)
+        train(make_run("another"))
+    train(run)
+
+
+def test_it_says_how_it_ended(make_run, capsys):
+    run = make_run()
+    train(run)
+    bits = read_json(run.folder / "train.json")["final"]["val_bits_per_byte"]
+    assert f"tiny-run: {bits:.4f} bits per byte on validation text" in capsys.readouterr().err
+
+
+def test_a_repository_without_a_commit_is_told(make_run):
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    with pytest.raises(UserError, match="make a first commit"):
+        train(make_run())
 
 
 def test_a_changed_recipe_starts_afresh(make_run, monkeypatch, capsys):
