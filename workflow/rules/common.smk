@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -136,6 +137,10 @@ def finish() -> None:
 STUDY, FETCHED = load()
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
+# Runs take turns on a GPU. Without one they share the cores: tiny models train faster side by side on few
+# threads each than one after the other on all (docs/log.md).
+GPUS = 1 if shutil.which("nvidia-smi") else 0
+RUN_THREADS = MACHINE if GPUS else max(1, (workflow.resource_settings.cores or MACHINE) // len(STUDY.runs))
 
 # Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
 os.environ.update(

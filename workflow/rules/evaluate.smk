@@ -8,9 +8,9 @@ rule evaluate:
         "logs/{study}/evaluate/{run}.log",
     conda:
         "../envs/stlm.yaml"
-    threads: MACHINE
+    threads: RUN_THREADS
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         evaluation=evaluation_params,
         set=set_arguments,

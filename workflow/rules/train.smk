@@ -10,9 +10,9 @@ rule train:
         "logs/{study}/train/{run}.log",
     conda:
         "../envs/stlm.yaml"
-    threads: MACHINE
+    threads: RUN_THREADS
     resources:
-        gpu=1,
+        gpu=GPUS,
     params:
         run=run_params,
         set=set_arguments,
