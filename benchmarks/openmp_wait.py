@@ -17,7 +17,7 @@ from pathlib import Path
 from stlm.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "openmp_wait.json"
-STEPS = 8
+STEPS = 6
 CHILD = """
 import sys, time, torch
 from stlm.study import load_study
