@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
     options = parser().parse_args(arguments)
     # OpenMP's threads wait for one another at every product. Waiting asleep costs little on an idle machine;
-    # waiting awake, its default, makes training much slower, up to several times, as soon as anything else runs
+    # waiting awake, its default, slows training down, up to several times, as soon as anything else runs
     # (benchmarks/openmp_wait.py). Read when torch is loaded, so it must be set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
