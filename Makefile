@@ -31,10 +31,7 @@ report: all ## write the study's self-contained HTML report
 	$(BIN)/snakemake --config study=$(STUDY) --report results/$(STUDY)/report.html
 	@echo "the report: results/$(STUDY)/report.html"
 
-test: $(READY) ## all tests that fit in 15 minutes on two cores, and the code style
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/snakefmt --check Snakefile workflow
+test: lint ## the code style, and all tests that fit in 15 minutes on two cores
 	$(BIN)/python -m pytest -m "not network"
 
 test-fast: $(READY) ## the unit tests alone, without the two engines

@@ -28,7 +28,7 @@ study = load_study("desk")
 run = study.runs[study.baseline]
 where = choose_device(run.training)
 model = Transformer(run.model)
-optimizer = build_optimizer(model, run.training, where.device)
+optimizer = build_optimizer(model, run.training)
 seconds = []
 for step in range(int(sys.argv[1])):
     start = time.perf_counter()

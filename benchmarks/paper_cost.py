@@ -50,7 +50,7 @@ def measure(run, batches: int, batch_size: int) -> dict:
     torch.manual_seed(0)
     model = Transformer(run.model).to(where.device)
     loss_of = torch.compile(model.loss) if where.compiled else model.loss
-    optimizer = build_optimizer(model, run.training, where.device)
+    optimizer = build_optimizer(model, run.training)
     shape = (batch_size, run.model.context + 1)
     seconds = []
     for index in range(batches + 1):

@@ -27,15 +27,14 @@ from stlm.training.schedules import learning_rate
 from stlm.training.state import Progress, fingerprint, load_state, save_state
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, not on gains."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 class Trainer:
@@ -53,7 +52,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model = Transformer(run.model).to(self.device)
         self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
-        self.optimizer = build_optimizer(self.model, self.config, self.device)
+        self.optimizer = build_optimizer(self.model, self.config)
         self.mark = fingerprint(
             {
                 "run": run.model_dump(
@@ -294,7 +293,8 @@ def train(run: Run) -> None:
     damaged tokens or state, for a loss that is not finite, and while another process trains the same run.
     """
     lock = run.state_folder.with_name(f"{run.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         # The system gives it back however the process ends.
         with FileLock(lock, timeout=0):

@@ -167,6 +167,13 @@ def test_two_processes_do_not_train_the_same_run(make_run):
     train(run)
 
 
+def test_a_state_that_cannot_be_written_is_told(make_run):
+    run = make_run()
+    run.state_folder.parent.parent.write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"tiny-run.lock: cannot write: .*"):
+        train(run)
+
+
 def test_it_says_how_it_ended(make_run, capsys):
     run = make_run()
     train(run)

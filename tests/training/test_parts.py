@@ -45,7 +45,7 @@ def test_constant_schedule_and_no_warmup():
 
 def test_gains_do_not_decay_and_matrices_do():
     model = Transformer(ModelConfig(layers=2, width=32, heads=2, kv_heads=1, ffn_width=48, vocab_size=50))
-    optimizer = build_optimizer(model, TrainingConfig(), torch.device("cpu"))
+    optimizer = build_optimizer(model, TrainingConfig())
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert sum(p.numel() for p in free["params"]) == 5 * 32
