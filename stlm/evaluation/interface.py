@@ -31,17 +31,23 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Log-probability in nats, the number of tokens it sums, and whether the context had to be cut."""
+    """Log-probability in nats, the number of tokens it sums, and whether the context had to be cut.
+
+    `greedy`, where asked for: whether each of these tokens is the most probable one at its place.
+    """
 
     logprob: float
     n_tokens: int
     truncated: bool
+    greedy: bool | None = None
 
 
 class LanguageModel(Protocol):
     """Anything that can say how probable a text is."""
 
-    def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
+    def loglikelihoods(
+        self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False
+    ) -> list[Score]:
         """One score a request, in order. `progress` is told how many more requests are done.
 
         What does not fit the model is cut from the left. Of the `whole` requests of an item, all lose as many

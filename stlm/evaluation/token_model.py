@@ -1,10 +1,11 @@
 """A transformer with its tokenizer as a `LanguageModel`: fast scoring of many short texts.
 
-Shapes: B batch, L length, D width, V vocabulary, N scored positions of a batch.
+Shapes: B batch, L length, D width, V vocabulary, N scored positions of a batch, P log-probabilities wanted.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
-from stlm.evaluation.forwards import Forward, SharedPrefixes, windows
+from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, pack, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
+from stlm.model.segments import Segments
 
-# Logits held at once, in floats: few enough to stay near the cache on a CPU, enough to fill a GPU.
-_LOGITS = {"cpu": 2**21, "cuda": 2**27}
+# Logits held at once, positions by tokens: few enough to stay in a CPU's cache, enough to fill a GPU.
+_LOGITS = {"cpu": (1024, 2048), "cuda": (4096, 2**15)}
 # Tokens in a batch: on a CPU, 2,048 went 1.2 to 1.4 times as fast as 8,192.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
@@ -36,10 +38,12 @@ class _Part(NamedTuple):
 
 
 class TokenModel:
-    """Scores text with a transformer that offers `config.context`, `hidden(tokens_BL)` and `head(x)`.
+    """Scores text with a transformer that offers `config.context`, `config.vocab_size`, `hidden` and `head`.
 
-    The forward pass runs in `precision`; the logits of the scored positions and their log-softmax are
-    float32. `batch_tokens` bounds a batch, padding included (None: chosen for the device).
+    These are as in `stlm.model.transformer.Transformer`; one with `packs = False` takes no `segments` and gets
+    one sequence a row. The forward pass runs in `precision`, for which a copy of the linear
+    layers is kept; the log-softmax is float32. `batch_tokens` bounds a batch, padding included (None: chosen
+    for the device).
     """
 
     def __init__(
@@ -50,33 +54,26 @@ class TokenModel:
         precision: Literal["float32", "bfloat16"] = "float32",
         batch_tokens: int | None = None,
     ) -> None:
-        self.transformer = transformer.to(device).eval()
+        self.exact = transformer.to(device).eval()
+        self.transformer = _linear_in_bfloat16(self.exact) if precision == "bfloat16" else self.exact
         self.encoder = encoder
         self.device = torch.device(device)
         self.precision = precision
         self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
         self.context: int = transformer.config.context
+        self.packs: bool = getattr(transformer, "packs", True)
 
-    def loglikelihoods(self, requests: Sequence[Request], progress: Progress = no_progress) -> list[Score]:
-        """See `LanguageModel`. Requests with the same input tokens share one forward pass."""
-        encoded = self.encoder(requests)
-        forwards, parts = self._plan(requests, encoded)
-        waiting = np.bincount([p.forward for p in parts if p.n_tokens], minlength=len(forwards))
-        shared = SharedPrefixes(forwards)
-        logprobs = shared.restore(self._run(shared.forwards, lambda done: progress(int(waiting[done].sum()))))
-        progress(sum(not part.n_tokens for part in parts))
-        first = self._first_token_logprobs() if any(part.starts_document for part in parts) else None
-        scores = []
-        for part, tokens in zip(parts, (e.tokens for e in encoded), strict=True):
-            total = 0.0
-            if part.n_tokens:
-                forward, found = forwards[part.forward], logprobs[part.forward]
-                inner = found[part.start - forward.start : forward.inner]
-                total = float(inner.sum() + found[forward.inner + part.final])
-                if part.starts_document:
-                    total += float(first[tokens[0]])
-            scores.append(Score(total, part.n_tokens, part.truncated))
-        return scores
+    def loglikelihoods(
+        self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False
+    ) -> list[Score]:
+        """See `LanguageModel`. What requests have in common from their beginning on is computed once."""
+        return self._scores(self.encoder(requests), requests, progress, greedy)
+
+    def score_tokens(
+        self, encoded: Sequence[Encoded], progress: Progress = no_progress, greedy: bool = False
+    ) -> list[Score]:
+        """`loglikelihoods` of requests whose tokens are known already; none of them is `whole`."""
+        return self._scores(encoded, [Request("", "")] * len(encoded), progress, greedy)
 
     def document_loglikelihoods(
         self, documents: Sequence[Sequence[int]], stride: int | None = None, progress: Progress = no_progress
@@ -95,11 +92,42 @@ class TokenModel:
             for window in windows(tokens, self.context, stride):
                 forwards.append(window)
                 owners.append(owner)
-        logprobs = self._run(forwards, lambda done: progress(len(done)))
+        found = self._run(forwards, _alone(forwards), lambda done: progress(len(done)))
         totals = [0.0] * len(documents)
-        for owner, found in zip(owners, logprobs, strict=True):
-            totals[owner] += float(found.sum())
+        for owner, found_P2 in zip(owners, found, strict=True):
+            totals[owner] += float(found_P2[:, 0].sum())
         return totals
+
+    def _scores(
+        self, encoded: Sequence[Encoded], requests: Sequence[Request], progress: Progress, greedy: bool
+    ) -> list[Score]:
+        forwards, parts = self._plan(requests, encoded)
+        waiting = np.bincount([p.forward for p in parts if p.n_tokens], minlength=len(forwards))
+        progress(sum(not part.n_tokens for part in parts))
+        shared = SharedPrefixes(forwards)
+        if self.packs:
+            rows = list(pack(shared.forwards, shared.order, shared.common, self.batch_tokens))
+        else:
+            rows = _alone(shared.forwards)
+        found = self._run(shared.forwards, rows, lambda done: progress(int(waiting[done].sum())), greedy)
+        found = shared.restore(found)
+        first = self._first_token() if any(part.starts_document for part in parts) else None
+        scores = []
+        for part, tokens in zip(parts, (e.tokens for e in encoded), strict=True):
+            total, best = 0.0, True
+            if part.n_tokens:
+                forward, own_P2 = forwards[part.forward], found[part.forward]
+                inner_P2, final_2 = (
+                    own_P2[part.start - forward.start : forward.inner],
+                    own_P2[forward.inner + part.final],
+                )
+                total = float(inner_P2[:, 0].sum() + final_2[0])
+                best = bool(final_2[1] and inner_P2[:, 1].all())
+                if part.starts_document:
+                    total += float(first[tokens[0], 0])
+                    best = best and bool(first[tokens[0], 1])
+            scores.append(Score(total, part.n_tokens, part.truncated, best if greedy else None))
+        return scores
 
     def _plan(
         self, requests: Sequence[Request], encoded: Sequence[Encoded]
@@ -136,74 +164,111 @@ class TokenModel:
             parts.append(_Part(number, start, final, starts_document, n_tokens + starts_document, cut > 0))
         return forwards, parts
 
-    def _first_token_logprobs(self) -> np.ndarray:
-        """Log-probabilities [V] of a document's first token."""
-        with torch.inference_mode():
-            eot_BL = torch.tensor([[self.encoder.tokenizer.eot]], device=self.device)
-            logits_V = self.transformer.head(self._hidden(eot_BL)[0, 0].float())
-            return torch.log_softmax(logits_V.float(), dim=-1).double().cpu().numpy()
+    def _first_token(self) -> np.ndarray:
+        """[V, 2]: each token's log-probability as a document's first, and whether it is the most probable."""
+        eot, size = self.encoder.tokenizer.eot, self.transformer.config.vocab_size
+        start = Forward(np.array([eot]), 0, list(range(size)))
+        (found_V2,) = self._run([start], _alone([start]), greedy=True)
+        return found_V2
 
-    def _run(self, forwards: Sequence[Forward], done: Progress) -> list[np.ndarray]:
-        """For each forward pass, float64 log-probabilities: its inner targets, then its final tokens."""
-        results: list[np.ndarray] = [np.empty(0)] * len(forwards)
-        for numbers in self._batches(forwards):
-            batch = [forwards[n] for n in numbers]
-            found = self._score_batch(batch)
-            ends = np.cumsum([f.inner + len(f.finals) for f in batch])
-            for number, logprobs in zip(numbers, np.split(found, ends[:-1]), strict=True):
-                results[number] = logprobs
+    def _run(
+        self,
+        forwards: Sequence[Forward],
+        rows: Sequence[Row],
+        done: Progress = no_progress,
+        greedy: bool = False,
+    ) -> list[np.ndarray]:
+        """For each forward pass [P, 2]: of its inner targets, then its final tokens, the log-probability and,
+        if `greedy`, whether (1 or 0) they are the most probable tokens."""
+        results: list[np.ndarray] = [np.empty((0, 2))] * len(forwards)
+        for batch in self._batches(rows):
+            numbers = np.concatenate([row.numbers for row in batch])
+            ends = np.cumsum(np.concatenate([row.counts for row in batch]))
+            for number, found_P2 in zip(
+                numbers, np.split(self._score_batch(batch, greedy), ends[:-1]), strict=True
+            ):
+                results[number] = found_P2
             done(numbers)
         return results
 
-    def _batches(self, forwards: Sequence[Forward]) -> Iterator[np.ndarray]:
-        """Numbers of forwards of near-equal length, longest first, within the token budget."""
-        lengths = np.array([len(f.tokens) for f in forwards], dtype=np.int64)
-        order = np.argsort(-lengths, kind="stable")
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """A row of several sequences by itself; others of near-equal length, longest first, in the budget."""
+        alone = [row for row in rows if len(row.numbers) == 1]
+        yield from ([row] for row in rows if len(row.numbers) > 1)
+        alone.sort(key=lambda row: -len(row.tokens))
         begin = 0
-        while begin < len(order):
-            size = max(1, self.batch_tokens // int(lengths[order[begin]]))
-            yield order[begin : begin + size]
+        while begin < len(alone):
+            size = max(1, self.batch_tokens // len(alone[begin].tokens))
+            yield alone[begin : begin + size]
             begin += size
 
-    def _score_batch(self, batch: Sequence[Forward]) -> np.ndarray:
-        """Log-probabilities of the batch's targets, forward after forward.
-
-        Padding stands at the right, where causal attention keeps it from every scored position.
-        """
-        length = max(len(f.tokens) for f in batch)
+    def _score_batch(self, batch: Sequence[Row], greedy: bool) -> np.ndarray:
+        """[P, 2] as in `_run`, row after row. Padding stands at the right, where no token looks at it."""
+        length = max(len(row.tokens) for row in batch)
         tokens_BL = np.zeros((len(batch), length), dtype=np.int64)
-        rows, picked_rows, targets = [], [], []
-        n_rows = 0
-        for b, forward in enumerate(batch):
-            tokens_BL[b, : len(forward.tokens)] = forward.tokens
-            rows.append(np.arange(forward.start, len(forward.tokens)) + b * length)
-            last = n_rows + forward.inner
-            picked_rows.append(np.arange(n_rows, last))
-            picked_rows.append(np.full(len(forward.finals), last))
-            targets.append(forward.tokens[forward.start + 1 :])
-            targets.append(np.asarray(forward.finals, dtype=np.int64))
-            n_rows = last + 1
+        for b, row in enumerate(batch):
+            tokens_BL[b, : len(row.tokens)] = row.tokens
+        flat_P = np.concatenate([row.picked + b * length for b, row in enumerate(batch)])
+        targets_P = np.concatenate([row.targets for row in batch])
+        rows_N, picked_P = np.unique(flat_P, return_inverse=True)
         with torch.inference_mode():
-            hidden_BLD = self._hidden(torch.from_numpy(tokens_BL).to(self.device))
-            rows_N = torch.from_numpy(np.concatenate(rows)).to(self.device)
-            scored_ND = hidden_BLD.flatten(0, 1)[rows_N].float()
-            return self._pick(scored_ND, np.concatenate(picked_rows), np.concatenate(targets))
+            tokens, targets, rows, picked = (
+                torch.from_numpy(a).to(self.device) for a in (tokens_BL, targets_P, rows_N, picked_P)
+            )
+            several = len(batch[0].numbers) > 1
+            segments = Segments(batch[0].positions, batch[0].segments, self.device) if several else None
+            with self._arithmetic():
+                hidden_ND = self.transformer.hidden(tokens, segments, rows)
+            return self._pick(hidden_ND, picked, targets, greedy)
 
-    def _hidden(self, tokens_BL: Tensor) -> Tensor:
+    def _arithmetic(self):
         half = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            return self.transformer.hidden(tokens_BL)
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
-    def _pick(self, scored_ND: Tensor, picked_rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """log P(targets[i]) under the softmax of row picked_rows[i] (ascending), float64."""
-        found = []
-        rows = torch.from_numpy(picked_rows).to(self.device)
-        targets = torch.from_numpy(targets.astype(np.int64)).to(self.device)
-        chunk = max(1, _LOGITS[self.device.type] // self.transformer.config.vocab_size)
-        for begin in range(0, len(scored_ND), chunk):
-            end = min(begin + chunk, len(scored_ND))
-            logits_NV = self.transformer.head(scored_ND[begin:end]).float()
-            low, high = np.searchsorted(picked_rows, [begin, end])
-            own = rows[low:high] - begin
-            found.append(logits_NV[own, targets[low:high]] - torch.logsumexp(logits_NV, dim=-1)[own])
-        return torch.cat(found).double().cpu().numpy()
+    def _pick(self, hidden_ND: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool) -> np.ndarray:
+        """[P, 2]: log P(target) after the picked residual vector; with `greedy`, whether it is the highest."""
+        rows, columns = _LOGITS[self.device.type]
+        found = [self._normalize(part_ND, columns, greedy) for part_ND in hidden_ND.split(rows)]
+        lse_N = torch.cat([lse for lse, _ in found])
+        # In float32 whatever the precision: its error would stay in the difference of two options whole,
+        # while those of a vocabulary's other logits average out.
+        logit_P = self.exact.logit(hidden_ND[picked_P].float(), targets_P)
+        found_P2 = torch.zeros(len(picked_P), 2, dtype=torch.float64, device=self.device)
+        found_P2[:, 0] = logit_P.double() - lse_N[picked_P]
+        if greedy:
+            found_P2[:, 1] = torch.cat([best for _, best in found])[picked_P] == targets_P
+        return found_P2.cpu().numpy()
+
+    def _normalize(self, hidden_ND: Tensor, columns: int, greedy: bool) -> tuple[Tensor, Tensor]:
+        """The log of the summed exponentials [N] of all logits, and with `greedy` their most probable token.
+
+        A part of the vocabulary at a time, so that the logits [N, columns] stay near the processor.
+        """
+        if self.precision == "bfloat16":
+            hidden_ND = hidden_ND.bfloat16()  # once, not at every part
+        lse_N = torch.full((len(hidden_ND),), -torch.inf, device=self.device)
+        top_N, best_N = lse_N.clone(), torch.zeros(len(hidden_ND), dtype=torch.int64, device=self.device)
+        for begin in range(0, self.transformer.config.vocab_size, columns):
+            with self._arithmetic():
+                logits_NV = self.transformer.head(hidden_ND, slice(begin, begin + columns)).float()
+            lse_N = torch.logaddexp(lse_N, torch.logsumexp(logits_NV, dim=-1))
+            if greedy:
+                highest_N, place_N = logits_NV.max(dim=-1)
+                best_N = torch.where(highest_N > top_N, begin + place_N, best_N)
+                top_N = torch.maximum(top_N, highest_N)
+        return lse_N, best_N
+
+
+def _alone(forwards: Sequence[Forward]) -> list[Row]:
+    """Each forward in a row of its own."""
+    return list(pack(forwards, range(len(forwards)), [0] * len(forwards), capacity=0))
+
+
+def _linear_in_bfloat16(transformer: nn.Module) -> nn.Module:
+    """A copy with the weights of its linear layers in bfloat16: autocast would convert them at every call."""
+    transformer = copy.deepcopy(transformer)
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            # A parameter of its own: an embedding tied to the head keeps its float32.
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    return transformer

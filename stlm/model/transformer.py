@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
+from stlm.model.segments import Segments
 
 
 class SwiGLU(nn.Module):
@@ -56,10 +57,10 @@ def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Te
     return cos_LE.float(), sin_LE.float()
 
 
-def rotate(x_BHLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+def rotate(x_BLHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
     """Rotate the pairs (i, i + E/2) of each head by the position's angles."""
-    first, second = x_BHLE.chunk(2, dim=-1)
-    return (x_BHLE * cos_LE + torch.cat([second, first], dim=-1) * sin_LE).to(x_BHLE.dtype)
+    first, second = x_BLHE.chunk(2, dim=-1)
+    return (x_BLHE * cos_L1E + torch.cat([second, first], dim=-1) * sin_L1E).to(x_BLHE.dtype)
 
 
 def sinusoidal_table(context: int, width: int) -> Tensor:
@@ -79,21 +80,33 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.dropout = config.attention_dropout
 
-    def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        segments: Segments | None = None,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D], or [N, D] of the flat positions `rows_N`; the rest as in `Transformer.hidden`."""
         B, L, D = x_BLD.shape
-        qkv_BHLE = self.qkv(x_BLD).view(B, L, -1, self.head_width).transpose(1, 2)
-        q_BHLE, k_BKLE, v_BKLE = qkv_BHLE.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qkv_BLHE = self.qkv(x_BLD).view(B, L, -1, self.head_width)
+        qk_BLHE, v_BLKE = qkv_BLHE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if rope is not None:
-            q_BHLE, k_BKLE = rotate(q_BHLE, *rope), rotate(k_BKLE, *rope)
-        y_BHLE = F.scaled_dot_product_attention(
-            q_BHLE,
-            k_BKLE,
-            v_BKLE,
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        return self.out(y_BHLE.transpose(1, 2).reshape(B, L, D))
+            qk_BLHE = rotate(qk_BLHE, *rope)
+        q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
+        if segments is not None:
+            y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
+        else:
+            y_BLHE = F.scaled_dot_product_attention(
+                q_BLHE.transpose(1, 2),
+                k_BLKE.transpose(1, 2),
+                v_BLKE.transpose(1, 2),
+                is_causal=True,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=self.kv_heads != self.heads,
+            ).transpose(1, 2)
+        y_BLD = y_BLHE.reshape(B, L, D)
+        return self.out(y_BLD if rows_N is None else y_BLD.flatten(0, 1)[rows_N])
 
 
 class Block(nn.Module):
@@ -108,9 +121,17 @@ class Block(nn.Module):
         self.ffn = FFNS[config.ffn](config.width, config.ffn_width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD), rope))
-        return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD)))
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        segments: Segments | None = None,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        mixed = self.attention(self.attention_norm(x_BLD), rope, segments, rows_N)
+        x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -147,28 +168,42 @@ class Transformer(nn.Module):
                 scale = 1 / math.sqrt(2 * self.config.layers) if into_residual else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
 
-    def hidden(self, tokens_BL: Tensor) -> Tensor:
-        """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context."""
+    def hidden(
+        self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context.
+
+        With `segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer than
+        the context. With `rows_N`, indices into the flat [B L], only their residuals are returned, [N, D], and
+        the last block's feed-forward network works on no others.
+        """
         L, longest = tokens_BL.shape[1], self.config.context
-        assert L <= longest, f"{L} tokens do not fit the context of {longest}"
+        assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
+        places = slice(L) if segments is None else segments.positions_1N
         x_BLD = self.embedding(tokens_BL)
         rope = None
         if self.config.positions == "rope":
-            rope = self.cos_LE[:L], self.sin_LE[:L]
+            # [L, 1, E] or [1, L, 1, E]: the same for all heads.
+            rope = self.cos_LE[places].unsqueeze(-2), self.sin_LE[places].unsqueeze(-2)
         elif self.config.positions == "learned":
-            x_BLD = x_BLD + self.positions.weight[:L]
+            x_BLD = x_BLD + self.positions.weight[places]
         else:
             # The embedding starts at a standard deviation of 0.02, the sinusoids at 0.7: unscaled they
             # drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
-            x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[:L]
+            x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[places]
         x_BLD = self.dropout(x_BLD)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, rope)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, rope, segments, rows_N if number == last else None)
         return self.norm(x_BLD)
 
-    def head(self, x_BLD: Tensor) -> Tensor:
-        """Logits [..., V] of residual vectors [..., D], at any positions chosen."""
-        return self.output(x_BLD)
+    def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
+        """Logits [..., V] of residual vectors [..., D], at any positions, or of a part of the vocabulary."""
+        return self.output(x_BLD) if vocabulary is None else F.linear(x_BLD, self.output.weight[vocabulary])
+
+    def logit(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """The logit [N] of one token for each residual vector [N, D]."""
+        return (x_ND * self.output.weight[tokens_N]).sum(dim=-1)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Logits [B, L, V] of the token after each of ``tokens_BL`` [B, L]."""

@@ -149,15 +149,20 @@ def test_order_and_batches_do_not_matter(transformer, tokenizer):
 class CountingTransformer(torch.nn.Module):
     def __init__(self, transformer):
         super().__init__()
-        self.inner, self.config, self.rows, self.scored = transformer, transformer.config, 0, 0
+        self.inner, self.config = transformer, transformer.config
+        self.rows = self.tokens = self.scored = 0
 
-    def hidden(self, tokens_BL):
+    def hidden(self, tokens_BL, segments, rows_N):
         self.rows += len(tokens_BL)
-        return self.inner.hidden(tokens_BL)
+        self.tokens += tokens_BL.numel()
+        return self.inner.hidden(tokens_BL, segments, rows_N)
 
-    def head(self, x):
-        self.scored += len(x) if x.dim() == 2 else 1
-        return self.inner.head(x)
+    def head(self, x_ND, vocabulary):
+        self.scored += len(x_ND)
+        return self.inner.head(x_ND, vocabulary)
+
+    def logit(self, x_ND, tokens_N):
+        return self.inner.logit(x_ND, tokens_N)
 
 
 def test_forward_passes_are_shared_and_only_scored_positions_get_logits(transformer):
@@ -172,10 +177,55 @@ def test_forward_passes_are_shared_and_only_scored_positions_get_logits(transfor
     model.loglikelihoods([Request("abc", " def"), Request("abc", " def", whole=True)])
     # One pass for both modes and one for the first token after the end of text; 6 inner targets and that.
     assert (counting.rows, counting.scored) == (2, 7)
-    counting.rows = counting.scored = 0
+    counting.rows = counting.tokens = counting.scored = 0
     model.loglikelihoods([Request("abc", ending, whole=True) for ending in (" def", " dxy", " z")])
-    # All 6 positions of one, what follows "abc d" and "abc " in the others, and the first token.
-    assert (counting.rows, counting.scored) == (4, 6 + 2 + 1 + 1)
+    # One row with the inputs "abc de" and, after "abc d", the "x"; then the end of text. All are scored.
+    assert (counting.rows, counting.tokens, counting.scored) == (2, 7 + 1, 7 + 1)
+
+
+def test_a_model_that_takes_no_mask_gets_one_sequence_a_row(transformer):
+    requests = random_requests(60, longest=CONTEXT)
+    packed = model_of(transformer, ByteTokenizer()).loglikelihoods(requests)
+    plain = copy.deepcopy(transformer)
+    plain.packs = False
+    hidden = plain.hidden
+
+    def without_segments(tokens_BL, segments, rows_N):
+        assert segments is None
+        return hidden(tokens_BL, None, rows_N)
+
+    plain.hidden = without_segments
+    for one, other in zip(packed, model_of(plain, ByteTokenizer()).loglikelihoods(requests), strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_greedy_says_whether_each_token_was_the_most_probable(transformer, whole):
+    tokenizer = ByteTokenizer()
+    model = model_of(transformer, tokenizer)
+    requests = []
+    for text in ("abc", "the cat", "a b"):
+        with torch.no_grad():
+            tokens = [256, *tokenizer.encode(text)] if whole else tokenizer.encode(text)
+            for _ in range(4):
+                tokens.append(int(transformer(torch.tensor([tokens]))[0, -1, :128].argmax()))
+        # Bytes below 128 are characters of their own; where another byte is likelier, it is not greedy.
+        continuation = tokenizer.decode(tokens[-4:])
+        for wrong in ("", "q"):
+            requests.append(Request(text, continuation[: 4 - len(wrong)] + wrong, whole))
+    found = model.loglikelihoods(requests, greedy=True)
+    for request, score in zip(requests, found, strict=True):
+        text = tokenizer.encode(request.context + request.continuation)
+        with torch.no_grad():
+            best = transformer(torch.tensor([text[:-1]]))[0].argmax(dim=-1).tolist()
+            first = int(transformer(torch.tensor([[256]]))[0, -1].argmax())
+        skipped = 0 if whole else len(request.context) - 1
+        expected = best[skipped:] == text[1 + skipped :] and (not whole or first == text[0])
+        assert score.greedy == expected
+    if not whole:
+        assert {score.greedy for score in found} == {True, False}
+    assert all(score.greedy is None for score in model.loglikelihoods(requests))
 
 
 @pytest.mark.parametrize("stride", [None, 1, 7, CONTEXT])
