@@ -25,12 +25,12 @@ class Forward(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Sequences one after another in a row of n tokens, what they have in common once: a trie, depth first.
+    """Sequences one after another in a row of n tokens, what they have in common once: a trie.
 
-    `positions` are the tokens' places in their sequences. Each of `segments` is a sequence: how many tokens the
-    row has for it alone, and its path, the places in the row of all of its tokens. Of the p log-probabilities
-    wanted, that of `targets[k]` comes after the row's token `picked[k]`; they belong to the forwards
-    `numbers`, `counts` of them to each.
+    `positions` are the tokens' places in their sequences. Each of `segments` is a sequence: how many tokens
+    the row has for it alone, and its path, the places in the row of all of its tokens. Of the p
+    log-probabilities wanted, that of `targets[k]` comes after the row's token `picked[k]`; they belong to the
+    forwards `numbers`, `counts` of them to each.
     """
 
     tokens: np.ndarray  # [n]

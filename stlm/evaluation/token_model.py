@@ -38,10 +38,10 @@ class _Part(NamedTuple):
 
 
 class TokenModel:
-    """Scores text with a transformer that offers `config.context`, `config.vocab_size`, `hidden` and `head`.
+    """Scores text with a transformer: its `config.context`, `config.vocab_size`, `hidden`, `head`, `logit`.
 
-    These are as in `stlm.model.transformer.Transformer`; one with `packs = False` takes no `segments` and gets
-    one sequence a row. The forward pass runs in `precision`, for which a copy of the linear
+    These are as in `stlm.model.transformer.Transformer`; one with `packs = False` takes no `segments` and
+    gets one sequence a row. The forward pass runs in `precision`, for which a copy of the linear
     layers is kept; the log-softmax is float32. `batch_tokens` bounds a batch, padding included (None: chosen
     for the device).
     """
@@ -226,7 +226,7 @@ class TokenModel:
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def _pick(self, hidden_ND: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool) -> np.ndarray:
-        """[P, 2]: log P(target) after the picked residual vector; with `greedy`, whether it is the highest."""
+        """[P, 2]: log P(target) after the residual vector picked; with `greedy`, whether it is the best."""
         rows, columns = _LOGITS[self.device.type]
         found = [self._normalize(part_ND, columns, greedy) for part_ND in hidden_ND.split(rows)]
         lse_N = torch.cat([lse for lse, _ in found])

@@ -6,6 +6,7 @@ G = H / K query heads a group, E head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 
 class Group(NamedTuple):
-    """Segments of similar length, padded. A padded query's result goes to the row's place N, which is cut off."""
+    """Segments of similar length, padded. What padding yields goes to the row's place N, and is cut off."""
 
     queries_SQ: Tensor
     results_SQ: Tensor
@@ -36,9 +37,10 @@ class Segments:
     ) -> None:
         """`segments`: how many tokens, and the path that ends with them, as places in the row."""
         self.positions_1N = torch.from_numpy(positions_N).to(device)[None]
+        # Two steps to the doubling: few groups, little padding.
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
-            by_length.setdefault((segment[0] - 1).bit_length(), []).append(segment)
+            by_length.setdefault(round(2 * math.log2(segment[0])), []).append(segment)
         self.groups = [_group(own, len(positions_N), device) for own in by_length.values()]
         self._bias: list[Tensor] = []
 
@@ -48,7 +50,7 @@ class Segments:
         K = k_1NKE.shape[2]
         if not self._bias:  # the same for all layers
             self._bias = [_bias(group.sees_SQC, H // K, q_1NHE.dtype) for group in self.groups]
-        # With the key/value heads first, the query heads of a group lie side by side and need no copy of keys.
+        # With the key/value heads first, a group's query heads lie side by side and need no copy of keys.
         q_KNX = q_1NHE.reshape(N, K, -1).transpose(0, 1)
         k_KNE, v_KNE = k_1NKE[0].transpose(0, 1), v_1NKE[0].transpose(0, 1)
         y_KNX = q_1NHE.new_empty(K, N + 1, H // K * E)

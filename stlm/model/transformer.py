@@ -173,9 +173,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context.
 
-        With `segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer than
-        the context. With `rows_N`, indices into the flat [B L], only their residuals are returned, [N, D], and
-        the last block's feed-forward network works on no others.
+        With `segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
+        than the context. With `rows_N`, indices into the flat [B L], only their residuals are returned,
+        [N, D], and the last block's feed-forward network works on no others.
         """
         L, longest = tokens_BL.shape[1], self.config.context
         assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
