@@ -60,7 +60,8 @@ class Tokenizer(ABC):
         """The tokens of `text`, which must be encodable as UTF-8, as an array of `dtype`."""
 
     @abstractmethod
-    def _decode(self, ids: list[int]) -> bytes: ...
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 of `ids`, among which is no end of text; a part of a text may cut a character."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; nothing is added. A lone surrogate is a `UserError`: UTF-8 cannot hold it."""
@@ -78,7 +79,7 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without end-of-text tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self._decode([token for token in ids if token != self.eot]).decode(errors="replace")
+        return self.decode_bytes([token for token in ids if token != self.eot]).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
         """Write the self-contained folder that :func:`load_tokenizer` reads."""
@@ -99,7 +100,7 @@ class ByteTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
 
-    def _decode(self, ids: list[int]) -> bytes:
+    def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(ids)
 
 
@@ -127,7 +128,7 @@ class BpeTokenizer(Tokenizer):
             )
         return ids.astype(self.dtype)
 
-    def _decode(self, ids: list[int]) -> bytes:
+    def decode_bytes(self, ids: list[int]) -> bytes:
         return self._encoding.decode_bytes(ids)
 
 

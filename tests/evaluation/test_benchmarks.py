@@ -147,6 +147,22 @@ def test_synthetic_choice_reads_a_story_with_endings(tmp_path):
     assert item.groups == ("object",)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("blimp", "Who should Derek hug after shocking Richard?"),
+        ("hellaswag", "A man is sitting on a roof. He rests. He starts ends."),
+        ("arc_easy", "Which is hot? fire"),
+        ("winogrande", "Sarah was better than Maria so Maria always got the easier cases."),
+        ("mmlu", "Find the degree. 4"),
+        ("synthetic_choice", "Tom had a hat. He lost it."),
+    ],
+)
+def test_an_items_own_text_has_the_right_answer_and_no_words_of_a_prompt(tmp_path, name, expected):
+    _, item = the_item(tmp_path, name)
+    assert " ".join(item.own_text.split()) == expected
+
+
 def test_the_split_is_chosen_by_the_files_names(tmp_path):
     write(tmp_path, "mmlu", [ROWS["mmlu"][1]] * 5, "dev.parquet")
     write(tmp_path, "mmlu", [ROWS["mmlu"][1]] * 2, "test-00000-of-00002.parquet")

@@ -13,7 +13,8 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
         context = f"Question: {row['question']}\nAnswer:"
         options = tuple(Option(context, " " + text, text) for text in row["choices"]["text"])
         # Some items label their choices 1, 2, ...; their key does too.
-        yield Item(str(row["id"]), options, gold_index(row["answerKey"], row["choices"]["label"]))
+        gold = gold_index(row["answerKey"], row["choices"]["label"])
+        yield Item(str(row["id"]), options, gold, text=f"{row['question']} {options[gold].words}")
 
 
 def _arc(name: str) -> Benchmark:

@@ -19,12 +19,14 @@ def clean(text: str) -> str:
 
 def read(rows: Iterable[Row]) -> Iterator[Item]:
     for number, row in enumerate(rows):
-        context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+        scene = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+        context = clean(f"{row['activity_label']}: {scene}")
         endings = [clean(ending) for ending in row["endings"]]
         if len(endings) != 4:
             raise BadRow(f"{len(endings)} endings, expected 4")
         gold = gold_index(row["label"], ("0", "1", "2", "3"))
-        yield Item(str(number), tuple(Option(context, " " + ending, ending) for ending in endings), gold)
+        options = tuple(Option(context, " " + ending, ending) for ending in endings)
+        yield Item(str(number), options, gold, text=f"{clean(scene)} {endings[gold]}")
 
 
 HELLASWAG = Benchmark(

@@ -36,12 +36,22 @@ class Option(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question: its options, the index of the right one, and its group of each of the benchmark's kinds."""
+    """A question: its options, the index of the right one, and its group of each of the benchmark's kinds.
+
+    `text`: question and right answer without the words of a prompt, where the right option holds such words.
+    """
 
     id: str
     options: tuple[Option, ...]
     gold: int
     groups: tuple[str, ...] = ()
+    text: str = ""
+
+    @property
+    def own_text(self) -> str:
+        """What a text that gives the item away would say: the question or context, and the right answer."""
+        right = self.options[self.gold]
+        return self.text or right.context + right.continuation
 
 
 class BadRow(ValueError):

@@ -24,9 +24,9 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
             f"{row['question'].strip()}\n{listed}\nAnswer:"
         )
         options = tuple(Option(context, " " + letter, letter) for letter in _LETTERS)
-        yield Item(
-            f"{subject}-{seen[subject]}", options, gold_index(row["answer"], ("0", "1", "2", "3")), (subject,)
-        )
+        gold = gold_index(row["answer"], ("0", "1", "2", "3"))
+        text = f"{row['question']} {choices[gold]}"
+        yield Item(f"{subject}-{seen[subject]}", options, gold, (subject,), text)
         seen[subject] += 1
 
 
