@@ -84,6 +84,14 @@ def evaluate(options: argparse.Namespace) -> None:
     evaluate_run(run, study.evaluation)
 
 
+def contamination(options: argparse.Namespace) -> None:
+    """Count the benchmark items of a study that stand, in part or whole, in its training text."""
+    study = _study(options)
+    from stlm.evaluation.contamination import measure_contamination
+
+    measure_contamination(study)
+
+
 def report(options: argparse.Namespace) -> None:
     """Write the tables, plots and metrics of a study from its runs."""
     study = _study(options)
@@ -166,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb(train, of_study, of_run, overridable=True)
     verb(evaluate, of_study, of_run, overridable=True)
+    verb(contamination, of_study, overridable=True)
     verb(report, of_study, overridable=True)
     verb(use, of_study)
     verb(sync)

@@ -145,6 +145,14 @@ class Study(BaseModel):
         """The benchmarks scored, in the order of the study file."""
         return list(self.evaluation.benchmarks)
 
+    @property
+    def training_texts(self) -> dict[str, Path]:
+        """Corpus -> a folder of its tokens: one is enough, any tokenizer's decode to the same text."""
+        folders: dict[str, Path] = {}
+        for run in self.runs.values():
+            folders.setdefault(run.corpus, run.tokens_folder)
+        return folders
+
     def run(self, name: str) -> Run:
         """The run of that name; a ``UserError`` with the nearest one otherwise."""
         if name not in self.runs:
