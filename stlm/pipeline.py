@@ -47,10 +47,18 @@ def evaluate_inputs(study: Study, run: Run) -> list[str]:
     return [f"{run.folder}/checkpoints", str(run.tokens_folder), *benchmarks]
 
 
+def contamination_inputs(study: Study) -> list[str]:
+    """The folders that ``stlm contamination`` reads: training text, as tokens, and benchmarks."""
+    benchmarks = [f"data/raw/{name}" for name in study.benchmarks]
+    return [*map(str, study.training_texts.values()), *benchmarks]
+
+
 def report_inputs(study: Study) -> list[str]:
-    """The files that ``stlm report`` reads: the small results of every run, and each item's scores."""
+    """The files that ``stlm report`` reads: the small results of every run, each item's scores, and the
+    study's contamination."""
     names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
-    return [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
+    of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
+    return [*of_runs, f"{study.folder}/contamination.json"]
 
 
 def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -100,6 +108,14 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
         }
     for run in runs:
         stages |= _run_stages(study, run, root)
+    stages[f"contamination-{study.name}"] = {
+        "cmd": f"stlm contamination {study.name}",
+        "deps": contamination_inputs(study),
+        "outs": [
+            f"{study.folder}/contaminated-items.parquet",
+            _in_git(f"{study.folder}/contamination.json"),
+        ],
+    }
     stages[f"report-{study.name}"] = {
         "cmd": f"stlm report {study.name}",
         "deps": report_inputs(study),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
 from stlm.report.accuracies import accuracy_tables, main_mode, run_label, score
 from stlm.report.comparison import compare_all
+from stlm.report.contamination import contamination_note, contamination_table, read_contamination
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1
 from stlm.report.plots import write_plots
@@ -16,14 +18,23 @@ from stlm.study import Study
 
 
 def report(study: Study) -> None:
-    """Write results/<study>/{tables/,plots/,metrics.json} from results/<study>/runs/*.
+    """Write results/<study>/{tables/,plots/,metrics.json} from results/<study>/runs/* and contamination.json.
 
     Everything is read and compared before anything is written; each of the three replaces its predecessor
     whole. Raises UserError naming a run's missing or broken file and the command that makes it.
     """
     results = read_results(study)
     comparisons = compare_all(results, study.baseline)
-    tables = [table1(study, results), *accuracy_tables(study, results, comparisons)]
+    contamination = read_contamination(study)
+    note = contamination_note(contamination)
+    tables = [
+        table1(study, results),
+        *(
+            replace(table, notes=[*table.notes, *filter(None, [note])])
+            for table in accuracy_tables(study, results, comparisons)
+        ),
+        contamination_table(study, contamination),
+    ]
     with atomic_directory(study.folder / "tables") as folder:
         for table in tables:
             write_table(folder, table)

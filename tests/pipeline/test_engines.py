@@ -17,6 +17,7 @@ import yaml
 pytestmark = pytest.mark.engine
 
 EVERYTHING = [
+    "stlm contamination smoke",
     "stlm evaluate smoke baseline",
     "stlm evaluate smoke learned",
     "stlm fetch synthetic",

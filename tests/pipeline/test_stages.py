@@ -39,6 +39,7 @@ def test_the_stages_of_smoke_are_its_commands(project):
         "stlm fetch synthetic_choice",
         f"stlm tokenize synthetic {smoke['tokenizer']}",
         *(f"stlm {verb} smoke {run}" for run in runs for verb in ("train", "evaluate")),
+        "stlm contamination smoke",
         "stlm report smoke",
     ]
 

@@ -145,7 +145,34 @@ def write_run(
 
 
 @pytest.fixture
-def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Study]:
+def write_contamination() -> Callable[..., None]:
+    """Write a study's contamination.json."""
+
+    def write(study: Study, benchmarks: dict[str, int], found: int = 0) -> None:
+        """`found` items of each benchmark share 13 words with the training text."""
+        example = {"item": "toy-1", "words": "the hen ran " * 8, "component": "toy", "document": 1234}
+        counted = {
+            name: {
+                "version": "1.0", "split": "test", "items": n, "whole": found // 2, "contaminated": found,
+                "long_enough": {"8": n, "13": n - 10}, "shared": {"8": 2 * found, "13": found},
+                "examples": [example] if found else [],
+            }
+            for name, n in benchmarks.items()
+        }  # fmt: skip
+        corpora = {
+            corpus: {"split": "train", "documents": 5000, "bytes": 12_345_678, "benchmarks": counted}
+            for corpus in study.corpora
+        }
+        record = {"study": study.name, "sizes": [8, 13], "corpora": corpora}
+        (study.folder / "contamination.json").write_text(json.dumps(record))
+
+    return write
+
+
+@pytest.fixture
+def make_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_contamination: Callable[..., None]
+) -> Callable[..., Study]:
     """Build a study's files in a temporary project, and go there."""
     monkeypatch.chdir(tmp_path)
 
@@ -182,6 +209,7 @@ def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         for place, run in enumerate(runs.values()):
             skill = (skills or {}).get(run.name, 0.7 - 0.02 * (place % 7))
             write_run(tmp_path, run, benchmarks, list(steps), skill, total)
+        write_contamination(study, benchmarks)
         return study
 
     return build

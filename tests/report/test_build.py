@@ -34,13 +34,13 @@ def test_writes_every_table_and_plot(make_study):
     study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
     report(study)
     found = set(results(study))
-    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode")
+    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "contamination")
     plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena")
     assert found == (
         {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
         | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}
         | {f"plots/data/{name}.csv" for name in plots}
-        | {"tables/groups.csv", "metrics.json"}
+        | {"tables/groups.csv", "metrics.json", "contamination.json"}
     )
     for name in plots:
         assert (study.folder / f"plots/{name}.png").read_bytes().startswith(PNG)

@@ -90,6 +90,10 @@ def evaluate_inputs(wildcards) -> list[str]:
     return pipeline.evaluate_inputs(STUDY, STUDY.run(wildcards.run))
 
 
+def contamination_inputs(wildcards) -> list[str]:
+    return pipeline.contamination_inputs(STUDY)
+
+
 def report_inputs(wildcards) -> list[str]:
     return pipeline.report_inputs(STUDY)
 

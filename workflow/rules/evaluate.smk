@@ -16,3 +16,19 @@ rule evaluate:
         set=set_arguments,
     shell:
         "stlm evaluate {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
+
+
+rule contamination:
+    input:
+        contamination_inputs,
+    output:
+        items="results/{study}/contaminated-items.parquet",
+        record="results/{study}/contamination.json",
+    log:
+        "logs/{study}/contamination.log",
+    conda:
+        "../envs/stlm.yaml"
+    params:
+        set=set_arguments,
+    shell:
+        "stlm contamination {wildcards.study}{params.set} 2>&1 | tee {log}"

@@ -1,0 +1,87 @@
+"""The table of contamination and the note below Table 2."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from stlm.errors import UserError
+from stlm.report.build import report
+from stlm.report.contamination import contamination_note, read_contamination
+
+ONE = {"baseline": ("Baseline", {})}
+BENCHMARKS = {"blimp": 200, "hellaswag": 40}
+
+
+@pytest.fixture
+def study(make_study):
+    return make_study(ONE, benchmarks=BENCHMARKS)
+
+
+def notes(study, table: str) -> str:
+    """What stands below a table."""
+    return (study.folder / f"tables/{table}.md").read_text().rpartition(" |\n")[2]
+
+
+def test_the_table_has_the_numbers_of_the_stage(study, write_contamination):
+    write_contamination(study, BENCHMARKS, found=6)
+    report(study)
+    rows = list(csv.DictReader((study.folder / "tables/contamination.csv").open()))
+    assert rows == [
+        {
+            "corpus": "synthetic",
+            "benchmark": name,
+            "items": str(n),
+            "at_least_8_words": str(n),
+            "share_8": "12",
+            "at_least_13_words": str(n - 10),
+            "share_13": "6",
+            "whole": "3",
+            "contaminated": "6",
+        }
+        for name, n in BENCHMARKS.items()
+    ]
+    shown = (study.folder / "tables/contamination.md").read_text()
+    assert "| BLiMP | 200 | 200 | 12 (6.0%) | 190 | 6 (3.0%) | 3 (1.5%) |" in shown
+    assert "synthetic, train split: 5,000 documents, 12.3 MB" in shown
+    assert "for example toy-1: “the hen ran the" in shown and "document 1,234" in shown
+    assert shown.count("the hen ran") < 10 * len(BENCHMARKS), "long examples are shortened"
+
+
+def test_every_table_of_accuracies_says_what_is_contaminated(study, write_contamination):
+    write_contamination(study, BENCHMARKS, found=6)
+    report(study)
+    for table in ("table2", "table2-acc-norm", "table2-paper-mode"):
+        assert "BLiMP 6 of 200; HellaSwag 6 of 40 (table contamination)" in notes(study, table)
+    assert "contamination" not in notes(study, "table1")
+
+
+def test_no_note_where_nothing_is(study):
+    report(study)
+    assert contamination_note(read_contamination(study)) is None
+    assert "contamination" not in notes(study, "table2")
+    assert (
+        "| HellaSwag | 40 | 40 | 0 | 30 | 0 | 0 |" in (study.folder / "tables/contamination.md").read_text()
+    )
+
+
+def test_the_note_names_the_corpus_where_there_are_several(study, write_contamination):
+    both = study.model_copy(update={"corpora": ["synthetic", "childes"]})
+    write_contamination(both, {"blimp": 200}, found=1)
+    note = contamination_note(read_contamination(both))
+    assert "BLiMP 1 of 200 (synthetic); BLiMP 1 of 200 (childes)" in note
+
+
+def test_what_is_missing_or_of_another_corpus_names_the_command(study):
+    path = study.folder / "contamination.json"
+    record = json.loads(path.read_text())
+    record["corpora"]["childes"] = record["corpora"].pop("synthetic")
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"about childes, but .* synthetic; run: stlm contamination toy"):
+        report(study)
+    path.unlink()
+    with pytest.raises(UserError, match=r"contamination\.json: is missing; run: stlm contamination toy"):
+        report(study)
+    assert not (study.folder / "tables").exists()
