@@ -22,7 +22,7 @@ rule contamination:
     input:
         contamination_inputs,
     output:
-        items="results/{study}/contaminated-items.parquet",
+        listed="results/{study}/contaminated-items.parquet",
         record="results/{study}/contamination.json",
     log:
         "logs/{study}/contamination.log",
