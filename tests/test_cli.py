@@ -49,6 +49,7 @@ def test_study_lists_runs(project):
         (["tokenize", "synthetic", "bpe-x"], "'bpe-x'"),
         (["train", "smoke", "baseline"], "data/tokens/synthetic"),
         (["evaluate", "smoke", "baseline"], "results/smoke/runs/baseline"),
+        (["contamination", "smoke"], "data/raw/synthetic_pairs"),
         (["report", "smoke"], "results/smoke/runs/baseline"),
         (["frobnicate"], "invalid choice"),
     ],

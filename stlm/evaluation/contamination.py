@@ -1,14 +1,16 @@
 """Contamination: which items of a study's benchmarks stand, in part or whole, in the text it trains on.
 
-Brown et al. 2020 (GPT-3, appendix C) call an item dirty that shares an n-gram of words with the training
-text, with n between 8 and 13 by the benchmark's length. Both ends are counted here: 13, the usual sign of
-contamination, and 8, for short items, where chance phrases match as well. Items all of whose words stand in
-the training text in sequence are counted too, however short. `stlm.evaluation.ngrams` says what a word is.
+Brown et al. 2020 (GPT-3, appendix C) call an item dirty that shares an n-gram of words with any training
+document, and choose n between 8 and 13 by the length of a benchmark's items. Both ends are counted here: 13,
+the usual sign of contamination, and 8, for short items, where chance phrases match as well. Items all of
+whose words stand in the training text in sequence are counted too, however few: of a short sentence (BLiMP's
+`Books sold.`) that says only that its words occur. `stlm.evaluation.ngrams` says what a word is.
 
 What counts as an item's text (`Item.own_text`): the question, context or passage and the right answer, as one
 string, without the words of a prompt; of a minimal pair the good sentence; of WinoGrande the sentence with
 the right name in the blank. Wrong answers do not count. All items of the split are looked at, whatever the
-study's limit; the training text is the train split of a run's corpus, all of it, whichever part a run sees.
+study's limit; the training text is the train split of a run's corpus, all of it, whichever part a run sees
+(as there).
 
 Generated text (the synthetic corpus) repeats its short phrases by construction: there, a shared n-gram says
 how narrow the grammar is, not that items leaked, and only whole items are news.

@@ -1,10 +1,10 @@
 """Which n-grams of given texts, and which of the texts whole, stand in a stream of documents.
 
-Words are taken as by Brown et al. 2020 (GPT-3, appendix C: "lowercase, whitespace delimited, no punctuation")
-and, on ASCII text, as by the reference harness (`Janitor` of lm_eval): punctuation and symbols (Unicode
-categories P and S) are deleted, letters lower-cased, and the rest is split at white space. One rule is added,
-because books put dashes between words without spaces: dashes and two hyphens or more separate words; a
-single hyphen is deleted (`well-known` is `wellknown`).
+A word is "a lowercase, whitespace delimited word with no punctuation" (Brown et al. 2020, GPT-3, appendix C),
+on ASCII text the same as that of the reference harness (`Janitor` of lm_eval): punctuation and symbols
+(Unicode categories P and S) are deleted, letters lower-cased, and the rest is split at white space. One rule
+is added, because books put dashes between words without spaces: dashes and two hyphens or more separate
+words; a single hyphen is deleted (`well-known` is `wellknown`).
 
 Memory does not grow with the stream. A word that no given text has is one and the same unknown word, and
 so is the mark between documents: no n-gram that is looked for has it, so that none crosses documents. The
@@ -28,7 +28,6 @@ _END = b"\0"
 _UNKNOWN, _END_ID = 0, 1
 _CHUNK_BYTES = 1 << 20  # text held at a time, about
 _PIECE_TOKENS = 1 << 18  # and of a document, what is decoded at a time
-_SEED = 0
 # Odd, with powers of a long period; this one is Knuth's for 64 bits.
 _MULTIPLIER = np.uint64(6364136223846793005)
 _ASCII = bytes(range(128))
@@ -92,9 +91,7 @@ class NGrams:
         self.sizes = tuple(sizes)
         self._starts = np.cumsum([0, *self.lengths])
         self._flat = np.concatenate([*ids, np.empty(0, np.uint32)])
-        self._values = np.random.default_rng(_SEED).integers(
-            2**64, size=len(self._vocabulary), dtype=np.uint64
-        )
+        self._values = np.random.default_rng(0).integers(2**64, size=len(self._vocabulary), dtype=np.uint64)
         hashes = self._hashes(self._flat, self.sizes)
         self._of_size = {n: _Table(self._flat, self._places(n), n, hashes[n]) for n in self.sizes}
         # Whole texts that are shorter than the shortest n-gram are looked up by themselves, by their length;
@@ -105,17 +102,18 @@ class NGrams:
             n: _Table(self._flat, self._starts[:-1][self.lengths == n], n, hashes[n]) for n in short
         }
         self._whole = np.full(len(self.lengths), NOT_FOUND)
-        self._open: dict[int, list[int]] = {}
+        # The first n-gram of a text -> the texts that begin with it.
+        self._begun: dict[int, list[int]] = {}
         shortest = self._of_size[self.sizes[0]]
         for text in np.flatnonzero(self.lengths >= self.sizes[0]).tolist():
-            self._open.setdefault(shortest.at(int(self._starts[text])), []).append(text)
-        self._starts_text = np.zeros(len(shortest.document), bool)
-        self._starts_text[list(self._open)] = True
+            self._begun.setdefault(shortest.at(int(self._starts[text])), []).append(text)
+        self._begins = np.zeros(len(shortest.document), bool)
+        self._begins[list(self._begun)] = True
 
     @cached_property
     def overlap(self) -> int:
         """Words that two pieces of one document must share, so that nothing between them is overlooked."""
-        return int(max([*self.sizes, *self.lengths.tolist()])) - 1
+        return max([*self.sizes, *self.lengths.tolist()])
 
     def scan(self, documents: Iterable[tuple[int, bytes]]) -> None:
         """Look for everything in `documents`: their numbers and texts, in UTF-8, each whole.
@@ -229,12 +227,11 @@ class NGrams:
         documents: Callable[[np.ndarray], np.ndarray],
     ) -> None:
         """Of the texts whose first n-gram was found, note those that go on as they do here."""
-        begins = self._starts_text[patterns]
-        places, patterns = places[begins], patterns[begins]
+        places, patterns = places[self._begins[patterns]], patterns[self._begins[patterns]]
         for place, pattern, document in zip(
             places.tolist(), patterns.tolist(), documents(places).tolist(), strict=True
         ):
-            for text in self._open[pattern]:
+            for text in self._begun[pattern]:
                 own = self._flat[self._starts[text] : self._starts[text + 1]]
                 if document < self._whole[text] and np.array_equal(ids[place : place + len(own)], own):
                     self._whole[text] = document
@@ -293,4 +290,4 @@ def pieces(tokens: np.ndarray, decode: Callable[[list[int]], bytes], overlap: in
         rest, text = data[cut:], tail + data[:cut]
         yield text
         if not last:
-            tail = b" ".join(normalize(text).rsplit(None, overlap)[-overlap:]) + b" " if overlap else b""
+            tail = b" ".join(normalize(text).rsplit(None, overlap)[-overlap:]) + b" "
