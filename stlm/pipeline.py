@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from stlm.errors import UserError
+from stlm.evaluation.benchmarks import data_names
 from stlm.files import write_text
 from stlm.study import (
     Run,
@@ -43,7 +44,7 @@ def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[st
 
 def evaluate_inputs(study: Study, run: Run) -> list[str]:
     """The folders that ``stlm evaluate`` reads: weights, test text and benchmarks."""
-    benchmarks = [f"data/raw/{name}" for name in study.benchmarks]
+    benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [f"{run.folder}/checkpoints", str(run.tokens_folder), *benchmarks]
 
 
@@ -86,7 +87,8 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     """The data that the study needs fetched: name -> its ``source_entries``."""
     tokenizers = {run.tokenizer for run in study.runs.values()}
     vocabularies = [name for name in load_vocabularies(root) if name in tokenizers]
-    return {name: source_entries(name, root) for name in (*study.corpora, *vocabularies, *study.benchmarks)}
+    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks))
+    return {name: source_entries(name, root) for name in names}
 
 
 def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
+from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
 from stlm.training.config import TrainingConfig
@@ -336,10 +337,14 @@ def _check_names(root: Path, file: str, parsed: StudyFile) -> None:
     for key, corpus in named.items():
         if corpus not in corpora:
             raise UserError(f"{file}: {key}: unknown corpus {corpus!r}{nearest(corpus, corpora)}")
-    benchmarks = load_benchmarks(root)
-    for benchmark in parsed.evaluation.benchmarks:
-        if benchmark not in benchmarks:
+    for name in parsed.evaluation.benchmarks:
+        if name not in BENCHMARKS:
             raise UserError(
-                f"{file}: evaluation.benchmarks: unknown benchmark {benchmark!r}"
-                f"{nearest(benchmark, benchmarks)}"
+                f"{file}: evaluation.benchmarks: unknown benchmark {name!r}{nearest(name, BENCHMARKS)}"
+            )
+        modes = BENCHMARKS[name].modes
+        if not set(modes) & set(parsed.evaluation.modes):
+            raise UserError(
+                f"{file}: evaluation.modes: {', '.join(parsed.evaluation.modes)}, but {name} has "
+                f"{', '.join(modes)} only; add it, or leave {name} out of evaluation.benchmarks"
             )

@@ -17,7 +17,8 @@ class BenchmarkConfig(_Strict):
     limit: int | None = Field(
         default=None,
         gt=0,
-        description="items scored, a seeded random subset; null: the study's `limit` applies",
+        description="items scored, a seeded random subset; null: the study's `limit` applies; where that is "
+        "null too, all items (of `last_word`, which makes its own: 2,000)",
     )
 
 
@@ -49,7 +50,7 @@ class EvaluationConfig(_Strict):
 
     benchmarks: dict[str, BenchmarkConfig] = Field(
         default_factory=dict,
-        description="names in params/benchmarks.yaml: a list, or a mapping name -> {limit}",
+        description="names, as params/benchmarks.yaml lists them: a list, or a mapping name -> {limit}",
     )
     limit: int | None = Field(
         default=None, gt=0, description="items of each benchmark, a seeded random subset; null: all items"
@@ -62,7 +63,9 @@ class EvaluationConfig(_Strict):
     )
     limit_seed: int = Field(default=0, ge=0, description="seed of the random subsets")
     modes: tuple[Mode, ...] = Field(
-        default=("harness", "paper"), min_length=1, description="scoring modes: harness, paper or both"
+        default=("harness", "paper"),
+        min_length=1,
+        description="scoring modes: harness, paper or both; `last_word` has harness only",
     )
     perplexity: PerplexityConfig = Field(
         default_factory=PerplexityConfig, description="how perplexity is measured on the test split"

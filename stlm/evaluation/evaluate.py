@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.evaluation import perplexity, scoring
-from stlm.evaluation.benchmarks import Benchmark, Item, benchmark, subset
+from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark, subset
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
+from stlm.evaluation.texts import SplitTexts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
 from stlm.study import Run
@@ -119,9 +120,13 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
     benchmarks, digests = [], {}
     for name in config.benchmarks:
         chosen = benchmark(name)
-        split, items = chosen.load(raw / name)
+        if isinstance(chosen, TextBenchmark):
+            split, items, contents = "test", *_made_items(chosen, run.tokens_folder, config)
+        else:
+            split, items = chosen.load(raw / chosen.data_name)
+            contents = [sha256(file) for file in chosen.files(raw / chosen.data_name)[1]]
         benchmarks.append((chosen, split, items))
-        digests[name] = [chosen.version, *(sha256(file) for file in chosen.files(raw / name)[1])]
+        digests[name] = [chosen.version, *contents]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Material(
         config=config,
@@ -133,6 +138,21 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
         encoder=RequestEncoder(load_tokenizer(own)),
         digests={"tokens": sha256(run.tokens_folder / "meta.json"), "benchmarks": digests},
     )
+
+
+def _made_items(
+    chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig
+) -> tuple[list[Item], list[str]]:
+    """Items made of the test split, and a digest of them, which the tokenizer leaves as it is."""
+    texts = SplitTexts(tokens_folder, "test")
+    limit = config.limit_of(chosen.name, last=True) or chosen.default_limit
+    items = chosen.make(texts, limit, config.limit_seed)
+    if not items:
+        raise UserError(
+            f"{tokens_folder}: {chosen.name} found no item in the {len(texts)} documents of the test split; "
+            "leave it out of evaluation.benchmarks"
+        )
+    return items, [hashlib.sha256("".join(item.id for item in items).encode()).hexdigest()]
 
 
 def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfloat16"]:
@@ -171,9 +191,10 @@ def evaluate_checkpoint(
     for chosen, split, items in material.benchmarks:
         limit = config.limit_of(chosen.name, last)
         taken = subset(items, limit, config.limit_seed, chosen.name)
-        requests = len(config.modes) * sum(len(item.options) for item in taken)
+        modes = [mode for mode in config.modes if mode in chosen.modes]
+        requests = len(modes) * sum(len(item.options) for item in taken)
         with _bar(f"{label} {chosen.name}", "option", requests) as progress:
-            scores = scoring.score(model, taken, config.modes, progress)
+            scores = scoring.score(model, taken, modes, progress)
         labels = {"checkpoint": folder.name, "step": step, "benchmark": chosen.name}
         tables.append(scoring.rows(labels, taken, scores))
         benchmarks[chosen.name] = {
@@ -182,7 +203,7 @@ def evaluate_checkpoint(
             "items": len(taken),
             "items_total": len(items),
             "limit": limit,
-            "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in config.modes},
+            "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in modes},
         }
     result = {
         **{key: description[key] for key in ("step", "tokens", "weights_sha256")},

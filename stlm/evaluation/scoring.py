@@ -18,7 +18,8 @@ from stlm.evaluation.interface import LanguageModel, Progress, Score, no_progres
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 # One row a scored option; `group` is the finest one (a paradigm, a subject), `logprob` in nats, `n_bytes` and
-# `n_chars` the length of the option's own words, `n_tokens` the tokens that the log-probability sums.
+# `n_chars` the length of the option's own words, `n_tokens` the tokens that the log-probability sums;
+# `greedy`, of items of one option, whether each of these is the model's first choice.
 ITEMS_SCHEMA = pa.schema(
     [
         ("checkpoint", _NAMES),
@@ -34,6 +35,7 @@ ITEMS_SCHEMA = pa.schema(
         ("n_bytes", pa.int32()),
         ("n_chars", pa.int32()),
         ("truncated", pa.bool_()),
+        ("greedy", pa.bool_()),
     ]
 )
 
@@ -51,7 +53,8 @@ def score(
         for number, item in enumerate(items)
         for option in item.options
     ]
-    scores = model.loglikelihoods(requests, progress)
+    greedy = any(len(item.options) == 1 for item in items)
+    scores = model.loglikelihoods(requests, progress, greedy=greedy)
     for request, found in zip(requests, scores, strict=True):
         if not math.isfinite(found.logprob):
             raise UserError(
@@ -78,20 +81,30 @@ def rows(labels: Mapping[str, Any], items: Sequence[Item], scores: Mapping[Mode,
                 columns["n_bytes"].append(len(option.words.encode()))
                 columns["n_chars"].append(len(option.words))
                 columns["truncated"].append(found.truncated)
+                columns["greedy"].append(found.greedy)
     length = len(columns["item"])
     columns |= {name: [value] * length for name, value in labels.items()}
     arrays = [pa.array(columns[field.name], field.type) for field in ITEMS_SCHEMA]
     return pa.Table.from_arrays(arrays, schema=ITEMS_SCHEMA)
 
 
+def _credit(scores: Sequence[Score], item: Item) -> float:
+    """An item's share of the accuracy; one without alternatives is right if the model itself would say it."""
+    if len(scores) == 1:
+        assert scores[0].greedy is not None
+        return float(scores[0].greedy)
+    return credit([found.logprob for found in scores], item.gold)
+
+
 def summarize(benchmark: Benchmark, mode: Mode, items: Sequence[Item], scores: ItemScores) -> dict[str, Any]:
     """Accuracy with its interval, ties, truncated items, and the accuracy of every group.
 
     `acc_norm` divides each log-probability by the characters of the option's words, in the harness mode of
-    the benchmarks where the reference harness does.
+    the benchmarks where the reference harness does. Where every item has one option, a word, there is also
+    `word_perplexity`: exp of the mean negative log-probability (nats) of a word, whatever its tokens.
     """
     logprobs = [[found.logprob for found in of_options] for of_options in scores]
-    credits = [credit(of_options, item.gold) for of_options, item in zip(logprobs, items, strict=True)]
+    credits = [_credit(of_options, item) for of_options, item in zip(scores, items, strict=True)]
     result: dict[str, Any] = {"acc": proportion(credits)}
     if benchmark.normalized and mode == "harness":
         # An option without a word would divide by zero.
@@ -103,6 +116,8 @@ def summarize(benchmark: Benchmark, mode: Mode, items: Sequence[Item], scores: I
         result["acc_norm"] = proportion(
             [credit(of_options, item.gold) for of_options, item in zip(normalized, items, strict=True)]
         )
+    if all(len(item.options) == 1 for item in items):
+        result["word_perplexity"] = math.exp(-math.fsum(only for (only,) in logprobs) / len(items))
     result["ties"] = sum(is_tie(of_options) for of_options in logprobs)
     result["truncated"] = sum(any(found.truncated for found in of_options) for of_options in scores)
     groups: dict[str, dict[str, list[float]]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from stlm.report.comparison import Comparisons
+from stlm.report.last_word import last_word_note, word_perplexity
 from stlm.report.names import benchmark_label, count, p_value, percent
 from stlm.report.results import BenchmarkResult, Proportion, RunResult
 from stlm.report.table import Cell, Section, Table
@@ -180,6 +181,9 @@ class _Table2:
                 f"{benchmark}_high": round(100 * accuracy.high, 3),
                 f"{benchmark}_n": accuracy.n,
             }
+            perplexity = word_perplexity(result, benchmark, mode)
+            if perplexity is not None:
+                record[f"{benchmark}_word_perplexity"] = round(perplexity, 4)
             paired = self.comparisons.paired.get(result.name, {}).get((benchmark, mode, metric))
             if paired is not None:
                 lines.append(f"{percent(paired.difference, signed=True)}, {p_value(paired.p)}")
@@ -272,6 +276,8 @@ class _Table2:
             "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
             "one corpus, whatever their tokenizers."
         )
+        labels = {run: run_label(result, self.results) for run, result in self.results.items()}
+        notes += filter(None, [last_word_note(self.results, labels, mode)])
         notes += self._subset_notes(benchmarks, mode)
         if references:
             notes.append(

@@ -9,6 +9,8 @@ _BENCHMARKS = {
     "arc_challenge": "ARC-challenge",
     "winogrande": "WinoGrande",
     "mmlu": "MMLU",
+    "mmlu_cloze": "MMLU (cloze)",
+    "last_word": "Last word",
     "synthetic_pairs": "Synthetic pairs",
     "synthetic_choice": "Synthetic choice",
 }

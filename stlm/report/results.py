@@ -16,7 +16,7 @@ from stlm.files import Record, read_record
 from stlm.study import Run, Study
 from stlm.training.config import RECORD_KEYS
 
-ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars"]
+ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars", "greedy"]
 _RECORD_KEYS = {f"training.{key}" for key in RECORD_KEYS}
 CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
 
@@ -66,6 +66,7 @@ class Proportion(BaseModel):
 class ModeResult(BaseModel):
     acc: Proportion
     acc_norm: Proportion | None = None
+    word_perplexity: float | None = None
     truncated: int = 0
     groups: dict[str, dict[str, Proportion]] = {}
 
@@ -117,12 +118,16 @@ class RunResult:
         """The last checkpoint's outcome of each item, indexed by (benchmark, mode, item).
 
         Columns: acc and acc_norm (1 right, 0 wrong, 1/k where the right option ties with k-1 others for the
-        best), chance (the expected score of a blind choice). Raises UserError for a missing or corrupt file.
+        best; of an item of one option, whether it is what the model itself would say), chance (the expected
+        score of a blind choice, 0 where there is one option). Raises UserError for a missing or corrupt file.
         """
         checkpoint = list(self.checkpoints)[-1]
         try:
+            # Files from before there were items of one option lack the column that says what these need.
+            held = pq.read_schema(self.items_path).names
+            columns = [name for name in ITEM_COLUMNS if name in held or name != "greedy"]
             table = pq.read_table(
-                self.items_path, columns=ITEM_COLUMNS, filters=[("checkpoint", "==", checkpoint)]
+                self.items_path, columns=columns, filters=[("checkpoint", "==", checkpoint)]
             )
         except FileNotFoundError:
             raise _broken(self.items_path, "is missing", self.evaluate_command) from None
@@ -145,14 +150,20 @@ def score_items(options: pd.DataFrame) -> pd.DataFrame:
     columns = {"chance": gold.astype(float)}
     columns |= {f"{name}_best": is_best.astype(float) for name, is_best in best.items()}
     columns |= {f"{name}_right": (is_best & gold).astype(float) for name, is_best in best.items()}
+    columns["greedy"] = options["greedy"].eq(True).astype(float) if "greedy" in options else 0.0
     sums = scored.assign(**columns, options=1.0).groupby(keys, sort=False, observed=True).sum()
-    return pd.DataFrame(
+    outcomes = pd.DataFrame(
         {
             "acc": sums["acc_right"] / sums["acc_best"],
             "acc_norm": sums["acc_norm_right"] / sums["acc_norm_best"],
             "chance": sums["chance"] / sums["options"],
         }
     )
+    # There is nothing to choose from where there is one option: the model says it unasked or does not.
+    alone = sums["options"] == 1
+    outcomes.loc[alone, ["acc", "acc_norm"]] = sums.loc[alone, ["greedy", "greedy"]].to_numpy()
+    outcomes.loc[alone, "chance"] = 0.0
+    return outcomes
 
 
 def read_results(study: Study) -> dict[str, RunResult]:

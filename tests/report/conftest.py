@@ -57,6 +57,7 @@ def make_items(benchmark: str, n: int, skill: float, seed: int) -> pd.DataFrame:
             "n_bytes": 20,
             "n_chars": 20,
             "truncated": False,
+            "greedy": None,
         }
     )
 

@@ -1,18 +1,31 @@
-"""The benchmarks by name, one small file each. Adding one: write its file, list it here, name its source in
-params/benchmarks.yaml."""
+"""The benchmarks by name, one small file each. Adding one: write its file, list it here, and, where it reads
+files of its own, name their source in params/benchmarks.yaml."""
+
+from collections.abc import Iterable
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks.arc import ARC_CHALLENGE, ARC_EASY
 from stlm.evaluation.benchmarks.blimp import BLIMP
 from stlm.evaluation.benchmarks.hellaswag import HELLASWAG
-from stlm.evaluation.benchmarks.items import Benchmark, Item, Option, subset
-from stlm.evaluation.benchmarks.mmlu import MMLU
+from stlm.evaluation.benchmarks.items import Benchmark, FileBenchmark, Item, Option, TextBenchmark, subset
+from stlm.evaluation.benchmarks.last_word import LAST_WORD
+from stlm.evaluation.benchmarks.mmlu import MMLU, MMLU_CLOZE
 from stlm.evaluation.benchmarks.synthetic import SYNTHETIC_CHOICE, SYNTHETIC_PAIRS
 from stlm.evaluation.benchmarks.winogrande import WINOGRANDE
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "Option", "benchmark", "subset"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "FileBenchmark",
+    "Item",
+    "Option",
+    "TextBenchmark",
+    "benchmark",
+    "data_names",
+    "subset",
+]
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, FileBenchmark | TextBenchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         BLIMP,
@@ -21,14 +34,22 @@ BENCHMARKS = {
         ARC_CHALLENGE,
         WINOGRANDE,
         MMLU,
+        MMLU_CLOZE,
+        LAST_WORD,
         SYNTHETIC_PAIRS,
         SYNTHETIC_CHOICE,
     )
 }
 
 
-def benchmark(name: str) -> Benchmark:
+def benchmark(name: str) -> FileBenchmark | TextBenchmark:
     """The benchmark of that name; UserError naming the nearest one otherwise."""
     if name not in BENCHMARKS:
         raise UserError(f"evaluation.benchmarks: no benchmark {name!r}{nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def data_names(names: Iterable[str]) -> list[str]:
+    """What the benchmarks of these names read under data/raw/, each once, in their order."""
+    chosen = map(benchmark, names)
+    return list(dict.fromkeys(one.data_name for one in chosen if isinstance(one, FileBenchmark)))

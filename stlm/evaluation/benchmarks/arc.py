@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from stlm.evaluation.benchmarks.items import Benchmark, Item, Option, Row, gold_index
+from stlm.evaluation.benchmarks.items import FileBenchmark, Item, Option, Row, gold_index
 
 
 def read(rows: Iterable[Row]) -> Iterator[Item]:
@@ -17,8 +17,8 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
         yield Item(str(row["id"]), options, gold, text=f"{row['question']} {options[gold].words}")
 
 
-def _arc(name: str) -> Benchmark:
-    return Benchmark(
+def _arc(name: str) -> FileBenchmark:
+    return FileBenchmark(
         name=name,
         version="1.0",
         # One of the packaged sources has the validation split alone; the results name the split used.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from stlm.evaluation.benchmarks.items import Benchmark, Item, Option, Row
+from stlm.evaluation.benchmarks.items import FileBenchmark, Item, Option, Row
 
 # The paper's 12 phenomena count the two s-selection paradigms under argument structure; the files do not.
 _PHENOMENA = {"s-selection": "argument_structure"}
@@ -27,7 +27,7 @@ def minimal_pairs(rows: Iterable[Row]) -> Iterator[Item]:
 
 
 COLUMNS = ("sentence_good", "sentence_bad", "UID", "linguistics_term")
-BLIMP = Benchmark(
+BLIMP = FileBenchmark(
     name="blimp",
     version="1.0",
     splits=("train",),

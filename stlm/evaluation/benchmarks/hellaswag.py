@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from stlm.evaluation.benchmarks.items import BadRow, Benchmark, Item, Option, Row, gold_index
+from stlm.evaluation.benchmarks.items import BadRow, FileBenchmark, Item, Option, Row, gold_index
 
 
 def clean(text: str) -> str:
@@ -29,7 +29,7 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
         yield Item(str(number), options, gold, text=f"{clean(scene)} {endings[gold]}")
 
 
-HELLASWAG = Benchmark(
+HELLASWAG = FileBenchmark(
     name="hellaswag",
     version="1.0",
     splits=("validation",),

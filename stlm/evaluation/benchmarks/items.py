@@ -1,4 +1,4 @@
-"""What a benchmark is: items with options, read from parquet files with the hub's columns."""
+"""What a benchmark is: items with options, read from parquet files or made of held-out text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stlm.errors import UserError
 from stlm.evaluation.config import Mode
@@ -39,6 +37,8 @@ class Item(NamedTuple):
     """A question: its options, the index of the right one, and its group of each of the benchmark's kinds.
 
     `text`: question and right answer without the words of a prompt, where the right option holds such words.
+    An item of one option asks whether the model itself would go on that way: it is right where every token
+    of the option is the most probable one.
     """
 
     id: str
@@ -58,22 +58,40 @@ class BadRow(ValueError):
     """A row that is no item; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """How a benchmark is read and scored.
+    """What scoring needs to know of a benchmark, wherever its items come from.
 
-    `version` changes whenever the same model would get another score. `splits` are tried in order. `read`
-    turns numbered rows into items (ids within their file order) and raises BadRow. `normalized`: whether the
-    reference harness also reports `acc_norm`, the score divided by the characters of the option.
+    `version` changes whenever the same model would get another score. `normalized`: whether the reference
+    harness also reports `acc_norm`, the score divided by the characters of the option. `modes`: those in
+    which it has a meaning; a study's other modes leave it out.
     """
 
     name: str
     version: str
+    group_kinds: tuple[str, ...] = ()
+    normalized: bool = False
+    modes: tuple[Mode, ...] = ("harness", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileBenchmark(Benchmark):
+    """A benchmark whose items are rows of parquet files with the hub's columns.
+
+    `splits` are tried in order. `read` turns numbered rows into items (ids within their file order) and
+    raises BadRow. `data`: the folder of data/raw/ where it is not the benchmark's own name, so that several
+    benchmarks read what is fetched once.
+    """
+
     splits: tuple[str, ...]
     columns: tuple[str, ...]
     read: Callable[[Iterable[Row]], Iterator[Item]]
-    group_kinds: tuple[str, ...] = ()
-    normalized: bool = False
+    data: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        """The name that its data is fetched by: an entry of params/benchmarks.yaml."""
+        return self.data or self.name
 
     def files(self, folder: Path) -> tuple[str, list[Path]]:
         """The first split that `folder` holds, and its parquet files. UserError where it holds none."""
@@ -85,7 +103,7 @@ class Benchmark:
                 return split, own
         raise UserError(
             f"{folder}: no parquet file of the split {' or '.join(self.splits)} of {self.name} "
-            f"(found: {', '.join(f.name for f in found) or 'none'}); run: stlm fetch {self.name}"
+            f"(found: {', '.join(f.name for f in found) or 'none'}); run: stlm fetch {self.data_name}"
         )
 
     def load(self, folder: Path) -> tuple[str, list[Item]]:
@@ -100,6 +118,10 @@ class Benchmark:
         return split, items
 
     def _read_file(self, file: Path) -> list[Item]:
+        # Here, because params/ is checked against the benchmarks' names, which must not take long.
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             found = pq.read_schema(file).names
             missing = [column for column in self.columns if column not in found]
@@ -111,7 +133,7 @@ class Benchmark:
             rows = pq.read_table(file, columns=list(self.columns)).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{file}: not a readable parquet file ({error}); run: stlm fetch {self.name}"
+                f"{file}: not a readable parquet file ({error}); run: stlm fetch {self.data_name}"
             ) from error
         items: list[Item] = []
         try:
@@ -119,6 +141,18 @@ class Benchmark:
         except (BadRow, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"{file}: a row of {self.name} after item {len(items)}: {error}") from error
         return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBenchmark(Benchmark):
+    """A benchmark whose items are made of the test split of the run's own corpus: nothing is fetched for it.
+
+    `make(texts, limit, seed)` gives at most `limit` items, the same for the same texts and seed; a lower
+    limit gives some of these. `default_limit` holds where the study has none.
+    """
+
+    make: Callable[[Sequence[str], int, int], list[Item]]
+    default_limit: int
 
 
 def gold_index(label: object, labels: Sequence[str]) -> int:

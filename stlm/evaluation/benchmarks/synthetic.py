@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stlm.evaluation.benchmarks.blimp import COLUMNS, minimal_pairs
-from stlm.evaluation.benchmarks.items import Benchmark, Item, Option, Row, gold_index
+from stlm.evaluation.benchmarks.items import FileBenchmark, Item, Option, Row, gold_index
 
 
 def read_choice(rows: Iterable[Row]) -> Iterator[Item]:
@@ -16,7 +16,7 @@ def read_choice(rows: Iterable[Row]) -> Iterator[Item]:
         yield Item(str(number), options, gold, (row["kind"],))
 
 
-SYNTHETIC_PAIRS = Benchmark(
+SYNTHETIC_PAIRS = FileBenchmark(
     name="synthetic_pairs",
     version="1",
     splits=("train",),
@@ -24,7 +24,7 @@ SYNTHETIC_PAIRS = Benchmark(
     read=minimal_pairs,
     group_kinds=("phenomenon", "paradigm"),
 )
-SYNTHETIC_CHOICE = Benchmark(
+SYNTHETIC_CHOICE = FileBenchmark(
     name="synthetic_choice",
     version="1",
     splits=("validation",),

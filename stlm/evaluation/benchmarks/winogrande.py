@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from stlm.evaluation.benchmarks.items import BadRow, Benchmark, Item, Option, Row, gold_index
+from stlm.evaluation.benchmarks.items import BadRow, FileBenchmark, Item, Option, Row, gold_index
 
 
 def read(rows: Iterable[Row]) -> Iterator[Item]:
@@ -18,7 +18,7 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
         yield Item(str(number), options, gold_index(row["answer"], ("1", "2")))
 
 
-WINOGRANDE = Benchmark(
+WINOGRANDE = FileBenchmark(
     name="winogrande",
     version="1.0",
     splits=("validation",),

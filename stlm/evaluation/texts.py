@@ -1,0 +1,32 @@
+"""Documents of token shards as text again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from stlm.tokens import load_tokenizer, read_split
+
+
+class SplitTexts(Sequence[str]):
+    """The texts of a split of `data/tokens/<corpus>/<tokenizer>/`, in their order, decoded when asked for.
+
+    Tokenizers lose nothing: whatever the tokenizer, the texts are those of the corpus.
+    """
+
+    def __init__(self, tokens_folder: Path, split: str) -> None:
+        self._tokenizer = load_tokenizer(tokens_folder / "tokenizer")
+        self._tokens = [d.tokens for component in read_split(tokens_folder, split) for d in component]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._tokenizer.decode(tokens) for tokens in self._tokens[index]]
+        return self._tokenizer.decode(self._tokens[index])
