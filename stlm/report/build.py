@@ -11,6 +11,8 @@ from stlm.report.comparison import compare_all
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1
+from stlm.report.last_word import word_perplexity
+from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_results
 from stlm.report.table import csv_text, write_table
@@ -33,6 +35,7 @@ def report(study: Study) -> None:
             replace(table, notes=[*table.notes, *filter(None, [note])])
             for table in accuracy_tables(study, results, comparisons)
         ),
+        *phenomena_tables(study, results),
         contamination_table(study, contamination),
     ]
     with atomic_directory(study.folder / "tables") as folder:
@@ -68,7 +71,8 @@ def summary(
 
 
 def _shown(name: str, value: float) -> str:
-    return f"{value:.3f}" if name.startswith("test_") else f"{100 * value:.1f}"
+    fraction = not name.startswith("test_") and not name.endswith("_perplexity")
+    return f"{100 * value:.1f}" if fraction else f"{value:.3f}"
 
 
 def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
@@ -86,5 +90,8 @@ def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
             accuracy = score(scored, mode, "acc")
             if accuracy is not None:
                 own[benchmark] = round(accuracy.value, 4)
+            perplexity = word_perplexity(result, benchmark, mode)
+            if perplexity is not None:
+                own[f"{benchmark}_perplexity"] = round(perplexity, 4)
         collected[name] = own
     return collected

@@ -15,8 +15,9 @@ from stlm.files import write_text
 from stlm.report.accuracies import main_mode, run_label, score
 from stlm.report.comparison import Comparisons
 from stlm.report.names import benchmark_label, count
+from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreement, phenomena
 from stlm.report.results import Proportion, RunResult
-from stlm.report.style import CHANCE, figure, styles
+from stlm.report.style import CHANCE, HUMAN, figure, styles
 from stlm.report.table import csv_text
 from stlm.study import Study
 
@@ -39,20 +40,13 @@ def write_plots(
         points = {name: own for name, own in points.items() if own}
         if points:
             _accuracy(folder, study, results, benchmark, mode, points, comparisons.chance.get(benchmark))
-        groups = {name: _groups(result, benchmark, mode, "phenomenon") for name, result in results.items()}
-        groups = {name: own for name, own in groups.items() if own}
-        if groups:
+        if groups := phenomena(results, benchmark, mode):
             _phenomena(folder, study, results, benchmark, mode, groups, comparisons.chance.get(benchmark))
 
 
 def _points(result: RunResult, benchmark: str, mode: str) -> list[tuple[int, Proportion]]:
     found = [(c.tokens, score(c.benchmarks.get(benchmark), mode, "acc")) for c in result.checkpoints.values()]
     return [(tokens, accuracy) for tokens, accuracy in found if accuracy is not None]
-
-
-def _groups(result: RunResult, benchmark: str, mode: str, grouping: str) -> dict[str, Proportion]:
-    scored = result.last.benchmarks.get(benchmark)
-    return scored.modes[mode].groups.get(grouping, {}) if scored and mode in scored.modes else {}
 
 
 def _write_data(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
@@ -63,7 +57,10 @@ def _write_data(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
 def _legend(
     drawing: Figure, axes: Axes, results: Mapping[str, RunResult], shown: Mapping[str, str], title: str = ""
 ) -> None:
-    """One entry a run, or a variant where it has several; `shown` maps runs to what follows the label."""
+    """One entry a run, or a variant where it has several; `shown` maps runs to what follows the label.
+
+    The marks of people's agreement, where they are drawn, come last.
+    """
     handles, labels, seen, detailed = [], [], set(), False
     drawn = dict(zip(axes.get_legend_handles_labels()[1], axes.get_legend_handles_labels()[0], strict=True))
     for name, detail in shown.items():
@@ -76,6 +73,9 @@ def _legend(
         detailed |= seeds == 1
         labels.append(f"{text} ({seeds} seeds)" if seeds > 1 else f"{text}{detail}")
         handles.append(drawn[name])
+    if HUMANS in drawn:
+        labels.append(HUMANS)
+        handles.append(drawn[HUMANS])
     if not handles:
         return
     drawing.legend(
@@ -92,9 +92,10 @@ def _legend_columns(results: Mapping[str, RunResult]) -> int:
     return max(1, min(3, 90 // (longest + 14)))
 
 
-def _legend_height(results: Mapping[str, RunResult]) -> float:
-    variants = len({result.train.variant for result in results.values()})
-    return 0.25 * -(-variants // _legend_columns(results))
+def _legend_height(results: Mapping[str, RunResult], others: int = 0) -> float:
+    """Inches of a legend with an entry a variant and `others` besides."""
+    entries = len({result.train.variant for result in results.values()}) + others
+    return 0.25 * -(-entries // _legend_columns(results))
 
 
 def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
@@ -223,14 +224,13 @@ def _phenomena(
     results: Mapping[str, RunResult],
     benchmark: str,
     mode: str,
-    groups: Mapping[str, Mapping[str, Proportion]],
+    groups: Phenomena,
     chance: float | None,
 ) -> None:
-    """One row a phenomenon, hardest for the baseline at the bottom, one dot a run."""
+    """One row a phenomenon, hardest for the baseline at the bottom, one dot a run, a mark for people."""
     name = f"{benchmark}-phenomena"
-    reference = groups.get(study.baseline) or next(iter(groups.values()))
-    names = dict.fromkeys(group for own in groups.values() for group in own)
-    order = sorted(names, key=lambda group: -reference[group].value if group in reference else 0.0)
+    order = by_difficulty(groups, study.baseline)
+    humans = human_agreement(benchmark)
     _write_data(
         folder,
         name,
@@ -240,6 +240,9 @@ def _phenomena(
             for run, own in groups.items()
             for group in order
             if group in own
+        ]
+        + [
+            {"run": HUMANS, "phenomenon": group, "value": humans[group]} for group in order if group in humans
         ],
     )
     rows = {
@@ -249,7 +252,8 @@ def _phenomena(
     title = (
         f"{benchmark_label(benchmark)} by phenomenon ({mode} mode, acc, 95% intervals), study {study.name}"
     )
-    _dots(folder, name, title, results, rows, chance)
+    marks = {group.replace("_", " "): humans[group] for group in order if group in humans}
+    _dots(folder, name, title, results, rows, chance, marks)
 
 
 def _dots(
@@ -259,13 +263,17 @@ def _dots(
     results: Mapping[str, RunResult],
     rows: Mapping[str, Mapping[str, Proportion]],
     chance: float | None,
+    marks: Mapping[str, float] | None = None,
 ) -> None:
-    """A horizontal dot plot with intervals: `rows` maps a row's label to its runs' accuracies."""
+    """A horizontal dot plot with intervals: `rows` maps a row's label to its runs' accuracies.
+
+    `marks`: people's agreement (a fraction) by row, a bar across the row.
+    """
     looks = styles(results)
     runs = [run for run in results if any(run in own for own in rows.values())]
     most = max(len(own) for own in rows.values())
-    height = 0.13 * most + 0.18  # inches a row
-    with figure(folder, name, title, 8.5, 1.3 + height * len(rows) + _legend_height(results)) as drawing:
+    height = 1.3 + (0.13 * most + 0.18) * len(rows) + _legend_height(results, others=bool(marks))
+    with figure(folder, name, title, 8.5, height) as drawing:
         axes = drawing.subplots()
         for index, own in enumerate(rows.values()):
             if index % 2 and most > 1:
@@ -275,6 +283,10 @@ def _dots(
                     continue
                 offset = 0.0 if most == 1 else 0.78 * ((place + 0.5) / len(runs) - 0.5)
                 _dot(axes, index + offset, own[run], run, looks[run])
+        for index, label in enumerate(rows):
+            if marks and label in marks:
+                at = 100 * marks[label]
+                axes.plot([at, at], [index - 0.4, index + 0.4], zorder=1, label=HUMANS, **HUMAN)
         if chance is not None:
             _chance_line(axes.axvline, chance)
             axes.annotate(
@@ -292,8 +304,8 @@ def _dots(
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("accuracy (%)")
         drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
-        if most > 1:
-            _legend(drawing, axes, results, dict.fromkeys(runs, ""))
+        if most > 1 or marks:
+            _legend(drawing, axes, results, dict.fromkeys(runs, "") if most > 1 else {})
 
 
 def _dot(axes: Axes, y: float, accuracy: Proportion, run: str, look: Mapping[str, Any]) -> None:
