@@ -9,7 +9,7 @@ import pytest
 
 from stlm.documentation import PARAMS_README, README, params_readme, readme_with_results
 from stlm.errors import UserError
-from stlm.evaluation.benchmarks import BENCHMARKS
+from stlm.evaluation.benchmarks import BENCHMARKS, data_names
 from stlm.listing import runs_table
 from stlm.study import load_benchmarks, load_study, vocabulary_size
 
@@ -73,7 +73,7 @@ def edit(project, old, new, name="smoke"):
         ("tokenizer: bpe-1280", "tokenizer: bpe1024", r"params/smoke.yaml: tokenizer: 'bpe1024'.*bpe-4096"),
         ("tokenizer: bpe-1280", "tokenizer: bpe-100", r"tokenizer: 'bpe-100' is too small"),
         ("  ffn: swiglu", "  ffn: swigul", r"params/smoke.yaml: model.ffn: .*'swiglu'"),
-        ("synthetic_choice]", "synthetic_choise]", r"unknown benchmark.*did you mean 'synthetic_choice'"),
+        ("synthetic_choice,", "synthetic_choise,", r"unknown benchmark.*did you mean 'synthetic_choice'"),
         ("{ffn: gelu,", "{fnn: gelu,", r"params/smoke.yaml: variants.simple-ffn.model.fnn.*'ffn'"),
         ("    label: Learned PE", "    lable: Learned PE", r"variants.learned.lable: no such key.*'label'"),
         ("baseline: baseline", "baseline: bsaeline", r"baseline: 'bsaeline'.*did you mean 'baseline'"),
@@ -172,8 +172,14 @@ def test_a_mix_must_name_corpora_that_are_there(project):
         load_study("smoke")
 
 
-def test_every_benchmark_in_params_can_be_scored(project):
-    assert set(load_benchmarks()) == set(BENCHMARKS)
+def test_every_benchmark_in_params_can_be_scored_and_every_one_that_reads_files_is_there(project):
+    assert set(load_benchmarks()) == set(data_names(BENCHMARKS))
+
+
+def test_a_benchmark_without_any_of_the_modes_is_refused(project):
+    load_study("smoke", ["evaluation.benchmarks=[last_word]", "evaluation.modes=[paper, harness]"])
+    with pytest.raises(UserError, match=r"evaluation.modes: paper, but last_word has harness only"):
+        load_study("smoke", ["evaluation.benchmarks=[last_word]", "evaluation.modes=[paper]"])
 
 
 def test_vocabulary_sizes():

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stlm.errors import UserError
-from stlm.evaluation.benchmarks import BENCHMARKS, benchmark, subset
+from stlm.evaluation.benchmarks import BENCHMARKS, FileBenchmark, benchmark, data_names, subset
 from stlm.evaluation.interface import Request
 
 ROWS = {
@@ -65,6 +65,8 @@ ROWS = {
 }
 ROWS["synthetic_pairs"] = ROWS["blimp"]
 ROWS["arc_challenge"] = ROWS["arc_easy"]
+ROWS["mmlu_cloze"] = ROWS["mmlu"]
+OF_FILES = sorted(name for name, one in BENCHMARKS.items() if isinstance(one, FileBenchmark))
 
 
 def write(folder: Path, name: str, rows: list[dict], file: str | None = None) -> Path:
@@ -141,6 +143,52 @@ def test_mmlu_names_the_subject_and_scores_letters(tmp_path):
     assert item.gold == 1
 
 
+def test_mmlu_and_its_cloze_form_read_one_folder(tmp_path):
+    assert data_names(["mmlu_cloze", "blimp", "last_word", "mmlu"]) == ["mmlu", "blimp"]
+    with pytest.raises(UserError, match=r"no parquet file .* of mmlu_cloze .* run: stlm fetch mmlu$"):
+        benchmark("mmlu_cloze").load(tmp_path)
+
+
+def test_mmlu_cloze_asks_what_lm_eval_asks(tmp_path):
+    """Hand-written rows through lm_eval's own task files, its description, template and choices."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm_eval")
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    files = Path(tasks.__file__).parent / "mmlu" / "continuation"
+    rows = [
+        {"question": " Find  the degree. \n", "choices": ["0", "4", "2 ", " 6"], "answer": 1},
+        {
+            "question": "Who's “it”?\nOr {{this}}?",
+            "choices": ["it's", 'a "b"', "c\\d\n", "{{e}}"],
+            "answer": 3,
+        },
+        {"question": "_ is\tblank", "choices": ["é – ü", "None", "True", "['x']"], "answer": 0},
+    ]
+    asked = []
+    for subject in ("abstract_algebra", "high_school_european_history", "us_foreign_policy"):
+        own = [row | {"subject": subject} for row in rows]
+        asked += own
+        config = load_yaml(files / f"mmlu_{subject}.yaml")
+        assert config["metadata"]["version"] == float(benchmark("mmlu_cloze").version)
+        splits = {"test": Dataset.from_list(own), "dev": Dataset.from_list(own)}
+        task = ConfigurableTask(config=config | {"custom_dataset": lambda splits=splits, **_: splits})
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests()
+        assert set(task.aggregation()) == {"acc", "acc_norm"}
+
+        write(tmp_path, "mmlu", own)
+        _, items = benchmark("mmlu_cloze").load(tmp_path)
+        ours = [option.request("harness") for item in items for option in item.options]
+        assert [(r.context, r.continuation) for r in ours] == [r.args for r in task.instances]
+        for doc, item in zip(splits["test"], items, strict=True):
+            # Whichever option is made the likeliest per character, with a length of its own.
+            assert [len(option.words) for option in item.options] == [len(c) for c in task.doc_to_choice(doc)]
+            assert task.doc_to_target(doc) == item.gold
+            assert item.groups == (subject,)
+
+
 def test_synthetic_choice_reads_a_story_with_endings(tmp_path):
     _, item = the_item(tmp_path, "synthetic_choice")
     assert item.options[0].request("harness") == Request("Tom had a hat.", " He lost it.")
@@ -176,7 +224,7 @@ def test_arc_falls_back_to_the_validation_split_and_says_so(tmp_path):
     assert benchmark("arc_easy").load(tmp_path)[0] == "validation"
 
 
-@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+@pytest.mark.parametrize("name", OF_FILES)
 def test_missing_columns_are_named_with_their_file(tmp_path, name):
     row = dict(ROWS[name][1])
     column = benchmark(name).columns[-1]
@@ -219,6 +267,7 @@ def test_a_limit_draws_a_stable_random_subset():
 
 
 FOLDERS = {
+    "mmlu_cloze": ("mmlu/all", 14_042, 4),
     "blimp": ("blimp", 67_000, 2),
     "hellaswag": ("hellaswag", 10_042, 4),
     "arc_easy": ("ai2_arc/ARC-Easy", 2_376, None),
@@ -235,4 +284,4 @@ def test_the_published_files_are_read(mirror, name):
     assert len(items) == len({item.id for item in items}) == n_items
     assert {len(item.options) for item in items} == ({n_options} if n_options else {3, 4, 5})
     groups = [len({item.groups[k] for item in items}) for k in range(len(benchmark(name).group_kinds))]
-    assert groups == {"blimp": [12, 67], "mmlu": [57]}.get(name, [])
+    assert groups == {"blimp": [12, 67], "mmlu": [57], "mmlu_cloze": [57]}.get(name, [])

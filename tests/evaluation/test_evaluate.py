@@ -12,6 +12,8 @@ import sys
 import time
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import slow_reference as reference
 from tiny_run import save_weights
@@ -21,8 +23,10 @@ from stlm.evaluation import evaluate
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
+from stlm.files import sha256
 from stlm.report.results import EvaluationRecord, score_items
 from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.tokenize import tokenize_corpus
 from stlm.training.checkpoints import load_checkpoint
 
 CONFIG = EvaluationConfig(benchmarks=["synthetic_pairs", "synthetic_choice"])
@@ -215,6 +219,41 @@ def test_killed_it_goes_on_with_the_checkpoint_it_was_at(run, scored):
     evaluate_run(run, CONFIG)
     assert not kept & set(scored)
     assert len(kept) + len(scored) == len(outputs(run)[0]["checkpoints"]) == 39
+
+
+def test_last_words_come_from_the_test_split_and_have_one_mode(run):
+    corpus = run.tokens_folder.parents[2] / "raw" / run.corpus
+    texts = [
+        f"{i}. " + "The owl that lived in the barn was not afraid of any noise that the wind made. " * 3
+        + f"It called{' so' * (i % 40)} until the morning came to the barn."
+        for i in range(400)
+    ]  # fmt: skip
+    pq.write_table(pa.table({"text": texts}), corpus / "train.parquet")
+    source = json.loads((corpus / "source.json").read_text())
+    source["files"][0] |= {
+        "sha256": sha256(corpus / "train.parquet"),
+        "bytes": (corpus / "train.parquet").stat().st_size,
+    }
+    (corpus / "source.json").write_text(json.dumps(source))
+    tokenize_corpus(corpus, run.tokens_folder, "bytes", corpus, progress=False)
+    config = EvaluationConfig(benchmarks={"last_word": {"limit": 7}, "synthetic_pairs": {}}, limit=9)
+    evaluate_run(run, config.model_copy(update={"intermediate_limit": 5}))
+    record, items = outputs(run)
+    (first, *_, last) = [
+        checkpoint["benchmarks"]["last_word"] for checkpoint in record["checkpoints"].values()
+    ]
+    assert (first["items"], last["items"], last["items_total"], last["split"]) == (5, 7, 7, "test")
+    assert list(last["modes"]) == ["harness"]
+    assert last["modes"]["harness"]["word_perplexity"] > 1
+    own = items[(items["benchmark"] == "last_word") & (items["checkpoint"] == "step-0000030")]
+    assert len(own) == 7 and own["greedy"].notna().all() and (own["n_chars"] == len("barn")).all()
+    assert own["greedy"].mean() == last["modes"]["harness"]["acc"]["value"]
+    assert items[items["benchmark"] == "synthetic_pairs"]["greedy"].isna().all()
+
+
+def test_a_test_split_without_passages_is_told(run):
+    with pytest.raises(UserError, match=r"tokens/tiny/bytes: last_word found no item in the \d+ documents"):
+        evaluate_run(run, EvaluationConfig(benchmarks=["last_word"]))
 
 
 def test_bad_input_is_named(run):

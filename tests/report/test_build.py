@@ -34,7 +34,7 @@ def test_writes_every_table_and_plot(make_study):
     study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
     report(study)
     found = set(results(study))
-    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "contamination")
+    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "blimp-phenomena", "contamination")
     plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena")
     assert found == (
         {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
