@@ -183,7 +183,7 @@ class _Table2:
             }
             perplexity = word_perplexity(result, benchmark, mode)
             if perplexity is not None:
-                record[f"{benchmark}_word_perplexity"] = round(perplexity, 4)
+                record[f"{benchmark}_perplexity"] = round(perplexity, 4)
             paired = self.comparisons.paired.get(result.name, {}).get((benchmark, mode, metric))
             if paired is not None:
                 lines.append(f"{percent(paired.difference, signed=True)}, {p_value(paired.p)}")

@@ -23,7 +23,9 @@ def last_word_note(results: Mapping[str, RunResult], labels: Mapping[str, str], 
     name = LAST_WORD.name
     found = {run: word_perplexity(result, name, mode) for run, result in results.items()}
     shown = [
-        f"{labels[run]} {perplexity:,.1f}" for run, perplexity in found.items() if perplexity is not None
+        f"{labels[run]} {perplexity:,.{0 if perplexity > 100 else 1}f}"
+        for run, perplexity in found.items()
+        if perplexity is not None
     ]
     if not shown:
         return None

@@ -67,6 +67,17 @@ def test_a_training_depends_on_its_own_variant_alone(root):
     assert stage["params"] == [{"params/smoke.yaml": ["model", "training", "seeds", "variants.sincos"]}]
 
 
+def test_benchmarks_that_share_data_or_make_their_own_add_no_dependency(project):
+    with_all = load_study("desk", ["evaluation.benchmarks=[mmlu_cloze, last_word, mmlu]"])
+    stages = pipeline.dvc_stages(with_all)
+    fetches = [name for name in stages if name.startswith("fetch-")]
+    assert fetches == ["fetch-gutenberg_children", "fetch-mmlu"]
+    read = [path for path in stages["evaluate-desk-baseline"]["deps"] if path.startswith("data/raw")]
+    assert read == ["data/raw/mmlu"]
+    alone = pipeline.dvc_stages(load_study("desk", ["evaluation.benchmarks=[mmlu_cloze]"]))
+    assert alone["evaluate-desk-baseline"]["deps"] == stages["evaluate-desk-baseline"]["deps"]
+
+
 def test_another_seed_leaves_the_runs_of_earlier_seeds_alone(project):
     edit(project / "params/smoke.yaml", "seeds: [0]", "seeds: [0, 1]")
     two = pipeline.dvc_stages(load_study("smoke"))

@@ -52,23 +52,21 @@ def test_the_report_has_accuracy_chance_and_perplexity(study):
         rows = list(csv.DictReader(file))
     baseline, sincos = rows[:2]
     assert (baseline["last_word_percent"], sincos["last_word_percent"]) == ("40.0", "20.0")
-    assert (baseline["last_word_word_perplexity"], sincos["last_word_word_perplexity"]) == ("12.5", "1234.56")
+    assert (baseline["last_word_perplexity"], sincos["last_word_perplexity"]) == ("12.5", "1234.56")
     assert sincos["last_word_difference"] == "-20.0"
     assert next(row for row in rows if row["kind"] == "chance")["last_word_percent"] == "0.0"
     metrics = json.loads((study.folder / "metrics.json").read_text())
     assert metrics["sincos"]["last_word"] == 0.2
     assert metrics["sincos"]["last_word_perplexity"] == 1234.56
     text = (study.folder / "tables" / "table2.md").read_text()
-    assert (
-        "compare runs of one corpus only. Perplexity of the word: Baseline 12.5; SinCos PE 1,234.6." in text
-    )
+    assert "compare runs of one corpus only. Perplexity of the word: Baseline 12.5; SinCos PE 1,235." in text
 
 
 def test_there_is_no_note_where_nobody_was_asked(study, make_study):
     results = read_results(study)
     assert last_word_note(results, LABELS, "paper") is None
     assert last_word_note({}, {}, "harness") is None
-    assert last_word_note({"sincos": results["sincos"]}, LABELS, "harness").endswith(": SinCos PE 1,234.6.")
+    assert last_word_note({"sincos": results["sincos"]}, LABELS, "harness").endswith(": SinCos PE 1,235.")
 
 
 def test_items_written_before_the_column_was_there_are_read(make_study):
