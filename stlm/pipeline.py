@@ -50,7 +50,7 @@ def evaluate_inputs(study: Study, run: Run) -> list[str]:
 
 def contamination_inputs(study: Study) -> list[str]:
     """The folders that ``stlm contamination`` reads: training text, as tokens, and benchmarks."""
-    benchmarks = [f"data/raw/{name}" for name in study.benchmarks]
+    benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [*map(str, study.training_texts.values()), *benchmarks]
 
 

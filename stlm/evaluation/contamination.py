@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stlm.evaluation.benchmarks import benchmark
+from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
 from stlm.files import atomic_path, write_json
 from stlm.study import Study
@@ -95,7 +95,9 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
 def _questions(study: Study, raw: Path) -> Iterator[_Questions]:
     for name in study.benchmarks:
         chosen = benchmark(name)
-        split, items = chosen.load(raw / name)
+        if not isinstance(chosen, FileBenchmark):
+            continue  # its items are held-out text of the corpus itself
+        split, items = chosen.load(raw / chosen.data_name)
         yield _Questions(
             name, chosen.version, split, [item.id for item in items], [item.own_text for item in items]
         )
