@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
+from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, write_predictions
 from stlm.evaluation.texts import SplitTexts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
@@ -59,6 +60,11 @@ class Material(NamedTuple):
     encoder: RequestEncoder
     digests: dict[str, Any]
 
+    @property
+    def device_name(self) -> str:
+        """The processor's kind, or the GPU's name."""
+        return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+
 
 def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     """Score the checkpoints of `run`; write `evaluation.json` and `items.parquet` to its folder, atomically.
@@ -81,21 +87,33 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
                 pq.write_table(table, temporary / "items.parquet", compression="zstd")
         results[folder.name] = read_json(kept / "result.json")
         tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
+    found = facts(run, material, results)
     with atomic_path(run.folder / "items.parquet") as temporary:
-        pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
-    summary = {
-        **run.model_dump(include={"study", "label", "variant", "seed"}),
-        "run": run.name,
-        "limit_seed": config.limit_seed,
-        "checkpoints": results,
-        "harness": HARNESS,
-        "scoring_version": SCORING_VERSION,
-        "code": code_version(),
-        "device": torch.cuda.get_device_name() if material.device == "cuda" else "cpu",
-        "precision": material.precision,
-    }
+        write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
+    summary = {**found.without_checkpoints(), "checkpoints": results}
     write_json(run.folder / "evaluation.json", summary)
     shutil.rmtree(state, ignore_errors=True)
+
+
+def facts(run: Run, material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:
+    """What the predictions of `run` depend on; `results` are its checkpoints' parts of `evaluation.json`."""
+    last = list(results.values())[-1]["benchmarks"]
+    digests = material.digests["benchmarks"]
+    return Facts(
+        **run.model_dump(include={"study", "label", "variant", "seed", "corpus"}),
+        run=run.name,
+        tokenizer={"name": material.encoder.tokenizer.name, "sha256": material.digests["tokenizer"]},
+        tokens_sha256=material.digests["tokens"],
+        benchmarks={name: benchmark_facts(result, digests[name][1:]) for name, result in last.items()},
+        modes=list(material.config.modes),
+        limit_seed=material.config.limit_seed,
+        harness=HARNESS,
+        scoring_version=SCORING_VERSION,
+        code=code_version(),
+        device=material.device_name,
+        precision=material.precision,
+        checkpoints={name: CheckpointFacts.model_validate(result) for name, result in results.items()},
+    )
 
 
 def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
@@ -136,7 +154,11 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
         documents_total=total,
         benchmarks=benchmarks,
         encoder=RequestEncoder(load_tokenizer(own)),
-        digests={"tokens": sha256(run.tokens_folder / "meta.json"), "benchmarks": digests},
+        digests={
+            "tokens": sha256(run.tokens_folder / "meta.json"),
+            "tokenizer": sha256(own / DESCRIPTION),
+            "benchmarks": digests,
+        },
     )
 
 
@@ -222,6 +244,8 @@ def fingerprint(material: Material, folder: Path, last: bool) -> str:
         "config": material.config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
         "last": last,
         "precision": material.precision,
+        # Checkpoints of one file are scored on one device, which the file names.
+        "device": material.device_name,
         **material.digests,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from stlm.report.comparison import Comparisons
+from stlm.evaluation.statistics import Interval
+from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons, mark, significant
 from stlm.report.last_word import last_word_note, word_perplexity
-from stlm.report.names import benchmark_label, count, p_value, percent
+from stlm.report.names import benchmark_label, bounds, count, p_value, percent
 from stlm.report.results import BenchmarkResult, Proportion, RunResult
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
 
+# A clustered interval so many times as wide as Wilson's is told in the notes.
+_MUCH_WIDER = 1.25
 _METRICS = {
     "acc": "acc: the option of highest log-probability is the answer",
     "acc_norm": "acc_norm: log-probabilities are divided by the option's length in characters",
@@ -95,6 +98,22 @@ def accuracy_tables(study: Study, results: Mapping[str, RunResult], comparisons:
     return tables
 
 
+def _difference(difference: float, interval: Interval, sign: str) -> str:
+    return f"{percent(difference, signed=True)}{sign} {bounds(*interval, signed=True)}"
+
+
+def _difference_record(
+    benchmark: str, difference: float, interval: Interval, p: float, adjusted: float | None
+) -> dict[str, object]:
+    record: dict[str, object] = {
+        f"{benchmark}_difference": round(100 * difference, 3),
+        f"{benchmark}_difference_low": round(100 * interval.low, 3),
+        f"{benchmark}_difference_high": round(100 * interval.high, 3),
+        f"{benchmark}_p": float(f"{p:.4g}"),
+    }
+    return record if adjusted is None else record | {f"{benchmark}_p_holm": float(f"{adjusted:.4g}")}
+
+
 class _Table2:
     """What the variations of Table 2 have in common."""
 
@@ -171,10 +190,6 @@ class _Table2:
             if accuracy is None:
                 cells.append(Cell("–"))
                 continue
-            lines = [
-                percent(accuracy.value),
-                f"[{percent(accuracy.low)}, {percent(accuracy.high)}]",
-            ]
             record |= {
                 f"{benchmark}_percent": round(100 * accuracy.value, 3),
                 f"{benchmark}_low": round(100 * accuracy.low, 3),
@@ -184,14 +199,19 @@ class _Table2:
             perplexity = word_perplexity(result, benchmark, mode)
             if perplexity is not None:
                 record[f"{benchmark}_perplexity"] = round(perplexity, 4)
-            paired = self.comparisons.paired.get(result.name, {}).get((benchmark, mode, metric))
-            if paired is not None:
-                lines.append(f"{percent(paired.difference, signed=True)}, {p_value(paired.p)}")
-                record |= {
-                    f"{benchmark}_difference": round(100 * paired.difference, 3),
-                    f"{benchmark}_p": float(f"{paired.p:.4g}"),
-                }
-            cells.append(Cell("\n".join(lines)))
+            lines = [f"{percent(accuracy.value)} {bounds(accuracy.low, accuracy.high)}"]
+            point = self.comparisons.last(result.name, (benchmark, mode, metric))
+            if point is None or point.paired is None:
+                cells.append(Cell(lines[0]))
+                continue
+            paired, sign = point.paired, mark(point.paired)
+            lines.append(_difference(paired.difference, paired.interval, sign))
+            if paired.adjusted is not None:
+                lines.append(p_value(paired.adjusted))
+            record |= _difference_record(
+                benchmark, paired.difference, paired.interval, paired.p, paired.adjusted
+            )
+            cells.append(Cell("\n".join(lines), bold_line=1 if sign == SIGN else None))
         rows.append(cells)
         records.append(record)
 
@@ -214,16 +234,22 @@ class _Table2:
             Cell(f"{mean(perplexity):.3f}\n± {stdev(perplexity):.3f}"),
         ]
         for benchmark in benchmarks:
-            accuracies = [score(r.last.benchmarks.get(benchmark), mode, metric) for r in runs]
-            values = [a.value for a in accuracies if a is not None]
-            if len(values) < 2:
+            own = self.comparisons.seeds.get(train.variant, {}).get((benchmark, mode, metric))
+            if own is None:
                 cells.append(Cell("–"))
                 continue
-            cells.append(Cell(f"{percent(mean(values))}\n± {percent(stdev(values))}"))
+            lines = [f"{percent(own.mean)} ± {percent(own.sd)}"]
             record |= {
-                f"{benchmark}_percent": round(100 * mean(values), 3),
-                f"{benchmark}_sd": round(100 * stdev(values), 3),
+                f"{benchmark}_percent": round(100 * own.mean, 3),
+                f"{benchmark}_sd": round(100 * own.sd, 3),
             }
+            sign = SIGN if significant(own.adjusted) else ""
+            if own.test is not None:
+                lines += [_difference(own.test.difference, own.test.interval, sign), p_value(own.adjusted)]
+                record |= _difference_record(
+                    benchmark, own.test.difference, own.test.interval, own.test.p, own.adjusted
+                )
+            cells.append(Cell("\n".join(lines), bold_line=1 if sign else None))
         rows.append(cells)
         records.append(record)
 
@@ -251,8 +277,13 @@ class _Table2:
         )
 
     def _heading(self, benchmark: str) -> str:
-        sizes = self._sizes(benchmark)
-        return f"{benchmark_label(benchmark)}\nn = {sizes}" if sizes else benchmark_label(benchmark)
+        found = [
+            r.last.benchmarks[benchmark] for r in self.results.values() if benchmark in r.last.benchmarks
+        ]
+        if not found:
+            return benchmark_label(benchmark)
+        versions = "/".join(dict.fromkeys(str(b.version) for b in found))
+        return f"{benchmark_label(benchmark)}\nv{versions}, n = {self._sizes(benchmark)}"
 
     def _sizes(self, benchmark: str) -> str:
         found = [
@@ -264,14 +295,28 @@ class _Table2:
     def _notes(self, benchmarks: list[str], mode: str, metric: str, references: bool) -> list[str]:
         several = any(len(runs) > 1 for runs in self._by_variant())
         baseline = self.results[self.study.baseline].train.label + (" of the same seed" if several else "")
+        tests = self.comparisons.tests.get((mode, metric), 0)
         notes = [
-            f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. "
-            "In brackets: the 95% Wilson interval. Below it: the difference in points from "
-            f"{baseline} on the same items, and its exact McNemar p-value, not corrected for the number of "
-            "comparisons. Both are over items: they do not say how much another seed would change a run."
+            f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. After each "
+            "accuracy: its 95% Wilson interval."
         ]
+        if tests:
+            notes[0] += (
+                f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
+                f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
+                f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
+                "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
+                "resampled: a difference on these groups, not shown for others like them. All this is over "
+                "items: it does not say how much another seed would change a run."
+            )
         if several:
-            notes.append("Mean rows: mean ± standard deviation over seeds.")
+            notes.append(
+                "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
+                f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
+                "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
+                "adjusted alike; the variant's single runs then have no test of their own."
+            )
+        notes += self._group_notes(benchmarks, mode, metric)
         notes.append(
             "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
             "one corpus, whatever their tokenizers."
@@ -286,6 +331,27 @@ class _Table2:
                 f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
             )
         return notes
+
+    def _group_notes(self, benchmarks: list[str], mode: str, metric: str) -> list[str]:
+        """Where the Wilson interval is much too narrow for other groups of items than these."""
+        wider = []
+        for benchmark in benchmarks:
+            point = self.comparisons.last(self.study.baseline, (benchmark, mode, metric))
+            if point is None or point.accuracy.clustered is None:
+                continue
+            own = point.accuracy
+            if own.clustered.half_width > _MUCH_WIDER * own.interval.half_width:
+                wider.append(
+                    f"{benchmark_label(benchmark)} ±{percent(own.clustered.half_width)} over {own.groups} "
+                    f"groups instead of ±{percent(own.interval.half_width)}"
+                )
+        if not wider:
+            return []
+        label = self.results[self.study.baseline].train.label
+        return [
+            "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
+            f"interval (statistics.csv) is much wider, for {label}: {'; '.join(wider)}."
+        ]
 
     def _subset_notes(self, benchmarks: list[str], mode: str) -> list[str]:
         limited, truncated = [], []

@@ -15,6 +15,7 @@ from stlm.report.last_word import word_perplexity
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_results
+from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text, write_table
 from stlm.study import Study
 
@@ -42,6 +43,7 @@ def report(study: Study) -> None:
         for table in tables:
             write_table(folder, table)
         write_text(folder / "groups.csv", csv_text(group_records(results)))
+        write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
     collected = metrics(results)

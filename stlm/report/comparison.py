@@ -1,74 +1,331 @@
-"""Paired comparisons with the baseline, item by item, and the chance level that the items imply."""
+"""Accuracies with their intervals, and comparisons with the baseline: over items and over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
 
 import pandas as pd
 
-from stlm.evaluation.statistics import mcnemar_exact
-from stlm.report.results import RunResult
+from stlm.errors import UserError
+from stlm.evaluation.predictions import unlike
+from stlm.evaluation.statistics import (
+    Interval,
+    SeedTest,
+    bootstrap,
+    clustered,
+    clustered_bootstrap,
+    holm,
+    mcnemar_exact,
+    paired_t,
+    wilson,
+)
+from stlm.report.results import CheckpointResult, RunResult
 
 # (benchmark, mode, metric): metric is "acc" or "acc_norm".
 Score = tuple[str, str, str]
+# With two seeds a standard deviation says next to nothing, and a t interval is 6 times as wide as with three.
+FEWEST_SEEDS = 3
+SIGNIFICANT = 0.05
+# After a difference that is significant; and after one that is so over these items, not over their groups.
+SIGN, SIGN_ITEMS = "*", "†"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy of `n` items, as a fraction, with its 95% Wilson interval.
+
+    Where the items come in two or more groups (BLiMP's paradigms, MMLU's subjects), `groups` is their number
+    and `clustered` the cluster-robust interval; else 0 and None.
+    """
+
+    value: float
+    n: int
+    interval: Interval
+    groups: int
+    clustered: Interval | None
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A run against the baseline on the items that both answered.
+    """A run against the baseline on the `n` items that both answered.
 
-    `difference` is the mean of the item-wise differences (a fraction, positive: the run is better), `p` the
-    two-sided exact McNemar test of it (McNemar 1947), `n` the number of items.
+    `difference` is the mean of the item-wise differences (a fraction, positive: the run is better) with its
+    95% bootstrap `interval` over items and, where there are groups, over groups (`clustered`). `better` and
+    `worse` count the items on which the run's credit was higher and lower; `p` is the two-sided exact McNemar
+    test of them, `adjusted` the same after Holm's correction for all tests of the table.
     """
 
-    difference: float
-    p: float
     n: int
+    difference: float
+    interval: Interval
+    clustered: Interval | None
+    better: int
+    worse: int
+    p: float
+    adjusted: float | None = None
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """A variant's accuracies over its `seeds`: mean and standard deviation.
+
+    `test` is the paired t-test with the baseline over the seeds that both have (`shared`), None below three
+    or for the baseline itself; `adjusted` its p-value after Holm's correction.
+    """
+
+    seeds: list[int]
+    mean: float
+    sd: float
+    shared: list[int]
+    test: SeedTest | None
+    adjusted: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One score of one checkpoint: its accuracy, and how it compares with the run `baseline` at that step."""
+
+    accuracy: Accuracy
+    paired: Paired | None = None
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """`paired[run][score]` for every run but the baseline's; `chance[benchmark]` as a fraction."""
+    """`points[run][checkpoint][score]`, `seeds[variant][score]`, and `chance[benchmark]` as a fraction.
 
-    paired: Mapping[str, Mapping[Score, Paired]]
+    Of the last checkpoints, the tests that the tables show are adjusted for their number, `tests[mode,
+    metric]`: one a benchmark and run, or one a benchmark and variant with seeds enough for a test over them.
+    """
+
+    points: Mapping[str, Mapping[str, Mapping[Score, Point]]]
+    seeds: Mapping[str, Mapping[Score, OverSeeds]]
     chance: Mapping[str, float]
+    tests: Mapping[tuple[str, str], int]
+
+    def last(self, run: str, score: Score) -> Point | None:
+        """The score at the run's last checkpoint, which the tables quote; None where it has none."""
+        return list(self.points[run].values())[-1].get(score)
 
 
-def compare(baseline: pd.DataFrame, run: pd.DataFrame) -> dict[Score, Paired]:
-    """Compare two tables of outcomes (see RunResult.outcomes) wherever they share items."""
-    both = baseline.join(run, how="inner", suffixes=("_base", "_run"))
-    paired: dict[Score, Paired] = {}
-    for (benchmark, mode), items in both.groupby(["benchmark", "mode"], sort=False, observed=True):
-        for metric in ("acc", "acc_norm"):
-            difference = items[f"{metric}_run"] - items[f"{metric}_base"]
-            p = mcnemar_exact(int((difference > 0).sum()), int((difference < 0).sum()))
-            paired[benchmark, mode, metric] = Paired(float(difference.mean()), p, len(items))
-    return paired
+def significant(adjusted: float | None) -> bool:
+    """Whether a test, adjusted for their number, rejects at 5%."""
+    return adjusted is not None and adjusted < SIGNIFICANT
+
+
+def mark(paired: Paired) -> str:
+    """The sign after a run's difference in tables and plots; empty where it is not significant."""
+    if not significant(paired.adjusted):
+        return ""
+    over_groups = paired.clustered
+    return SIGN_ITEMS if over_groups is not None and over_groups.low <= 0 <= over_groups.high else SIGN
+
+
+def accuracy(outcomes: pd.DataFrame, metric: str) -> Accuracy:
+    """The accuracy of items (see `read_outcomes`) that are all of one benchmark and mode."""
+    n, correct = len(outcomes), float(outcomes[metric].sum())
+    groups = _codes(outcomes["group"])
+    return Accuracy(
+        value=correct / n,
+        n=n,
+        interval=wilson(min(correct, n), n),
+        groups=0 if groups is None else groups.nunique(),
+        clustered=None if groups is None else _within(clustered(outcomes[metric], groups)),
+    )
+
+
+def paired(baseline: pd.DataFrame, run: pd.DataFrame, metric: str) -> Paired | None:
+    """Compare two tables of items of one benchmark and mode by the items' names; None if they share none."""
+    both = baseline.join(run[metric], how="inner", rsuffix="_run")
+    if both.empty:
+        return None
+    difference = both[f"{metric}_run"] - both[metric]
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    groups = _codes(both["group"])
+    return Paired(
+        n=len(both),
+        difference=float(difference.mean()),
+        interval=bootstrap(difference),
+        clustered=None if groups is None else clustered_bootstrap(difference, groups),
+        better=better,
+        worse=worse,
+        p=mcnemar_exact(better, worse),
+    )
+
+
+def by_mode(outcomes: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Outcomes of each (benchmark, mode), indexed by item."""
+    return {
+        (str(benchmark), str(mode)): items.droplevel(["benchmark", "mode"])
+        for (benchmark, mode), items in outcomes.groupby(["benchmark", "mode"], sort=False, observed=True)
+    }
 
 
 def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
     """Compare every run with the run of `baseline`'s variant that has its seed, where there is one.
 
-    At most two runs' items are in memory at a time.
+    Last checkpoints are compared with each other, the others with the baseline's of the same step. At most
+    two checkpoints' items are in memory at a time. Raises UserError where two runs were scored by different
+    rules or files, or where items.parquet and evaluation.json disagree.
     """
     variant = results[baseline].train.variant
     baselines = {
         result.train.seed: name for name, result in results.items() if result.train.variant == variant
     }
-    paired: dict[str, Mapping[Score, Paired]] = {}
+    points: dict[str, dict[str, dict[Score, Point]]] = {
+        name: {checkpoint: {} for checkpoint in result.checkpoints} for name, result in results.items()
+    }
     chance: dict[str, float] = {}
-    for seed, name in baselines.items():
-        outcomes = results[name].outcomes()
-        chance = _chance(outcomes) | chance
-        for other, result in results.items():
-            if result.train.seed == seed and result.train.variant != variant:
-                own = result.outcomes()
-                paired[other] = compare(outcomes, own)
-                chance = _chance(own) | chance
-    return Comparisons(paired, chance)
+    for (base, base_checkpoint), members in _partners(results, baselines).items():
+        base_items = None if base is None else _read(results[base], base_checkpoint)
+        for name, checkpoint in members:
+            if name == base:
+                items, against = base_items, None
+            else:
+                items, against = _read(results[name], checkpoint), base
+                if base is not None:
+                    _check_alike(results[base], results[name])
+            points[name][checkpoint] = {
+                key: _point(items, base_items if against else None, against, key)
+                for key in _scores(results[name].checkpoints[checkpoint])
+            }
+            _check_recorded(results[name], checkpoint, points[name][checkpoint])
+            chance = {b: float(own["chance"].mean()) for (b, _), own in items.items()} | chance
+    seeds = _over_seeds(results, variant, points)
+    return _adjusted(points, seeds, chance, results)
 
 
-def _chance(outcomes: pd.DataFrame) -> dict[str, float]:
-    levels = outcomes.groupby("benchmark", sort=False, observed=True)["chance"].mean()
-    return {str(benchmark): float(level) for benchmark, level in levels.items()}
+def _partners(
+    results: Mapping[str, RunResult], baselines: Mapping[int, str]
+) -> dict[tuple[str | None, str], list[tuple[str, str]]]:
+    """By the baseline's run and checkpoint, the (run, checkpoint) to hold against it, its own first.
+
+    What has no partner stands alone, under None and its own name.
+    """
+    found: dict[tuple[str | None, str], list[tuple[str, str]]] = {
+        (name, checkpoint): [(name, checkpoint)]
+        for name in baselines.values()
+        for checkpoint in results[name].checkpoints
+    }
+    for name, result in results.items():
+        base = baselines.get(result.train.seed)
+        if name == base:
+            continue
+        steps = {} if base is None else {c.step: own for own, c in results[base].checkpoints.items()}
+        for checkpoint, own in result.checkpoints.items():
+            partner = list(steps.values())[-1] if steps and own is result.last else steps.get(own.step)
+            key = (None, f"{name} {checkpoint}") if partner is None else (base, partner)
+            found.setdefault(key, []).append((name, checkpoint))
+    return found
+
+
+def _read(result: RunResult, checkpoint: str) -> dict[tuple[str, str], pd.DataFrame]:
+    """The items of each (benchmark, mode) that evaluation.json lists of the checkpoint."""
+    items = by_mode(result.outcomes(checkpoint))
+    for benchmark, mode, _ in _scores(result.checkpoints[checkpoint]):
+        if (benchmark, mode) not in items:
+            raise UserError(
+                f"{result.items_path} has no items of {benchmark} in {mode} mode at {checkpoint}: "
+                f"run `{result.evaluate_command}`"
+            )
+    return items
+
+
+def _codes(group: pd.Series) -> pd.Series | None:
+    """Groups as numbers; None where there are fewer than two."""
+    codes = (
+        group.cat.codes if isinstance(group.dtype, pd.CategoricalDtype) else pd.Series(pd.factorize(group)[0])
+    )
+    return codes if codes.nunique() > 1 else None
+
+
+def _within(interval: Interval | None) -> Interval | None:
+    """The part of an accuracy's interval that accuracies can take."""
+    return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
+
+
+def _scores(checkpoint: CheckpointResult) -> Iterable[Score]:
+    for benchmark, scored in checkpoint.benchmarks.items():
+        for mode, outcome in scored.modes.items():
+            yield benchmark, mode, "acc"
+            if outcome.acc_norm is not None:
+                yield benchmark, mode, "acc_norm"
+
+
+def _point(items, base_items, base: str | None, key: Score) -> Point:
+    benchmark, mode, metric = key
+    own = items[benchmark, mode]
+    if base_items is None or (benchmark, mode) not in base_items:
+        return Point(accuracy(own, metric))
+    found = paired(base_items[benchmark, mode], own, metric)
+    return Point(accuracy(own, metric), found, None if found is None else base)
+
+
+def _check_alike(baseline: RunResult, result: RunResult) -> None:
+    facts, own = baseline.facts(), result.facts()
+    if facts is None or own is None:
+        return  # files of an earlier version say nothing of themselves
+    refusals, _ = unlike(facts, own)
+    if refusals:
+        raise UserError(
+            f"{result.items_path} was not scored as {baseline.items_path} was ({'; '.join(refusals)}): "
+            f"run `{baseline.evaluate_command}` and `{result.evaluate_command}`"
+        )
+
+
+def _check_recorded(result: RunResult, checkpoint: str, found: Mapping[Score, Point]) -> None:
+    for (benchmark, mode, metric), point in found.items():
+        recorded = getattr(result.checkpoints[checkpoint].benchmarks[benchmark].modes[mode], metric)
+        if abs(recorded.value - point.accuracy.value) > 1e-6 or recorded.n != point.accuracy.n:
+            raise UserError(
+                f"{result.items_path} gives {benchmark} ({mode} mode, {metric}) of {checkpoint} "
+                f"{point.accuracy.value:.6f} on {point.accuracy.n} items, evaluation.json beside it "
+                f"{recorded.value:.6f} on {recorded.n}: run `{result.evaluate_command}`"
+            )
+
+
+def _over_seeds(results, baseline: str, points) -> dict[str, dict[Score, OverSeeds]]:
+    """By variant with two runs or more; `baseline` is the baseline's variant."""
+    values: dict[str, dict[Score, dict[int, float]]] = {}
+    for name, result in results.items():
+        of_variant = values.setdefault(result.train.variant, {})
+        for key, point in list(points[name].values())[-1].items():
+            of_variant.setdefault(key, {})[result.train.seed] = point.accuracy.value
+    found: dict[str, dict[Score, OverSeeds]] = {}
+    for variant, scores in values.items():
+        for key, own in scores.items():
+            if len(own) < 2:
+                continue
+            base = {} if variant == baseline else values[baseline].get(key, {})
+            shared = [seed for seed in own if seed in base]
+            test = paired_t([own[s] - base[s] for s in shared]) if len(shared) >= FEWEST_SEEDS else None
+            found.setdefault(variant, {})[key] = OverSeeds(
+                list(own), mean(own.values()), stdev(own.values()), shared, test
+            )
+    return found
+
+
+def _adjusted(points, seeds, chance, results: Mapping[str, RunResult]) -> Comparisons:
+    """The comparisons, with the p-values of each table's tests adjusted for their number."""
+    # A table's tests: the mapping that holds one, its key there, and its p-value.
+    families: dict[tuple[str, str], list[tuple[dict, Score, float]]] = {}
+    for of_variant in seeds.values():
+        for key, own in of_variant.items():
+            if own.test is not None:
+                families.setdefault(key[1:], []).append((of_variant, key, own.test.p))
+    for name, of_run in points.items():
+        last = list(of_run.values())[-1]
+        over_seeds = seeds.get(results[name].train.variant, {})
+        for key, point in last.items():
+            tested = key in over_seeds and over_seeds[key].test is not None
+            if point.paired is not None and not tested:
+                families.setdefault(key[1:], []).append((last, key, point.paired.p))
+    for tests in families.values():
+        for (place, key, _), p in zip(tests, holm([p for _, _, p in tests]), strict=True):
+            if isinstance(place[key], Point):
+                place[key] = replace(place[key], paired=replace(place[key].paired, adjusted=p))
+            else:
+                place[key] = replace(place[key], adjusted=p)
+    return Comparisons(points, seeds, chance, {family: len(tests) for family, tests in families.items()})

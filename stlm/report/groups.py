@@ -11,7 +11,8 @@ from stlm.report.results import RunResult
 def group_records(results: Mapping[str, RunResult]) -> list[dict[str, Any]]:
     """Accuracy by paradigm, phenomenon, subject ... of every run's last checkpoint, as flat records."""
     return [
-        {"run": name, "benchmark": benchmark, "mode": mode, "grouping": grouping, "group": group}
+        {"run": name, "benchmark": benchmark, "version": scored.version, "mode": mode}
+        | {"grouping": grouping, "group": group}
         | {
             "percent": round(100 * a.value, 3),
             "low": round(100 * a.low, 3),

@@ -29,6 +29,11 @@ def percent(fraction: float, digits: int = 1, signed: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def bounds(low: float, high: float, signed: bool = False) -> str:
+    """An interval of fractions in percent: [58.5, 59.3]."""
+    return f"[{percent(low, signed=signed)}, {percent(high, signed=signed)}]"
+
+
 def p_value(p: float) -> str:
     """How a p-value is quoted: two digits, or < 0.001."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

@@ -1,4 +1,4 @@
-"""The study's plots, each with its numbers as tidy CSV: perplexity, accuracy and phenomena."""
+"""The study's plots, each with its numbers as tidy CSV: perplexity, differences, accuracy, phenomena."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from stlm.files import write_text
 from stlm.report.accuracies import main_mode, run_label, score
 from stlm.report.comparison import Comparisons
+from stlm.report.differences import write_differences
 from stlm.report.names import benchmark_label, count
 from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreement, phenomena
 from stlm.report.results import Proportion, RunResult
@@ -33,6 +34,7 @@ def write_plots(
     (folder / "data").mkdir()
     _figure1(folder, study, results)
     mode = main_mode(results)
+    write_differences(folder, study, results, comparisons, mode)
     for benchmark in dict.fromkeys(
         b for r in results.values() for c in r.checkpoints.values() for b in c.benchmarks
     ):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from stlm.errors import UserError
+from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
 from stlm.study import Run, Study
 from stlm.training.config import RECORD_KEYS
@@ -114,32 +115,53 @@ class RunResult:
         """The last checkpoint: the one that the tables quote."""
         return list(self.checkpoints.values())[-1]
 
-    def outcomes(self) -> pd.DataFrame:
-        """The last checkpoint's outcome of each item, indexed by (benchmark, mode, item).
+    def outcomes(self, checkpoint: str | None = None) -> pd.DataFrame:
+        """The outcome of each item at `checkpoint` (None: the last): see `read_outcomes`.
 
-        Columns: acc and acc_norm (1 right, 0 wrong, 1/k where the right option ties with k-1 others for the
-        best; of an item of one option, whether it is what the model itself would say), chance (the expected
-        score of a blind choice, 0 where there is one option). Raises UserError for a missing or corrupt file.
+        Raises UserError for a missing or corrupt file, naming the command that makes it.
         """
-        checkpoint = list(self.checkpoints)[-1]
+        chosen = checkpoint or list(self.checkpoints)[-1]
         try:
-            # Files from before there were items of one option lack the column that says what these need.
-            held = pq.read_schema(self.items_path).names
-            columns = [name for name in ITEM_COLUMNS if name in held or name != "greedy"]
-            table = pq.read_table(
-                self.items_path, columns=columns, filters=[("checkpoint", "==", checkpoint)]
-            )
-        except FileNotFoundError:
-            raise _broken(self.items_path, "is missing", self.evaluate_command) from None
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise _broken(self.items_path, f"cannot be read ({error})", self.evaluate_command) from error
-        if table.num_rows == 0 and self.last.benchmarks:
-            raise _broken(self.items_path, f"has no rows of {checkpoint}", self.evaluate_command)
-        return score_items(table.to_pandas())
+            outcomes = read_outcomes(self.items_path, chosen)
+        except UserError as error:
+            raise UserError(f"{error}: run `{self.evaluate_command}`") from error
+        if outcomes.empty and self.checkpoints[chosen].benchmarks:
+            raise _broken(self.items_path, f"has no rows of {chosen}", self.evaluate_command)
+        return outcomes
+
+    def facts(self) -> Facts | None:
+        """What items.parquet says of itself; None where an earlier version of STLM wrote it."""
+        return read_facts(self.items_path)
+
+
+def read_outcomes(path: Path, checkpoint: str) -> pd.DataFrame:
+    """The outcome of each item of an items.parquet at `checkpoint`, indexed by (benchmark, mode, item).
+
+    Columns: those of `score_items`, and group (the item's finest, "" where it has none). Raises UserError
+    where the file is missing or unreadable.
+    """
+    try:
+        # Files from before there were items of one option lack the column that says what these need.
+        held = pq.read_schema(path).names
+        columns = [name for name in (*ITEM_COLUMNS, "group") if name in held or name != "greedy"]
+        table = pq.read_table(path, columns=columns, filters=[("checkpoint", "==", checkpoint)])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    options = table.to_pandas()
+    keys = ["benchmark", "mode", "item"]
+    groups = options.drop_duplicates(keys).set_index(keys)["group"]
+    return score_items(options).join(groups)
 
 
 def score_items(options: pd.DataFrame) -> pd.DataFrame:
-    """Outcomes by item from a table with one row an option (columns ITEM_COLUMNS). See RunResult.outcomes."""
+    """Outcomes by item, indexed by (benchmark, mode, item), from one row an option (columns ITEM_COLUMNS).
+
+    Columns: acc and acc_norm (1 right, 0 wrong, 1/k where the right option ties with k-1 others for the
+    best; of an item of one option, whether it is what the model itself would say), chance (the expected score
+    of a blind choice, 0 where there is one option).
+    """
     keys = ["benchmark", "mode", "item"]
     scored = options[keys].copy()
     gold = options["gold"].to_numpy(bool)

@@ -17,6 +17,7 @@ _COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _LINES = ["-", "--", ":", "-."]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 HUMAN = {"color": "#999999", "linewidth": 3.0, "solid_capstyle": "butt"}
+# A position that runs are held against: what guessing scores, no difference.
 CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
 
 _RC = {

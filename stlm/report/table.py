@@ -15,10 +15,22 @@ from stlm.files import write_text
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees; a newline in `text` starts a second line in the cell."""
+    """What a reader sees; a newline in `text` starts a second line in the cell.
+
+    `bold`: the whole cell; `bold_line`: the number of a single line that is (None: no line).
+    """
 
     text: str
     bold: bool = False
+    bold_line: int | None = None
+
+    @property
+    def lines(self) -> list[tuple[str, bool]]:
+        """Each line, and whether it is bold."""
+        return [
+            (line, bool(line) and (self.bold or number == self.bold_line))
+            for number, line in enumerate(self.text.split("\n"))
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,19 +73,21 @@ def csv_text(records: Sequence[Mapping[str, object]]) -> str:
 def markdown(table: Table) -> str:
     """GitHub-flavoured Markdown; a line break inside a cell is `<br>`."""
 
-    def cell(text: str, bold: bool = False) -> str:
-        lines = [re.sub(r"([\\|*_`<\[\]])", r"\\\1", line) for line in text.split("\n")]
-        return "<br>".join(f"**{line}**" if bold and line else line for line in lines)
+    def escape(text: str) -> str:
+        return re.sub(r"([\\|*_`<\[\]])", r"\\\1", text)
+
+    def cell(content: Cell) -> str:
+        return "<br>".join(f"**{escape(line)}**" if bold else escape(line) for line, bold in content.lines)
 
     width = len(table.header)
-    lines = [f"**{cell(table.title)}**", ""]
-    lines.append("| " + " | ".join(cell(text) for text in table.header) + " |")
+    lines = [f"**{escape(table.title)}**", ""]
+    lines.append("| " + " | ".join(cell(Cell(text)) for text in table.header) + " |")
     lines.append("| --- |" + " ---: |" * (width - 1))
     for row in table.rows:
         cells = [Cell(row.title, bold=True)] + [Cell("")] * (width - 1) if isinstance(row, Section) else row
-        lines.append("| " + " | ".join(cell(c.text, c.bold) for c in cells) + " |")
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     for note in table.notes:
-        lines += ["", cell(note)]
+        lines += ["", escape(note)]
     return "\n".join(lines) + "\n"
 
 
@@ -90,6 +104,7 @@ _LATEX = {
     "±": r"$\pm$",
     "×": r"$\times$",
     "·": r"$\cdot$",
+    "†": r"$\dagger$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
@@ -105,9 +120,11 @@ def escape_latex(text: str) -> str:
 def latex(table: Table) -> str:
     """A `table` environment; it needs the packages booktabs and graphicx (wide tables shrink to the line)."""
 
-    def cell(text: str, bold: bool = False) -> str:
-        lines = [escape_latex(line) for line in text.split("\n")]
-        lines = [rf"\textbf{{{line}}}" if bold and line else line for line in lines]
+    def cell(content: Cell) -> str:
+        lines = [
+            rf"\textbf{{{escape_latex(line)}}}" if bold else escape_latex(line)
+            for line, bold in content.lines
+        ]
         stacked = r" \\ ".join(lines)
         return stacked if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
 
@@ -119,7 +136,7 @@ def latex(table: Table) -> str:
                 body.append(r"\midrule")
             body.append(rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(row.title)}}}}} \\")
         else:
-            body.append(" & ".join(cell(c.text, c.bold) for c in row) + r" \\")
+            body.append(" & ".join(map(cell, row)) + r" \\")
     notes = r" \\ ".join(escape_latex(note) for note in table.notes)
     caption = re.sub(r"^Table \d+[^.]*\. ", "", table.title)  # LaTeX numbers its tables itself
     lines = [
@@ -131,7 +148,7 @@ def latex(table: Table) -> str:
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
         r"\toprule",
-        " & ".join(cell(text) for text in table.header) + r" \\",
+        " & ".join(cell(Cell(text)) for text in table.header) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -159,27 +176,30 @@ _CSS = (
 def html_page(table: Table) -> str:
     """A page that stands alone, for Snakemake's report."""
 
-    def cell(text: str, bold: bool = False) -> str:
-        inner = "<br>".join(html.escape(line) for line in text.split("\n"))
-        return f"<strong>{inner}</strong>" if bold and text else inner
+    def cell(content: Cell) -> str:
+        lines = [(html.escape(line), bold) for line, bold in content.lines]
+        return "<br>".join(f"<strong>{line}</strong>" if bold else line for line, bold in lines)
 
     rows = []
     for row in table.rows:
         if isinstance(row, Section):
-            rows.append(f'<tr class="section"><td colspan="{len(table.header)}">{cell(row.title)}</td></tr>')
+            rows.append(
+                f'<tr class="section"><td colspan="{len(table.header)}">{html.escape(row.title)}</td></tr>'
+            )
         else:
-            rows.append("<tr>" + "".join(f"<td>{cell(c.text, c.bold)}</td>" for c in row) + "</tr>")
+            rows.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
+    title = html.escape(table.title)
     lines = [
         "<!doctype html>",
-        f'<html lang="en"><meta charset="utf-8"><title>{cell(table.title)}</title><style>{_CSS}</style>',
-        f"<table><caption>{cell(table.title)}</caption>",
+        f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_CSS}</style>',
+        f"<table><caption>{title}</caption>",
         "<thead><tr>"
-        + "".join(f'<th scope="col">{cell(text)}</th>' for text in table.header)
+        + "".join(f'<th scope="col">{cell(Cell(text))}</th>' for text in table.header)
         + "</tr></thead>",
         "<tbody>",
         *rows,
         "</tbody></table>",
-        *(f"<p>{cell(note)}</p>" for note in table.notes),
+        *(f"<p>{html.escape(note)}</p>" for note in table.notes),
         "</html>",
     ]
     return "\n".join(lines) + "\n"
