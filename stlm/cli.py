@@ -100,6 +100,13 @@ def report(options: argparse.Namespace) -> None:
     build_report(study)
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Compare two models item by item: accuracies, paired differences and tests."""
+    from stlm.report.pairwise import print_comparison
+
+    print_comparison(options.a, options.b, options.force, options.json)
+
+
 def study(options: argparse.Namespace) -> None:
     """List the runs of a study with their size and cost, training nothing."""
     from stlm.listing import runs_table
@@ -176,6 +183,12 @@ def parser() -> argparse.ArgumentParser:
     verb(evaluate, of_study, of_run, overridable=True)
     verb(contamination, of_study, overridable=True)
     verb(report, of_study, overridable=True)
+    of_predictions = "STUDY/RUN, a run's folder or an items.parquet; @STEP after it: that checkpoint"
+    comparer = verb(compare, ("a", of_predictions), ("b", "the same; differences are B - A"))
+    comparer.add_argument(
+        "--force", action="store_true", help="compare also what was scored by other rules or files"
+    )
+    comparer.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verb(use, of_study)
     verb(sync)
     verb(document)

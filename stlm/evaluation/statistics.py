@@ -108,7 +108,7 @@ def clustered_bootstrap(differences: ArrayLike, groups: ArrayLike) -> Interval |
     """As `bootstrap`, but whole `groups` [n] of items are resampled; None below two groups.
 
     Percentiles of few units are too narrow; they are expanded as Hesterberg (2015, "What Teachers Should Know
-    About the Bootstrap", section 3.3.2): from 2.5% to the normal's tail beyond sqrt(G / (G - 1)) times the t
+    About the Bootstrap") does: from 2.5% to the normal's tail beyond sqrt(G / (G - 1)) times the t
     quantile of G - 1 degrees of freedom.
     """
     sums, sizes = _group_sums(np.asarray(differences, dtype=float), groups)

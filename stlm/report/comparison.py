@@ -138,10 +138,10 @@ def accuracy(outcomes: pd.DataFrame, metric: str) -> Accuracy:
 
 def paired(baseline: pd.DataFrame, run: pd.DataFrame, metric: str) -> Paired | None:
     """Compare two tables of items of one benchmark and mode by the items' names; None if they share none."""
-    both = baseline.join(run[metric], how="inner", rsuffix="_run")
+    both = baseline.join(run[metric].rename("compared"), how="inner")
     if both.empty:
         return None
-    difference = both[f"{metric}_run"] - both[metric]
+    difference = both["compared"] - both[metric]
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
     groups = _codes(both["group"])
     return Paired(

@@ -1,16 +1,51 @@
-"""Intervals, tests and credits against scipy and by hand."""
+"""Intervals, tests and credits against scipy, statsmodels and exact counting; error rates by simulation."""
 
+from fractions import Fraction
+from math import comb
+
+import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy import stats
+from statsmodels.api import OLS
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from stlm.evaluation.accuracy import credit, is_tie, proportion
-from stlm.evaluation.statistics import mcnemar_exact, wilson
+from stlm.evaluation.statistics import (
+    bootstrap,
+    clustered,
+    clustered_bootstrap,
+    expanded_tail,
+    holm,
+    mcnemar_exact,
+    paired_t,
+    wilson,
+)
+
+SIMULATIONS = 1000
+
+
+def clusters(rng: np.random.Generator, groups: int, spread: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    """Values that depend on their group, and the groups, of unequal size."""
+    codes = np.repeat(np.arange(groups), rng.integers(5, 40, size=groups))
+    return spread * rng.standard_normal(groups)[codes] + rng.standard_normal(len(codes)), codes
+
+
+def misses_zero(interval: tuple[float, float]) -> bool:
+    return not interval[0] <= 0 <= interval[1]
+
+
+def assert_rate(rejections: int, rate: float = 0.05) -> None:
+    """Rejections among SIMULATIONS as a test that keeps its level gives them, but for 1 run in 1,000."""
+    low, high = stats.binom.ppf([0.0005, 0.9995], SIMULATIONS, rate)
+    assert low <= rejections <= high
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (13, 50), (37_000, 67_000)])
-def test_wilson_equals_scipy(correct, n):
-    expected = binomtest(correct, n).proportion_ci(method="wilson")
-    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+def test_wilson_equals_statsmodels(correct, n):
+    expected = proportion_confint(correct, n, method="wilson")
+    assert wilson(correct, n) == pytest.approx(expected, abs=1e-12)
 
 
 def test_wilson_lies_between_its_neighbours_for_fractions_of_ties():
@@ -25,11 +60,135 @@ def test_wilson_refuses_what_is_no_proportion(correct, n):
         wilson(correct, n)
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (3, 3), (2, 9), (40, 71), (0, 500), (5100, 5400)])
-def test_mcnemar_equals_scipys_binomial_test(b, c):
-    expected = binomtest(b, b + c).pvalue if b + c else 1.0
-    assert mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize("groups", [2, 5, 67])
+def test_clustered_interval_equals_statsmodels(groups):
+    values, codes = clusters(np.random.default_rng(groups), groups)
+    fitted = OLS(values, np.ones(len(values))).fit(
+        cov_type="cluster",
+        cov_kwds={"groups": codes, "use_correction": True, "df_correction": True},
+        use_t=True,
+    )
+    assert clustered(values, codes) == pytest.approx(fitted.conf_int()[0], rel=1e-9)
+    names = np.array([f"group {code}" for code in codes])
+    order = np.random.default_rng(0).permutation(len(values))
+    assert clustered(values[order], names[order]) == pytest.approx(clustered(values, codes))
+
+
+def test_one_group_has_no_clustered_interval():
+    assert clustered([0.0, 1.0], ["a", "a"]) is None
+    assert clustered_bootstrap([0.0, 1.0], ["a", "a"]) is None
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (3, 3), (2, 9), (40, 71), (0, 500), (1510, 1640)])
+def test_mcnemar_equals_exact_counting_and_statsmodels(b, c):
+    n = b + c
+    counted = Fraction(2 * sum(comb(n, k) for k in range(min(b, c) + 1)), 2**n)
+    assert mcnemar_exact(b, c) == pytest.approx(float(min(counted, Fraction(1))), rel=1e-9)
+    assert mcnemar_exact(b, c) == pytest.approx(mcnemar([[7, b], [c, 9]], exact=True).pvalue, rel=1e-9)
     assert mcnemar_exact(c, b) == mcnemar_exact(b, c)
+
+
+def test_mcnemar_of_arrays_is_elementwise():
+    b, c = np.array([0, 2, 40]), np.array([1, 9, 71])
+    assert mcnemar_exact(b, c).tolist() == [mcnemar_exact(*pair) for pair in zip(b, c, strict=True)]
+    with pytest.raises(ValueError, match="mcnemar_exact needs"):
+        mcnemar_exact(-1, 2)
+
+
+def test_bootstrap_equals_scipys_resampling_of_items():
+    rng = np.random.default_rng(3)
+    differences = rng.choice([-1.0, -0.5, 0.0, 0.25, 1.0], size=400, p=[0.1, 0.05, 0.6, 0.1, 0.15])
+    expected = stats.bootstrap(
+        (differences,), np.mean, n_resamples=10_000, method="percentile", rng=rng
+    ).confidence_interval
+    assert bootstrap(differences) == pytest.approx(expected, abs=0.004)  # 3 standard errors of a percentile
+    assert bootstrap(differences) == bootstrap(differences[::-1])
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_bootstrap_of_equal_differences_has_no_width(value):
+    assert bootstrap([value] * 10) == (value, value)
+
+
+def test_clustered_bootstrap_equals_scipys_resampling_of_groups():
+    values, codes = clusters(np.random.default_rng(5), 30)
+    sums, sizes = np.bincount(codes, weights=values), np.bincount(codes)
+    expected = stats.bootstrap(
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
+        paired=True,
+        n_resamples=10_000,
+        confidence_level=1 - 2 * expanded_tail(30),
+        method="percentile",
+        rng=np.random.default_rng(6),
+    ).confidence_interval
+    assert clustered_bootstrap(values, codes) == pytest.approx(expected, abs=0.012)
+
+
+def test_expanded_percentiles_reach_as_far_as_the_t_interval():
+    tails = [expanded_tail(n) for n in (5, 10, 20, 100, 10_000)]
+    assert tails == sorted(tails)
+    for n, tail in zip((5, 10, 20, 100), tails, strict=False):
+        # Of normal data, resampled means vary by s^2 (n - 1) / n / n: the bounds become the t interval's.
+        reach = stats.norm.ppf(1 - tail) * np.sqrt((n - 1) / n)
+        assert reach == pytest.approx(stats.t.ppf(0.975, n - 1))
+    assert tails[-1] == pytest.approx(0.025, abs=2e-5)
+
+
+@pytest.mark.parametrize("p", [[0.03], [0.01, 0.04, 0.03, 0.005], [0.5, 0.9, 1.0], [0.02, 0.02, 0.02], []])
+def test_holm_equals_statsmodels(p):
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1] if p else [])
+
+
+@pytest.mark.parametrize("differences", [[0.01, 0.03, 0.02], [-0.1, 0.1, 0.0, 0.05], [0.2, 0.1]])
+def test_paired_t_equals_scipy(differences):
+    baseline = np.linspace(0.3, 0.5, len(differences))
+    expected = stats.ttest_rel(baseline + differences, baseline)
+    found = paired_t(differences)
+    assert found.difference == pytest.approx(np.mean(differences))
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx(expected.confidence_interval(0.95))
+
+
+def test_paired_t_of_equal_differences_and_of_one():
+    assert paired_t([0.0, 0.0, 0.0]).p == 1
+    assert paired_t([0.25, 0.25, 0.25]).p == 0
+    with pytest.raises(ValueError, match="two differences"):
+        paired_t([0.1])
+
+
+def equal_models(rng: np.random.Generator, items: int) -> np.ndarray:
+    """Differences [SIMULATIONS, items] of two models of the same skill on each item, answering by chance."""
+    skill = rng.beta(2, 2, size=items)
+    answers = rng.random((2, SIMULATIONS, items), dtype=np.float32) < skill
+    return answers[0].astype(np.int8) - answers[1].astype(np.int8)
+
+
+def test_tests_over_items_keep_their_level_for_equal_models():
+    # So many items that the exact test's conservatism (its p-values are discrete) is below the margin.
+    differences = equal_models(np.random.default_rng(0), 2000)
+    better, worse = (differences > 0).sum(axis=1), (differences < 0).sum(axis=1)
+    assert_rate(int((mcnemar_exact(better, worse) < 0.05).sum()))
+    intervals = [bootstrap(own) for own in differences]
+    assert_rate(sum(map(misses_zero, intervals)))
+
+
+def test_clustered_interval_keeps_its_level_where_the_one_over_items_does_not():
+    """Models that are equally good over all groups, but not on each: these groups are a sample."""
+    rng = np.random.default_rng(1)
+    groups, size = 40, 25
+    codes = np.repeat(np.arange(groups), size)
+    naive = robust = resampled = 0
+    for _ in range(SIMULATIONS):
+        skill = 0.5 + 0.1 * rng.standard_normal((2, groups))[:, codes]
+        answers = rng.random((2, groups * size)) < skill
+        differences = answers[0].astype(float) - answers[1]
+        naive += misses_zero(bootstrap(differences))
+        robust += misses_zero(clustered(differences, codes))
+        resampled += misses_zero(clustered_bootstrap(differences, codes))
+    assert_rate(robust)
+    assert_rate(resampled)
+    assert naive > 0.1 * SIMULATIONS
 
 
 def test_ties_count_one_kth():

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.model.config import ModelConfig
 from stlm.study import Run, Study
@@ -130,7 +131,7 @@ def write_run(
                 frames.append(items)
                 modes[mode] = summarize(items, total, mode == "harness" and benchmark == "hellaswag")
             limit = {"limit": n if n < total else None, "items": n, "items_total": total}
-            scored[benchmark] = {"version": "1.0", **limit, "modes": modes}
+            scored[benchmark] = {"version": "1.0", "split": "test", **limit, "modes": modes}
         evaluated[name] = {
             "step": checkpoint["step"],
             "tokens": checkpoint["tokens"],
@@ -138,11 +139,34 @@ def write_run(
             "perplexity": {"bits_per_byte": 1.9 - skill / 5, "char_perplexity": 3.7, "split": "test"},
             "benchmarks": scored,
         }
-    record = {"study": run.study, "run": run.name, "limit_seed": 0, "checkpoints": evaluated}
+    facts = Facts(
+        study=run.study, run=run.name, label=run.label, variant=run.variant, seed=run.seed, corpus=run.corpus,
+        tokenizer={"name": run.tokenizer, "sha256": "t"}, tokens_sha256="s", modes=["harness", "paper"],
+        benchmarks={name: benchmark_facts(own, [f"{name}-file"]) for name, own in scored.items()},
+        limit_seed=0, harness={"package": "lm_eval", "version": "0.4.13"}, scoring_version=2,
+        code={"stlm": "0.1.0", "torch": "2", "git": None}, device="cpu", precision="float32",
+        checkpoints={name: CheckpointFacts.model_validate(own) for name, own in evaluated.items()},
+    )  # fmt: skip
+    record = facts.without_checkpoints() | {"checkpoints": evaluated}
     (folder / "evaluation.json").write_text(json.dumps(record))
     items = pd.concat(frames) if frames else pd.DataFrame(columns=ITEMS_SCHEMA.names)
     columns = [pa.array(items[field.name], field.type) for field in ITEMS_SCHEMA]
-    pq.write_table(pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA), folder / "items.parquet")
+    table = pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
+    write_predictions(folder / "items.parquet", table, facts)
+
+
+@pytest.fixture
+def change_facts() -> Callable[..., None]:
+    """Change what an items.parquet says of itself; without a change, take all of it away."""
+
+    def change(path: Path, **changes: object) -> None:
+        facts, table = read_facts(path), pq.read_table(path)
+        if changes:
+            write_predictions(path, table, Facts.model_validate(facts.model_dump() | changes))
+        else:
+            pq.write_table(table.replace_schema_metadata(None), path)
+
+    return change
 
 
 @pytest.fixture

@@ -1,12 +1,18 @@
 """Table 2: our rows from the files, the published rows beside them, and what the notes must say."""
 
 import json
+import re
 import statistics
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from stlm.evaluation.statistics import wilson
 from stlm.report.accuracies import accuracy_tables, read_references
 from stlm.report.comparison import compare_all
+from stlm.report.names import p_value, percent
 from stlm.report.results import read_results
 from stlm.report.table import Section, Table
 
@@ -39,15 +45,38 @@ def test_run_row_quotes_the_last_checkpoint(make_study):
     last = read_results(study)["sincos"].last
     acc = last.benchmarks["blimp"].modes["harness"].acc
     shown = row(tables(study)["table2"], "SinCos PE")
-    value, interval, difference = shown["BLiMP"].split("\n")
-    assert float(value) == pytest.approx(100 * acc.value, abs=0.051)
-    assert interval == f"[{100 * acc.low:.1f}, {100 * acc.high:.1f}]"
-    assert ", p" in difference
+    accuracy, difference, p = shown["BLiMP"].split("\n")
+    assert accuracy == f"{100 * acc.value:.1f} [{100 * acc.low:.1f}, {100 * acc.high:.1f}]"
+    assert re.fullmatch(r"[+−]?\d+\.\d[*†]? \[[+−]?\d+\.\d, [+−]?\d+\.\d\]", difference)
+    assert re.fullmatch(r"p [=<] \d\.\d+", p)
     assert float(shown["bits per byte"]) == pytest.approx(last.perplexity.bits_per_byte, abs=0.0005)
 
 
 def test_baseline_is_not_compared_with_itself(make_study):
-    assert row(tables(make_study(TWO))["table2"], "Baseline")["BLiMP"].count("\n") == 1
+    assert row(tables(make_study(TWO))["table2"], "Baseline")["BLiMP"].count("\n") == 0
+
+
+def test_differences_are_quoted_with_the_adjusted_p_and_marked_where_significant(make_study):
+    skills = {"baseline": 0.6, "sincos": 0.95, "learned": 0.61}
+    study = make_study(
+        TWO | {"learned": ("Learned PE", {"positions": "learned"})}, skills=skills, benchmarks={"blimp": 200}
+    )
+    results = read_results(study)
+    comparisons = compare_all(results, study.baseline)
+    table = {t.name: t for t in accuracy_tables(study, results, comparisons)}["table2"]
+    for label, run, significant in (("SinCos PE", "sincos", True), ("Learned PE", "learned", False)):
+        own = comparisons.last(run, ("blimp", "harness", "acc")).paired
+        cell = next(r for r in table.rows if not isinstance(r, Section) and r[0].text == label)[4]
+        _, difference, p = cell.text.split("\n")
+        sign = "*" if significant else ""
+        assert difference.startswith(f"{percent(own.difference, signed=True)}{sign} [")
+        assert cell.bold_line == (1 if significant else None)
+        assert p == p_value(own.adjusted)
+        record = next(r for r in table.records if r.get("run") == run)
+        assert record["blimp_difference"] == pytest.approx(100 * own.difference, abs=0.001)
+        assert record["blimp_difference_low"] == pytest.approx(100 * own.interval.low, abs=0.001)
+        assert (record["blimp_p"], record["blimp_p_holm"]) == pytest.approx((own.p, own.adjusted), rel=1e-3)
+    assert "for the 2 tests of this table" in table.notes[0]
 
 
 def test_order_ours_then_published_then_chance(make_study):
@@ -79,10 +108,34 @@ def test_other_modes_and_metrics_have_their_own_tables(make_study):
 
 def test_limit_is_stated_or_denied(make_study):
     limited = tables(make_study(TWO, benchmarks={"blimp": 50, "hellaswag": 200}, total=200))["table2"]
-    notes = " ".join(limited.notes)
-    assert "BLiMP 50 of 200" in notes
-    assert "HellaSwag" not in notes
-    assert "BLiMP\nn = 50" in limited.header
+    (note,) = [note for note in limited.notes if note.startswith("Limited")]
+    assert "BLiMP 50 of 200" in note
+    assert "HellaSwag" not in note
+    assert "BLiMP\nv1.0, n = 50" in limited.header
+
+
+def test_much_wider_clustered_intervals_are_told(make_study):
+    study = make_study(TWO, benchmarks={"blimp": 100})
+    results = read_results(study)
+    comparisons = compare_all(results, study.baseline)
+    own = comparisons.last("baseline", ("blimp", "harness", "acc")).accuracy
+    notes = [n for n in tables(study)["table2"].notes if "cluster-robust" in n]
+    assert bool(notes) == (own.clustered.half_width > 1.25 * own.interval.half_width)
+    path = study.runs["baseline"].folder / "items.parquet"
+    items = pq.read_table(path)
+    # All items of a group answered alike: the groups are the units.
+    right = pc.equal(items["group"], "agreement")
+    scores = pc.if_else(pc.equal(items["gold"], right), pa.scalar(-1.0), pa.scalar(-2.0))
+    pq.write_table(items.set_column(items.schema.get_field_index("logprob"), "logprob", scores), path)
+    evaluation = path.with_name("evaluation.json")
+    content = json.loads(evaluation.read_text())
+    for checkpoint in content["checkpoints"].values():
+        for mode in checkpoint["benchmarks"]["blimp"]["modes"].values():
+            mode["acc"]["value"] = 0.2
+    evaluation.write_text(json.dumps(content))
+    notes = [n for n in tables(study)["table2"].notes if "cluster-robust" in n]
+    wilsons = re.escape(percent(wilson(20, 100).half_width))
+    assert re.search(rf"for Baseline: BLiMP ±\d+\.\d over 5 groups instead of ±{wilsons}", notes[0])
 
 
 def test_all_items_is_stated(make_study):
@@ -111,6 +164,23 @@ def test_seeds_have_a_row_each_and_a_mean(make_study):
     assert mean["blimp_percent"] == pytest.approx(statistics.mean(values), abs=0.001)
     assert mean["blimp_sd"] == pytest.approx(statistics.stdev(values), abs=0.001)
     assert "±" in row(table, "Baseline, mean of 3 seeds")["BLiMP"]
+    assert not any("McNemar" in note for note in table.notes)
+
+
+def test_three_seeds_are_tested_in_the_mean_row(make_study):
+    study = make_study(TWO, seeds=(0, 1, 2), benchmarks={"blimp": 100})
+    results = read_results(study)
+    comparisons = compare_all(results, study.baseline)
+    table = {t.name: t for t in accuracy_tables(study, results, comparisons)}["table2"]
+    test = comparisons.seeds["sincos"]["blimp", "harness", "acc"]
+    mean, difference, p = row(table, "SinCos PE, mean of 3 seeds")["BLiMP"].split("\n")
+    assert mean == f"{percent(test.mean)} ± {percent(test.sd)}"
+    assert difference.startswith(percent(test.test.difference, signed=True))
+    assert p == p_value(test.adjusted)
+    assert "p " not in row(table, "SinCos PE (seed 1)")["BLiMP"]
+    assert "\n" not in row(table, "Baseline, mean of 3 seeds")["BLiMP"]
+    assert any("with seeds as units" in note for note in table.notes)
+    assert "difference in points from Baseline of the same seed on the same items" in table.notes[0]
 
 
 def test_benchmark_that_one_run_lacks_is_a_dash_there(make_study):

@@ -35,17 +35,18 @@ def test_writes_every_table_and_plot(make_study):
     report(study)
     found = set(results(study))
     tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "blimp-phenomena", "contamination")
-    plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena")
+    plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena", "differences")
     assert found == (
         {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
         | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}
         | {f"plots/data/{name}.csv" for name in plots}
-        | {"tables/groups.csv", "metrics.json", "contamination.json"}
+        | {"tables/groups.csv", "tables/statistics.csv", "metrics.json", "contamination.json"}
     )
     for name in plots:
         assert (study.folder / f"plots/{name}.png").read_bytes().startswith(PNG)
         text = "".join(ElementTree.parse(study.folder / f"plots/{name}.svg").getroot().itertext())
-        for label in ("Baseline", "SinCos PE", "Learned PE", "Simple FFN", "DropoutFree"):
+        assert "Baseline" in text
+        for label in ("SinCos PE", "Learned PE", "Simple FFN", "DropoutFree"):
             assert label in text, (name, label)
 
 
@@ -151,8 +152,54 @@ def test_plots_of_a_benchmark_no_longer_scored_go(make_study):
     assert not [name for name in results(study) if "hellaswag" in name]
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_statistics_are_of_every_run_checkpoint_and_score(make_study, seeds):
+    study = make_study(TWO, seeds=seeds, benchmarks={"blimp": 40, "hellaswag": 20})
+    report(study)
+    rows = pd.read_csv(study.folder / "tables/statistics.csv")
+    runs = rows[rows["kind"] == "run"]
+    # 3 checkpoints; acc of two benchmarks in two modes, and acc_norm of one in one.
+    assert len(runs) == len(study.runs) * 3 * 5
+    assert not runs.duplicated(["run", "checkpoint", "benchmark", "mode", "metric"]).any()
+    assert set(runs["version"].astype(str)) == {"1.0"}
+    own = runs[runs["run"].str.startswith("sincos")]
+    assert own[["difference", "difference_low", "difference_clustered_high", "p"]].notna().all(axis=None)
+    assert (own["percent"] - own["difference"]).tolist() == pytest.approx(
+        runs[runs["run"].str.startswith("baseline")]["percent"].tolist(), abs=0.002
+    )
+    tested = rows[rows["p_holm"].notna()]
+    assert set(tested["step"]) == {200}
+    assert len(tested) == 5
+    assert set(tested["test"]) == ({"mcnemar"} if len(seeds) == 1 else {"t over seeds"})
+    means = rows[rows["kind"] == "variant"]
+    assert set(means["variant"]) == (set() if len(seeds) == 1 else {"baseline", "sincos"})
+
+
+def test_differences_are_drawn_as_the_tables_give_them(make_study):
+    study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
+    report(study)
+    drawn = pd.read_csv(study.folder / "plots/data/differences.csv")
+    rows = pd.read_csv(study.folder / "tables/statistics.csv")
+    quoted = rows[(rows["mode"] == "harness") & (rows["metric"] == "acc") & rows["p_holm"].notna()]
+    both = drawn.merge(quoted, on=["run", "benchmark"], suffixes=("", "_quoted"))
+    assert len(both) == len(drawn) == 8
+    for column, other in (
+        ("value", "difference"),
+        ("low", "difference_low"),
+        ("clustered_high", "difference_clustered_high"),
+    ):
+        assert (100 * both[column]).tolist() == pytest.approx(both[other].tolist(), abs=0.002)
+    assert both["p_holm"].tolist() == both["p_holm_quoted"].tolist()
+
+
+def test_no_plot_of_differences_where_nothing_is_compared(make_study):
+    study = make_study(ONE, benchmarks={"blimp": 20})
+    report(study)
+    assert not [name for name in results(study) if "differences" in name]
+
+
 def test_every_table_and_plot_has_a_caption(make_study):
-    study = make_study(ONE, benchmarks={"blimp": 20, "hellaswag": 20})
+    study = make_study(TWO, benchmarks={"blimp": 20, "hellaswag": 20})
     report(study)
     for folder, suffix in (("tables", "html"), ("plots", "svg")):
         template = jinja2.Template((CAPTIONS / f"{folder}.rst").read_text())

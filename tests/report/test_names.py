@@ -1,6 +1,6 @@
 import pytest
 
-from stlm.report.names import benchmark_label, count, p_value, percent
+from stlm.report.names import benchmark_label, bounds, count, p_value, percent
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,11 @@ def test_percent_is_signed_on_request_and_never_minus_zero():
     assert percent(0.011, signed=True) == "+1.1"
     assert percent(-0.011, signed=True) == "−1.1"
     assert percent(-0.0001, signed=True) == "0.0"
+
+
+def test_bounds_are_percents():
+    assert bounds(0.5847, 0.6) == "[58.5, 60.0]"
+    assert bounds(-0.031, 0.002, signed=True) == "[−3.1, +0.2]"
 
 
 def test_p_value_and_labels():

@@ -33,6 +33,13 @@ def test_markdown_rows_have_as_many_cells_as_the_header():
     assert "**x**" in rows[-1]
 
 
+def test_one_line_of_a_cell_may_be_bold():
+    table = Table("t", "T", ["", "a"], [[Cell("x"), Cell("1\n+2*\np", bold_line=1)]])
+    assert r"| 1<br>**+2\***<br>p |" in markdown(table)
+    assert r"1 \\ \textbf{+2*} \\ p" in latex(table)
+    assert "1<br><strong>+2*</strong><br>p" in html_page(table)
+
+
 def test_latex_is_balanced_and_escaped():
     text = latex(TABLE)
     body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]

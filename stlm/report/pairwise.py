@@ -1,0 +1,280 @@
+"""`stlm compare A B`: two models on the items that both were scored on, from their items.parquet alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stlm.errors import UserError, nearest
+from stlm.evaluation.predictions import Facts, read_facts, unlike
+from stlm.evaluation.statistics import Interval, holm
+from stlm.report.comparison import SIGN, Accuracy, Paired, accuracy, by_mode, paired, significant
+from stlm.report.names import percent
+from stlm.report.results import read_outcomes
+
+RESULTS = Path("results")
+_ITEMS = "items.parquet"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One checkpoint of an items.parquet; `facts` are None where the file says nothing of itself."""
+
+    path: Path
+    checkpoint: str
+    step: int
+    facts: Facts | None
+
+    def __str__(self) -> str:
+        name = f"{self.facts.study}/{self.facts.run}" if self.facts else str(self.path)
+        return f"{name}@{self.step}"
+
+    def outcomes(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """The items of each (benchmark, mode)."""
+        return by_mode(read_outcomes(self.path, self.checkpoint))
+
+    def metrics(self, benchmark: str, mode: str) -> list[str]:
+        """What the benchmark reports in the mode; acc alone where the file does not say."""
+        if self.facts is None:
+            return ["acc"]
+        return self.facts.benchmarks[benchmark].metrics.get(mode, [])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score of two models: each one's accuracy on the common items, and B against A."""
+
+    benchmark: str
+    version: str | None
+    mode: str
+    metric: str
+    a: Accuracy
+    b: Accuracy
+    paired: Paired
+
+
+@dataclass(frozen=True)
+class PairwiseComparison:
+    """What `stlm compare` found; `warnings` say what may disturb it."""
+
+    a: Predictions
+    b: Predictions
+    rows: list[Row]
+    warnings: list[str]
+
+
+def find_predictions(name: str) -> Predictions:
+    """The predictions that `name` means, at its last checkpoint or at the step after an @.
+
+    `name` is a run's folder, an items.parquet, or STUDY/RUN for results/STUDY/runs/RUN (or published/RUN).
+    Raises UserError naming the nearest run where there is none.
+    """
+    place, step = name, None
+    if match := re.fullmatch(r"(.+)@(?:step-)?(\d+)", name):
+        place, step = match[1], int(match[2])
+    path = _items_file(place)
+    try:
+        found = pq.read_table(path, columns=["checkpoint", "step"])
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not an items.parquet of `stlm evaluate` ({error})") from None
+    pairs = found.group_by(["checkpoint", "step"]).aggregate([]).to_pylist()
+    checkpoints = dict(sorted((row["step"], row["checkpoint"]) for row in pairs))
+    if not checkpoints:
+        raise UserError(f"{path}: holds no item: no benchmark was scored")
+    chosen = max(checkpoints) if step is None else step
+    if chosen not in checkpoints:
+        listed = ", ".join(map(str, checkpoints))
+        raise UserError(f"{name}: {path} has no checkpoint of step {step} (found: {listed})")
+    return Predictions(path, checkpoints[chosen], chosen, read_facts(path))
+
+
+def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComparison:
+    """Compare B with A wherever they share items of a benchmark, mode and metric.
+
+    Raises UserError where they were scored by other rules or files, or do not say by which, unless `force`:
+    then that is a warning; and where they share no item.
+    """
+    refusals, warnings = _unlike(a, b)
+    if refusals and not force:
+        listed = "".join(f"\n  {reason}" for reason in refusals)
+        raise UserError(
+            f"{a} and {b} cannot be compared:{listed}\nEvaluate again what is older (`stlm evaluate STUDY "
+            "RUN`), or give --force to compare all the same"
+        )
+    own, other = a.outcomes(), b.outcomes()
+    rows = []
+    for benchmark, mode in [key for key in own if key in other]:
+        items, others = own[benchmark, mode], other[benchmark, mode]
+        common = items.index.intersection(others.index)
+        if len(common) < max(len(items), len(others)):
+            warnings.append(
+                f"{benchmark}: {len(items):,} against {len(others):,} items were scored; the {len(common):,} "
+                "that both have are compared"
+            )
+        if not len(common):
+            continue
+        items, others = items.loc[common], others.loc[common]
+        version = a.facts.benchmarks[benchmark].version if a.facts else None
+        for metric in [m for m in a.metrics(benchmark, mode) if m in b.metrics(benchmark, mode)]:
+            measured = accuracy(items, metric), accuracy(others, metric)
+            rows.append(Row(benchmark, version, mode, metric, *measured, paired(items, others, metric)))
+    if not rows:
+        have = [", ".join(dict.fromkeys(b for b, _ in scored)) for scored in (own, other)]
+        raise UserError(f"{a} and {b} have no item in common: scored were {have[0]} against {have[1]}")
+    adjusted = holm([row.paired.p for row in rows])
+    rows = [
+        replace(row, paired=replace(row.paired, adjusted=p)) for row, p in zip(rows, adjusted, strict=True)
+    ]
+    forced = [f"{reason} (--force)" for reason in refusals]
+    return PairwiseComparison(a, b, rows, list(dict.fromkeys([*forced, *warnings])))
+
+
+def as_json(found: PairwiseComparison) -> str:
+    """The comparison for programs; accuracies, differences and bounds are fractions."""
+    sides = {
+        name: {
+            "items": str(side.path),
+            "checkpoint": side.checkpoint,
+            "step": side.step,
+            "facts": side.facts and side.facts.model_dump(mode="json"),
+        }
+        for name, side in (("a", found.a), ("b", found.b))
+    }
+    rows = [
+        {"benchmark": row.benchmark, "version": row.version, "mode": row.mode, "metric": row.metric}
+        | {"n": row.paired.n, "a": _accuracy(row.a), "b": _accuracy(row.b)}
+        | {"difference": row.paired.difference, **_bounds(row.paired.interval, row.paired.clustered)}
+        | {"better": row.paired.better, "worse": row.paired.worse}
+        | {"p": row.paired.p, "p_holm": row.paired.adjusted}
+        for row in found.rows
+    ]
+    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows}, indent=2, ensure_ascii=False)
+
+
+def as_text(found: PairwiseComparison) -> str:
+    """The comparison for the terminal, in at most 100 columns: a block a mode and metric."""
+    lines = [f"{letter}  {_description(side)}" for letter, side in (("A", found.a), ("B", found.b))]
+    versions = {row.benchmark: row.version for row in found.rows if row.version is not None}
+    if versions:
+        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    blocks: dict[tuple[str, str], list[Row]] = {}
+    for row in found.rows:
+        blocks.setdefault((row.mode, row.metric), []).append(row)
+    head = ["", "items", "A", "B", "B - A", "B>A", "A>B", "p", "Holm"]
+    cells = {key: [_cells(row) for row in rows] for key, rows in blocks.items()}
+    widths = [max(len(line[i]) for own in cells.values() for line in [head, *own]) for i in range(len(head))]
+    for (mode, metric), own in cells.items():
+        lines += ["", f"{mode} mode, {metric}", _line(head, widths)]
+        for row, line in zip(blocks[mode, metric], own, strict=True):
+            lines.append(_line(line, widths))
+            if row.paired.clustered is not None:
+                lines.append(f"  over {row.a.groups} groups{_over_groups(row)}")
+    lines += [
+        "",
+        "In percent and points, with 95% intervals: Wilson for A and B, bootstrap over items for B - A;",
+        "over groups: cluster-robust for A and B, whole groups resampled for B - A.",
+        "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
+        f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05.",
+        *(f"warning: {warning}" for warning in found.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def print_comparison(a: str, b: str, force: bool = False, machine_readable: bool = False) -> None:
+    """Print the comparison of two names (see `find_predictions`); warnings go to stderr with JSON."""
+    found = compare(find_predictions(a), find_predictions(b), force)
+    print(as_json(found) if machine_readable else as_text(found))
+    if machine_readable:
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+def _items_file(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    study, _, run = name.partition("/")
+    folders = [path, RESULTS / study / "runs" / run, RESULTS / study / "published" / run]
+    for folder in folders if run else folders[:1]:
+        if (folder / _ITEMS).is_file():
+            return folder / _ITEMS
+    for folder in folders if run else folders[:1]:
+        if folder.is_dir():
+            raise UserError(f"{folder}: has no {_ITEMS}; `stlm evaluate` writes it")
+    known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
+    raise UserError(
+        f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/{nearest(name, known)}"
+    )
+
+
+def _unlike(a: Predictions, b: Predictions) -> tuple[list[str], list[str]]:
+    silent = [side.path for side in (a, b) if side.facts is None]
+    if silent:
+        return [
+            f"{path}: does not say how it was scored (written by an earlier version of STLM)"
+            for path in dict.fromkeys(silent)
+        ], []
+    return unlike(a.facts, b.facts)
+
+
+def _description(side: Predictions) -> str:
+    if side.facts is None:
+        return str(side)
+    facts = side.facts
+    weights = facts.checkpoints[side.checkpoint].weights_sha256[:12]
+    seed = "" if facts.seed is None else f", seed {facts.seed}"
+    return f"{side} ({facts.label}{seed}; weights {weights}; {facts.precision}, {facts.device})"
+
+
+def _cells(row: Row) -> list[str]:
+    own = row.paired
+    sign = SIGN if significant(own.adjusted) else " "
+    return [
+        row.benchmark,
+        str(own.n),
+        f"{percent(row.a.value)} {_short(row.a.interval)}",
+        f"{percent(row.b.value)} {_short(row.b.interval)}",
+        f"{percent(own.difference, signed=True)}{sign} {_short(own.interval)}",
+        str(own.better),
+        str(own.worse),
+        _p(own.p),
+        _p(own.adjusted),
+    ]
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    first, *rest = (
+        cell.ljust(w) if i == 0 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
+    return " ".join([first, *rest])
+
+
+def _over_groups(row: Row) -> str:
+    parts = (("A", row.a.clustered), ("B", row.b.clustered), ("B - A", row.paired.clustered))
+    return "".join(f"; {name} {_short(interval)}" for name, interval in parts if interval is not None)
+
+
+def _short(interval: Interval) -> str:
+    return f"[{percent(interval.low)},{percent(interval.high)}]"
+
+
+def _p(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _accuracy(own: Accuracy) -> dict[str, Any]:
+    return {"accuracy": own.value, **_bounds(own.interval, own.clustered), "groups": own.groups or None}
+
+
+def _bounds(interval: Interval, clustered: Interval | None) -> dict[str, float | None]:
+    low, high = clustered or (None, None)
+    return {"low": interval.low, "high": interval.high, "clustered_low": low, "clustered_high": high}
