@@ -51,6 +51,7 @@ def test_study_lists_runs(project):
         (["evaluate", "smoke", "baseline"], "results/smoke/runs/baseline"),
         (["contamination", "smoke"], "data/raw/synthetic_pairs"),
         (["report", "smoke"], "results/smoke/runs/baseline"),
+        (["compare", "smoke/baseline", "smoke/learned"], "'smoke/baseline' is no run's folder"),
         (["frobnicate"], "invalid choice"),
     ],
 )

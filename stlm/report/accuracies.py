@@ -306,7 +306,7 @@ class _Table2:
                 f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
                 f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
                 "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
-                "resampled: a difference on these groups, not shown for others like them. All this is over "
+                "resampled: a difference on these groups, not shown for others like them. This is over "
                 "items: it does not say how much another seed would change a run."
             )
         if several:
@@ -324,6 +324,8 @@ class _Table2:
         labels = {run: run_label(result, self.results) for run, result in self.results.items()}
         notes += filter(None, [last_word_note(self.results, labels, mode)])
         notes += self._subset_notes(benchmarks, mode)
+        if self.comparisons.disturbing:
+            notes.append(f"Not scored alike: {'; '.join(self.comparisons.disturbing)}.")
         if references:
             notes.append(
                 "The paper's and the literature's rows are whole percents as printed in the paper, which "

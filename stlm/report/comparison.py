@@ -98,12 +98,14 @@ class Comparisons:
 
     Of the last checkpoints, the tests that the tables show are adjusted for their number, `tests[mode,
     metric]`: one a benchmark and run, or one a benchmark and variant with seeds enough for a test over them.
+    `disturbing` says how runs were scored differently, in ways that should not but may move the figures.
     """
 
     points: Mapping[str, Mapping[str, Mapping[Score, Point]]]
     seeds: Mapping[str, Mapping[Score, OverSeeds]]
     chance: Mapping[str, float]
     tests: Mapping[tuple[str, str], int]
+    disturbing: list[str]
 
     def last(self, run: str, score: Score) -> Point | None:
         """The score at the run's last checkpoint, which the tables quote; None where it has none."""
@@ -174,6 +176,7 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
     baselines = {
         result.train.seed: name for name, result in results.items() if result.train.variant == variant
     }
+    disturbing = _scored_alike(results, baselines)
     points: dict[str, dict[str, dict[Score, Point]]] = {
         name: {checkpoint: {} for checkpoint in result.checkpoints} for name, result in results.items()
     }
@@ -185,8 +188,6 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
                 items, against = base_items, None
             else:
                 items, against = _read(results[name], checkpoint), base
-                if base is not None:
-                    _check_alike(results[base], results[name])
             points[name][checkpoint] = {
                 key: _point(items, base_items if against else None, against, key)
                 for key in _scores(results[name].checkpoints[checkpoint])
@@ -194,7 +195,7 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
             _check_recorded(results[name], checkpoint, points[name][checkpoint])
             chance = {b: float(own["chance"].mean()) for (b, _), own in items.items()} | chance
     seeds = _over_seeds(results, variant, points)
-    return _adjusted(points, seeds, chance, results)
+    return Comparisons(points, seeds, chance, _adjust(points, seeds, results), disturbing)
 
 
 def _partners(
@@ -263,16 +264,29 @@ def _point(items, base_items, base: str | None, key: Score) -> Point:
     return Point(accuracy(own, metric), found, None if found is None else base)
 
 
-def _check_alike(baseline: RunResult, result: RunResult) -> None:
-    facts, own = baseline.facts(), result.facts()
-    if facts is None or own is None:
-        return  # files of an earlier version say nothing of themselves
-    refusals, _ = unlike(facts, own)
-    if refusals:
-        raise UserError(
-            f"{result.items_path} was not scored as {baseline.items_path} was ({'; '.join(refusals)}): "
-            f"run `{baseline.evaluate_command}` and `{result.evaluate_command}`"
+def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]) -> list[str]:
+    """What may disturb the comparisons; UserError where a run was scored by other rules or files."""
+    facts = {name: result.facts() for name, result in results.items()}
+    disturbing = []
+    silent = [name for name, own in facts.items() if own is None]
+    if silent:
+        disturbing.append(
+            f"{', '.join(silent)}: written by an earlier version of STLM, whose predictions do not say how "
+            "they were scored"
         )
+    for name, result in results.items():
+        base = baselines.get(result.train.seed, name)
+        if name == base or facts[name] is None or facts[base] is None:
+            continue
+        refusals, warnings = unlike(facts[base], facts[name])
+        if refusals:
+            raise UserError(
+                f"{result.items_path} was not scored as {results[base].items_path} was "
+                f"({'; '.join(refusals)}): run `{results[base].evaluate_command}` and "
+                f"`{result.evaluate_command}`"
+            )
+        disturbing += [f"{base} and {name}: {warning}" for warning in warnings]
+    return disturbing
 
 
 def _check_recorded(result: RunResult, checkpoint: str, found: Mapping[Score, Point]) -> None:
@@ -307,8 +321,8 @@ def _over_seeds(results, baseline: str, points) -> dict[str, dict[Score, OverSee
     return found
 
 
-def _adjusted(points, seeds, chance, results: Mapping[str, RunResult]) -> Comparisons:
-    """The comparisons, with the p-values of each table's tests adjusted for their number."""
+def _adjust(points, seeds, results: Mapping[str, RunResult]) -> dict[tuple[str, str], int]:
+    """Adjust the p-values of each table's tests, in place, for their number, which is returned."""
     # A table's tests: the mapping that holds one, its key there, and its p-value.
     families: dict[tuple[str, str], list[tuple[dict, Score, float]]] = {}
     for of_variant in seeds.values():
@@ -328,4 +342,4 @@ def _adjusted(points, seeds, chance, results: Mapping[str, RunResult]) -> Compar
                 place[key] = replace(place[key], paired=replace(place[key].paired, adjusted=p))
             else:
                 place[key] = replace(place[key], adjusted=p)
-    return Comparisons(points, seeds, chance, {family: len(tests) for family, tests in families.items()})
+    return {family: len(tests) for family, tests in families.items()}

@@ -57,7 +57,8 @@ def write_differences(
     baseline = results[study.baseline].train.label
     title = f"Differences from {baseline} ({mode} mode, acc, 95% intervals), study {study.name}"
     height = 1.5 + lines * (0.75 + 0.3 * len(names))
-    with figure(folder, "differences", title, 3.6 + 2.5 * columns, height) as drawing:
+    width = max(8.5, 3.6 + 2.5 * columns)  # room for the title beside a single panel
+    with figure(folder, "differences", title, width, height) as drawing:
         grid = drawing.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (benchmark, rows) in zip(grid.flat, panels.items(), strict=False):
             axes.set_title(benchmark_label(benchmark), loc="left")

@@ -131,7 +131,10 @@ class RunResult:
 
     def facts(self) -> Facts | None:
         """What items.parquet says of itself; None where an earlier version of STLM wrote it."""
-        return read_facts(self.items_path)
+        try:
+            return read_facts(self.items_path)
+        except UserError as error:
+            raise UserError(f"{error}: run `{self.evaluate_command}`") from error
 
 
 def read_outcomes(path: Path, checkpoint: str) -> pd.DataFrame:

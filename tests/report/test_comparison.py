@@ -10,6 +10,7 @@ from statsmodels.stats.multitest import multipletests
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval, bootstrap, clustered, clustered_bootstrap, wilson
+from stlm.report.accuracies import accuracy_tables
 from stlm.report.comparison import (
     SIGN,
     SIGN_ITEMS,
@@ -214,6 +215,17 @@ def test_files_that_say_nothing_of_themselves_are_still_reported(make_study, cha
     change_facts(study.runs["sincos"].folder / "items.parquet")
     comparisons = compare_all(read_results(study), "baseline")
     assert comparisons.last("sincos", ("blimp", "paper", "acc")).paired.n == 50
+    assert [text.split(":")[0] for text in comparisons.disturbing] == ["sincos"]
+
+
+def test_other_devices_are_told(make_study, change_facts):
+    study = make_study(TWO, benchmarks={"blimp": 50})
+    assert compare_all(read_results(study), "baseline").disturbing == []
+    change_facts(study.runs["sincos"].folder / "items.parquet", device="A GPU")
+    comparisons = compare_all(read_results(study), "baseline")
+    assert comparisons.disturbing == ["baseline and sincos: device cpu against A GPU"]
+    (table, *_) = accuracy_tables(study, read_results(study), comparisons)
+    assert "Not scored alike: baseline and sincos: device cpu against A GPU." in table.notes
 
 
 def test_items_that_disagree_with_the_record_are_refused(make_study):
