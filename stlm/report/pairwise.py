@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
 from stlm.evaluation.statistics import Interval, holm
-from stlm.report.comparison import SIGN, Accuracy, Paired, accuracy, by_mode, paired, significant
+from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.names import percent
 from stlm.report.results import read_outcomes
 
@@ -182,7 +182,8 @@ def as_text(found: PairwiseComparison) -> str:
         "In percent and points, with 95% intervals: Wilson for A and B, bootstrap over items for B - A;",
         "over groups: cluster-robust for A and B, whole groups resampled for B - A.",
         "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
-        f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05.",
+        f"Holm: p adjusted for the {len(found.rows)} tests shown; below 0.05: {SIGN}, or {SIGN_ITEMS} where the interval",
+        "over groups includes zero.",
         *(f"warning: {warning}" for warning in found.warnings),
     ]
     return "\n".join(lines)
@@ -236,7 +237,7 @@ def _description(side: Predictions) -> str:
 
 def _cells(row: Row) -> list[str]:
     own = row.paired
-    sign = SIGN if significant(own.adjusted) else " "
+    sign = mark(own) or " "
     return [
         row.benchmark,
         str(own.n),

@@ -172,6 +172,15 @@ def test_text_fits_100_columns_and_is_aligned(make_study):
     assert len({len(line) for line in block[: block.index("")] if "groups" not in line}) == 1
 
 
+def test_text_marks_what_is_significant(make_study):
+    make_study(TWO, benchmarks={"blimp": 200}, skills={"baseline": 0.55, "sincos": 0.95})
+    text = as_text(compare(find_predictions("toy/baseline"), find_predictions("toy/sincos")))
+    (row,) = [line for line in text.split("paper mode")[1].splitlines() if line.startswith("blimp")]
+    assert "* [" in row and row.endswith("<.001")
+    unchanged = as_text(compare(find_predictions("toy/sincos"), find_predictions("toy/sincos")))
+    assert "* [" not in unchanged and " 0.0  [0.0,0.0]" in unchanged
+
+
 def test_json_has_the_numbers_and_the_facts(study, capsys):
     assert main(["compare", "toy/baseline", "toy/sincos@100", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
