@@ -182,8 +182,8 @@ def as_text(found: PairwiseComparison) -> str:
         "In percent and points, with 95% intervals: Wilson for A and B, bootstrap over items for B - A;",
         "over groups: cluster-robust for A and B, whole groups resampled for B - A.",
         "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
-        f"Holm: p adjusted for the {len(found.rows)} tests shown; below 0.05: {SIGN}, or {SIGN_ITEMS} where the interval",
-        "over groups includes zero.",
+        f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05,",
+        f"{SIGN_ITEMS} where it is but the interval over groups includes zero.",
         *(f"warning: {warning}" for warning in found.warnings),
     ]
     return "\n".join(lines)
