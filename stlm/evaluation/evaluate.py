@@ -39,7 +39,7 @@ from stlm.training.devices import cpu_multiplies_bfloat16
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}
 # Goes up whenever the same weights, text and settings would get other numbers.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 RAW = Path("data/raw")
 _STEP = re.compile(r"step-[0-9]+")
 

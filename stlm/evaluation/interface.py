@@ -43,7 +43,13 @@ class Score(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """Anything that can say how probable a text is."""
+    """Anything that can say how probable a text is.
+
+    `precise` is the model itself, or the same in arithmetic fine enough to tell near ties apart.
+    """
+
+    @property
+    def precise(self) -> LanguageModel: ...
 
     def loglikelihoods(
         self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from stlm.errors import UserError
@@ -41,6 +42,10 @@ ITEMS_SCHEMA = pa.schema(
 
 ItemScores = list[list[Score]]
 
+# Nats by which bfloat16 may move an option's log-probability, for each square root of a token: five times the
+# root mean square found with a 50M model (docs/evaluation.md).
+_BFLOAT16_ERROR = 0.01
+
 
 def score(
     model: LanguageModel, items: Sequence[Item], modes: Sequence[Mode], progress: Progress = no_progress
@@ -55,6 +60,12 @@ def score(
     ]
     greedy = any(len(item.options) == 1 for item in items)
     scores = model.loglikelihoods(requests, progress, greedy=greedy)
+    if model.precise is not model:
+        again = _near_ties(items, modes, scores)
+        for number, found in zip(
+            again, model.precise.loglikelihoods([requests[n] for n in again]), strict=True
+        ):
+            scores[number] = found
     for request, found in zip(requests, scores, strict=True):
         if not math.isfinite(found.logprob):
             raise UserError(
@@ -63,6 +74,28 @@ def score(
             )
     remaining = iter(scores)
     return {mode: [list(islice(remaining, len(item.options))) for item in items] for mode in modes}
+
+
+def _near_ties(items: Sequence[Item], modes: Sequence[Mode], scores: Sequence[Score]) -> list[int]:
+    """Which scores, numbered as requests are, belong to items whose best options bfloat16 may confuse."""
+    numbers, begin = [], 0
+    for _ in modes:
+        for item in items:
+            own = range(begin, begin + len(item.options))
+            begin = own.stop
+            logprobs = np.array([scores[n].logprob for n in own])
+            lengths = np.array([max(len(option.words), 1) for option in item.options])
+            # Of a whole string, the tokens that options have in common have their errors in common too.
+            tokens = np.minimum([scores[n].n_tokens for n in own], lengths)
+            errors = _BFLOAT16_ERROR * np.sqrt(tokens)
+            if any(_confusable(logprobs / by, errors / by) for by in (1, lengths)):
+                numbers += own
+    return numbers
+
+
+def _confusable(values: np.ndarray, errors: np.ndarray) -> bool:
+    best = int(values.argmax())
+    return int((values + errors >= values[best] - errors[best]).sum()) > 1
 
 
 def rows(labels: Mapping[str, Any], items: Sequence[Item], scores: Mapping[Mode, ItemScores]) -> pa.Table:

@@ -54,14 +54,18 @@ class TokenModel:
         precision: Literal["float32", "bfloat16"] = "float32",
         batch_tokens: int | None = None,
     ) -> None:
-        self.exact = transformer.to(device).eval()
-        self.transformer = _linear_in_bfloat16(self.exact) if precision == "bfloat16" else self.exact
+        transformer = transformer.to(device).eval()
         self.encoder = encoder
         self.device = torch.device(device)
         self.precision = precision
         self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
         self.context: int = transformer.config.context
         self.packs: bool = getattr(transformer, "packs", True)
+        self.transformer: nn.Module = transformer
+        self.precise: TokenModel = self
+        if precision == "bfloat16":
+            self.transformer = _linear_in_bfloat16(transformer)
+            self.precise = TokenModel(transformer, encoder, device, "float32", batch_tokens)
 
     def loglikelihoods(
         self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False
@@ -232,7 +236,7 @@ class TokenModel:
         lse_N = torch.cat([lse for lse, _ in found])
         # In float32 whatever the precision: its error would stay in the difference of two options whole,
         # while those of a vocabulary's other logits average out.
-        logit_P = self.exact.logit(hidden_ND[picked_P].float(), targets_P)
+        logit_P = self.precise.transformer.logit(hidden_ND[picked_P].float(), targets_P)
         found_P2 = torch.zeros(len(picked_P), 2, dtype=torch.float64, device=self.device)
         found_P2[:, 0] = logit_P.double() - lse_N[picked_P]
         if greedy:

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +259,36 @@ def test_bfloat16_stays_near_float32(transformer):
     assert any(a.logprob != b.logprob for a, b in zip(exact, half, strict=True))
     for a, b in zip(exact, half, strict=True):
         assert b.logprob == pytest.approx(a.logprob, rel=0.03, abs=0.2)
+
+
+def test_near_ties_in_bfloat16_are_settled_in_float32(transformer):
+    """A random model's options are close: bfloat16 alone would change some answers."""
+    rng = random.Random(3)
+    letters = "abcdefgh"
+    items = []
+    for number in range(300):
+        context = "".join(rng.choice(letters) for _ in range(12))
+        texts = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 4))) for _ in range(4)]
+        items.append(Item(str(number), tuple(Option(context, " " + text, text) for text in texts), 0))
+    exact = scoring.score(model_of(transformer, ByteTokenizer()), items, ["harness", "paper"])
+    model = model_of(transformer, ByteTokenizer(), precision="bfloat16")
+    found = scoring.score(model, items, ["harness", "paper"])
+    unsettled = SimpleNamespace(loglikelihoods=model.loglikelihoods)
+    unsettled.precise = unsettled
+    alone = scoring.score(unsettled, items, ["harness", "paper"])
+
+    def best(scores):
+        return [int(np.argmax([score.logprob for score in item])) for item in scores]
+
+    settled = 0
+    for mode in ("harness", "paper"):
+        assert best(found[mode]) == best(exact[mode])
+        for own, half, full in zip(found[mode], alone[mode], exact[mode], strict=True):
+            if own != half:
+                settled += 1
+                assert [s.logprob for s in own] == pytest.approx([s.logprob for s in full], abs=1e-4)
+    assert any(best(alone[mode]) != best(exact[mode]) for mode in alone)
+    assert 0 < settled < len(items)
 
 
 @pytest.mark.cuda
