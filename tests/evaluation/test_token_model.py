@@ -264,11 +264,11 @@ def test_bfloat16_stays_near_float32(transformer):
 def test_near_ties_in_bfloat16_are_settled_in_float32(transformer):
     """A random model's options are close: bfloat16 alone would change some answers."""
     rng = random.Random(3)
-    letters = "abcdefgh"
+    letters = "abcdefghijklmnopqrstuvwxyz"
     items = []
-    for number in range(300):
+    for number in range(400):
         context = "".join(rng.choice(letters) for _ in range(12))
-        texts = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 4))) for _ in range(4)]
+        texts = [context[:2] + letter for letter in letters]
         items.append(Item(str(number), tuple(Option(context, " " + text, text) for text in texts), 0))
     exact = scoring.score(model_of(transformer, ByteTokenizer()), items, ["harness", "paper"])
     model = model_of(transformer, ByteTokenizer(), precision="bfloat16")
