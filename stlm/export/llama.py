@@ -1,0 +1,143 @@
+"""A checkpoint as a folder that `transformers` loads as a Llama model (Touvron et al. 2023) with its tokenizer.
+
+The paper's baseline is a Llama: RMSNorm before each part, rotary positions that rotate halves, SwiGLU, grouped
+key/value heads, no biases. Only the names differ, and that query, key and value are one matrix here, gate and
+up another.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tokenizers
+from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from stlm.errors import UserError
+from stlm.files import atomic_directory, write_json
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+from stlm.tokens import Tokenizer, load_tokenizer
+from stlm.tokens.tokenizer import EOT
+from stlm.training.checkpoints import load_checkpoint
+
+# What a Llama has, and the key of `model` that says so.
+_LLAMA = {"positions": "rope", "norm": "rmsnorm", "ffn": "swiglu"}
+
+
+def export_llama(checkpoint: Path, folder: Path) -> None:
+    """Write `checkpoint` (`.../checkpoints/step-N`, its tokenizer beside it) to `folder`, in float32, atomically.
+
+    `AutoModelForCausalLM` and `AutoTokenizer` load the folder. Logits are the checkpoint's but for rounding; the
+    tokenizer gives the same ids for any text, adds none, and takes the text `<|endoftext|>` for ordinary text
+    (`split_special_tokens`), as ours does. The end-of-text token is both bos and eos.
+
+    Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
+    """
+    model, _ = load_checkpoint(checkpoint)
+    for key, needed in _LLAMA.items():
+        found = getattr(model.config, key)
+        if found != needed:
+            raise UserError(f"{checkpoint}: model.{key}: {found} is not what a Llama has ({needed})")
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{checkpoint}: model.vocab_size: {model.config.vocab_size}, but its tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    content = tokenizer_json(tokenizer)
+    with atomic_directory(folder) as temporary:
+        save_file(llama_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "config.json", llama_config(model.config, tokenizer.eot))
+        (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
+        write_json(
+            temporary / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": EOT,
+                "eos_token": EOT,
+                "add_bos_token": False,
+                "add_eos_token": False,
+                "split_special_tokens": True,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.context,
+            },
+        )
+
+
+def llama_config(config: ModelConfig, eot: int) -> dict[str, object]:
+    """The content of `config.json`. The base of the rotary wavelengths has two names, an old and a new one."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": "float32",
+    }
+
+
+def llama_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights under Llama's names; a tied head is not written, as `transformers` does not write it."""
+    config, state = model.config, model.state_dict()
+    query, key_value = config.width, config.kv_heads * config.head_width
+    weights = {
+        "model.embed_tokens.weight": state["embedding.weight"],
+        "model.norm.weight": state["norm.weight"],
+    }
+    if not config.tied:
+        weights["lm_head.weight"] = state["output.weight"]
+    for number in range(config.layers):
+        ours, theirs = f"blocks.{number}.", f"model.layers.{number}."
+        q, k, v = state[ours + "attention.qkv.weight"].split([query, key_value, key_value])
+        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
+        own = {
+            "input_layernorm": state[ours + "attention_norm.weight"],
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": state[ours + "attention.out.weight"],
+            "post_attention_layernorm": state[ours + "ffn_norm.weight"],
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": state[ours + "ffn.down.weight"],
+        }
+        weights |= {f"{theirs}{name}.weight": tensor for name, tensor in own.items()}
+    # Copies: the parts of a matrix share its memory, which the file format refuses.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The `tokenizer.json` of the library `tokenizers` for GPT-2's and trained byte-pair vocabularies.
+
+    Raises UserError for another kind.
+    """
+    if "tokenizer.json" in tokenizer.files:
+        return tokenizer.files["tokenizer.json"].decode()
+    if tokenizer.name != "gpt2":
+        raise UserError(f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2 or bpe-N")
+    vocabulary = json.loads(tokenizer.files["encoder.json"])
+    # The first line is the version; a merge is two words.
+    merges = [tuple(line.split()) for line in tokenizer.files["vocab.bpe"].decode().splitlines()[1:] if line]
+    gpt2 = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    gpt2.decoder = decoders.ByteLevel()
+    gpt2.add_special_tokens([EOT])
+    return gpt2.to_str(pretty=True)
