@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import stdev
 
 from stlm.evaluation.statistics import wilson
 
@@ -18,8 +20,19 @@ def is_tie(scores: Sequence[float]) -> bool:
     return list(scores).count(max(scores)) > 1
 
 
-def proportion(credits: Sequence[float]) -> dict[str, float | int]:
-    """The mean of the items' credits with its 95% Wilson interval: {value, low, high, n}."""
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean, from the sample's standard deviation (n - 1), as lm_eval quotes it.
+
+    None of a single value, which has no deviation.
+    """
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def proportion(credits: Sequence[float]) -> dict[str, float | int | None]:
+    """The mean of the items' credits with its 95% Wilson interval and its standard error.
+
+    Keys: value, low, high, stderr (None of one item), n.
+    """
     n, correct = len(credits), sum(credits)
     low, high = wilson(min(correct, n), n)
-    return {"value": correct / n, "low": low, "high": high, "n": n}
+    return {"value": correct / n, "low": low, "high": high, "stderr": standard_error(credits), "n": n}

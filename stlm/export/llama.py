@@ -1,8 +1,8 @@
-"""A checkpoint as a folder that `transformers` loads as a Llama model (Touvron et al. 2023) with its tokenizer.
+"""A checkpoint as a folder that `transformers` loads as a Llama (Touvron et al. 2023), with its tokenizer.
 
-The paper's baseline is a Llama: RMSNorm before each part, rotary positions that rotate halves, SwiGLU, grouped
-key/value heads, no biases. Only the names differ, and that query, key and value are one matrix here, gate and
-up another.
+The paper's baseline is a Llama: RMSNorm before each part, rotary positions that rotate halves, SwiGLU,
+grouped key/value heads, no biases. Only the names differ, and that query, key and value are one matrix here,
+gate and up another.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LLAMA = {"positions": "rope", "norm": "rmsnorm", "ffn": "swiglu"}
 
 
 def export_llama(checkpoint: Path, folder: Path) -> None:
-    """Write `checkpoint` (`.../checkpoints/step-N`, its tokenizer beside it) to `folder`, in float32, atomically.
+    """Write `checkpoint` (`.../checkpoints/step-N`, its tokenizer beside it) to `folder`, atomically.
 
-    `AutoModelForCausalLM` and `AutoTokenizer` load the folder. Logits are the checkpoint's but for rounding; the
-    tokenizer gives the same ids for any text, adds none, and takes the text `<|endoftext|>` for ordinary text
-    (`split_special_tokens`), as ours does. The end-of-text token is both bos and eos.
+    `AutoModelForCausalLM` and `AutoTokenizer` load the folder, in float32. Logits are the checkpoint's but
+    for rounding; the tokenizer gives the same ids for any text, adds none, and takes the text `<|endoftext|>`
+    for ordinary text (`split_special_tokens`), as ours does. The end-of-text token is both bos and eos.
 
     Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
@@ -44,8 +44,8 @@ def export_llama(checkpoint: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"{checkpoint}: model.vocab_size: {model.config.vocab_size}, but its tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} tokens"
+            f"{checkpoint}: model.vocab_size: {model.config.vocab_size}, but its tokenizer "
+            f"{tokenizer.name} has {tokenizer.vocab_size} tokens"
         )
     content = tokenizer_json(tokenizer)
     with atomic_directory(folder) as temporary:
@@ -68,7 +68,7 @@ def export_llama(checkpoint: Path, folder: Path) -> None:
 
 
 def llama_config(config: ModelConfig, eot: int) -> dict[str, object]:
-    """The content of `config.json`. The base of the rotary wavelengths has two names, an old and a new one."""
+    """The content of `config.json`. The rotary wavelengths' base has two names, an old and a new one."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
