@@ -1,0 +1,179 @@
+"""Our scores are lm_eval's own: the same requests, tokens, log-probabilities, accuracies, standard errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import parity
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from harness_tasks import HARNESS_TASKS
+from lm_eval.api import metrics
+from tricky_items import ITEMS
+
+from stlm.corpora.synthetic import corpus
+from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.token_model import TokenModel
+from stlm.export.llama import export_llama
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+from stlm.study import load_benchmarks
+from stlm.tokens import Tokenizer
+from stlm.tokens.bpe import train_bpe
+from stlm.tokens.tokenizer import gpt2_tokenizer
+from stlm.training.checkpoints import checkpoint_name, save_checkpoint
+
+CONTEXT = 128
+# Real items of a benchmark that are compared; of BLiMP and MMLU two or more a paradigm or subject.
+REAL = 30
+
+
+class Sides(NamedTuple):
+    """One model, as we and as lm_eval load it."""
+
+    ours: TokenModel
+    theirs: parity.RecordingHFLM
+
+
+def _sides(folder: Path, tokenizer: Tokenizer) -> Sides:
+    torch.manual_seed(2)
+    config = ModelConfig(
+        layers=2,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        ffn_width=48,
+        context=CONTEXT,
+        vocab_size=tokenizer.vocab_size,
+    )
+    transformer = Transformer(config)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            # Large enough that options differ.
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    checkpoint = folder / "checkpoints" / checkpoint_name(1)
+    save_checkpoint(checkpoint, transformer, {"step": 1, "tokens": 1})
+    tokenizer.save(checkpoint.parent / "tokenizer")
+    export_llama(checkpoint, folder / "llama")
+    return Sides(TokenModel(transformer, RequestEncoder(tokenizer)), parity.RecordingHFLM(folder / "llama"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Sides:
+    return _sides(
+        tmp_path_factory.mktemp("trained"), train_bpe("bpe-800", [*corpus(0, 300)["text"], str(ITEMS)])
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory, mirror: Path) -> Sides:
+    return _sides(tmp_path_factory.mktemp("gpt2"), gpt2_tokenizer(mirror / "tokenizers" / "gpt2"))
+
+
+@pytest.fixture(params=["bpe", "gpt2"])
+def sides(request: pytest.FixtureRequest) -> Sides:
+    return request.getfixturevalue("trained" if request.param == "bpe" else "gpt2")
+
+
+def _prepare(sides: Sides, name: str, raw: Path, folder: Path, share: float = 1.0) -> parity.Sample:
+    return parity.prepare(name, raw, folder, sides.ours.encoder, CONTEXT, share, seed=3)
+
+
+def _tricky(sides: Sides, name: str, folder: Path) -> parity.Sample:
+    split, rows = ITEMS[name]
+    (folder / name).mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / name / f"{split}.parquet")
+    return _prepare(sides, name, folder / name, folder / "both")
+
+
+def _check(result: dict) -> None:
+    assert result["requests_text_differs"] == result["requests_tokens_differ"] == 0
+    assert 0 < result["logprob_max_difference"] < 2e-4
+    for metric in result["metrics"].values():
+        assert metric["picks_differ"] == 0
+        own, their = metric["stlm_first_of_ties"], metric["lm_eval"]
+        assert own["value"] == pytest.approx(their["value"], rel=1e-12)
+        assert own["stderr"] == pytest.approx(their["stderr"], rel=1e-9)
+        assert metric["items_credited_otherwise"] <= metric["items_tied"]
+    assert parity.agrees(result)
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_tricky_items(tmp_path: Path, sides: Sides, name: str) -> None:
+    sample = _tricky(sides, name, tmp_path)
+    result = parity.compare(sides.ours, sides.theirs, sample)
+    _check(result)
+    assert result["items"] + result["items_left_out"] == len(ITEMS[name][1])
+    assert result["requests"] == sum(len(item.options) for item in sample.items)
+    assert result["items_truncated"] >= 1 or name == "blimp"
+    assert set(result["metrics"]) == (
+        {"acc", "acc_norm"} if "arc" in name or name == "hellaswag" else {"acc"}
+    )
+
+
+def test_ties_are_counted(tmp_path: Path, trained: Sides) -> None:
+    """Two pairs of options and a pair of sentences are the same text: 1/k here, the first of them there."""
+    result = parity.compare(trained.ours, trained.theirs, _tricky(trained, "hellaswag", tmp_path))
+    assert result["metrics"]["acc"]["items_tied"] >= 1
+    assert result["items_left_out"] == 1  # lm_eval refuses an ending longer than the context
+
+
+def test_the_reference_sees_what_the_exported_folder_says(sides: Sides) -> None:
+    eot = sides.ours.encoder.tokenizer.eot
+    assert sides.theirs.prefix_token_id == sides.theirs.eot_token_id == eot
+    assert sides.theirs.max_length == CONTEXT
+    assert sides.theirs.tok_encode("<|endoftext|> x") == sides.ours.encoder.tokenizer.encode(
+        "<|endoftext|> x"
+    )
+
+
+def test_a_difference_is_found(tmp_path: Path, trained: Sides) -> None:
+    sample = _tricky(trained, "winogrande", tmp_path)
+    item = sample.items[0]
+    changed = item._replace(options=(item.options[0]._replace(continuation=" other"), item.options[1]))
+    result = parity.compare(trained.ours, trained.theirs, sample._replace(items=[changed, *sample.items[1:]]))
+    assert result["requests_text_differs"] == 1 and result["logprob_max_difference"] > 0.1
+    assert not parity.agrees(result)
+
+    sample.encoded[1][0].tokens[-1] += 1
+    result = parity.compare(trained.ours, trained.theirs, sample)
+    assert result["requests_text_differs"] == 0 and result["requests_tokens_differ"] == 1
+    assert not parity.agrees(result)
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_real_items(tmp_path: Path, root: Path, mirror: Path, sides: Sides, name: str) -> None:
+    source = next(s for s in load_benchmarks(root)[name].sources if s.kind == "mirror")
+    raw = mirror / source.path
+    rows = pq.read_metadata(parity.BENCHMARKS[name].files(raw)[1][0]).num_rows
+    sample = _prepare(sides, name, raw, tmp_path, REAL / rows)
+    assert len(sample.items) >= REAL - 5
+    assert len(sample.tasks) == {"blimp": 67, "mmlu": 57}.get(name, 1)
+    _check(parity.compare(sides.ours, sides.theirs, sample))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_standard_errors_of_groups(weighted: bool) -> None:
+    values = [1.0, 0.0, 0.5, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    groups = [[0, 3], [1, 2, 4, 5, 6], [7, 8]]
+    parts = [[values[i] for i in group] for group in groups]
+    errors, sizes = [metrics.mean_stderr(part) for part in parts], [len(part) for part in parts]
+    found = parity.aggregate(values, groups, weighted)
+    if weighted:
+        assert found["stderr"] == pytest.approx(metrics.pooled_sample_stderr(errors, sizes), rel=1e-12)
+        assert found["value"] == pytest.approx(4.5 / 9)
+    else:
+        assert found["stderr"] == pytest.approx(metrics.unweighted_mean_stderr(errors), rel=1e-12)
+        assert found["value"] == pytest.approx((1 + 0.3 + 0.5) / 3)
+    single = parity.aggregate(values, [list(range(9))], True)
+    assert single["stderr"] == pytest.approx(metrics.mean_stderr(values), rel=1e-12)
+    assert parity.aggregate(values, [[0], list(range(1, 9))], weighted)["stderr"] is None
+
+
+def test_every_benchmark_has_its_task() -> None:
+    assert set(ITEMS) <= set(HARNESS_TASKS)
+    own = {name for name in parity.BENCHMARKS if not name.startswith("synthetic")}
+    assert own <= set(HARNESS_TASKS)
