@@ -9,22 +9,20 @@ import parity
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from harness_tasks import HARNESS_TASKS
 from lm_eval.api import metrics
+from tiny_run import save_llama
 from tricky_items import ITEMS
 
 from stlm.corpora.synthetic import corpus
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
-from stlm.model.config import ModelConfig
-from stlm.model.transformer import Transformer
 from stlm.study import load_benchmarks
 from stlm.tokens import Tokenizer
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import gpt2_tokenizer
-from stlm.training.checkpoints import checkpoint_name, save_checkpoint
+from stlm.training.checkpoints import load_checkpoint
 
 CONTEXT = 128
 # Real items of a benchmark that are compared; of BLiMP and MMLU two or more a paradigm or subject.
@@ -39,25 +37,9 @@ class Sides(NamedTuple):
 
 
 def _sides(folder: Path, tokenizer: Tokenizer) -> Sides:
-    torch.manual_seed(2)
-    config = ModelConfig(
-        layers=2,
-        width=32,
-        heads=4,
-        kv_heads=2,
-        ffn_width=48,
-        context=CONTEXT,
-        vocab_size=tokenizer.vocab_size,
-    )
-    transformer = Transformer(config)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            # Large enough that options differ.
-            parameter.mul_(8 if parameter.dim() == 2 else 1)
-    checkpoint = folder / "checkpoints" / checkpoint_name(1)
-    save_checkpoint(checkpoint, transformer, {"step": 1, "tokens": 1})
-    tokenizer.save(checkpoint.parent / "tokenizer")
+    checkpoint = save_llama(folder, tokenizer, CONTEXT)
     export_llama(checkpoint, folder / "llama")
+    transformer, _ = load_checkpoint(checkpoint)
     return Sides(TokenModel(transformer, RequestEncoder(tokenizer)), parity.RecordingHFLM(folder / "llama"))
 
 

@@ -12,6 +12,7 @@ import torch
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.study import Run
+from stlm.tokens import Tokenizer
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 
 MODEL = ModelConfig(
@@ -64,3 +65,18 @@ def save_weights(run: Run, step: int, scale: float = 4.0) -> None:
             parameter.mul_(scale if parameter.dim() == 2 else 1)
     folder = run.folder / "checkpoints" / checkpoint_name(step)
     save_checkpoint(folder, model, {"step": step, "tokens": step * 256})
+
+
+def save_llama(folder: Path, tokenizer: Tokenizer, context: int) -> Path:
+    """A checkpoint that is a Llama, of random weights and that tokenizer, in a run's `folder`; its path."""
+    torch.manual_seed(2)
+    size = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": context}
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large enough that options differ.
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    checkpoint = folder / "checkpoints" / checkpoint_name(1)
+    save_checkpoint(checkpoint, model, {"step": 1, "tokens": 1})
+    tokenizer.save(checkpoint.parent / "tokenizer")
+    return checkpoint

@@ -1,0 +1,269 @@
+"""Our models in the reference harness: `lm_eval --model stlm --model_args run=results/desk/runs/baseline`.
+
+Prompts, tasks and metrics are the harness's; log-probabilities are those of the engine that `stlm evaluate`
+runs. The command that knows this model is in `stlm.evaluation.harness_command`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from stlm.errors import UserError, nearest
+from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.token_model import TokenModel
+from stlm.model.config import parameter_counts
+from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import EOT
+from stlm.training.checkpoints import load_checkpoint
+
+# Tokens generated where a task asks for no number of them, as lm_eval's `hf`.
+MAX_GENERATED = 256
+# Sequences that are generated at once where `--batch_size` leaves it open.
+_GENERATED_AT_ONCE = 32
+_PRECISIONS = ("float32", "bfloat16")
+_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
+
+Sequences = list[tuple[tuple[str, str] | None, list[int], list[int]]]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint in `folder`: itself one, or a run's folder, of which the last. UserError for neither."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    found = list((folder / "checkpoints").glob("step-*"))
+    if not found:
+        raise UserError(
+            f"run={folder}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*) nor a "
+            "checkpoint's (with model.safetensors)"
+        )
+    return max(found, key=lambda step: int(step.name.removeprefix("step-")))
+
+
+@register_model("stlm")
+class StlmLM(TemplateLM):
+    """A checkpoint as a model of the harness.
+
+    Arguments, as in `--model_args run=FOLDER,dtype=bfloat16`:
+    run: a run's folder (its last checkpoint is taken) or a checkpoint's.
+    device: cpu, cuda or cuda:N; default: CUDA where there is one.
+    dtype: float32 or bfloat16, of the forward pass.
+    batch_size: sequences of the context's length in a forward pass; 1 (the harness's default) and `auto` leave
+    it to the engine. It changes the speed, not the scores.
+
+    Raises UserError for a wrong argument, or a checkpoint that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        run: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        for key in unknown:
+            hint = nearest(key, ["run", "device", "dtype", "batch_size"])
+            raise UserError(f"--model_args {key}: not an argument of the model stlm{hint}")
+        if run is None:
+            raise UserError("--model_args run=FOLDER is missing: a run's folder, or a checkpoint's")
+        if dtype not in _PRECISIONS:
+            raise UserError(f"--model_args dtype={dtype}: expected {' or '.join(_PRECISIONS)}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"--device {device}: expected cpu, cuda or cuda:N") from None
+        folder = last_checkpoint(Path(run))
+        transformer, self.description = load_checkpoint(folder)
+        self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
+        size = int(batch_size) if str(batch_size).isdigit() else 1
+        self.batch_size = size if size > 1 else _GENERATED_AT_ONCE
+        self.model = TokenModel(
+            transformer,
+            RequestEncoder(self.own_tokenizer),
+            device,
+            dtype,
+            size * transformer.config.context if size > 1 else None,
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.own_tokenizer.eot
+
+    @property
+    def max_length(self) -> int:
+        return self.model.context
+
+    @property
+    def max_gen_toks(self) -> int:
+        return MAX_GENERATED
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the vocabulary itself: two corpora's `bpe-4096` are two."""
+        content = hashlib.sha256(b"".join(self.own_tokenizer.files.values())).hexdigest()
+        return f"stlm-{self.own_tokenizer.name}-{content[:12]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes about the model to its results."""
+        return {
+            "model_num_parameters": parameter_counts(self.model.transformer.config).total,
+            "model_dtype": self.model.precision,
+            "model_sha": self.description["weights_sha256"],
+            "model_step": self.description["step"],
+        }
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The token ids of a text. There are no special tokens to add."""
+        return self.own_tokenizer.encode(string)
+
+    def tok_decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without end-of-text tokens."""
+        return self.own_tokenizer.decode(tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequences, disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        encoded = [
+            Encoded(np.asarray(context + continuation, dtype=np.int32), len(context), False)
+            for _, context, continuation in requests
+        ]
+        with tqdm(total=len(encoded), disable=disable_tqdm, desc="stlm: log-probabilities") as bar:
+            scores = self.model.score_tokens(encoded, greedy=True, progress=bar.update)
+        answers = [(score.logprob, bool(score.greedy)) for score in scores]
+        for (text, _, _), answer in zip(requests, answers, strict=True):
+            # The parts of a rolling text have none.
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log P of whole texts, each token once, the first after the end-of-text token.
+
+        Windows as in lm_eval's `hf`: of the context's length, each with as much context as fits.
+        """
+        windows: Sequences = []
+        owners = []
+        for number, request in enumerate(requests):
+            parts = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows += [(None, *make_disjoint_window(part)) for part in parts]
+            owners += [number] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm)
+        for number, (logprob, _) in zip(owners, answers, strict=True):
+            totals[number] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts that continue contexts, up to a stop string, the end of text or `max_gen_toks` tokens.
+
+        Greedy unless `temperature` is above 0 or `do_sample` is set; then `top_k` and `top_p` apply in this
+        order after the temperature, as in `transformers`. Of a context the last `max_length - max_gen_toks`
+        tokens are read (lm_eval's rule); where more is generated than fits, the window moves on.
+        """
+        groups: defaultdict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[repr(request.args[1])].append(number)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="stlm: generation") as bar:
+            for numbers in groups.values():
+                options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_GENERATED))
+                stops = handle_stop_sequences(options.pop("until", None), eos=EOT)
+                length = options.pop("max_gen_toks")
+                for key in options.keys() - _SAMPLING:
+                    raise UserError(f"gen_kwargs {key}: not supported{nearest(key, _SAMPLING)}")
+                contexts = [self.tok_encode(requests[number].args[0]) for number in numbers]
+                # Contexts of like length together: less padding.
+                order = sorted(range(len(numbers)), key=lambda place: -len(contexts[place]))
+                for begin in range(0, len(order), self.batch_size):
+                    places = order[begin : begin + self.batch_size]
+                    found = self._generate([contexts[place] for place in places], stops, length, options)
+                    for place, tokens in zip(places, found, strict=True):
+                        text = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+                        texts[numbers[place]] = text
+                        self.cache_hook.add_partial("generate_until", requests[numbers[place]].args, text)
+                    bar.update(len(places))
+        return texts
+
+    def _generate(
+        self, contexts: Sequence[list[int]], stops: Sequence[str], length: int, sampling: dict[str, Any]
+    ) -> list[list[int]]:
+        """At most `length` tokens after each context, up to and with what completes a stop string."""
+        room = max(1, self.max_length - length)
+        # An empty context is the start of a document.
+        prompts = [context[-room:] or [self.eot_token_id] for context in contexts]
+        found: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        for _ in range(length):
+            if not running:
+                break
+            rows = [(prompts[number] + found[number])[-self.max_length :] for number in running]
+            tokens = _choose(self._next_logits(rows), sampling).tolist()
+            for number, token in zip(running, tokens, strict=True):
+                found[number].append(token)
+            running = [
+                n for n in running if found[n][-1] != self.eot_token_id and not self._stopped(found[n], stops)
+            ]
+        return found
+
+    def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
+        text = self.tok_decode(tokens)
+        return any(stop and stop in text for stop in stops)
+
+    @torch.inference_mode()
+    def _next_logits(self, rows: Sequence[list[int]]) -> Tensor:
+        """Logits [B, V], float32, of the token after each row. Padding at the right is seen by none."""
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens_BL = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for b, row in enumerate(rows):
+            tokens_BL[b, : len(row)] = torch.tensor(row)
+        half = self.model.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16) if half else nullcontext():
+            hidden_BLD = self.model.transformer.hidden(tokens_BL.to(self._device))
+        last_BD = hidden_BLD[torch.arange(len(rows)), lengths - 1].float()
+        return self.model.transformer.head(last_BD).float()
+
+
+def _choose(logits_BV: Tensor, sampling: dict[str, Any]) -> Tensor:
+    """The next token [B] of each row: the most probable one, or drawn (from torch's global generator).
+
+    After the temperature, the `top_k` most probable tokens are kept, of these the fewest whose probabilities
+    reach `top_p` (Holtzman et al. 2020).
+    """
+    temperature = float(sampling.get("temperature") or (1.0 if sampling.get("do_sample") else 0.0))
+    if not sampling.get("do_sample") or temperature <= 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV / temperature
+    top_k, top_p = int(sampling.get("top_k") or 0), float(sampling.get("top_p") or 1.0)
+    if top_k > 0:
+        kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    if top_p < 1:
+        ordered_BV, order_BV = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
+        # A token goes when those before it reach top_p already; the first always stays.
+        beyond_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= top_p
+        beyond_BV[:, 0] = False
+        beyond_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
+        logits_BV = logits_BV.masked_fill(beyond_BV, -torch.inf)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1).squeeze(-1)
