@@ -62,8 +62,8 @@ class StlmLM(TemplateLM):
     run: a run's folder (its last checkpoint is taken) or a checkpoint's.
     device: cpu, cuda or cuda:N; default: CUDA where there is one.
     dtype: float32 or bfloat16, of the forward pass.
-    batch_size: sequences of the context's length in a forward pass; 1 (the harness's default) and `auto` leave
-    it to the engine. It changes the speed, not the scores.
+    batch_size: sequences of the context's length in a forward pass; 1 (the harness's default) and `auto`
+    leave it to the engine. It changes the speed, not the scores.
 
     Raises UserError for a wrong argument, or a checkpoint that is missing or damaged.
     """

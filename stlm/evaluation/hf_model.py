@@ -1,0 +1,258 @@
+"""Models of other people, from a local folder in the format of `transformers`, for our scoring engine.
+
+No code of the folder is run and no pickle is read: the architecture is one that `transformers` itself has, the
+weights are safetensors. What the engine relies on is tried out when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stlm.errors import UserError
+from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.interface import Request
+from stlm.files import sha256
+
+# Where configurations say how many positions a model has, in lm_eval's order.
+_CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
+
+
+class Shape(NamedTuple):
+    """What the engine asks of a model's configuration."""
+
+    context: int
+    vocab_size: int
+
+
+class HfModel(nn.Module):
+    """A causal language model of `transformers` with the interface of our transformer.
+
+    `packs`: whether several sequences may share a row, told apart by positions and mask. `own_head`: whether
+    logits are made by the model itself (scaled, capped), so that `hidden` gives them and `head` passes them on.
+    """
+
+    def __init__(self, model: nn.Module, context: int) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.config = Shape(context, model.get_output_embeddings().weight.shape[0])
+        self.own_head = False
+        self.packs = _may_pack(model, context)
+
+    def hidden(
+        self, tokens_BL: Tensor, positions_BL: Tensor | None = None, mask_BLL: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after the last norm [B, L, D], or logits [B, L, V] where `own_head`.
+
+        `positions_BL` (int64) and `mask_BLL` (True where query i sees key j) come together; without them every
+        row is a sequence from its first position on, padded at the right if at all.
+        """
+        inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
+        if mask_BLL is not None:
+            inputs |= {"position_ids": positions_BL, "attention_mask": self._mask(mask_BLL)}
+        if self.own_head:
+            return self.model(**inputs).logits
+        return self.model.base_model(**inputs).last_hidden_state
+
+    def head(self, x_ND: Tensor) -> Tensor:
+        """Logits [..., V] of what `hidden` gives."""
+        return x_ND if self.own_head else self.model.get_output_embeddings()(x_ND)
+
+    def _mask(self, mask_BLL: Tensor) -> Tensor:
+        """The mask with a dimension for the heads, in the form of the model's attention."""
+        mask_B1LL = mask_BLL[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return mask_B1LL
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(mask_B1LL.shape, device=mask_BLL.device).masked_fill(~mask_B1LL, lowest)
+
+
+class HfTokenizer:
+    """A tokenizer of `transformers` with the interface of ours: texts to ids, no special token added.
+
+    `eot` is the token that stands for the start of a text, as lm_eval has it: bos, or else eos. `adds_bos`:
+    whether the tokenizer itself puts it before a text, as then lm_eval does before contexts.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self._tokenizer = tokenizer
+        self.name = name
+        self.vocab_size = len(tokenizer)
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise UserError(
+                f"{name}: the tokenizer has neither a bos nor an eos token, which stands for no context"
+            )
+        self.eot: int = start
+        added, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+        if added not in (plain, [start, *plain]):
+            raise UserError(
+                f"{name}: the tokenizer adds {added} for {plain} ('a'); expected at most {start} before it"
+            )
+        self.adds_bos = added != plain
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([token for token in ids if token != self.eot])
+
+
+class HfRequestEncoder(RequestEncoder):
+    """Requests to tokens as lm_eval does for a model of `transformers`, bos before a context where it adds one."""
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        super().__init__(tokenizer)
+        self._bos = np.array([tokenizer.eot] if tokenizer.adds_bos else [], dtype=np.int32)
+
+    def __call__(self, requests: Sequence[Request]) -> list[Encoded]:
+        encoded = super().__call__(requests)
+        if not len(self._bos):
+            return encoded
+        return [
+            e if e.starts_with_eot else Encoded(np.concatenate([self._bos, e.tokens]), e.n_context + 1, True)
+            for e in encoded
+        ]
+
+
+def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokenizer]:
+    """The model and tokenizer in `folder`, in float32, tried out. `context` bounds the sequences; None: its own.
+
+    Raises UserError for a missing or foreign folder, code or pickled weights, an architecture that is not causal.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
+        )
+    if not list(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(file.name for file in folder.iterdir()))
+        raise UserError(f"{folder}: no weights as *.safetensors (found {found}); other formats are not read")
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise UserError("transformers is not installed; run: pip install 'stlm[harness]'") from None
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **local)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"{folder}: {config.model_type} is an encoder-decoder; expected a causal language model"
+            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+        )
+        tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(folder, **local), folder.name)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
+        ) from None
+    absent = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
+    if absent:
+        raise UserError(f"{folder}: the weights lack {len(absent)} of the model's tensors, first {absent[0]}")
+    own = own_context(config)
+    if own is None and context is None:
+        raise UserError(
+            f"{folder}/config.json: none of {', '.join(_CONTEXT_KEYS)}; give the model's `context`"
+        )
+    if own is not None and context is not None and context > own:
+        raise UserError(f"context: {context} is longer than the {own} positions of {folder}")
+    wrapped = HfModel(model, context or own)
+    if tokenizer.vocab_size > wrapped.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {wrapped.config.vocab_size}"
+        )
+    probe(wrapped, folder)
+    return wrapped, tokenizer
+
+
+def own_context(config: Any) -> int | None:
+    """The longest sequence that a configuration of `transformers` states, as lm_eval finds it."""
+    found = (getattr(config, key, None) for key in _CONTEXT_KEYS)
+    return next((int(value) for value in found if value is not None), None)
+
+
+def weights_sha256(folder: Path) -> str:
+    """A digest of all the weights and the configuration: of the files' names and digests."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    lines = "\n".join(f"{file.name} {sha256(file)}" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _may_pack(model: nn.Module, context: int) -> bool:
+    """Whether positions and mask can be given, and a mask of our own hides nothing that the model's own shows.
+
+    Windows narrower than the context would be left out by our mask, and recurrent layers see no mask.
+    """
+    config = model.config
+    takes = inspect.signature(model.base_model.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    narrow = window is not None and window < context
+    return {"position_ids", "attention_mask"} <= set(takes) and kinds == {"full_attention"} and not narrow
+
+
+@torch.inference_mode()
+def probe(model: HfModel, folder: Path) -> None:
+    """Try out what the engine relies on; sets `own_head` and `packs`. UserError where a model is not causal.
+
+    On random tokens: a token's logits do not depend on later ones; the head on the hidden state gives the model's
+    own logits; sequences that share a row and a prefix get the logits that each gets alone.
+    """
+    draw = torch.Generator().manual_seed(0)
+    length = min(24, model.config.context)
+    row_1L = torch.randint(model.config.vocab_size, (1, length), generator=draw)
+    own_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
+    # Rounding is relative to the size of the logits.
+    tolerance = 1e-3 * max(1.0, float(own_1LV.std()))
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return found.shape == expected.shape and bool((found.float() - expected).abs().max() <= tolerance)
+
+    changed_1L = row_1L.clone()
+    changed_1L[0, -1] = (changed_1L[0, -1] + 1) % model.config.vocab_size
+    before = model.model(input_ids=changed_1L, use_cache=False).logits.float()[:, :-1]
+    if not same(before, own_1LV[:, :-1]):
+        raise UserError(
+            f"{folder}: {model.model.config.model_type} is not causal: a token's logits change with later tokens"
+        )
+    try:
+        model.own_head = not same(model.head(model.hidden(row_1L)), own_1LV)
+    except (TypeError, AttributeError, RuntimeError):
+        # The base model has another interface: the whole model's logits are taken.
+        model.own_head = True
+    if model.packs:
+        model.packs = _packed_as_alone(model, row_1L, same)
+
+
+def _packed_as_alone(model: HfModel, row_1L: Tensor, same) -> bool:
+    """Two continuations of one context in a row, each seeing the context and itself."""
+    length = row_1L.shape[1]
+    context, end = length // 3, 2 * length // 3
+    positions_1L = torch.cat([torch.arange(end), torch.arange(context, context + length - end)])[None]
+    mask_1LL = torch.ones(1, length, length, dtype=torch.bool).tril()
+    mask_1LL[0, end:, context:end] = False
+    try:
+        packed = model.head(model.hidden(row_1L, positions_1L, mask_1LL))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    first = model.head(model.hidden(row_1L[:, :end]))
+    second = model.head(model.hidden(torch.cat([row_1L[:, :context], row_1L[:, end:]], dim=1)))
+    return same(packed[:, :end], first.float()) and same(packed[:, end:], second[:, context:].float())
