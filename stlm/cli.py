@@ -76,8 +76,13 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Score every checkpoint of a run: perplexity on the test split, and the study's benchmarks."""
+    """Score every checkpoint of a run, or a published model: test perplexity and the study's benchmarks."""
     study = _study(options)
+    if options.run in study.published:
+        from stlm.evaluation.published import evaluate_published
+
+        evaluate_published(study.published[options.run], study.evaluation)
+        return
     run = study.run(options.run)
     from stlm.evaluation.evaluate import evaluate_run
 
@@ -180,7 +185,8 @@ def parser() -> argparse.ArgumentParser:
         ("tokenizer", "gpt2, bytes, or bpe-N: a byte-pair vocabulary of N tokens trained on the corpus"),
     )
     verb(train, of_study, of_run, overridable=True)
-    verb(evaluate, of_study, of_run, overridable=True)
+    of_model = ("run", "a run of the study, or a model under its key `published`")
+    verb(evaluate, of_study, of_model, overridable=True)
     verb(contamination, of_study, overridable=True)
     verb(report, of_study, overridable=True)
     of_predictions = "STUDY/RUN, a run's folder or an items.parquet; @STEP after it: that checkpoint"

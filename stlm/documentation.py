@@ -24,7 +24,7 @@ from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.config import ModelConfig
-from stlm.study import PARAMS, StudyFile, Variant
+from stlm.study import PARAMS, Published, StudyFile, Variant
 from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
@@ -68,6 +68,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`evaluation.perplexity`", "", PerplexityConfig),
     ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),
     ("`variants.<name>`", "A run a seed; `{}` is the baseline itself.", Variant),
+    ("`published.<name>`", "`stlm evaluate STUDY NAME` scores it.", Published),
     ("`corpora.yaml`", "An entry a corpus or mix.", CorpusEntry),
     ("`benchmarks.yaml`", "An entry a benchmark.", BenchmarkEntry),
     ("`vocabularies.yaml`", "An entry a published vocabulary.", VocabularyEntry),

@@ -20,6 +20,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import write_text
 from stlm.study import (
+    PublishedModel,
     Run,
     Study,
     load_benchmarks,
@@ -52,14 +53,22 @@ def contamination_inputs(study: Study) -> list[str]:
     """The folders that ``stlm contamination`` reads: training text, as tokens, and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [*map(str, study.training_texts.values()), *benchmarks]
+def published_inputs(study: Study, published: PublishedModel) -> list[str]:
+    """The folders that ``stlm evaluate`` reads for a published model: itself, test text and benchmarks."""
+    benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
+    return [published.folder, str(published.tokens_folder), *benchmarks]
 
 
 def report_inputs(study: Study) -> list[str]:
     """The files that ``stlm report`` reads: the small results of every run, each item's scores, and the
     study's contamination."""
     names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
+    names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
     of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
-    return [*of_runs, f"{study.folder}/contamination.json"]
+    of_published = [
+        f"{published.results_folder}/{name}" for published in study.published.values() for name in names[2:]
+    ]
+    return [*of_runs, *of_published, f"{study.folder}/contamination.json"]
 
 
 def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -110,6 +119,8 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
         }
     for run in runs:
         stages |= _run_stages(study, run, root)
+    for published in study.published.values():
+        stages |= _published_stage(study, published, root)
     stages[f"contamination-{study.name}"] = {
         "cmd": f"stlm contamination {study.name}",
         "deps": contamination_inputs(study),
@@ -171,6 +182,19 @@ def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]
             "deps": evaluate_inputs(study, run),
             "params": [_study_params(study, root, "evaluation", variant)],
             "outs": [f"{run.folder}/items.parquet", _in_git(f"{run.folder}/evaluation.json")],
+        },
+    }
+
+
+def _published_stage(study: Study, published: PublishedModel, root: Path) -> dict[str, dict[str, Any]]:
+    """Evaluation of a published model."""
+    folder = published.results_folder
+    return {
+        f"evaluate-{study.name}-{published.name}": {
+            "cmd": f"stlm evaluate {study.name} {published.name}",
+            "deps": published_inputs(study, published),
+            "params": [_study_params(study, root, "evaluation", f"published.{published.name}")],
+            "outs": [f"{folder}/items.parquet", _in_git(f"{folder}/evaluation.json")],
         },
     }
 

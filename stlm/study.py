@@ -43,6 +43,24 @@ class Variant(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
 
 
+class Published(BaseModel):
+    """A published model, scored as the study's runs are and shown beside them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str = Field(
+        min_length=1,
+        description="Local folder in the format of transformers: config.json, *.safetensors, the tokenizer.",
+    )
+    label: str | None = Field(None, description="Name in tables; default: the entry's key.")
+    parameters: str | None = Field(
+        None, description="Size as tables show it, for example 1.1B; default: the parameters counted."
+    )
+    context: int | None = Field(
+        None, ge=2, description="Longest sequence given to it, in tokens; default: the model's own."
+    )
+
+
 class StudyFile(BaseModel):
     """The keys of ``params/<study>.yaml``."""
 
@@ -66,6 +84,11 @@ class StudyFile(BaseModel):
     )
     variants: dict[str, Variant] = Field(
         min_length=1, description="The runs: name -> differences from the baseline; see `variants`."
+    )
+    published: dict[str, Published] = Field(
+        default_factory=dict,
+        description="Models of other people, scored on the same benchmarks and on the baseline's test text: "
+        "name -> where it is; see `published`.",
     )
 
     @field_validator("variants", mode="before")
@@ -123,8 +146,22 @@ class Run(BaseModel):
         return self.tokens * training_flops_per_token(self.model)
 
 
+class PublishedModel(Published):
+    """A published model of a study, everything resolved. `tokens_folder`: the text that it is measured on."""
+
+    study: str
+    name: str
+    label: str
+    tokens_folder: Path
+
+    @property
+    def results_folder(self) -> Path:
+        """Where its results go."""
+        return Path("results") / self.study / "published" / self.name
+
+
 class Study(BaseModel):
-    """The runs that one report compares."""
+    """The runs that one report compares, and published models beside them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -134,6 +171,7 @@ class Study(BaseModel):
     runs: dict[str, Run]
     evaluation: EvaluationConfig
     corpora: list[str]
+    published: dict[str, PublishedModel] = {}
     overrides: list[str]
 
     @property
@@ -307,9 +345,10 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
             f"{file}: baseline: {parsed.baseline!r} is not among the variants"
             f"{nearest(parsed.baseline, parsed.variants)}"
         )
-    for variant in parsed.variants:
-        if not _NAME.fullmatch(variant):
-            raise UserError(f"{file}: variants.{variant}: a name is lower-case letters, digits, _ and -")
+    for key in ("variants", "published"):
+        for own in getattr(parsed, key):
+            if not _NAME.fullmatch(own):
+                raise UserError(f"{file}: {key}.{own}: a name is lower-case letters, digits, _ and -")
     if len(set(parsed.seeds)) < len(parsed.seeds):
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
     _check_names(root, file, parsed)
@@ -318,14 +357,28 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         for variant in parsed.variants
         for seed in parsed.seeds
     ]
+    by_name = {run.name: run for run in runs}
+    for key in by_name.keys() & parsed.published.keys():
+        raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
+    baseline = parsed.baseline + first_seed
     return Study(
         name=name,
         description=parsed.description,
-        baseline=parsed.baseline + first_seed,
-        runs={run.name: run for run in runs},
+        baseline=baseline,
+        runs=by_name,
         evaluation=parsed.evaluation,
         corpora=list(dict.fromkeys(run.corpus for run in runs)),
+        published={
+            key: PublishedModel(
+                **own.model_dump(exclude={"label"}),
+                study=name,
+                name=key,
+                label=own.label or key,
+                tokens_folder=by_name[baseline].tokens_folder,
+            )
+            for key, own in parsed.published.items()
+        },
         overrides=list(overrides),
     )
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel
+from torch import nn
 from tqdm import tqdm
 
 from stlm.errors import UserError
@@ -87,21 +88,38 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
                 pq.write_table(table, temporary / "items.parquet", compression="zstd")
         results[folder.name] = read_json(kept / "result.json")
         tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
-    found = facts(run, material, results)
-    with atomic_path(run.folder / "items.parquet") as temporary:
-        write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
-    summary = {**found.without_checkpoints(), "checkpoints": results}
-    write_json(run.folder / "evaluation.json", summary)
+    about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
+    write_results(run.folder, about, material, results, tables)
     shutil.rmtree(state, ignore_errors=True)
 
 
-def facts(run: Run, material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:
-    """What the predictions of `run` depend on; `results` are its checkpoints' parts of `evaluation.json`."""
+def write_results(
+    folder: Path,
+    about: Mapping[str, Any],
+    material: Material,
+    results: dict[str, Any],
+    tables: list[pa.Table],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `items.parquet`, the scores of every option, and `evaluation.json`, each with its facts.
+
+    `about` are the facts of the model, `more` what only `evaluation.json` says of it.
+    """
+    found = facts(about, material, results)
+    with atomic_path(folder / "items.parquet") as temporary:
+        write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
+    summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
+    write_json(folder / "evaluation.json", summary)
+
+
+def facts(
+    about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]
+) -> Facts:
+    """What a model's predictions depend on; `results` are its checkpoints' parts of `evaluation.json`."""
     last = list(results.values())[-1]["benchmarks"]
     digests = material.digests["benchmarks"]
     return Facts(
-        **run.model_dump(include={"study", "label", "variant", "seed", "corpus"}),
-        run=run.name,
+        **about,
         tokenizer={"name": material.encoder.tokenizer.name, "sha256": material.digests["tokenizer"]},
         tokens_sha256=material.digests["tokens"],
         benchmarks={name: benchmark_facts(result, digests[name][1:]) for name, result in last.items()},
@@ -127,19 +145,27 @@ def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
 
 
 def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
-    """Tokenizer, test documents and benchmark items. UserError: missing, damaged, another tokenizer."""
+    """What the run's checkpoints are scored on. UserError: missing, damaged, another tokenizer."""
     own, shards = run.folder / "checkpoints" / "tokenizer", run.tokens_folder / "tokenizer"
     if read_json(own / DESCRIPTION) != read_json(shards / DESCRIPTION):
         raise UserError(
             f"{shards}: another tokenizer than {own}, with which the run was trained; "
             f"run: stlm train {run.study} {run.name}"
         )
-    documents, total = perplexity.load_documents(run.tokens_folder, config.perplexity, config.limit_seed)
+    encoder = RequestEncoder(load_tokenizer(own))
+    return gather_material(config, run.tokens_folder, raw, encoder, sha256(own / DESCRIPTION))
+
+
+def gather_material(
+    config: EvaluationConfig, tokens_folder: Path, raw: Path, encoder: RequestEncoder, tokenizer_sha256: str
+) -> Material:
+    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files."""
+    documents, total = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
     benchmarks, digests = [], {}
     for name in config.benchmarks:
         chosen = benchmark(name)
         if isinstance(chosen, TextBenchmark):
-            split, items, contents = "test", *_made_items(chosen, run.tokens_folder, config)
+            split, items, contents = "test", *_made_items(chosen, tokens_folder, config)
         else:
             split, items = chosen.load(raw / chosen.data_name)
             contents = [sha256(file) for file in chosen.files(raw / chosen.data_name)[1]]
@@ -153,10 +179,10 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
         documents=documents,
         documents_total=total,
         benchmarks=benchmarks,
-        encoder=RequestEncoder(load_tokenizer(own)),
+        encoder=encoder,
         digests={
-            "tokens": sha256(run.tokens_folder / "meta.json"),
-            "tokenizer": sha256(own / DESCRIPTION),
+            "tokens": sha256(tokens_folder / "meta.json"),
+            "tokenizer": tokenizer_sha256,
             "benchmarks": digests,
         },
     )
@@ -193,12 +219,24 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, Any], pa.Table]:
     """The checkpoint's part of `evaluation.json`, and the rows of its options; `label` names it in bars."""
     transformer, description = load_checkpoint(folder)
-    config, tokenizer = material.config, material.encoder.tokenizer
+    tokenizer = material.encoder.tokenizer
     if transformer.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; delete the run's results and train again"
         )
+    about = {key: description[key] for key in ("step", "tokens", "weights_sha256")}
+    return score_model(material, transformer, folder.name, about, last, label)
+
+
+def score_model(
+    material: Material, transformer: nn.Module, name: str, about: dict[str, Any], last: bool, label: str
+) -> tuple[dict[str, Any], pa.Table]:
+    """Perplexity and benchmarks of a model, after `about` (with its step), and the rows of its options.
+
+    `name` is the checkpoint's, `label` stands in progress bars.
+    """
+    config = material.config
     model = TokenModel(
         transformer, material.encoder, material.device, material.precision, config.batch_tokens
     )
@@ -209,7 +247,6 @@ def evaluate_checkpoint(
     measured["documents_total"] = material.documents_total
     benchmarks: dict[str, Any] = {}
     tables = []
-    step = description["step"]
     for chosen, split, items in material.benchmarks:
         limit = config.limit_of(chosen.name, last)
         taken = subset(items, limit, config.limit_seed, chosen.name)
@@ -217,7 +254,7 @@ def evaluate_checkpoint(
         requests = len(modes) * sum(len(item.options) for item in taken)
         with _bar(f"{label} {chosen.name}", "option", requests) as progress:
             scores = scoring.score(model, taken, modes, progress)
-        labels = {"checkpoint": folder.name, "step": step, "benchmark": chosen.name}
+        labels = {"checkpoint": name, "step": about["step"], "benchmark": chosen.name}
         tables.append(scoring.rows(labels, taken, scores))
         benchmarks[chosen.name] = {
             "version": chosen.version,
@@ -228,7 +265,7 @@ def evaluate_checkpoint(
             "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in modes},
         }
     result = {
-        **{key: description[key] for key in ("step", "tokens", "weights_sha256")},
+        **about,
         "perplexity": measured,
         "benchmarks": benchmarks,
     }

@@ -1,14 +1,14 @@
 """Models of other people, from a local folder in the format of `transformers`, for our scoring engine.
 
-No code of the folder is run and no pickle is read: the architecture is one that `transformers` itself has, the
-weights are safetensors. What the engine relies on is tried out when a model is loaded.
+No code of the folder is run and no pickle is read: the architecture is one that `transformers` itself has,
+the weights are safetensors. What the engine relies on is tried out when a model is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class HfModel(nn.Module):
     """A causal language model of `transformers` with the interface of our transformer.
 
     `packs`: whether several sequences may share a row, told apart by positions and mask. `own_head`: whether
-    logits are made by the model itself (scaled, capped), so that `hidden` gives them and `head` passes them on.
+    logits are made by the model itself (scaled, capped): then `hidden` gives them, `head` passes them on.
     """
 
     def __init__(self, model: nn.Module, context: int) -> None:
@@ -51,8 +51,8 @@ class HfModel(nn.Module):
     ) -> Tensor:
         """The residual stream after the last norm [B, L, D], or logits [B, L, V] where `own_head`.
 
-        `positions_BL` (int64) and `mask_BLL` (True where query i sees key j) come together; without them every
-        row is a sequence from its first position on, padded at the right if at all.
+        `positions_BL` (int64) and `mask_BLL` (True where query i sees key j) come together; without them
+        every row is a sequence from its first position on, padded at the right if at all.
         """
         inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
         if mask_BLL is not None:
@@ -111,7 +111,7 @@ class HfTokenizer:
 
 
 class HfRequestEncoder(RequestEncoder):
-    """Requests to tokens as lm_eval does for a model of `transformers`, bos before a context where it adds one."""
+    """Requests to tokens as lm_eval does: bos before a context where the tokenizer adds it to texts."""
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         super().__init__(tokenizer)
@@ -128,9 +128,10 @@ class HfRequestEncoder(RequestEncoder):
 
 
 def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokenizer]:
-    """The model and tokenizer in `folder`, in float32, tried out. `context` bounds the sequences; None: its own.
+    """The model and tokenizer in `folder`, float32, tried out. `context` bounds the sequences; None: its own.
 
-    Raises UserError for a missing or foreign folder, code or pickled weights, an architecture that is not causal.
+    Raises UserError for a missing or foreign folder, code of its own or pickled weights, and for an
+    architecture that is not causal.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -175,10 +176,9 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     if own is not None and context is not None and context > own:
         raise UserError(f"context: {context} is longer than the {own} positions of {folder}")
     wrapped = HfModel(model, context or own)
-    if tokenizer.vocab_size > wrapped.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {wrapped.config.vocab_size}"
-        )
+    size = wrapped.config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
     probe(wrapped, folder)
     return wrapped, tokenizer
 
@@ -191,13 +191,22 @@ def own_context(config: Any) -> int | None:
 
 def weights_sha256(folder: Path) -> str:
     """A digest of all the weights and the configuration: of the files' names and digests."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    lines = "\n".join(f"{file.name} {sha256(file)}" for file in files)
+    return _digest([*folder.glob("*.safetensors"), folder / "config.json"])
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """A digest of all that a tokenizer may be made of: the folder's other JSON, text and model files."""
+    kinds = ("*.json", "*.txt", "*.model")
+    return _digest([f for kind in kinds for f in folder.glob(kind) if f.name != "config.json"])
+
+
+def _digest(files: Iterable[Path]) -> str:
+    lines = "\n".join(f"{file.name} {sha256(file)}" for file in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:
-    """Whether positions and mask can be given, and a mask of our own hides nothing that the model's own shows.
+    """Whether positions and mask can be given, and a mask of ours stands for the model's own.
 
     Windows narrower than the context would be left out by our mask, and recurrent layers see no mask.
     """
@@ -213,25 +222,27 @@ def _may_pack(model: nn.Module, context: int) -> bool:
 def probe(model: HfModel, folder: Path) -> None:
     """Try out what the engine relies on; sets `own_head` and `packs`. UserError where a model is not causal.
 
-    On random tokens: a token's logits do not depend on later ones; the head on the hidden state gives the model's
-    own logits; sequences that share a row and a prefix get the logits that each gets alone.
+    On random tokens: a token's logits do not depend on later ones; the head on the hidden state gives the
+    model's own logits; sequences that share a row and a prefix get the logits that each gets alone.
     """
     draw = torch.Generator().manual_seed(0)
     length = min(24, model.config.context)
     row_1L = torch.randint(model.config.vocab_size, (1, length), generator=draw)
     own_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
     # Rounding is relative to the size of the logits.
-    tolerance = 1e-3 * max(1.0, float(own_1LV.std()))
+    tolerance = 1e-3 * float(own_1LV.std())
 
     def same(found: Tensor, expected: Tensor) -> bool:
         return found.shape == expected.shape and bool((found.float() - expected).abs().max() <= tolerance)
 
+    half = length // 2
     changed_1L = row_1L.clone()
-    changed_1L[0, -1] = (changed_1L[0, -1] + 1) % model.config.vocab_size
-    before = model.model(input_ids=changed_1L, use_cache=False).logits.float()[:, :-1]
-    if not same(before, own_1LV[:, :-1]):
+    changed_1L[0, half:] = (changed_1L[0, half:] + 1) % model.config.vocab_size
+    before = model.model(input_ids=changed_1L, use_cache=False).logits.float()[:, :half]
+    if not same(before, own_1LV[:, :half]):
         raise UserError(
-            f"{folder}: {model.model.config.model_type} is not causal: a token's logits change with later tokens"
+            f"{folder}: {model.model.config.model_type} is not causal: "
+            "a token's logits change with later tokens"
         )
     try:
         model.own_head = not same(model.head(model.hidden(row_1L)), own_1LV)

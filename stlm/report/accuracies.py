@@ -12,7 +12,7 @@ from stlm.evaluation.statistics import Interval
 from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons, mark, significant
 from stlm.report.last_word import last_word_note, word_perplexity
 from stlm.report.names import benchmark_label, bounds, count, p_value, percent
-from stlm.report.results import BenchmarkResult, Proportion, RunResult
+from stlm.report.results import BenchmarkResult, Proportion, PublishedResult, RunResult
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
 
@@ -76,13 +76,18 @@ def run_label(result: RunResult, results: Mapping[str, RunResult]) -> str:
     return f"{result.train.label} (seed {result.train.seed})" if several else result.train.label
 
 
-def accuracy_tables(study: Study, results: Mapping[str, RunResult], comparisons: Comparisons) -> list[Table]:
+def accuracy_tables(
+    study: Study,
+    results: Mapping[str, RunResult],
+    comparisons: Comparisons,
+    published: Mapping[str, PublishedResult] | None = None,
+) -> list[Table]:
     """table2 (acc), and where the runs have them table2-acc-norm and table2-paper-mode.
 
     The main table is in harness mode, or in paper mode where that is the only one scored.
     """
     main = main_mode(results)
-    table = _Table2(study, results, comparisons)
+    table = _Table2(study, results, comparisons, published or {})
     tables = [table.build("table2", "Table 2", main, "acc", references=True)]
     normalized = any(score(b, main, "acc_norm") for r in results.values() for b in r.last.benchmarks.values())
     if normalized:
@@ -117,8 +122,15 @@ def _difference_record(
 class _Table2:
     """What the variations of Table 2 have in common."""
 
-    def __init__(self, study: Study, results: Mapping[str, RunResult], comparisons: Comparisons) -> None:
+    def __init__(
+        self,
+        study: Study,
+        results: Mapping[str, RunResult],
+        comparisons: Comparisons,
+        published: Mapping[str, PublishedResult],
+    ) -> None:
         self.study, self.results, self.comparisons = study, results, comparisons
+        self.published = published
         self.paper_benchmarks, self.references = read_references()
 
     def build(self, name: str, title: str, mode: str, metric: str, references: bool) -> Table:
@@ -137,6 +149,10 @@ class _Table2:
                 self._add_run(result, benchmarks, mode, metric, rows, records)
             if len(runs) > 1:
                 self._add_mean(runs, benchmarks, mode, metric, rows, records)
+        if self.published:
+            rows.append(Section("Published models, scored here"))
+        for model in self.published.values():
+            self._add_published(model, benchmarks, mode, metric, rows, records)
         if references:
             for kind, heading in (("paper", "The paper"), ("literature", "Literature")):
                 self._add_references(kind, heading, benchmarks, rows, records)
@@ -250,6 +266,38 @@ class _Table2:
                     benchmark, own.test.difference, own.test.interval, own.test.p, own.adjusted
                 )
             cells.append(Cell("\n".join(lines), bold_line=1 if sign else None))
+        rows.append(cells)
+        records.append(record)
+
+    def _add_published(self, model: PublishedResult, benchmarks, mode, metric, rows, records) -> None:
+        found = model.checkpoint
+        record: dict[str, object] = {
+            "kind": "published",
+            "label": model.label,
+            "parameters": model.parameters,
+            "test_bits_per_byte": round(found.perplexity.bits_per_byte, 4),
+            "test_char_perplexity": round(found.perplexity.char_perplexity, 4),
+        }
+        cells = [
+            Cell(model.label),
+            Cell(model.parameters_shown or count(model.parameters)),
+            Cell(f"{found.perplexity.bits_per_byte:.3f}"),
+            Cell(f"{found.perplexity.char_perplexity:.3f}"),
+        ]
+        for benchmark in benchmarks:
+            accuracy = score(found.benchmarks.get(benchmark), mode, metric)
+            if accuracy is None:
+                cells.append(Cell("–"))
+                continue
+            cells.append(
+                Cell(f"{percent(accuracy.value)}\n[{percent(accuracy.low)}, {percent(accuracy.high)}]")
+            )
+            record |= {
+                f"{benchmark}_percent": round(100 * accuracy.value, 3),
+                f"{benchmark}_low": round(100 * accuracy.low, 3),
+                f"{benchmark}_high": round(100 * accuracy.high, 3),
+                f"{benchmark}_n": accuracy.n,
+            }
         rows.append(cells)
         records.append(record)
 

@@ -14,7 +14,7 @@ from stlm.report.hyperparameters import table1
 from stlm.report.last_word import word_perplexity
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
-from stlm.report.results import RunResult, read_results
+from stlm.report.results import RunResult, read_published, read_results
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text, write_table
 from stlm.study import Study
@@ -27,6 +27,7 @@ def report(study: Study) -> None:
     whole. Raises UserError naming a run's missing or broken file and the command that makes it.
     """
     results = read_results(study)
+    published = read_published(study)
     comparisons = compare_all(results, study.baseline)
     contamination = read_contamination(study)
     note = contamination_note(contamination)
@@ -34,7 +35,7 @@ def report(study: Study) -> None:
         table1(study, results),
         *(
             replace(table, notes=[*table.notes, *filter(None, [note])])
-            for table in accuracy_tables(study, results, comparisons)
+            for table in accuracy_tables(study, results, comparisons, published)
         ),
         *phenomena_tables(study, results),
         contamination_table(study, contamination),

@@ -99,6 +99,27 @@ class EvaluationRecord(BaseModel):
     checkpoints: dict[str, CheckpointResult]
 
 
+class PublishedRecord(EvaluationRecord):
+    """evaluation.json of a published model, with the number of its parameters."""
+
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """A published model's scores, got as the runs' are; `items_path` has a row a scored option.
+
+    `parameters_shown`: its size in the study's own words, where it has any.
+    """
+
+    name: str
+    label: str
+    parameters: int
+    parameters_shown: str | None
+    checkpoint: CheckpointResult
+    items_path: Path
+
+
 @dataclass(frozen=True)
 class RunResult:
     """One run's files. `checkpoints` are sorted by step; `items` is read on demand, being the large one."""
@@ -202,6 +223,37 @@ def read_results(study: Study) -> dict[str, RunResult]:
             results[name] = _read_run(study, study.runs[name])
         except UserError as error:
             problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return results
+
+
+def read_published(study: Study) -> dict[str, PublishedResult]:
+    """Every published model of the study by name, in the study's order.
+
+    Raises UserError naming each missing or broken file and the command that makes it.
+    """
+    results, problems = {}, []
+    for name, published in study.published.items():
+        command = f"stlm evaluate {study.name} {name}"
+        folder = published.results_folder
+        try:
+            record = _read_record(folder / "evaluation.json", PublishedRecord, command)
+            if list(record.checkpoints) != ["published"]:
+                raise _broken(folder / "evaluation.json", "is not of a published model", command)
+            if not (folder / "items.parquet").is_file():
+                raise _broken(folder / "items.parquet", "is missing", command)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        results[name] = PublishedResult(
+            name,
+            published.label,
+            record.parameters,
+            published.parameters,
+            record.checkpoints["published"],
+            folder / "items.parquet",
+        )
     if problems:
         raise UserError("\n".join(problems))
     return results

@@ -142,3 +142,18 @@ def test_a_damaged_dvc_yaml_is_named(project):
 
 def test_nothing_is_recorded_outside_a_repository(project):
     assert pipeline.record_in_dvc().startswith("DVC: nothing recorded, this folder is not")
+
+
+def test_a_published_model_is_evaluated_and_reported(project):
+    edit(
+        project / "params/smoke.yaml",
+        "\nvariants:",
+        "\npublished:\n  tiny-llama: {folder: models/tiny-llama}\nvariants:",
+    )
+    study = load_study("smoke")
+    stages = pipeline.dvc_stages(study)
+    stage = stages["evaluate-smoke-tiny-llama"]
+    assert stage["cmd"] == "stlm evaluate smoke tiny-llama"
+    assert {"models/tiny-llama", str(study.runs["baseline"].tokens_folder)} <= set(stage["deps"])
+    assert stage["params"] == [{"params/smoke.yaml": ["evaluation", "published.tiny-llama"]}]
+    assert paths(stage["outs"]) <= set(stages["report-smoke"]["deps"])

@@ -94,6 +94,14 @@ def contamination_inputs(wildcards) -> list[str]:
     return pipeline.contamination_inputs(STUDY)
 
 
+def published_inputs(wildcards) -> list[str]:
+    return pipeline.published_inputs(STUDY, STUDY.published[wildcards.published])
+
+
+def published_params(wildcards) -> str:
+    return canonical(STUDY.published[wildcards.published].model_dump(mode="json"))
+
+
 def report_inputs(wildcards) -> list[str]:
     return pipeline.report_inputs(STUDY)
 

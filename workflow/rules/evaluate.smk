@@ -32,3 +32,24 @@ rule contamination:
         set=set_arguments,
     shell:
         "stlm contamination {wildcards.study}{params.set} 2>&1 | tee {log}"
+
+
+rule evaluate_published:
+    input:
+        published_inputs,
+    output:
+        scores="results/{study}/published/{published}/items.parquet",
+        record="results/{study}/published/{published}/evaluation.json",
+    log:
+        "logs/{study}/evaluate/{published}.log",
+    conda:
+        "../envs/stlm.yaml"
+    threads: MACHINE
+    resources:
+        gpu=GPUS,
+    params:
+        evaluation=evaluation_params,
+        published=published_params,
+        set=set_arguments,
+    shell:
+        "stlm evaluate {wildcards.study} {wildcards.published}{params.set} 2>&1 | tee {log}"

@@ -1,0 +1,45 @@
+"""A published model on what a study's runs are scored on, by the same code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
+from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, tokenizer_sha256, weights_sha256
+from stlm.study import PublishedModel
+from stlm.tokens import load_tokenizer
+
+
+def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw: Path = RAW) -> None:
+    """Score a published model on what the study's runs are scored on; write the same files as for a run.
+
+    The test text is that of `published.tokens_folder`, encoded by the model's own tokenizer. The checkpoint
+    is named `published`, of step 0. Raises UserError for missing, damaged or foreign files.
+    """
+    folder = Path(published.folder)
+    transformer, tokenizer = load_hf(folder, published.context)
+    encoder = HfRequestEncoder(tokenizer)
+    material = gather_material(config, published.tokens_folder, raw, encoder, tokenizer_sha256(folder))
+    written = load_tokenizer(published.tokens_folder / "tokenizer")
+    # Every byte comes back from our tokenizers: the text is the same.
+    texts = [written.decode(document.tokens.tolist()) for document in material.documents]
+    encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
+    documents = [d._replace(tokens=ids) for d, ids in zip(material.documents, encoded, strict=True)]
+    checkpoint = {"step": 0, "tokens": 0, "weights_sha256": weights_sha256(folder)}
+    result, table = score_model(
+        material._replace(documents=documents),
+        transformer,
+        "published",
+        checkpoint,
+        last=True,
+        label=published.name,
+    )
+    about = {"study": published.study, "run": published.name, "label": published.label}
+    more = {
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "context": transformer.config.context,
+    }
+    write_results(published.results_folder, about, material, {"published": result}, [table], more)

@@ -1,0 +1,131 @@
+"""A published model beside a study's runs: `stlm evaluate STUDY NAME`, by the code that scores the runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_hf import CONTEXT, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stlm.cli import main
+from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.evaluate import evaluate_run
+from stlm.evaluation.published import evaluate_published
+from stlm.files import read_json
+from stlm.study import PublishedModel, Run, load_study
+from stlm.tokens import load_tokenizer, read_split
+
+STUDY = """
+description: A study with a published model.
+corpus: synthetic
+tokenizer: bytes
+model: {layers: 1, width: 32, heads: 2, kv_heads: 1, ffn_width: 48, context: 64}
+training: {steps: 30, warmup_steps: 2, batch_size: 4}
+evaluation: {benchmarks: [synthetic_pairs, synthetic_choice]}
+variants: {baseline: {}}
+published:
+  tiny-llama: {folder: models/tiny, label: TinyLlama}
+"""
+
+
+@pytest.fixture
+def published(project: Path, prepared: Path) -> Path:
+    """A project whose study names a model; its results' folder."""
+    shutil.copytree(prepared / "raw", "data/raw")
+    shutil.copytree(prepared / "tokens/tiny", "data/tokens/synthetic")
+    Path("params/own.yaml").write_text(STUDY)
+    save(Path("models/tiny"), "llama", adds_bos=True)
+    return Path("results/own/published/tiny-llama")
+
+
+@torch.inference_mode()
+def nats(model, ids: list[int], first: int) -> float:
+    """-log P(ids[first:] | the ids before), from full logits."""
+    logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return -sum(float(logprobs[i - 1, ids[i]]) for i in range(first, len(ids)))
+
+
+def test_evaluate(published: Path) -> None:
+    assert main(["evaluate", "own", "tiny-llama"]) == 0
+    record = read_json(published / "evaluation.json")
+    model = AutoModelForCausalLM.from_pretrained("models/tiny")
+    tokenizer = AutoTokenizer.from_pretrained("models/tiny")
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (record["label"], record["published"], record["context"]) == (
+        "TinyLlama",
+        "tiny-llama",
+        CONTEXT,
+    )
+
+    result = record["checkpoints"]["published"]
+    table = pq.read_table(published / "items.parquet")
+    assert set(table["checkpoint"].to_pylist()) == {"published"} and set(table["step"].to_pylist()) == {0}
+    rows = [
+        row for row in table.to_pylist() if row["benchmark"] == "synthetic_pairs" and row["mode"] == "harness"
+    ]
+    pairs = pq.read_table("data/raw/synthetic_pairs").to_pylist()
+    for number, key in enumerate(("sentence_good", "sentence_bad")):
+        row = [row for row in rows if row["option"] == number][3]
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(" " + pairs[3][key], add_special_tokens=False)]
+        assert row["logprob"] == pytest.approx(-nats(model, ids, 1), abs=1e-3)
+    assert result["benchmarks"]["synthetic_pairs"]["items"] == 40
+
+
+def test_test_text_is_the_runs(published: Path, prepared: Path) -> None:
+    """The same bytes and characters as a run of the study is measured on, in the model's own tokens."""
+    main(["evaluate", "own", "tiny-llama"])
+    measured = read_json(published / "evaluation.json")["checkpoints"]["published"]["perplexity"]
+    own = load_tokenizer(Path("data/tokens/synthetic/bytes/tokenizer"))
+    texts = [
+        own.decode(d.tokens.tolist())
+        for part in read_split(Path("data/tokens/synthetic/bytes"), "test")
+        for d in part
+    ]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained("models/tiny"),
+        AutoTokenizer.from_pretrained("models/tiny"),
+    )
+    encoded = [tokenizer.encode(text) for text in texts]
+    assert all(len(ids) <= CONTEXT for ids in encoded), "each in a window of its own"
+    assert measured["bytes"] == sum(len(text.encode()) for text in texts)
+    assert measured["tokens"] == sum(len(ids) - 1 for ids in encoded)
+    bits = sum(nats(model, ids, 1) for ids in encoded) / torch.tensor(2.0).log().item() / measured["bytes"]
+    assert measured["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_files_are_those_of_a_run(run: Run) -> None:
+    """The same keys and columns, so that the same readers read them."""
+    config = EvaluationConfig(benchmarks=["synthetic_pairs", "synthetic_choice"], checkpoints="last", limit=9)
+    evaluate_run(run, config)
+    published = PublishedModel(
+        study="tiny", name="other", label="Other", folder="models/tiny", tokens_folder=run.tokens_folder
+    )
+    save(Path(published.folder), "gpt2")
+    evaluate_published(published, config)
+    own, other = (read_json(folder / "evaluation.json") for folder in (run.folder, published.results_folder))
+    assert own.keys() - {"run", "variant", "seed"} == other.keys() - {"published", "parameters", "context"}
+    (own_scores,), (other_scores,) = own.pop("checkpoints").values(), other.pop("checkpoints").values()
+    assert own_scores.keys() == other_scores.keys()
+    for key in ("bytes", "chars", "documents", "documents_total"):
+        assert own_scores["perplexity"][key] == other_scores["perplexity"][key]
+    for name, benchmark in own_scores["benchmarks"].items():
+        assert benchmark.keys() == other_scores["benchmarks"][name].keys()
+    tables = [pq.read_table(folder / "items.parquet") for folder in (run.folder, published.results_folder)]
+    assert tables[0].schema.names == tables[1].schema.names
+    for column in ("benchmark", "mode", "item", "group", "option", "gold", "n_bytes", "n_chars"):
+        assert tables[0][column].to_pylist() == tables[1][column].to_pylist()
+
+
+def test_names_are_checked(project: Path) -> None:
+    Path("params/own.yaml").write_text(STUDY.replace("tiny-llama:", "baseline:"))
+    assert main(["study", "own"]) == 2
+    Path("params/own.yaml").write_text(STUDY.replace("folder", "fodler"))
+    assert main(["study", "own"]) == 2
+    Path("params/own.yaml").write_text(STUDY)
+    study = load_study("own")
+    assert str(study.published["tiny-llama"].tokens_folder) == "data/tokens/synthetic/bytes"
+    assert main(["evaluate", "own", "tiny-lama"]) == 2

@@ -1,0 +1,73 @@
+"""Published models in the report: their rows in Table 2, and what is missing named with its command."""
+
+import json
+import shutil
+
+import pytest
+
+from stlm.errors import UserError
+from stlm.report.build import report
+from stlm.report.results import read_published
+from stlm.study import PublishedModel
+
+TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
+
+
+@pytest.fixture
+def study(make_study):
+    """A study with two published models, whose scores are those of the last checkpoint of its runs."""
+    study = make_study(TWO)
+    published = {}
+    for name, run, parameters in (("tiny-a", "sincos", "1.1B"), ("tiny-b", "baseline", None)):
+        model = PublishedModel(
+            study=study.name,
+            name=name,
+            label=f"Model {name}",
+            folder=f"models/{name}",
+            parameters=parameters,
+            tokens_folder=study.runs["baseline"].tokens_folder,
+        )
+        published[name] = model
+        record = json.loads((study.runs[run].folder / "evaluation.json").read_text())
+        record["parameters"] = 4_066_000
+        record["checkpoints"] = {"published": list(record["checkpoints"].values())[-1]}
+        model.results_folder.mkdir(parents=True)
+        (model.results_folder / "evaluation.json").write_text(json.dumps(record))
+        shutil.copyfile(study.runs[run].folder / "items.parquet", model.results_folder / "items.parquet")
+    return study.model_copy(update={"published": published})
+
+
+def test_rows_of_table_2(study):
+    report(study)
+    lines = (study.folder / "tables" / "table2.md").read_text().splitlines()
+    headings = [place for place, line in enumerate(lines) if line.startswith("| **")]
+    own = next(i for i in headings if "This study" in lines[i])
+    other = next(i for i in headings if "Published models, scored here" in lines[i])
+    paper = next(i for i in headings if "The paper" in lines[i])
+    assert own < other < paper and paper - other == 3
+    first, second = lines[other + 1], lines[other + 2]
+    assert first.startswith("| Model tiny-a | 1.1B |") and second.startswith("| Model tiny-b | 4.066M |")
+    scores = read_published(study)["tiny-a"].checkpoint.benchmarks["blimp"].modes["harness"].acc
+    assert f"{100 * scores.value:.1f}<br>" in first and "p " not in first
+    csv = (study.folder / "tables" / "table2.csv").read_text()
+    assert csv.count("\npublished,") == 2
+
+
+def test_a_study_without_published_models_has_no_such_rows(study):
+    report(study.model_copy(update={"published": {}}))
+    assert "Published models" not in (study.folder / "tables" / "table2.md").read_text()
+
+
+def test_all_that_is_missing_is_named(study):
+    (study.published["tiny-a"].results_folder / "items.parquet").unlink()
+    path = study.published["tiny-b"].results_folder / "evaluation.json"
+    path.write_text((study.runs["baseline"].folder / "evaluation.json").read_text())
+    with pytest.raises(UserError) as error:
+        read_published(study)
+    assert "tiny-a/items.parquet is missing: run `stlm evaluate toy tiny-a`" in str(error.value)
+    assert "tiny-b/evaluation.json: not what its stage writes (parameters" in str(error.value)
+    path.unlink()
+    with pytest.raises(
+        UserError, match=r"tiny-b/evaluation\.json is missing: run `stlm evaluate toy tiny-b`"
+    ):
+        read_published(study)
