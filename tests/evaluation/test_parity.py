@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import harness_parity
 import parity
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from stlm.corpora.synthetic import corpus
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
+from stlm.files import read_json
 from stlm.study import load_benchmarks
 from stlm.tokens import Tokenizer
 from stlm.tokens.bpe import train_bpe
@@ -33,14 +35,16 @@ class Sides(NamedTuple):
     """One model, as we and as lm_eval load it."""
 
     ours: TokenModel
-    theirs: parity.RecordingHFLM
+    theirs: harness_parity.RecordingHFLM
 
 
 def _sides(folder: Path, tokenizer: Tokenizer) -> Sides:
     checkpoint = save_llama(folder, tokenizer, CONTEXT)
     export_llama(checkpoint, folder / "llama")
     transformer, _ = load_checkpoint(checkpoint)
-    return Sides(TokenModel(transformer, RequestEncoder(tokenizer)), parity.RecordingHFLM(folder / "llama"))
+    return Sides(
+        TokenModel(transformer, RequestEncoder(tokenizer)), harness_parity.RecordingHFLM(folder / "llama")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +64,11 @@ def sides(request: pytest.FixtureRequest) -> Sides:
     return request.getfixturevalue("trained" if request.param == "bpe" else "gpt2")
 
 
-def _prepare(sides: Sides, name: str, raw: Path, folder: Path, share: float = 1.0) -> parity.Sample:
-    return parity.prepare(name, raw, folder, sides.ours.encoder, CONTEXT, share, seed=3)
+def _prepare(sides: Sides, name: str, raw: Path, folder: Path, share: float = 1.0) -> harness_parity.Sample:
+    return harness_parity.prepare(name, raw, folder, sides.ours.encoder, CONTEXT, share, seed=3)
 
 
-def _tricky(sides: Sides, name: str, folder: Path) -> parity.Sample:
+def _tricky(sides: Sides, name: str, folder: Path) -> harness_parity.Sample:
     split, rows = ITEMS[name]
     (folder / name).mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / name / f"{split}.parquet")
@@ -80,13 +84,13 @@ def _check(result: dict) -> None:
         assert own["value"] == pytest.approx(their["value"], rel=1e-12)
         assert own["stderr"] == pytest.approx(their["stderr"], rel=1e-9)
         assert metric["items_credited_otherwise"] <= metric["items_tied"]
-    assert parity.agrees(result)
+    assert harness_parity.agrees(result)
 
 
 @pytest.mark.parametrize("name", ITEMS)
 def test_tricky_items(tmp_path: Path, sides: Sides, name: str) -> None:
     sample = _tricky(sides, name, tmp_path)
-    result = parity.compare(sides.ours, sides.theirs, sample)
+    result = harness_parity.compare(sides.ours, sides.theirs, sample)
     _check(result)
     assert result["items"] + result["items_left_out"] == len(ITEMS[name][1])
     assert result["requests"] == sum(len(item.options) for item in sample.items)
@@ -98,7 +102,7 @@ def test_tricky_items(tmp_path: Path, sides: Sides, name: str) -> None:
 
 def test_ties_are_counted(tmp_path: Path, trained: Sides) -> None:
     """Two pairs of options and a pair of sentences are the same text: 1/k here, the first of them there."""
-    result = parity.compare(trained.ours, trained.theirs, _tricky(trained, "hellaswag", tmp_path))
+    result = harness_parity.compare(trained.ours, trained.theirs, _tricky(trained, "hellaswag", tmp_path))
     assert result["metrics"]["acc"]["items_tied"] >= 1
     assert result["items_left_out"] == 1  # lm_eval refuses an ending longer than the context
 
@@ -116,25 +120,27 @@ def test_a_difference_is_found(tmp_path: Path, trained: Sides) -> None:
     sample = _tricky(trained, "winogrande", tmp_path)
     item = sample.items[0]
     changed = item._replace(options=(item.options[0]._replace(continuation=" other"), item.options[1]))
-    result = parity.compare(trained.ours, trained.theirs, sample._replace(items=[changed, *sample.items[1:]]))
+    result = harness_parity.compare(
+        trained.ours, trained.theirs, sample._replace(items=[changed, *sample.items[1:]])
+    )
     assert result["requests_text_differs"] == 1 and result["logprob_max_difference"] > 0.1
-    assert not parity.agrees(result)
+    assert not harness_parity.agrees(result)
 
     sample.encoded[1][0].tokens[-1] += 1
-    result = parity.compare(trained.ours, trained.theirs, sample)
+    result = harness_parity.compare(trained.ours, trained.theirs, sample)
     assert result["requests_text_differs"] == 0 and result["requests_tokens_differ"] == 1
-    assert not parity.agrees(result)
+    assert not harness_parity.agrees(result)
 
 
 @pytest.mark.parametrize("name", ITEMS)
 def test_real_items(tmp_path: Path, root: Path, mirror: Path, sides: Sides, name: str) -> None:
     source = next(s for s in load_benchmarks(root)[name].sources if s.kind == "mirror")
     raw = mirror / source.path
-    rows = pq.read_metadata(parity.BENCHMARKS[name].files(raw)[1][0]).num_rows
+    rows = pq.read_metadata(harness_parity.BENCHMARKS[name].files(raw)[1][0]).num_rows
     sample = _prepare(sides, name, raw, tmp_path, REAL / rows)
     assert len(sample.items) >= REAL - 5
     assert len(sample.tasks) == {"blimp": 67, "mmlu": 57}.get(name, 1)
-    _check(parity.compare(sides.ours, sides.theirs, sample))
+    _check(harness_parity.compare(sides.ours, sides.theirs, sample))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -143,19 +149,59 @@ def test_standard_errors_of_groups(weighted: bool) -> None:
     groups = [[0, 3], [1, 2, 4, 5, 6], [7, 8]]
     parts = [[values[i] for i in group] for group in groups]
     errors, sizes = [metrics.mean_stderr(part) for part in parts], [len(part) for part in parts]
-    found = parity.aggregate(values, groups, weighted)
+    found = harness_parity.aggregate(values, groups, weighted)
     if weighted:
         assert found["stderr"] == pytest.approx(metrics.pooled_sample_stderr(errors, sizes), rel=1e-12)
         assert found["value"] == pytest.approx(4.5 / 9)
     else:
         assert found["stderr"] == pytest.approx(metrics.unweighted_mean_stderr(errors), rel=1e-12)
         assert found["value"] == pytest.approx((1 + 0.3 + 0.5) / 3)
-    single = parity.aggregate(values, [list(range(9))], True)
+    single = harness_parity.aggregate(values, [list(range(9))], True)
     assert single["stderr"] == pytest.approx(metrics.mean_stderr(values), rel=1e-12)
-    assert parity.aggregate(values, [[0], list(range(1, 9))], weighted)["stderr"] is None
+    assert harness_parity.aggregate(values, [[0], list(range(1, 9))], weighted)["stderr"] is None
 
 
 def test_every_benchmark_has_its_task() -> None:
     assert set(ITEMS) <= set(HARNESS_TASKS)
-    own = {name for name in parity.BENCHMARKS if not name.startswith("synthetic")}
+    own = {name for name in harness_parity.BENCHMARKS if not name.startswith("synthetic")}
     assert own <= set(HARNESS_TASKS)
+
+
+def test_the_script_goes_on_from_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_bpe("bpe-300", corpus(0, 20)["text"])
+    checkpoint = save_llama(tmp_path / "results" / "own" / "runs" / "tiny", tokenizer, CONTEXT)
+    for name in ("winogrande", "arc_challenge"):
+        split, rows = ITEMS[name]
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw" / name / f"{split}.parquet")
+    output = tmp_path / "parity.json"
+    arguments = [
+        "parity.py",
+        "--model",
+        str(checkpoint),
+        "--raw",
+        str(tmp_path / "raw"),
+        "--output",
+        str(output),
+    ]
+
+    def run(*more: str) -> int:
+        monkeypatch.setattr("sys.argv", [*arguments, *more])
+        return parity.main()
+
+    assert run("--benchmark", "winogrande") == 0
+    first = read_json(output)
+    assert list(first["models"]) == ["own/tiny/step-0000001"]
+    compared, compare = [], parity.compare
+    monkeypatch.setattr(
+        parity, "compare", lambda *both: compared.append(both[2].benchmark.name) or compare(*both)
+    )
+    assert run() == 0
+    assert compared == ["arc_challenge"]
+    content = read_json(output)
+    assert content["summary"]["requests"] == sum(
+        result["requests"] for result in content["models"]["own/tiny/step-0000001"]["benchmarks"].values()
+    )
+    assert content["summary"]["accuracy_max_difference_first_of_ties"] == 0
+    assert str(tmp_path) not in output.read_text()
+    assert run("--benchmark", "winogrand") == 2
