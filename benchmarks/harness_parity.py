@@ -14,6 +14,7 @@ import lm_eval
 import numpy as np
 import pyarrow.parquet as pq
 from harness_tasks import HARNESS_TASKS, read_rows, sample_rows, task_manager, write_tasks
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from stlm.evaluation import scoring
@@ -90,7 +91,7 @@ class Side(NamedTuple):
     seconds: float
 
 
-def run_harness(lm: RecordingHFLM, sample: Sample) -> Side:
+def run_harness(lm: LM, sample: Sample) -> Side:
     """Run lm_eval on the sample's tasks."""
     name = HARNESS_TASKS[sample.benchmark.name].name
     manager = task_manager(sample.folder)

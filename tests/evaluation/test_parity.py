@@ -10,13 +10,14 @@ import parity
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness_tasks import HARNESS_TASKS
+from harness_tasks import HARNESS_TASKS, task_manager, write_tasks
 from lm_eval.api import metrics
 from tiny_run import save_llama
-from tricky_items import ITEMS
+from tricky_items import EXAMS, ITEMS
 
 from stlm.corpora.synthetic import corpus
 from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.harness_model import StlmLM
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
@@ -165,6 +166,31 @@ def test_every_benchmark_has_its_task() -> None:
     assert set(ITEMS) <= set(HARNESS_TASKS)
     own = {name for name in harness_parity.BENCHMARKS if not name.startswith("synthetic")}
     assert own <= set(HARNESS_TASKS)
+
+
+def test_the_cloze_form_of_mmlu_has_its_tasks(tmp_path: Path) -> None:
+    numbers = write_tasks("mmlu_cloze", pa.Table.from_pylist(EXAMS), tmp_path)
+    loaded = task_manager(tmp_path).load(["mmlu_continuation"])
+    assert {name: len(task.eval_docs) for name, task in loaded["tasks"].items()} == {
+        name: len(own) for name, own in numbers.items()
+    }
+    task = loaded["tasks"]["mmlu_anatomy_continuation"]
+    document = task.eval_docs[0]
+    assert task.doc_to_text(document) == "Question: Which bone?\nAnswer:"
+    assert task.doc_to_choice(document) == ["the femur", "the femur", "the tibia", "the femur"]
+
+
+@pytest.mark.parametrize("name", ["blimp", "arc_easy", "mmlu"])
+def test_our_model_in_the_harness_gives_the_same(tmp_path: Path, trained: Sides, name: str) -> None:
+    """`lm_eval --model stlm` against `lm_eval --model hf`, tasks and metrics the harness's on both sides."""
+    sample = _tricky(trained, name, tmp_path)
+    ours = StlmLM(run=str(Path(trained.theirs.pretrained).parent), device="cpu")
+    own, their = harness_parity.run_harness(ours, sample), harness_parity.run_harness(trained.theirs, sample)
+    assert own.texts == their.texts and own.right == their.right
+    for mine, other in zip(own.logprobs, their.logprobs, strict=True):
+        assert mine == pytest.approx(other, abs=2e-4)
+    key = "acc_stderr,none"
+    assert own.results["acc,none"] == their.results["acc,none"] and own.results[key] == their.results[key]
 
 
 def test_the_script_goes_on_from_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
