@@ -53,6 +53,8 @@ def contamination_inputs(study: Study) -> list[str]:
     """The folders that ``stlm contamination`` reads: training text, as tokens, and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [*map(str, study.training_texts.values()), *benchmarks]
+
+
 def published_inputs(study: Study, published: PublishedModel) -> list[str]:
     """The folders that ``stlm evaluate`` reads for a published model: itself, test text and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]

@@ -112,9 +112,7 @@ def write_results(
     write_json(folder / "evaluation.json", summary)
 
 
-def facts(
-    about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]
-) -> Facts:
+def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:
     """What a model's predictions depend on; `results` are its checkpoints' parts of `evaluation.json`."""
     last = list(results.values())[-1]["benchmarks"]
     digests = material.digests["benchmarks"]
