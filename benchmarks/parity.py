@@ -15,19 +15,16 @@ there.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from harness_parity import RecordingHFLM, agrees, compare, prepare
 from harness_tasks import HARNESS_TASKS
+from machine import label, machine
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -36,36 +33,9 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, sha256, write_json
 from stlm.tokens import load_tokenizer
-from stlm.training.checkpoints import code_version, load_checkpoint
+from stlm.training.checkpoints import load_checkpoint
 
 OUTPUT = Path("results/benchmarks/parity.json")
-
-
-def machine() -> dict[str, Any]:
-    """Where this ran, with which versions."""
-    processor = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        processor = names[0] if names else processor
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken")},
-        "code": code_version()["git"],
-    }
-
-
-def label(checkpoint: Path) -> str:
-    """STUDY/RUN/step-N of a checkpoint in results/STUDY/runs/RUN/checkpoints, RUN/step-N of one elsewhere."""
-    run = checkpoint.absolute().parent.parent
-    study = f"{run.parent.parent.name}/" if run.parent.name == "runs" else ""
-    return f"{study}{run.name}/{checkpoint.name}"
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ class EvaluationConfig(_Strict):
     batch_tokens: int | None = Field(
         default=None,
         gt=0,
-        description="tokens in one forward pass, padding included; null: 2,048 on a CPU, 65,536 on a GPU",
+        description="tokens in one forward pass, padding included; null: 4,096 on a CPU, 65,536 on a GPU",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",

@@ -30,8 +30,10 @@ class Encoded(NamedTuple):
 class RequestEncoder:
     """Encodes requests, remembering every text, so that a second checkpoint pays nothing.
 
-    With a context, the whole text is encoded at once and the context's own tokens are taken off its front;
-    the context's trailing whitespace counts as the continuation's. Without one, the end-of-text token is it.
+    With a context, the whole text is encoded at once, and what follows as many tokens as the context has by
+    itself is the continuation; the context's trailing whitespace counts as the continuation's. Without one,
+    the end-of-text token is it. (Where the two run together in one token, such as a context that ends inside
+    a word, the context's own tokens come first, except in a string that is scored whole.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -44,8 +46,11 @@ class RequestEncoder:
         encoded = []
         for request in requests:
             whole = self._known[request.context + request.continuation]
-            n_context = len(self._known[request.context.rstrip()])
+            context = self._known[request.context.rstrip()]
+            n_context = len(context)
             if n_context:
+                if not (request.whole or np.array_equal(whole[:n_context], context)):
+                    whole = np.concatenate([context, whole[n_context:]])
                 encoded.append(Encoded(whole, n_context, False))
             else:
                 encoded.append(Encoded(np.concatenate([self._eot, whole]), 1, True))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.interface import Request
 from stlm.files import sha256
+from stlm.model.segments import Segments
 
 # Where configurations say how many positions a model has, in lm_eval's order.
 _CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -32,11 +35,17 @@ class Shape(NamedTuple):
     vocab_size: int
 
 
+# The segments of the row that a model of transformers is working on: attention is called deep inside it.
+_SEGMENTS: ContextVar[Segments | None] = ContextVar("segments", default=None)
+_ATTENTION = "stlm_segments"
+
+
 class HfModel(nn.Module):
     """A causal language model of `transformers` with the interface of our transformer.
 
-    `packs`: whether several sequences may share a row, told apart by positions and mask. `own_head`: whether
-    logits are made by the model itself (scaled, capped): then `hidden` gives them, `head` passes them on.
+    `packs`: whether several sequences may share a row. `own_head`: whether logits are made by the model
+    itself (scaled, capped): then `hidden` gives them, and `head` and `logit` choose from them. `probe` sets
+    both.
     """
 
     def __init__(self, model: nn.Module, context: int) -> None:
@@ -44,34 +53,66 @@ class HfModel(nn.Module):
         self.model = model.eval()
         self.config = Shape(context, model.get_output_embeddings().weight.shape[0])
         self.own_head = False
-        self.packs = _may_pack(model, context)
+        self.packs = False
 
     def hidden(
-        self, tokens_BL: Tensor, positions_BL: Tensor | None = None, mask_BLL: Tensor | None = None
+        self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None
     ) -> Tensor:
         """The residual stream after the last norm [B, L, D], or logits [B, L, V] where `own_head`.
 
-        `positions_BL` (int64) and `mask_BLL` (True where query i sees key j) come together; without them
-        every row is a sequence from its first position on, padded at the right if at all.
+        `segments` and `rows_N` as in `stlm.model.transformer.Transformer.hidden`; without segments every row
+        is a sequence from its first position on, padded at the right if at all.
         """
         inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
-        if mask_BLL is not None:
-            inputs |= {"position_ids": positions_BL, "attention_mask": self._mask(mask_BLL)}
+        if segments is not None:
+            inputs["position_ids"] = segments.positions_1N
+        before = _SEGMENTS.set(segments)
+        try:
+            if self.own_head:
+                x_BLX = self.model(**inputs).logits
+            else:
+                x_BLX = self.model.base_model(**inputs).last_hidden_state
+        finally:
+            _SEGMENTS.reset(before)
+        return x_BLX if rows_N is None else x_BLX.flatten(0, 1)[rows_N]
+
+    def head(self, x: Tensor, vocabulary: slice | None = None) -> Tensor:
+        """Logits [..., V] of what `hidden` gives, or of a part of the vocabulary."""
+        vocabulary = slice(None) if vocabulary is None else vocabulary
         if self.own_head:
-            return self.model(**inputs).logits
-        return self.model.base_model(**inputs).last_hidden_state
+            return x[..., vocabulary]
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return F.linear(x, head.weight[vocabulary], None if bias is None else bias[vocabulary])
 
-    def head(self, x_ND: Tensor) -> Tensor:
-        """Logits [..., V] of what `hidden` gives."""
-        return x_ND if self.own_head else self.model.get_output_embeddings()(x_ND)
+    def logit(self, x_NX: Tensor, tokens_N: Tensor) -> Tensor:
+        """The logit [N] of one token for each of what `hidden` gives."""
+        if self.own_head:
+            return x_NX.gather(1, tokens_N[:, None])[:, 0]
+        head = self.model.get_output_embeddings()
+        logit_N = (x_NX * head.weight[tokens_N]).sum(dim=-1)
+        bias = getattr(head, "bias", None)
+        return logit_N if bias is None else logit_N + bias[tokens_N]
 
-    def _mask(self, mask_BLL: Tensor) -> Tensor:
-        """The mask with a dimension for the heads, in the form of the model's attention."""
-        mask_B1LL = mask_BLL[:, None]
-        if self.model.config._attn_implementation == "sdpa":
-            return mask_B1LL
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros(mask_B1LL.shape, device=mask_BLL.device).masked_fill(~mask_B1LL, lowest)
+
+def _attention(
+    module: nn.Module,
+    q_BHLE: Tensor,
+    k_BKLE: Tensor,
+    v_BKLE: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention [B, L, H, E], within segments where there are any, as transformers calls it."""
+    segments = _SEGMENTS.get()
+    if segments is not None:
+        q_BLHE, k_BLKE, v_BLKE = (x.transpose(1, 2) for x in (q_BHLE, k_BKLE, v_BKLE))
+        return segments.attend(q_BLHE, k_BLKE, v_BLKE, scaling), None
+    y_BHLE = F.scaled_dot_product_attention(
+        q_BHLE, k_BKLE, v_BKLE, is_causal=True, scale=scaling, enable_gqa=k_BKLE.shape[1] != q_BHLE.shape[1]
+    )
+    return y_BHLE.transpose(1, 2), None
 
 
 class HfTokenizer:
@@ -206,16 +247,16 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:
-    """Whether positions and mask can be given, and a mask of ours stands for the model's own.
+    """Whether positions can be given, and attention of ours stands for the model's own.
 
-    Windows narrower than the context would be left out by our mask, and recurrent layers see no mask.
+    Windows narrower than the context would be widened by ours, and recurrent layers have no attention.
     """
     config = model.config
     takes = inspect.signature(model.base_model.forward).parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     narrow = window is not None and window < context
-    return {"position_ids", "attention_mask"} <= set(takes) and kinds == {"full_attention"} and not narrow
+    return "position_ids" in takes and kinds == {"full_attention"} and not narrow
 
 
 @torch.inference_mode()
@@ -249,21 +290,31 @@ def probe(model: HfModel, folder: Path) -> None:
     except (TypeError, AttributeError, RuntimeError):
         # The base model has another interface: the whole model's logits are taken.
         model.own_head = True
-    if model.packs:
-        model.packs = _packed_as_alone(model, row_1L, same)
+    if _may_pack(model.model, model.config.context):
+        model.packs = _attends_in_segments(model, row_1L, same)
 
 
-def _packed_as_alone(model: HfModel, row_1L: Tensor, same) -> bool:
-    """Two continuations of one context in a row, each seeing the context and itself."""
+def _attends_in_segments(model: HfModel, row_1L: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether, with our attention, two continuations of one context in a row get what each gets alone.
+
+    The model's own attention is put back where they do not.
+    """
+    from transformers import AttentionInterface
+
     length = row_1L.shape[1]
-    context, end = length // 3, 2 * length // 3
-    positions_1L = torch.cat([torch.arange(end), torch.arange(context, context + length - end)])[None]
-    mask_1LL = torch.ones(1, length, length, dtype=torch.bool).tril()
-    mask_1LL[0, end:, context:end] = False
+    shared, end = length // 3, 2 * length // 3
+    paths = np.arange(end), np.concatenate([np.arange(shared), np.arange(end, length)])
+    positions = np.concatenate([np.arange(end), np.arange(shared, len(paths[1]))])
+    segments = Segments(positions, [(end, paths[0]), (length - end, paths[1])], row_1L.device)
+    alone = [model.head(model.hidden(row_1L[:, path])).float() for path in paths]
+    own = model.model.config._attn_implementation
+    AttentionInterface.register(_ATTENTION, _attention)
     try:
-        packed = model.head(model.hidden(row_1L, positions_1L, mask_1LL))
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    first = model.head(model.hidden(row_1L[:, :end]))
-    second = model.head(model.hidden(torch.cat([row_1L[:, :context], row_1L[:, end:]], dim=1)))
-    return same(packed[:, :end], first.float()) and same(packed[:, end:], second[:, context:].float())
+        model.model.set_attn_implementation(_ATTENTION)
+        packed = model.head(model.hidden(row_1L, segments))
+        packs = all(same(packed[:, path], expected) for path, expected in zip(paths, alone, strict=True))
+    except (TypeError, ValueError, KeyError, RuntimeError):
+        packs = False
+    if not packs:
+        model.model.set_attn_implementation(own)
+    return packs

@@ -44,8 +44,8 @@ class Segments:
         self.groups = [_group(own, len(positions_N), device) for own in by_length.values()]
         self._bias: list[Tensor] = []
 
-    def attend(self, q_1NHE: Tensor, k_1NKE: Tensor, v_1NKE: Tensor) -> Tensor:
-        """Mixed values [1, N, H, E]."""
+    def attend(self, q_1NHE: Tensor, k_1NKE: Tensor, v_1NKE: Tensor, scale: float | None = None) -> Tensor:
+        """Mixed values [1, N, H, E]. `scale` of the scores: 1 / sqrt(E) unless given."""
         N, H, E = q_1NHE.shape[1:]
         K = k_1NKE.shape[2]
         if not self._bias:  # the same for all layers
@@ -62,6 +62,7 @@ class Segments:
                 k_KNE.index_select(1, keys).view(K, S, C, E),
                 v_KNE.index_select(1, keys).view(K, S, C, E),
                 attn_mask=bias_1SXC,
+                scale=scale,
             )
             y_KNX.index_copy_(1, group.results_SQ.flatten(), y_KSXE.reshape(K, -1, H // K * E))
         return y_KNX[:, :N].transpose(0, 1).reshape(1, N, H, E)

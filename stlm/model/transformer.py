@@ -60,7 +60,8 @@ def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Te
 def rotate(x_BLHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
     """Rotate the pairs (i, i + E/2) of each head by the position's angles."""
     first, second = x_BLHE.chunk(2, dim=-1)
-    return (x_BLHE * cos_L1E + torch.cat([second, first], dim=-1) * sin_L1E).to(x_BLHE.dtype)
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x_BLHE * cos_L1E, swapped, sin_L1E).to(x_BLHE.dtype)
 
 
 def sinusoidal_table(context: int, width: int) -> Tensor:

@@ -6,17 +6,19 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny_hf import CONTEXT, STORIES, VOCABULARY, save, tokenizer
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from stlm.errors import UserError
-from stlm.evaluation.hf_model import HfModel, HfRequestEncoder, load_hf, weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, weights_sha256
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
+from stlm.model.segments import Segments
 
 
 def requests() -> list[tuple[str, str]]:
@@ -63,31 +65,24 @@ def test_log_probabilities_are_lm_evals(
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "cohere"])
 def test_rows_that_several_sequences_share(tmp_path: Path, name: str) -> None:
-    """Positions and mask, against each sequence alone."""
+    """In segments, against each sequence alone; the logits of some tokens against all logits."""
     model, _ = load_hf(save(tmp_path, name))
     draw = torch.Generator().manual_seed(2)
-    parts = [torch.randint(VOCABULARY, (n,), generator=draw) for n in (9, 20, 4)]
-    same = torch.block_diag(*(torch.ones(len(part), len(part)) for part in parts)).bool()
-    mask_1LL = same.tril()[None]
-    positions_1L = torch.cat([torch.arange(len(part)) for part in parts])[None]
+    row_1L = torch.randint(VOCABULARY, (1, 40), generator=draw)
+    paths = np.arange(9), np.r_[0:5, 9:20], np.r_[0:5, 9:12, 20:40]
+    positions = np.r_[0:9, 5:16, 8:28]
+    segments = Segments(positions, [(9, paths[0]), (11, paths[1]), (20, paths[2])], torch.device("cpu"))
     with torch.inference_mode():
-        packed = model.head(model.hidden(torch.cat(parts)[None], positions_1L, mask_1LL))[0]
-        alone = torch.cat([model.head(model.hidden(part[None]))[0] for part in parts])
-        whole = torch.cat([model.model(part[None]).logits[0] for part in parts])
-    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
-
-
-def test_attention_that_is_not_fused(tmp_path: Path) -> None:
-    save(tmp_path, "llama")
-    model, _ = load_hf(tmp_path)
-    eager = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
-    row = torch.randint(VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
-    arguments = row, torch.arange(12)[None], torch.ones(1, 12, 12, dtype=torch.bool).tril()
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            HfModel(eager, CONTEXT).hidden(*arguments), model.hidden(*arguments), atol=1e-4, rtol=0
-        )
+        hidden = model.hidden(row_1L, segments)
+        packed = model.head(hidden)[0]
+        for path in paths:
+            alone = model.model(row_1L[:, path]).logits[0]
+            torch.testing.assert_close(packed[path], alone, atol=1e-4, rtol=1e-4)
+        rows = torch.tensor([3, 17])
+        some = model.hidden(row_1L, segments, rows)
+        torch.testing.assert_close(model.head(some, slice(5, 9)), packed[rows, 5:9], atol=1e-4, rtol=1e-4)
+        tokens = torch.tensor([7, 2])
+        torch.testing.assert_close(model.logit(some, tokens), packed[rows, tokens], atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path: Path) -> None:

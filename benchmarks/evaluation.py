@@ -1,0 +1,216 @@
+"""How fast is scoring, beside the reference harness? Both score the same checkpoint on the same items.
+
+    python benchmarks/evaluation.py --model results/desk/runs/baseline/checkpoints/step-0002500 --share 0.05
+
+Their side is `lm_eval` with its model `hf` and its default of batches, on the checkpoint exported for
+`transformers`; ours is what `stlm evaluate` runs, in the mode `harness`. The two take turns, benchmark by
+benchmark, on the same CPU with as many threads and in the same arithmetic. Timed is what turns requests,
+which are texts, into log-probabilities: encoding and scoring (`loglikelihood` there, `scoring.score` here,
+where near ties in bfloat16 are scored again in float32). Building the tasks is left out of the ratio, on both
+sides. Of several rounds the fastest counts.
+
+Writes results/benchmarks/evaluation.json after each benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+from harness_parity import prepare
+from harness_tasks import HARNESS_TASKS, task_manager
+from lm_eval.models.huggingface import HFLM
+from machine import label, machine
+
+from stlm.errors import UserError
+from stlm.evaluation import scoring
+from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.token_model import TokenModel
+from stlm.export.llama import export_llama
+from stlm.files import write_json
+from stlm.tokens import load_tokenizer
+from stlm.training.checkpoints import load_checkpoint
+
+OUTPUT = Path("results/benchmarks/evaluation.json")
+# Items in all: a sample's seconds count as many times as the benchmark is larger.
+WHOLE = {
+    "blimp": 67_000,
+    "hellaswag": 10_042,
+    "arc_easy": 2_376,
+    "arc_challenge": 1_172,
+    "winogrande": 1_267,
+    "mmlu": 14_042,
+}
+SUITE = tuple(WHOLE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", action="append", required=True, type=Path, help="a checkpoint's folder (repeatable)"
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=("float32", "bfloat16"),
+        help="arithmetic of both sides (repeatable); default: both",
+    )
+    parser.add_argument("--benchmark", action="append", choices=SUITE, help="default: all (repeatable)")
+    parser.add_argument("--share", type=float, default=0.05, help="fraction of the items; default: 0.05")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
+    parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts; default: 2")
+    parser.add_argument("--batch", type=int, default=32, help="lm_eval's batch size; default: 32")
+    parser.add_argument(
+        "--raw", type=Path, default=Path("data/raw"), help="a folder a benchmark; default: data/raw"
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time every model in every arithmetic, writing after each benchmark."""
+    datasets.disable_progress_bars()
+    content: dict[str, Any] = {
+        "command": f"benchmarks/evaluation.py --share {options.share:g} --rounds {options.rounds}",
+        "share": options.share,
+        "seed": options.seed,
+        "rounds": options.rounds,
+        "lm_eval_batch": options.batch,
+        "machine": machine(),
+        "models": {},
+    }
+    for checkpoint in options.model:
+        own = content["models"][label(checkpoint)] = {}
+        for dtype in options.dtype or ("float32", "bfloat16"):
+            own[dtype] = {"benchmarks": {}}
+            for name in options.benchmark or SUITE:
+                own[dtype]["benchmarks"][name] = _time(checkpoint, dtype, name, options)
+                own[dtype]["suite"] = suite(own[dtype]["benchmarks"], own.get("float32"))
+                write_json(options.output, content)
+                print(line(label(checkpoint), dtype, name, own[dtype]["benchmarks"][name]), flush=True)
+            print(f"{label(checkpoint)} {dtype}: {own[dtype]['suite']}", flush=True)
+
+
+def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One benchmark on both sides, in turns. The sides keep nothing from round to round."""
+    transformer, description = load_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    with tempfile.TemporaryDirectory() as temporary:
+        export_llama(checkpoint, Path(temporary) / "model")
+        sample = prepare(
+            name,
+            options.raw / (HARNESS_TASKS[name].data or name),
+            Path(temporary) / name,
+            RequestEncoder(tokenizer),
+            transformer.config.context,
+            options.share,
+            options.seed,
+        )
+        theirs = HFLM(
+            pretrained=str(Path(temporary) / "model"), device="cpu", dtype=dtype, batch_size=options.batch
+        )
+        manager = task_manager(sample.folder)
+        watch = Stopwatch(theirs.loglikelihood)
+        theirs.loglikelihood = watch
+        seconds: dict[str, list[float]] = {"stlm": [], "lm_eval": [], "lm_eval_whole": []}
+        for _ in range(options.rounds):
+            watch.seconds = 0.0
+            begin = time.perf_counter()
+            found = lm_eval.simple_evaluate(
+                model=theirs, tasks=[HARNESS_TASKS[name].name], task_manager=manager, log_samples=False
+            )
+            seconds["lm_eval_whole"].append(time.perf_counter() - begin)
+            seconds["lm_eval"].append(watch.seconds)
+            begin = time.perf_counter()
+            model = TokenModel(transformer, RequestEncoder(tokenizer), precision=dtype)
+            scores = scoring.score(model, sample.items, ["harness"])["harness"]
+            summary = scoring.summarize(sample.benchmark, "harness", sample.items, scores)
+            seconds["stlm"].append(time.perf_counter() - begin)
+    best = {side: min(times) for side, times in seconds.items()}
+    reported = found["results"][HARNESS_TASKS[name].name]
+    return {
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "weights_sha256": description["weights_sha256"],
+        "items": len(sample.items),
+        "options": sum(len(item.options) for item in sample.items),
+        "seconds": {side: round(value, 3) for side, value in best.items()},
+        "all_seconds": {side: [round(value, 3) for value in times] for side, times in seconds.items()},
+        "ratio": round(best["lm_eval"] / best["stlm"], 2),
+        "accuracy": {
+            metric: {"stlm": summary[metric]["value"], "lm_eval": reported[f"{metric},none"]}
+            for metric in ("acc", "acc_norm")
+            if metric in summary
+        },
+    }
+
+
+class Stopwatch:
+    """A function that adds up how long its calls take."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        found = self.function(*arguments, **named)
+        self.seconds += time.perf_counter() - begin
+        return found
+
+
+def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str, Any]:
+    """All benchmarks together, each with the weight of its whole size, and how far accuracies moved.
+
+    `points_from_float32`: percentage points between the accuracies here and in float32, of each side.
+    """
+    whole = {name: WHOLE[name] / result["items"] for name, result in benchmarks.items()}
+    seconds = {
+        side: sum(result["seconds"][side] * whole[name] for name, result in benchmarks.items())
+        for side in ("stlm", "lm_eval")
+    }
+    points = (
+        {
+            side: {
+                f"{name} {metric}": round(
+                    100 * (found[side] - exact["benchmarks"][name]["accuracy"][metric][side]), 3
+                )
+                for name, result in benchmarks.items()
+                for metric, found in result["accuracy"].items()
+            }
+            for side in ("stlm", "lm_eval")
+        }
+        if exact
+        else {}
+    )
+    return {
+        "seconds_of_all_items": {side: round(value, 1) for side, value in seconds.items()},
+        "ratio": round(seconds["lm_eval"] / seconds["stlm"], 2),
+        "points_from_float32": points,
+    }
+
+
+def line(model: str, dtype: str, benchmark: str, result: dict[str, Any]) -> str:
+    """A result in a line."""
+    seconds, acc = result["seconds"], result["accuracy"]["acc"]
+    return (
+        f"{model} {dtype} {benchmark}: {result['items']} items, {seconds['stlm']:.2f} s, lm_eval "
+        f"{seconds['lm_eval']:.2f} s ({seconds['lm_eval_whole']:.2f} s in all): {result['ratio']:.2f} times; "
+        f"acc {100 * acc['stlm']:.2f} and {100 * acc['lm_eval']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
