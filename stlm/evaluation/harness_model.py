@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +218,7 @@ class StlmLM(TemplateLM):
             if not running:
                 break
             rows = [(prompts[number] + found[number])[-self.max_length :] for number in running]
-            tokens = _choose(self._next_logits(rows), sampling).tolist()
+            tokens = _choose(self.model.next_logits(rows), sampling).tolist()
             for number, token in zip(running, tokens, strict=True):
                 found[number].append(token)
             running = [
@@ -230,19 +229,6 @@ class StlmLM(TemplateLM):
     def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
         text = self.tok_decode(tokens)
         return any(stop and stop in text for stop in stops)
-
-    @torch.inference_mode()
-    def _next_logits(self, rows: Sequence[list[int]]) -> Tensor:
-        """Logits [B, V], float32, of the token after each row. Padding at the right is seen by none."""
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens_BL = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for b, row in enumerate(rows):
-            tokens_BL[b, : len(row)] = torch.tensor(row)
-        half = self.model.precision == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16) if half else nullcontext():
-            hidden_BLD = self.model.transformer.hidden(tokens_BL.to(self._device))
-        last_BD = hidden_BLD[torch.arange(len(rows)), lengths - 1].float()
-        return self.model.transformer.head(last_BD).float()
 
 
 def _choose(logits_BV: Tensor, sampling: dict[str, Any]) -> Tensor:

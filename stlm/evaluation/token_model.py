@@ -102,6 +102,18 @@ class TokenModel:
             totals[owner] += float(found_P2[:, 0].sum())
         return totals
 
+    @torch.inference_mode()
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B, V], float32, of the token after each sequence of ids, none longer than the context."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
+        tokens_BL = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
+        for b, sequence in enumerate(sequences):
+            tokens_BL[b, : len(sequence)] = sequence  # padding at the right is seen by none
+        rows_B = torch.arange(len(sequences), device=self.device) * tokens_BL.shape[1] + lengths - 1
+        with self._arithmetic():
+            hidden_BD = self.transformer.hidden(torch.from_numpy(tokens_BL).to(self.device), None, rows_B)
+            return self.transformer.head(hidden_BD).float()
+
     def _scores(
         self, encoded: Sequence[Encoded], requests: Sequence[Request], progress: Progress, greedy: bool
     ) -> list[Score]:

@@ -93,6 +93,17 @@ def test_greedy_generation(ours: StlmLM, theirs: HFLM, options: dict) -> None:
     assert len(set(expected)) > 1
 
 
+def test_in_bfloat16(run: Path, ours: StlmLM) -> None:
+    half = StlmLM(run=str(run), device="cpu", dtype="bfloat16")
+    asked = requests("loglikelihood", *((text[:30], text[30:60]) for text in STORIES[:10]))
+    for one, other in zip(half.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
+        assert one[0] == pytest.approx(other[0], rel=0.02, abs=0.2)
+    rows = [ours.tok_encode(text)[:n] for n, text in enumerate(STORIES[:8], 1)]
+    exact, rounded = (lm.model.next_logits(rows) for lm in (ours, half))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0.05)
+
+
 def test_generation_past_the_context(ours: StlmLM) -> None:
     """More tokens than fit, which lm_eval's own model refuses: the window moves on."""
     asked = requests("generate_until", ("Tom", {"until": ["<none>"], "max_gen_toks": 2 * CONTEXT}), ("", {}))
