@@ -77,8 +77,9 @@ class EvaluationConfig(_Strict):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
-        description="arithmetic of the products; auto: bfloat16 where the hardware multiplies it, with scores "
-        "that vary a little from machine to machine. In bfloat16 near ties are scored again in float32",
+        description="arithmetic of the products; auto: bfloat16 where the hardware multiplies it, with "
+        "scores that vary a little from machine to machine. In bfloat16, near ties are scored again in "
+        "float32",
     )
     checkpoints: Literal["all", "last"] = Field(
         default="all", description="which of the run's kept checkpoints are evaluated"
