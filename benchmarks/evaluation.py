@@ -123,6 +123,7 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             pretrained=str(Path(temporary) / "model"), device="cpu", dtype=dtype, batch_size=options.batch
         )
         manager = task_manager(sample.folder)
+        model = TokenModel(transformer, RequestEncoder(tokenizer), precision=dtype)
         watch = Stopwatch(theirs.loglikelihood)
         theirs.loglikelihood = watch
         seconds: dict[str, list[float]] = {"stlm": [], "lm_eval": [], "lm_eval_whole": []}
@@ -134,8 +135,9 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             )
             seconds["lm_eval_whole"].append(time.perf_counter() - begin)
             seconds["lm_eval"].append(watch.seconds)
+            # Encoders remember texts.
+            model.encoder = model.precise.encoder = RequestEncoder(tokenizer)
             begin = time.perf_counter()
-            model = TokenModel(transformer, RequestEncoder(tokenizer), precision=dtype)
             scores = scoring.score(model, sample.items, ["harness"])["harness"]
             summary = scoring.summarize(sample.benchmark, "harness", sample.items, scores)
             seconds["stlm"].append(time.perf_counter() - begin)
