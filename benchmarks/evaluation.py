@@ -24,10 +24,11 @@ from typing import Any
 
 import datasets
 import lm_eval
+import torch
 from harness_parity import prepare
 from harness_tasks import HARNESS_TASKS, task_manager
 from lm_eval.models.huggingface import HFLM
-from machine import label, machine
+from machine import default_checkpoints, label, machine
 
 from stlm.errors import UserError
 from stlm.evaluation import scoring
@@ -54,7 +55,13 @@ SUITE = tuple(WHOLE)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", action="append", required=True, type=Path, help="a checkpoint's folder (repeatable)"
+        "--model",
+        action="append",
+        type=Path,
+        help="a checkpoint's folder (repeatable); default: the last ones of desk's baseline and of paper's",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
     )
     parser.add_argument(
         "--dtype",
@@ -89,10 +96,11 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "rounds": options.rounds,
         "lm_eval_batch": options.batch,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "machine": machine(),
         "models": {},
     }
-    for checkpoint in options.model:
+    for checkpoint in options.model or default_checkpoints():
         own = content["models"][label(checkpoint)] = {}
         for dtype in options.dtype or ("float32", "bfloat16"):
             own[dtype] = {"benchmarks": {}}
@@ -120,10 +128,13 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             options.seed,
         )
         theirs = HFLM(
-            pretrained=str(Path(temporary) / "model"), device="cpu", dtype=dtype, batch_size=options.batch
+            pretrained=str(Path(temporary) / "model"),
+            device=options.device,
+            dtype=dtype,
+            batch_size=options.batch,
         )
         manager = task_manager(sample.folder)
-        model = TokenModel(transformer, RequestEncoder(tokenizer), precision=dtype)
+        model = TokenModel(transformer, RequestEncoder(tokenizer), options.device, dtype)
         watch = Stopwatch(theirs.loglikelihood)
         theirs.loglikelihood = watch
         seconds: dict[str, list[float]] = {"stlm": [], "lm_eval": [], "lm_eval_whole": []}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stlm.errors import UserError
 from stlm.training.checkpoints import code_version
 
 
@@ -31,6 +32,19 @@ def machine() -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken")},
         "code": code_version()["git"],
     }
+
+
+def default_checkpoints() -> list[Path]:
+    """The last checkpoints of the baselines of `desk` (a trained BPE) and `paper` (GPT-2's vocabulary)."""
+    runs = [Path(f"results/{study}/runs/baseline") for study in ("desk", "paper")]
+    found = [max(run.glob("checkpoints/step-*"), default=None) for run in runs]
+    missing = [run for run, checkpoint in zip(runs, found, strict=True) if checkpoint is None]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: no checkpoint; run: stlm train {missing[0].parts[1]} baseline (docs/log.md has "
+            "models of paper's shape that take minutes), or name checkpoints with --model"
+        )
+    return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def label(checkpoint: Path) -> str:

@@ -24,16 +24,17 @@ from typing import Any
 import datasets
 from harness_parity import RecordingHFLM, agrees, compare, prepare
 from harness_tasks import HARNESS_TASKS
-from machine import label, machine
+from machine import default_checkpoints, label, machine
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.evaluate import SCORING_VERSION
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, sha256, write_json
 from stlm.tokens import load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import code_version, load_checkpoint
 
 OUTPUT = Path("results/benchmarks/parity.json")
 
@@ -41,7 +42,10 @@ OUTPUT = Path("results/benchmarks/parity.json")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", action="append", required=True, type=Path, help="a checkpoint's folder (repeatable)"
+        "--model",
+        action="append",
+        type=Path,
+        help="a checkpoint's folder (repeatable); default: the last ones of desk's baseline and of paper's",
     )
     parser.add_argument("--benchmark", action="append", help="default: every one in data/raw (repeatable)")
     parser.add_argument(
@@ -65,6 +69,10 @@ def run(options: argparse.Namespace) -> int:
     datasets.disable_progress_bars()
     present = [name for name, task in HARNESS_TASKS.items() if (options.raw / (task.data or name)).is_dir()]
     present = [name for name in present if name in BENCHMARKS]
+    if not present:
+        raise UserError(
+            f"--raw {options.raw}: none of {', '.join(HARNESS_TASKS)}; run: stlm fetch blimp, ..."
+        )
     for name in options.benchmark or []:
         if name not in present:
             raise UserError(f"--benchmark {name}: not in {options.raw}{nearest(name, present)}")
@@ -78,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         earlier = read_json(options.output)
         if all(earlier.get(key) == value for key, value in settings.items()):
             content = earlier
-    for checkpoint in options.model:
+    for checkpoint in options.model or default_checkpoints():
         _, description = load_checkpoint(checkpoint)
         known = content["models"].get(label(checkpoint))
         if known is None or known["weights_sha256"] != description["weights_sha256"]:
@@ -100,19 +108,22 @@ def _compare_model(
     encoder = RequestEncoder(tokenizer)
     model = TokenModel(transformer, encoder)
     known |= {"tokenizer": tokenizer.name, "context": model.context, "machine": machine()}
+    known["machine"].pop("code")  # each benchmark has its own
     with tempfile.TemporaryDirectory() as temporary:
         export_llama(checkpoint, Path(temporary) / "model")
         lm = RecordingHFLM(Path(temporary) / "model")
         for name in names:
             raw = options.raw / (HARNESS_TASKS[name].data or name)
             digests = [sha256(file) for file in BENCHMARKS[name].files(raw)[1]]
-            if known["benchmarks"].get(name, {}).get("data_sha256") == digests:
+            made = {"data_sha256": digests, "scoring_version": SCORING_VERSION}
+            earlier = known["benchmarks"].get(name, {})
+            if made == {key: earlier.get(key) for key in made}:
                 continue
             lm.tokens.clear()
             folder = Path(temporary) / name
             sample = prepare(name, raw, folder, encoder, model.context, options.share, options.seed)
             result = compare(model, lm, sample)
-            result = {**result, "agrees": agrees(result), "data_sha256": digests}
+            result = {**result, "agrees": agrees(result), **made, "code": code_version()["git"]}
             known["benchmarks"][name] = result
             content["summary"] = summary(content["models"])
             write_json(options.output, content)

@@ -83,6 +83,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
         evaluate_published(study.published[options.run], study.evaluation)
         return
+    if study.published and options.run not in study.runs:
+        from stlm.errors import nearest
+
+        known = [*study.runs, *study.published]
+        raise UserError(
+            f"study {study.name!r} has no run or model {options.run!r}{nearest(options.run, known)}"
+        )
     run = study.run(options.run)
     from stlm.evaluation.evaluate import evaluate_run
 

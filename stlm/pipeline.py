@@ -68,7 +68,9 @@ def report_inputs(study: Study) -> list[str]:
     names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
     of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
     of_published = [
-        f"{published.results_folder}/{name}" for published in study.published.values() for name in names[2:]
+        f"{published.results_folder}/{name}"
+        for published in study.published.values()
+        for name in ("evaluation.json", "items.parquet")
     ]
     return [*of_runs, *of_published, f"{study.folder}/contamination.json"]
 
@@ -126,6 +128,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     stages[f"contamination-{study.name}"] = {
         "cmd": f"stlm contamination {study.name}",
         "deps": contamination_inputs(study),
+        "params": [_study_params(study, root, "evaluation.benchmarks")],
         "outs": [
             f"{study.folder}/contaminated-items.parquet",
             _in_git(f"{study.folder}/contamination.json"),

@@ -275,6 +275,7 @@ def fingerprint(material: Material, folder: Path, last: bool) -> str:
     """Changes with anything that the checkpoint's scores depend on."""
     depends = {
         "version": SCORING_VERSION,
+        "code": code_version(),
         "weights": read_record(folder / "config.json", _Weights).weights_sha256,
         "config": material.config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
         "last": last,

@@ -89,6 +89,10 @@ class StlmLM(TemplateLM):
             self._device = torch.device(device)
         except RuntimeError:
             raise UserError(f"--device {device}: expected cpu, cuda or cuda:N") from None
+        if self._device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: expected cpu, cuda or cuda:N")
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torch finds no CUDA device here; expected cpu")
         folder = last_checkpoint(Path(run))
         transformer, self.description = load_checkpoint(folder)
         self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")

@@ -102,9 +102,15 @@ def _attention(
     v_BKLE: Tensor,
     mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention [B, L, H, E], within segments where there are any, as transformers calls it."""
+    """Causal attention [B, L, H, E], within segments where there are any, as transformers calls it.
+
+    TypeError for what it cannot do, so that `probe` leaves such a model its own attention.
+    """
+    unknown = [key for key in ("softcap", "s_aux", "position_bias") if more.get(key) is not None]
+    if unknown:
+        raise TypeError(f"attention with {', '.join(unknown)}")
     segments = _SEGMENTS.get()
     if segments is not None:
         q_BLHE, k_BLKE, v_BLKE = (x.transpose(1, 2) for x in (q_BHLE, k_BKLE, v_BKLE))
@@ -249,9 +255,13 @@ def _digest(files: Iterable[Path]) -> str:
 def _may_pack(model: nn.Module, context: int) -> bool:
     """Whether positions can be given, and attention of ours stands for the model's own.
 
-    Windows narrower than the context would be widened by ours, and recurrent layers have no attention.
+    Windows narrower than the context would be widened by ours, recurrent layers have no attention, and rotary
+    angles that depend on the longest sequence would be those of the row.
     """
     config = model.config
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rotary.get("rope_type") in ("dynamic", "longrope"):
+        return False
     takes = inspect.signature(model.base_model.forward).parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

@@ -42,8 +42,8 @@ ITEMS_SCHEMA = pa.schema(
 
 ItemScores = list[list[Score]]
 
-# Nats by which bfloat16 may move an option's log-probability, for each square root of a token: five times the
-# root mean square found with a 50M model (docs/evaluation.md).
+# Nats by which bfloat16 may move an option, for each square root of a token: about five times the root mean
+# square found with models of 4M and 50M parameters (docs/evaluation.md).
 _BFLOAT16_ERROR = 0.01
 
 
@@ -59,6 +59,9 @@ def score(
         for option in item.options
     ]
     greedy = any(len(item.options) == 1 for item in items)
+    if greedy:
+        # The most probable of all tokens is too often a near tie itself.
+        model = model.precise
     scores = model.loglikelihoods(requests, progress, greedy=greedy)
     if model.precise is not model:
         again = _near_ties(items, modes, scores)

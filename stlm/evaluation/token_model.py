@@ -59,6 +59,8 @@ class TokenModel:
         self.device = torch.device(device)
         self.precision = precision
         self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
+        if batch_tokens is None and getattr(transformer, "own_head", False):
+            self.batch_tokens //= 16  # it gives the logits of all positions
         self.context: int = transformer.config.context
         self.packs: bool = getattr(transformer, "packs", True)
         self.transformer: nn.Module = transformer
@@ -182,10 +184,10 @@ class TokenModel:
 
     def _first_token(self) -> np.ndarray:
         """[V, 2]: each token's log-probability as a document's first, and whether it is the most probable."""
-        eot, size = self.encoder.tokenizer.eot, self.transformer.config.vocab_size
-        start = Forward(np.array([eot]), 0, list(range(size)))
-        (found_V2,) = self._run([start], _alone([start]), greedy=True)
-        return found_V2
+        logits_V = self.precise.next_logits([[self.encoder.tokenizer.eot]])[0].double().cpu()
+        best_V = torch.zeros_like(logits_V)
+        best_V[logits_V.argmax()] = 1
+        return torch.stack([torch.log_softmax(logits_V, dim=0), best_V], dim=1).numpy()
 
     def _run(
         self,
@@ -243,12 +245,13 @@ class TokenModel:
 
     def _pick(self, hidden_ND: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool) -> np.ndarray:
         """[P, 2]: log P(target) after the residual vector picked; with `greedy`, whether it is the best."""
+        # In float32 whatever the precision: its error would stay in the difference of two options whole,
+        # while those of a vocabulary's other logits average out. First, as a head may give views of what it
+        # gets, which are overwritten next.
+        logit_P = self.precise.transformer.logit(hidden_ND[picked_P].float(), targets_P)
         rows, columns = _LOGITS[self.device.type]
         found = [self._normalize(part_ND, columns, greedy) for part_ND in hidden_ND.split(rows)]
         lse_N = torch.cat([lse for lse, _ in found])
-        # In float32 whatever the precision: its error would stay in the difference of two options whole,
-        # while those of a vocabulary's other logits average out.
-        logit_P = self.precise.transformer.logit(hidden_ND[picked_P].float(), targets_P)
         found_P2 = torch.zeros(len(picked_P), 2, dtype=torch.float64, device=self.device)
         found_P2[:, 0] = logit_P.double() - lse_N[picked_P]
         if greedy:

@@ -48,6 +48,8 @@ class Segments:
         """Mixed values [1, N, H, E]. `scale` of the scores: 1 / sqrt(E) unless given."""
         N, H, E = q_1NHE.shape[1:]
         K = k_1NKE.shape[2]
+        # Some models rotate queries and keys in float32 where their values are bfloat16.
+        q_1NHE, k_1NKE = q_1NHE.to(v_1NKE.dtype), k_1NKE.to(v_1NKE.dtype)
         if not self._bias:  # the same for all layers
             self._bias = [_bias(group.sees_SQC, H // K, q_1NHE.dtype) for group in self.groups]
         # With the key/value heads first, a group's query heads lie side by side and need no copy of keys.

@@ -187,6 +187,8 @@ class _Table2:
         label = run_label(result, self.results)
         record: dict[str, object] = {
             "kind": "run",
+            "mode": mode,
+            "metric": metric,
             "run": result.name,
             "label": label,
             "seed": result.train.seed,
@@ -238,6 +240,8 @@ class _Table2:
         perplexity = [r.last.perplexity.char_perplexity for r in runs]
         record: dict[str, object] = {
             "kind": "mean",
+            "mode": mode,
+            "metric": metric,
             "label": label,
             "parameters": train.parameters.total,
             "test_bits_per_byte": round(mean(bits), 4),
@@ -273,6 +277,8 @@ class _Table2:
         found = model.checkpoint
         record: dict[str, object] = {
             "kind": "published",
+            "mode": mode,
+            "metric": metric,
             "label": model.label,
             "parameters": model.parameters,
             "test_bits_per_byte": round(found.perplexity.bits_per_byte, 4),
@@ -420,7 +426,7 @@ class _Table2:
             seed = self.study.evaluation.limit_seed
             notes.append(f"Limited to a random subset of the items (seed {seed}): {'; '.join(limited)}.")
         elif benchmarks:
-            notes.append("All items of every benchmark are scored (no limit).")
+            notes.append("All items of every benchmark are scored (no limit on those that there are).")
         if truncated:
             notes.append(
                 "Items with an option longer than the context, cut from the left (most of any run): "

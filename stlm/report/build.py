@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
 from stlm.report.accuracies import accuracy_tables, main_mode, run_label, score
-from stlm.report.comparison import compare_all
+from stlm.report.comparison import compare_all, published_alike
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1
@@ -29,6 +29,7 @@ def report(study: Study) -> None:
     results = read_results(study)
     published = read_published(study)
     comparisons = compare_all(results, study.baseline)
+    comparisons.disturbing.extend(published_alike(results[study.baseline], published))
     contamination = read_contamination(study)
     note = contamination_note(contamination)
     tables = [

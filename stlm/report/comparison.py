@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import pandas as pd
 
 from stlm.errors import UserError
-from stlm.evaluation.predictions import unlike
+from stlm.evaluation.predictions import read_facts, unlike
 from stlm.evaluation.statistics import (
     Interval,
     SeedTest,
@@ -21,7 +21,7 @@ from stlm.evaluation.statistics import (
     paired_t,
     wilson,
 )
-from stlm.report.results import CheckpointResult, RunResult
+from stlm.report.results import CheckpointResult, PublishedResult, RunResult
 
 # (benchmark, mode, metric): metric is "acc" or "acc_norm".
 Score = tuple[str, str, str]
@@ -286,6 +286,25 @@ def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]
                 f"`{result.evaluate_command}`"
             )
         disturbing += [f"{base} and {name}: {warning}" for warning in warnings]
+    return disturbing
+
+
+def published_alike(base: RunResult, published: Mapping[str, PublishedResult]) -> list[str]:
+    """What may disturb a look from the runs to published models; UserError where their scores are of another
+    kind than the baseline's."""
+    own, disturbing = base.facts(), []
+    for name, model in published.items():
+        facts = read_facts(model.items_path)
+        if own is None or facts is None:
+            disturbing.append(f"{name}: not said how it, or {base.name}, was scored")
+            continue
+        refusals, warnings = unlike(own, facts)
+        if refusals:
+            raise UserError(
+                f"{model.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): "
+                "evaluate both again"
+            )
+        disturbing += [f"{base.name} and {name}: {warning}" for warning in warnings]
     return disturbing
 
 

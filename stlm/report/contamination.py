@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
 from stlm.errors import UserError
+from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
 from stlm.report.table import Cell, Section, Table
@@ -25,6 +26,7 @@ class Example(BaseModel):
 class BenchmarkContamination(BaseModel):
     """Numbers of items; `long_enough` and `shared` by the length of the n-gram."""
 
+    version: str
     items: int
     long_enough: dict[int, int]
     shared: dict[int, int]
@@ -47,7 +49,7 @@ class Contamination(BaseModel):
 
 
 def read_contamination(study: Study) -> Contamination:
-    """The study's contamination.json. UserError: missing, damaged, or of other corpora."""
+    """The study's contamination.json. UserError: missing, damaged, of other corpora or benchmarks."""
     path, command = study.folder / "contamination.json", f"run: stlm contamination {study.name}"
     if not path.is_file():
         raise UserError(f"{path}: is missing; {command}")
@@ -57,7 +59,18 @@ def read_contamination(study: Study) -> Contamination:
             f"{path}: is about {', '.join(found.corpora) or 'no corpus'}, but the runs train on "
             f"{', '.join(study.corpora)}; {command}"
         )
+    asked = {b.name: b.version for b in map(benchmark, study.benchmarks) if isinstance(b, FileBenchmark)}
+    for own in found.corpora.values():
+        counted = {name: result.version for name, result in own.benchmarks.items()}
+        if counted != asked:
+            raise UserError(
+                f"{path}: is about {_versions(counted)}, but the study scores {_versions(asked)}; {command}"
+            )
     return found
+
+
+def _versions(benchmarks: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in benchmarks.items()) or "no benchmark"
 
 
 def contamination_table(study: Study, contamination: Contamination) -> Table:
@@ -67,8 +80,9 @@ def contamination_table(study: Study, contamination: Contamination) -> Table:
     for corpus, own in contamination.corpora.items():
         rows.append(Section(f"{corpus}, train split: {own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"))
         for name, counted in own.benchmarks.items():
-            cells = [benchmark_label(name), f"{counted.items:,}"]
-            record: dict[str, object] = {"corpus": corpus, "benchmark": name, "items": counted.items}
+            cells = [f"{benchmark_label(name)} (version {counted.version})", f"{counted.items:,}"]
+            record: dict[str, object] = {"corpus": corpus, "benchmark": name, "version": counted.version}
+            record["items"] = counted.items
             for n in contamination.sizes:
                 cells += [f"{counted.long_enough[n]:,}", _share(counted.shared[n], counted.items)]
                 record |= {f"at_least_{n}_words": counted.long_enough[n], f"share_{n}": counted.shared[n]}

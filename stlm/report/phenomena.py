@@ -56,13 +56,13 @@ def phenomena_tables(study: Study, results: Mapping[str, RunResult]) -> list[Tab
         return []
     humans = human_agreement(_BENCHMARK)
     totals = {run: score(results[run].last.benchmarks[_BENCHMARK], mode, "acc") for run in groups}
+    versions = sorted({str(results[run].last.benchmarks[_BENCHMARK].version) for run in groups})
     rows, records = [], []
     for name in [*by_difficulty(groups, study.baseline), "all"]:
         own = totals if name == "all" else {run: of_run.get(name) for run, of_run in groups.items()}
         cells, record = _row(name, own, humans.get(name))
         rows.append(cells)
-        records.append(record)
-    versions = sorted({str(results[run].last.benchmarks[_BENCHMARK].version) for run in groups})
+        records.append(record | {"mode": mode, "version": ", ".join(versions)})
     table = Table(
         name="blimp-phenomena",
         title=f"BLiMP by phenomenon: accuracy (%), {mode} mode, acc; study {study.name}",

@@ -63,6 +63,17 @@ def test_log_probabilities_are_lm_evals(
     assert ours[2].truncated
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "cohere", "mistral"])
+def test_in_bfloat16(tmp_path: Path, name: str) -> None:
+    model, own = load_hf(save(tmp_path, name))
+    asked = [Request(*pair) for pair in requests() if pair[0].strip()]
+    encoder = HfRequestEncoder(own)
+    exact = TokenModel(model, encoder).loglikelihoods(asked)
+    half = TokenModel(model, encoder, precision="bfloat16").loglikelihoods(asked)
+    for one, other in zip(half, exact, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, rel=0.03, abs=0.3)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "cohere"])
 def test_rows_that_several_sequences_share(tmp_path: Path, name: str) -> None:
     """In segments, against each sequence alone; the logits of some tokens against all logits."""

@@ -103,3 +103,16 @@ def test_facts_survive_the_file(tmp_path, run):
     write_predictions(tmp_path / "copy.parquet", table, facts)
     assert read_facts(tmp_path / "copy.parquet") == facts
     assert unlike(facts, Facts.model_validate(facts.model_dump())) == ([], [])
+
+
+def test_passages_of_other_text_are_no_reason_to_refuse(run):
+    """The benchmarks made of a corpus have other items where the corpus is another."""
+    evaluate_run(run, CONFIG)
+    facts = read_facts(run.folder / "items.parquet")
+    content = facts.model_dump()
+    some = next(iter(content["benchmarks"].values()))
+    made = {**some, "split": "test", "sha256": ["a"]}
+    own = Facts.model_validate(content | {"benchmarks": {"last_word": made}})
+    other = Facts.model_validate(content | {"benchmarks": {"last_word": {**made, "sha256": ["b"]}}})
+    refusals, warnings = unlike(own, other)
+    assert not refusals and "last_word" in warnings[0]

@@ -81,6 +81,11 @@ def test_what_is_missing_or_of_another_corpus_names_the_command(study):
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"about childes, but .* synthetic; run: stlm contamination toy"):
         report(study)
+    record["corpora"]["synthetic"] = record["corpora"].pop("childes")
+    record["corpora"]["synthetic"]["benchmarks"]["blimp"]["version"] = "0.9"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"about blimp 0\.9, .* scores blimp 1\.0, .* stlm contamination toy"):
+        report(study)
     path.unlink()
     with pytest.raises(UserError, match=r"contamination\.json: is missing; run: stlm contamination toy"):
         report(study)
