@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
@@ -178,7 +179,8 @@ def write_contamination() -> Callable[..., None]:
         example = {"item": "toy-1", "words": "the hen ran " * 8, "component": "toy", "document": 1234}
         counted = {
             name: {
-                "version": "1.0", "split": "test", "items": n, "whole": found // 2, "contaminated": found,
+                "version": BENCHMARKS[name].version, "split": "test", "items": n,
+                "whole": found // 2, "contaminated": found,
                 "long_enough": {"8": n, "13": n - 10}, "shared": {"8": 2 * found, "13": found},
                 "examples": [example] if found else [],
             }
