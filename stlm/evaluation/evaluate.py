@@ -251,7 +251,10 @@ def score_model(
         modes = [mode for mode in config.modes if mode in chosen.modes]
         requests = len(modes) * sum(len(item.options) for item in taken)
         with _bar(f"{label} {chosen.name}", "option", requests) as progress:
-            scores = scoring.score(model, taken, modes, progress)
+            try:
+                scores = scoring.score(model, taken, modes, progress)
+            except UserError as error:
+                raise UserError(f"{label}, {chosen.name}, {material.precision}: {error}") from None
         labels = {"checkpoint": name, "step": about["step"], "benchmark": chosen.name}
         tables.append(scoring.rows(labels, taken, scores))
         benchmarks[chosen.name] = {

@@ -12,7 +12,13 @@ from stlm.evaluation.statistics import Interval
 from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons, mark, significant
 from stlm.report.last_word import last_word_note, word_perplexity
 from stlm.report.names import benchmark_label, bounds, count, p_value, percent
-from stlm.report.results import BenchmarkResult, Proportion, PublishedResult, RunResult
+from stlm.report.results import (
+    BenchmarkResult,
+    CheckpointResult,
+    Proportion,
+    PublishedResult,
+    RunResult,
+)
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
 
@@ -194,30 +200,13 @@ class _Table2:
             "seed": result.train.seed,
             "parameters": result.train.parameters.total,
             "step": last.step,
-            "test_bits_per_byte": round(last.perplexity.bits_per_byte, 4),
-            "test_char_perplexity": round(last.perplexity.char_perplexity, 4),
         }
-        cells = [
-            Cell(label),
-            Cell(count(result.train.parameters.total)),
-            Cell(f"{last.perplexity.bits_per_byte:.3f}"),
-            Cell(f"{last.perplexity.char_perplexity:.3f}"),
-        ]
+        cells = [Cell(label), Cell(count(result.train.parameters.total)), *_perplexities(last, record)]
         for benchmark in benchmarks:
-            accuracy = score(last.benchmarks.get(benchmark), mode, metric)
-            if accuracy is None:
-                cells.append(Cell("–"))
-                continue
-            record |= {
-                f"{benchmark}_percent": round(100 * accuracy.value, 3),
-                f"{benchmark}_low": round(100 * accuracy.low, 3),
-                f"{benchmark}_high": round(100 * accuracy.high, 3),
-                f"{benchmark}_n": accuracy.n,
-            }
+            lines = _accuracy(last, benchmark, mode, metric, record)
             perplexity = word_perplexity(result, benchmark, mode)
             if perplexity is not None:
                 record[f"{benchmark}_perplexity"] = round(perplexity, 4)
-            lines = [f"{percent(accuracy.value)} {bounds(accuracy.low, accuracy.high)}"]
             point = self.comparisons.last(result.name, (benchmark, mode, metric))
             if point is None or point.paired is None:
                 cells.append(Cell(lines[0]))
@@ -274,36 +263,20 @@ class _Table2:
         records.append(record)
 
     def _add_published(self, model: PublishedResult, benchmarks, mode, metric, rows, records) -> None:
-        found = model.checkpoint
         record: dict[str, object] = {
             "kind": "published",
             "mode": mode,
             "metric": metric,
             "label": model.label,
             "parameters": model.parameters,
-            "test_bits_per_byte": round(found.perplexity.bits_per_byte, 4),
-            "test_char_perplexity": round(found.perplexity.char_perplexity, 4),
         }
         cells = [
             Cell(model.label),
             Cell(model.parameters_shown or count(model.parameters)),
-            Cell(f"{found.perplexity.bits_per_byte:.3f}"),
-            Cell(f"{found.perplexity.char_perplexity:.3f}"),
+            *_perplexities(model.checkpoint, record),
         ]
         for benchmark in benchmarks:
-            accuracy = score(found.benchmarks.get(benchmark), mode, metric)
-            if accuracy is None:
-                cells.append(Cell("–"))
-                continue
-            cells.append(
-                Cell(f"{percent(accuracy.value)}\n[{percent(accuracy.low)}, {percent(accuracy.high)}]")
-            )
-            record |= {
-                f"{benchmark}_percent": round(100 * accuracy.value, 3),
-                f"{benchmark}_low": round(100 * accuracy.low, 3),
-                f"{benchmark}_high": round(100 * accuracy.high, 3),
-                f"{benchmark}_n": accuracy.n,
-            }
+            cells.append(Cell("\n".join(_accuracy(model.checkpoint, benchmark, mode, metric, record))))
         rows.append(cells)
         records.append(record)
 
@@ -433,3 +406,26 @@ class _Table2:
                 f"{'; '.join(truncated)}."
             )
         return notes
+
+
+def _perplexities(checkpoint: CheckpointResult, record: dict[str, object]) -> list[Cell]:
+    """Bits per byte and character perplexity of the test text, put into `record` too."""
+    bits, characters = checkpoint.perplexity.bits_per_byte, checkpoint.perplexity.char_perplexity
+    record |= {"test_bits_per_byte": round(bits, 4), "test_char_perplexity": round(characters, 4)}
+    return [Cell(f"{bits:.3f}"), Cell(f"{characters:.3f}")]
+
+
+def _accuracy(
+    checkpoint: CheckpointResult, benchmark: str, mode: str, metric: str, record: dict[str, object]
+) -> list[str]:
+    """An accuracy with its interval, the first line of a cell, put into `record` too; a dash for none."""
+    accuracy = score(checkpoint.benchmarks.get(benchmark), mode, metric)
+    if accuracy is None:
+        return ["–"]
+    record |= {
+        f"{benchmark}_percent": round(100 * accuracy.value, 3),
+        f"{benchmark}_low": round(100 * accuracy.low, 3),
+        f"{benchmark}_high": round(100 * accuracy.high, 3),
+        f"{benchmark}_n": accuracy.n,
+    }
+    return [f"{percent(accuracy.value)} {bounds(accuracy.low, accuracy.high)}"]
