@@ -7,6 +7,7 @@ runs. The command that knows this model is in `stlm.evaluation.harness_command`.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,11 @@ class StlmLM(TemplateLM):
         if self._device.type not in ("cpu", "cuda"):
             raise UserError(f"--device {device}: expected cpu, cuda or cuda:N")
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: torch finds no CUDA device here; expected cpu")
+            # The harness asks for cuda:0 unless told otherwise; its own models then take the CPU too.
+            logging.getLogger(__name__).warning(
+                "--device %s: torch finds no CUDA device; using the CPU", device
+            )
+            self._device = torch.device("cpu")
         folder = last_checkpoint(Path(run))
         transformer, self.description = load_checkpoint(folder)
         self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
@@ -101,7 +106,7 @@ class StlmLM(TemplateLM):
         self.model = TokenModel(
             transformer,
             RequestEncoder(self.own_tokenizer),
-            device,
+            str(self._device),
             dtype,
             size * transformer.config.context if size > 1 else None,
         )

@@ -236,7 +236,7 @@ def test_the_command(run: Path, tmp_path: Path, ours: StlmLM) -> None:
     write_tasks(tmp_path)
     tasks = "stories_choice,stories_rolling,stories_generate"
     done = command(
-        *("--model", "stlm", "--model_args", f"run={run}", "--device", "cpu", "--tasks", tasks),
+        *("--model", "stlm", "--model_args", f"run={run}", "--tasks", tasks),
         *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"),
     )
     assert done.returncode == 0, done.stderr
