@@ -9,29 +9,20 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from stlm.evaluation.statistics import Interval
-from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons, mark, significant
-from stlm.report.last_word import last_word_note, word_perplexity
+from stlm.report.comparison import SIGN, Comparisons, mark, significant
+from stlm.report.last_word import word_perplexity
 from stlm.report.names import benchmark_label, bounds, count, p_value, percent
+from stlm.report.notes import accuracy_notes, items_scored
 from stlm.report.results import (
     BenchmarkResult,
     CheckpointResult,
     Proportion,
     PublishedResult,
     RunResult,
+    run_label,
 )
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
-
-# A clustered interval so many times as wide as Wilson's is told in the notes.
-_MUCH_WIDER = 1.25
-_METRICS = {
-    "acc": "acc: the option of highest log-probability is the answer",
-    "acc_norm": "acc_norm: log-probabilities are divided by the option's length in characters",
-}
-_MODES = {
-    "harness": "harness mode: prompts and scored continuations of the reference evaluation harness",
-    "paper": "paper mode: the summed log-probability of the whole string, context and option, not normalized",
-}
 
 
 @dataclass(frozen=True)
@@ -74,12 +65,6 @@ def main_mode(results: Mapping[str, RunResult]) -> str:
     """The mode that plots and metrics quote: harness, or paper where that is the only one scored."""
     modes = {mode for r in results.values() for b in r.last.benchmarks.values() for mode in b.modes}
     return "harness" if "harness" in modes or not modes else "paper"
-
-
-def run_label(result: RunResult, results: Mapping[str, RunResult]) -> str:
-    """The variant's label, with the seed where the variant has several runs."""
-    several = sum(other.train.variant == result.train.variant for other in results.values()) > 1
-    return f"{result.train.label} (seed {result.train.seed})" if several else result.train.label
 
 
 def accuracy_tables(
@@ -174,7 +159,7 @@ class _Table2:
                 *(self._heading(b) for b in benchmarks),
             ],
             rows=rows,
-            notes=self._notes(own, mode, metric, references),
+            notes=accuracy_notes(self.study, self.results, self.comparisons, own, mode, metric, references),
             records=records,
         )
 
@@ -310,102 +295,7 @@ class _Table2:
         if not found:
             return benchmark_label(benchmark)
         versions = "/".join(dict.fromkeys(str(b.version) for b in found))
-        return f"{benchmark_label(benchmark)}\nv{versions}, n = {self._sizes(benchmark)}"
-
-    def _sizes(self, benchmark: str) -> str:
-        found = [
-            r.last.benchmarks[benchmark] for r in self.results.values() if benchmark in r.last.benchmarks
-        ]
-        sizes = sorted({b.items for b in found})
-        return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
-
-    def _notes(self, benchmarks: list[str], mode: str, metric: str, references: bool) -> list[str]:
-        several = any(len(runs) > 1 for runs in self._by_variant())
-        baseline = self.results[self.study.baseline].train.label + (" of the same seed" if several else "")
-        tests = self.comparisons.tests.get((mode, metric), 0)
-        notes = [
-            f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. After each "
-            "accuracy: its 95% Wilson interval."
-        ]
-        if tests:
-            notes[0] += (
-                f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
-                f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
-                f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
-                "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
-                "resampled: a difference on these groups, not shown for others like them. This is over "
-                "items: it does not say how much another seed would change a run."
-            )
-        if several:
-            notes.append(
-                "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
-                f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
-                "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
-                "adjusted alike; the variant's single runs then have no test of their own."
-            )
-        notes += self._group_notes(benchmarks, mode, metric)
-        notes.append(
-            "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
-            "one corpus, whatever their tokenizers."
-        )
-        labels = {run: run_label(result, self.results) for run, result in self.results.items()}
-        notes += filter(None, [last_word_note(self.results, labels, mode)])
-        notes += self._subset_notes(benchmarks, mode)
-        if self.comparisons.disturbing:
-            notes.append(f"Not scored alike: {'; '.join(self.comparisons.disturbing)}.")
-        if references:
-            notes.append(
-                "The paper's and the literature's rows are whole percents as printed in the paper, which "
-                "scores whole strings without length normalization: compare them with acc, first in paper "
-                f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
-            )
-        return notes
-
-    def _group_notes(self, benchmarks: list[str], mode: str, metric: str) -> list[str]:
-        """Where the Wilson interval is much too narrow for other groups of items than these."""
-        wider = []
-        for benchmark in benchmarks:
-            point = self.comparisons.last(self.study.baseline, (benchmark, mode, metric))
-            if point is None or point.accuracy.clustered is None:
-                continue
-            own = point.accuracy
-            if own.clustered.half_width > _MUCH_WIDER * own.interval.half_width:
-                wider.append(
-                    f"{benchmark_label(benchmark)} ±{percent(own.clustered.half_width)} over {own.groups} "
-                    f"groups instead of ±{percent(own.interval.half_width)}"
-                )
-        if not wider:
-            return []
-        label = self.results[self.study.baseline].train.label
-        return [
-            "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
-            f"interval (statistics.csv) is much wider, for {label}: {'; '.join(wider)}."
-        ]
-
-    def _subset_notes(self, benchmarks: list[str], mode: str) -> list[str]:
-        limited, truncated = [], []
-        for benchmark in benchmarks:
-            found = [
-                r.last.benchmarks[benchmark] for r in self.results.values() if benchmark in r.last.benchmarks
-            ]
-            total = max(b.items_total for b in found)
-            if any(b.items < b.items_total for b in found):
-                limited.append(f"{benchmark_label(benchmark)} {self._sizes(benchmark)} of {total:,}")
-            cut = max((b.modes[mode].truncated for b in found if mode in b.modes), default=0)
-            if cut:
-                truncated.append(f"{benchmark_label(benchmark)} {cut:,}")
-        notes = []
-        if limited:
-            seed = self.study.evaluation.limit_seed
-            notes.append(f"Limited to a random subset of the items (seed {seed}): {'; '.join(limited)}.")
-        elif benchmarks:
-            notes.append("All items of every benchmark are scored (no limit on those that there are).")
-        if truncated:
-            notes.append(
-                "Items with an option longer than the context, cut from the left (most of any run): "
-                f"{'; '.join(truncated)}."
-            )
-        return notes
+        return f"{benchmark_label(benchmark)}\nv{versions}, n = {items_scored(self.results, benchmark)}"
 
 
 def _perplexities(checkpoint: CheckpointResult, record: dict[str, object]) -> list[Cell]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
-from stlm.report.accuracies import accuracy_tables, main_mode, run_label, score
+from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
 from stlm.report.groups import group_records
@@ -14,7 +14,7 @@ from stlm.report.hyperparameters import table1
 from stlm.report.last_word import word_perplexity
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
-from stlm.report.results import RunResult, read_published, read_results
+from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text, write_table
 from stlm.study import Study

@@ -12,10 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from stlm.evaluation.statistics import Interval
 from stlm.files import write_text
-from stlm.report.accuracies import run_label
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Comparisons, Score, mark, significant
 from stlm.report.names import benchmark_label
-from stlm.report.results import RunResult
+from stlm.report.results import RunResult, run_label
 from stlm.report.style import CHANCE, figure, styles
 from stlm.report.table import csv_text
 from stlm.study import Study

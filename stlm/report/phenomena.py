@@ -6,9 +6,9 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from stlm.report.accuracies import main_mode, run_label, score
+from stlm.report.accuracies import main_mode, score
 from stlm.report.names import percent
-from stlm.report.results import Proportion, RunResult
+from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.table import Cell, Table
 from stlm.study import Study
 

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from stlm.files import write_text
-from stlm.report.accuracies import main_mode, run_label, score
+from stlm.report.accuracies import main_mode, score
 from stlm.report.comparison import Comparisons
 from stlm.report.differences import write_differences
 from stlm.report.names import benchmark_label, count
 from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreement, phenomena
-from stlm.report.results import Proportion, RunResult
+from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.style import CHANCE, HUMAN, figure, styles
 from stlm.report.table import csv_text
 from stlm.study import Study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,12 @@ class RunResult:
             return read_facts(self.items_path)
         except UserError as error:
             raise UserError(f"{error}: run `{self.evaluate_command}`") from error
+
+
+def run_label(result: RunResult, results: Mapping[str, RunResult]) -> str:
+    """The variant's label, with the seed where the variant has several runs."""
+    several = sum(other.train.variant == result.train.variant for other in results.values()) > 1
+    return f"{result.train.label} (seed {result.train.seed})" if several else result.train.label
 
 
 def read_outcomes(path: Path, checkpoint: str) -> pd.DataFrame:

@@ -48,7 +48,7 @@ def test_rows_of_table_2(study):
     first, second = lines[other + 1], lines[other + 2]
     assert first.startswith("| Model tiny-a | 1.1B |") and second.startswith("| Model tiny-b | 4.066M |")
     scores = read_published(study)["tiny-a"].checkpoint.benchmarks["blimp"].modes["harness"].acc
-    assert f"{100 * scores.value:.1f}<br>" in first and "p " not in first
+    assert f"| {100 * scores.value:.1f} \\[" in first and "p " not in first
     csv = (study.folder / "tables" / "table2.csv").read_text()
     assert csv.count("\npublished,") == 2
 
