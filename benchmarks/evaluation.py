@@ -25,12 +25,12 @@ from typing import Any
 import datasets
 import lm_eval
 import torch
+from command import add_models, add_places, command, default_checkpoints, label
 from harness_parity import prepare
 from harness_tasks import HARNESS_TASKS, task_manager
 from lm_eval.models.huggingface import HFLM
-from machine import default_checkpoints, label, machine
+from machine import machine
 
-from stlm.errors import UserError
 from stlm.evaluation import scoring
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
@@ -54,12 +54,7 @@ SUITE = tuple(WHOLE)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model",
-        action="append",
-        type=Path,
-        help="a checkpoint's folder (repeatable); default: the last ones of desk's baseline and of paper's",
-    )
+    add_models(parser)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
     )
@@ -74,17 +69,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
     parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts; default: 2")
     parser.add_argument("--batch", type=int, default=32, help="lm_eval's batch size; default: 32")
-    parser.add_argument(
-        "--raw", type=Path, default=Path("data/raw"), help="a folder a benchmark; default: data/raw"
-    )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    add_places(parser, OUTPUT)
+    return command(parser, run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import label, machine
+from command import add_places, command, label
+from machine import machine
 from torch import Tensor, nn
 
-from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.hf_model import Shape
@@ -44,17 +44,8 @@ SUITE = ("blimp", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
-    parser.add_argument(
-        "--raw", type=Path, default=Path("data/raw"), help="the benchmarks; default: data/raw"
-    )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    add_places(parser, OUTPUT)
+    return command(parser, run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from command import add_models, add_places, command, default_checkpoints, label
 from harness_parity import RecordingHFLM, agrees, compare, prepare
 from harness_tasks import HARNESS_TASKS
-from machine import default_checkpoints, label, machine
+from machine import machine
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -41,27 +42,14 @@ OUTPUT = Path("results/benchmarks/parity.json")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model",
-        action="append",
-        type=Path,
-        help="a checkpoint's folder (repeatable); default: the last ones of desk's baseline and of paper's",
-    )
+    add_models(parser)
     parser.add_argument("--benchmark", action="append", help="default: every one in data/raw (repeatable)")
     parser.add_argument(
         "--share", type=float, default=1.0, help="fraction of the items, drawn at random; default: 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
-    parser.add_argument(
-        "--raw", type=Path, default=Path("data/raw"), help="a folder a benchmark; default: data/raw"
-    )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
-    options = parser.parse_args()
-    try:
-        return run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_places(parser, OUTPUT)
+    return command(parser, run)
 
 
 def run(options: argparse.Namespace) -> int:
