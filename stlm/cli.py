@@ -13,6 +13,7 @@ from pathlib import Path
 
 import stlm
 from stlm.errors import UserError
+from stlm.process import tune_process
 
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
@@ -211,10 +212,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
     options = parser().parse_args(arguments)
-    # OpenMP's threads wait for one another at every product. Waiting asleep costs little on an idle machine;
-    # waiting awake, its default, slows training down, up to several times, as soon as anything else runs
-    # (benchmarks/openmp_wait.py). Read when torch is loaded, so it must be set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    tune_process()
     try:
         options.function(options)
     except UserError as error:

@@ -8,15 +8,15 @@ lm_eval was installed later than this package, its commands have taken the place
 
 from __future__ import annotations
 
-import os
 import sys
 
 from stlm.errors import UserError
+from stlm.process import tune_process
 
 
 def main() -> int:
     """lm_eval's command line with our model; the exit status."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see stlm.cli.main
+    tune_process()
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
+from stlm.model.head_loss import head_loss
 from stlm.model.segments import Segments
 
 
@@ -97,6 +99,8 @@ class Attention(nn.Module):
         q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
         if segments is not None:
             y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
+        elif self.training and x_BLD.device.type == "cpu" and not self.dropout:
+            y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE)
         else:
             y_BLHE = F.scaled_dot_product_attention(
                 q_BLHE.transpose(1, 2),
@@ -212,8 +216,8 @@ class Transformer(nn.Module):
 
     def loss(self, tokens_BL: Tensor, targets_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
-        logits_NV = self.head(self.hidden(tokens_BL)).flatten(0, 1)
+        x_ND = self.hidden(tokens_BL).flatten(0, 1)
         if mask_BL is None:
-            return F.cross_entropy(logits_NV.float(), targets_BL.flatten())
-        losses_N = F.cross_entropy(logits_NV.float(), targets_BL.flatten(), reduction="none")
+            return head_loss(x_ND, self.output.weight, targets_BL.flatten())
+        losses_N = F.cross_entropy(self.head(x_ND).float(), targets_BL.flatten(), reduction="none")
         return (losses_N * mask_BL.flatten()).sum()

@@ -1,0 +1,99 @@
+"""The head and the cross-entropy together, a part of the positions at a time.
+
+A vocabulary of 50,257 makes the logits of a micro-batch, and their gradients, by far the largest tensors of a
+training step. Here the logits of some positions are turned into their gradients in place, and these into
+their part of the gradients of residuals and weights, before the next positions' logits are computed: in the
+forward pass, since the loss is the last operation and its gradients need nothing else (as in Liger kernels,
+Hsu et al. 2024).
+
+Shapes: N positions, C of them at a time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits held at once, and of these as many as a softmax works on: on a CPU few enough that their float32
+# probabilities stay in its cache.
+_LOGITS = {"cpu": 2**25, "cuda": 2**28}
+_PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
+
+
+def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+    """Mean cross-entropy in nats, float32, of the logits x W^T: `F.cross_entropy(x W^T, targets)`.
+
+    Products are in the arithmetic of autocast, where it is on, as are the gradients of logits; the softmax
+    and sums over positions are in float32. Memory is bounded, whatever N. With `softcap` c,
+    logits z are c tanh(z / c) (Gemma 2, 2024).
+    """
+    return _HeadLoss.apply(x_ND, weight_VD, targets_N, softcap)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None
+    ) -> Tensor:
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        N = len(x_ND)
+        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        dx_ND = torch.empty_like(x_ND) if wants_x else None
+        dweight_VD = None
+        with torch.autocast(device, enabled=False):
+            x_in_ND, weight_in_VD = x_ND.to(dtype), weight_VD.to(dtype)
+            positions = _even_part(N, _LOGITS[device] // len(weight_VD))
+            for begin in range(0, N, positions):
+                here = slice(begin, begin + positions)
+                x_CD = x_in_ND[here]
+                logits_CV = x_CD @ weight_in_VD.T
+                loss += _losses(logits_CV, targets_N[here], N, softcap, wants_x or wants_weight)
+                if wants_x:
+                    dx_ND[here] = logits_CV @ weight_in_VD
+                if wants_weight:
+                    part_VD = logits_CV.T @ x_CD
+                    dweight_VD = part_VD.to(weight_VD.dtype) if begin == 0 else dweight_VD.add_(part_VD)
+        ctx.save_for_backward(dx_ND, dweight_VD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        # To ask for the value would keep a GPU waiting; a CPU has it, and most often it is 1.
+        if dloss.device.type != "cpu" or dloss != 1:
+            gradients = [None if own is None else own.mul_(dloss) for own in gradients]
+        return *gradients, None, None
+
+
+def _even_part(count: int, most: int) -> int:
+    """The size of equal parts of `count`, about `most` at most, in multiples of 64 as products like them."""
+    parts = -(-count // max(1, most))
+    return -(-count // (64 * parts)) * 64
+
+
+def _losses(
+    logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float | None, gradient: bool
+) -> Tensor:
+    """The sum of the losses divided by `count`; with `gradient`, its gradient replaces the logits."""
+    total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
+    for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
+        capped_RV = logits_RV if softcap is None else torch.tanh(logits_RV.float() / softcap)
+        scaled_RV = capped_RV if softcap is None else capped_RV * softcap
+        target_R1 = targets_R[:, None]
+        p_RV = torch.softmax(scaled_RV, dim=-1, dtype=torch.float32)
+        # -log p of the target would be infinite where p underflows; the largest p never does.
+        log_sum_R = scaled_RV.amax(dim=-1).float() - p_RV.amax(dim=-1).log()
+        total += (log_sum_R - scaled_RV.gather(1, target_R1)[:, 0].float()).sum() / count
+        if gradient:
+            p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand(len(targets_R), 1))
+            if softcap is not None:
+                p_RV.mul_(1 - capped_RV.square())
+            logits_RV.copy_(p_RV.mul_(1 / count))
+    return total

@@ -1,0 +1,59 @@
+"""Attention by blocks is torch's attention, its gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stlm.model.causal_attention import causal_attention
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+
+
+def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, length, n, 8, generator=generator, dtype=dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
+
+
+def by_torch(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+# One block, a part of one, several with a part at the end.
+@pytest.mark.parametrize("length", [1, 5, 64, 200])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_it_is_torchs_attention(length, heads, kv_heads):
+    own, reference = (
+        inputs(length, heads, kv_heads, torch.float64),
+        inputs(length, heads, kv_heads, torch.float64),
+    )
+    y_BLHE, expected_BLHE = causal_attention(*own), by_torch(*reference)
+    torch.testing.assert_close(y_BLHE, expected_BLHE)
+    weights_BLHE = torch.randn(y_BLHE.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (y_BLHE * weights_BLHE).sum().backward()
+    (expected_BLHE * weights_BLHE).sum().backward()
+    for mine, theirs in zip(own, reference, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_torchs():
+    exact = by_torch(*inputs(100, 4, 2, torch.float32))
+    half = [x.detach().bfloat16() for x in inputs(100, 4, 2, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        own = causal_attention(*half)
+    assert own.dtype == torch.bfloat16
+    error, theirs = ((y.float() - exact).abs().mean() for y in (own, by_torch(*half)))
+    assert error < 2 * theirs
+
+
+def test_training_and_scoring_see_the_same_model():
+    torch.manual_seed(0)
+    config = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=100, vocab_size=61)
+    model = Transformer(config)
+    tokens_BL = torch.randint(0, 61, (3, 100))
+    torch.testing.assert_close(model.train()(tokens_BL), model.eval()(tokens_BL))
