@@ -9,10 +9,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import stlm
-from stlm.errors import UserError
+from stlm.errors import Interrupted, UserError
 from stlm.process import tune_process
 
 RAW = Path("data/raw")
@@ -210,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one verb; the exit status: 0, 2 for an error that the user can mend, 128 + a signal's number."""
     options = parser().parse_args(arguments)
     tune_process()
     try:
@@ -218,6 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        with suppress(BrokenPipeError):  # the signal may have ended the reader of a log, too
+            print(stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130

@@ -13,6 +13,18 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """A signal asked a stage to stop, and what it had done is saved. The message says how to go on.
+
+    The command line prints the message alone and exits with ``status``, 128 + the signal's number, as shells
+    give a process that a signal ended.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint to append to an error: the choice most like ``word``, or all of them where none is like it."""
     choices = sorted(choices)

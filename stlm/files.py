@@ -122,6 +122,16 @@ def replace_directory(source: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what atomic writes to `name` (default: anything) in `folder` left when a kill cut them short."""
+    for suffix in ("partial", "old"):
+        for left in folder.glob(f".{name}.*.{suffix}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from stlm.errors import UserError
-from stlm.files import atomic_directory, disk_errors, read_json, write_json
+from stlm.errors import Interrupted, UserError
+from stlm.files import atomic_directory, disk_errors, read_json, remove_leftovers, write_json
 from stlm.model.config import training_flops_per_token
 from stlm.model.transformer import Transformer
 from stlm.study import Run
@@ -22,9 +25,11 @@ from stlm.tokens.batches import Batches, ValidationSet
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 from stlm.training.devices import Device, choose_device
-from stlm.training.records import Records, progress_bar, write_curve
+from stlm.training.distributed import Group, processes
+from stlm.training.records import NoRecords, Records, write_curve
 from stlm.training.schedules import learning_rate
-from stlm.training.state import Progress, fingerprint, load_state, save_state
+from stlm.training.signals import StopSignals
+from stlm.training.state import Progress, draws, fingerprint, load_state, save_state
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -38,11 +43,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 class Trainer:
-    """The state of one run and the steps that move it on."""
+    """The state of one run and the steps that move it on, in one process of the group that trains it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, group: Group | None = None) -> None:
         self.run = run
+        self.group = group or Group()
         self.config = run.training
+        self.share = self.group.share(run.training)
         self.where: Device = choose_device(run.training)
         self.device = self.where.device
         context = run.model.context
@@ -72,6 +79,9 @@ class Trainer:
         self.state_path = run.state_folder / "state.pt"
         self.output = run.state_folder / "output"
         self.progress = Progress()
+        # Of the steps since the last row of the curve, on the device.
+        self.losses: list[Tensor] = []
+        self.norm = torch.tensor(math.nan)
 
     def check_vocabulary(self) -> None:
         """Refuse token shards whose ids the model has no embedding for."""
@@ -85,8 +95,31 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the last saved state of this very run, if there is one.
 
-        The state of another recipe is set aside, in case it is wanted after all.
+        The state of another recipe is set aside, in case it is wanted after all. Every process of a group
+        reads the same state, once the leader has tidied up around it.
         """
+        if not self.group.agrees(int(self.mark[:15], 16)):
+            raise UserError(
+                f"run {self.run.name}: the processes found different parameters, data or precision"
+            )
+        progress = self.take_up() if self.group.leads else None
+        self.group.wait()
+        if not self.group.leads:
+            progress = load_state(self.state_path, self.mark, self.model, self.optimizer)
+        if not self.group.agrees(progress.step if progress else -1):
+            raise UserError(
+                f"{self.state_path}: not all processes find the same state: the folder must be on a file "
+                "system that they share"
+            )
+        if progress is None:
+            return False
+        self.progress = progress
+        self.losses = [torch.tensor(loss, device=self.device) for loss in progress.losses]
+        self.norm = torch.tensor(progress.grad_norm)
+        return True
+
+    def take_up(self) -> Progress | None:
+        """The leader's part of `resume`: read the state, and set aside or delete what is of no use."""
         folder = self.run.state_folder
         progress = load_state(self.state_path, self.mark, self.model, self.optimizer)
         if progress is None:
@@ -100,48 +133,59 @@ class Trainer:
                     file=sys.stderr,
                 )
             shutil.rmtree(folder, ignore_errors=True)
-            return False
-        for left in self.output.rglob(".*.partial"):  # of a checkpoint that a kill cut short
-            shutil.rmtree(left, ignore_errors=True)
-        self.progress = progress
-        return True
+        else:
+            remove_leftovers(folder)
+            remove_leftovers(self.output / "checkpoints")
+        return progress
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; the mean loss (nats) and the gradient's norm before clipping, on the device."""
+    def save(self) -> None:
+        """Save all that a resumed run needs, after any step."""
+        self.progress.losses = [loss.item() for loss in self.losses]
+        self.progress.grad_norm = self.norm.item()
+        if self.group.leads:
+            save_state(self.state_path, self.mark, self.model, self.optimizer, self.progress)
+
+    def step(self) -> None:
+        """One optimizer step, its loss and gradient's norm kept on the device."""
         step = self.progress.step + 1
-        # All randomness of a step (dropout) comes from the seed and the step: a resumed run draws the same.
-        torch.manual_seed(self.run.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        loss_sum = torch.zeros((), device=self.device)
-        for micro in range(self.config.accumulation):
-            tokens = torch.from_numpy(self.batches.batch(step - 1, micro, self.config.accumulation))
+        parts = self.config.accumulation * self.share.parts
+        mean = torch.zeros((), device=self.device)
+        for micro in self.share.micros:
+            # All randomness (dropout) comes from the seed and the place in training: a resumed run draws the
+            # same, and so does a group of processes as long as each works on whole micro-batches.
+            torch.manual_seed(draws(self.run.seed, step, micro, self.share.rows.start))
+            rows = self.batches.batch(step - 1, micro, self.config.accumulation)[self.share.rows]
+            tokens = torch.from_numpy(rows)
             if self.device.type == "cuda":
                 tokens = tokens.pin_memory()
             tokens = tokens.to(self.device, non_blocking=True)
             with self.where.autocast():
                 loss = self.loss(tokens[:, :-1], tokens[:, 1:])
-            (loss / self.config.accumulation).backward()
-            loss_sum += loss.detach()
-        limit = self.config.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        mean = loss_sum / self.config.accumulation
+            (loss / parts).backward()
+            mean += loss.detach()
+        mean /= parts
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        self.group.sum([*(parameter.grad for parameter in parameters), mean])
+        self.norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        self.losses.append(mean)
         if self.device.type == "cpu":
             # On a GPU this would wait for the device at every step; there `check` looks when a row is due.
-            self.check(mean, norm, step)
+            self.check(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step
-        return mean, norm
 
-    def check(self, loss: Tensor, norm: Tensor, step: int) -> None:
+    def check(self, step: int) -> None:
         """Stop at a loss or gradient that is not finite; what was saved before it stays."""
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        loss, norm = self.losses[-1].item(), self.norm.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
             kept = self.progress.checkpoints
             last = f"{self.output / 'checkpoints' / kept[-1]['folder']}" if kept else "none was due yet"
             raise UserError(
-                f"run {self.run.name}: step {step}: the loss is {loss.item()}, the gradient's norm "
-                f"{norm.item()}: training diverged. Last good checkpoint: {last}. Lower "
+                f"run {self.run.name}: step {step}: the loss is {loss}, the gradient's norm "
+                f"{norm}: training diverged. Last good checkpoint: {last}. Lower "
                 f"training.learning_rate (now {self.config.learning_rate}) or raise training.warmup_steps"
             )
 
@@ -153,11 +197,14 @@ class Trainer:
         """
         self.model.eval()
         nats = torch.zeros((), device=self.device, dtype=torch.float64)
-        for x_BL, y_BL, mask_BL in self.validation.batches(self.config.batch_size):
-            tensors = (torch.from_numpy(part).to(self.device) for part in (x_BL, y_BL, mask_BL))
+        for number, batch in enumerate(self.validation.batches(self.config.batch_size)):
+            if number % self.group.size != self.group.rank:
+                continue
+            tensors = (torch.from_numpy(part).to(self.device) for part in batch)
             with self.where.autocast():
                 nats += self.model.loss(*tensors).double()
         self.model.train()
+        self.group.sum([nats])
         nats = nats.item()
         return {
             "val_loss": nats / self.validation.n_tokens,
@@ -202,6 +249,7 @@ class Trainer:
             "precision": self.where.precision,
             "compiled": self.where.compiled,
             "threads": torch.get_num_threads(),
+            "processes": self.group.size,
             "model": run.model.model_dump(),
             "training": run.training.model_dump(mode="json"),
             "final": {
@@ -212,52 +260,81 @@ class Trainer:
             "code": code_version(),
         }
 
-    def fit(self) -> None:
-        """Train to the last step, saving, validating, recording and keeping checkpoints on the way."""
-        config, progress = self.config, self.progress
-        records = Records(self.run, self.output / "dvclive", progress.rows, self.mark)
-        bar = progress_bar(self.run, progress.step)
+    def fit(self, signals: StopSignals) -> None:
+        """Train to the last step, saving, validating, recording and keeping checkpoints on the way.
+
+        Raises ``Interrupted``, its state saved, after the step in which a signal came.
+        """
+        progress, records = self.progress, NoRecords()
+        if self.group.leads:
+            records = Records(self.run, self.output / "dvclive", progress, self.mark)
         self.model.train()
-        tokens_a_step = config.tokens_per_step(self.run.model.context)
-        clock, row_clock, row_step = time.perf_counter(), time.perf_counter(), progress.step
-        losses: list[Tensor] = []
-        while progress.step < config.steps:
-            loss, norm = self.step()
-            losses.append(loss)
-            step, last = progress.step, progress.step == config.steps
-            bar.update()
-            validates = last or step % config.validate_every == 0
-            keeps = step in config.checkpoint_steps
-            saves = last or keeps or step % config.save_every == 0
-            if not (validates or saves or step % config.log_every == 0):
-                continue
-            self.check(loss, norm, step)
-            speed = (step - row_step) * tokens_a_step / (time.perf_counter() - row_clock)
-            progress.seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-            row = {
-                "step": step,
-                "tokens": step * tokens_a_step,
-                "seconds": round(progress.seconds, 2),
-                "learning_rate": learning_rate(config, step),
-                "train_loss": round(torch.stack(losses).mean().item(), 6),
-                "grad_norm": round(norm.item(), 6),
-                "tokens_per_second": round(speed, 1),
-            }
-            losses = []
-            if validates:
-                row |= {key: round(value, 6) for key, value in self.validate().items()}
-            progress.rows.append(row)
-            records.log(row)
-            bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            if keeps:
-                self.keep_checkpoint()
-            if saves:
-                save_state(self.state_path, self.mark, self.model, self.optimizer, progress)
-            # Time spent validating and saving is not training time.
-            clock, row_clock, row_step = time.perf_counter(), time.perf_counter(), step
-        bar.close()
+        self.start_clock()
+        stopped = 0
+        while not stopped and (self.row_due() or progress.step < self.config.steps):
+            if self.row_due():
+                records.log(self.record())
+                self.start_clock()
+            else:
+                self.step()
+                records.advance()
+            stopped = self.group.largest(signals.received)
+        if stopped:
+            self.take_time()
+            self.save()
+            self.group.wait()  # where one process ends, torchrun ends all
         records.close()
+        if stopped:
+            raise Interrupted(
+                f"{self.run.name}: stopped by {signal.Signals(stopped).name} after step {progress.step} of "
+                f"{self.config.steps}, saved in {self.state_path}; the same command goes on from there",
+                stopped,
+            )
+
+    def row_due(self) -> bool:
+        """Whether the last step still wants its row of the curve, and what goes with it."""
+        config, step, rows = self.config, self.progress.step, self.progress.rows
+        if step == 0 or (rows and rows[-1]["step"] == step):
+            return False
+        return step in config.checkpoint_steps or any(
+            step % every == 0 for every in (config.log_every, config.validate_every, config.save_every)
+        )
+
+    def record(self) -> dict[str, float]:
+        """Add the last step's row to the curve; validate, keep a checkpoint and save where they are due."""
+        config, step = self.config, self.progress.step
+        last = step == config.steps
+        self.check(step)
+        tokens_a_step = config.tokens_per_step(self.run.model.context)
+        row = {
+            "step": step,
+            "tokens": step * tokens_a_step,
+            "tokens_per_second": round(self.take_time() * tokens_a_step, 1),
+            "seconds": round(self.progress.seconds, 2),
+            "learning_rate": learning_rate(config, step),
+            "train_loss": round(torch.stack(self.losses).mean().item(), 6),
+            "grad_norm": round(self.norm.item(), 6),
+        }
+        if last or step % config.validate_every == 0:
+            row |= {key: round(value, 6) for key, value in self.validate().items()}
+        self.progress.rows.append(row)
+        self.losses = []
+        keeps = step in config.checkpoint_steps
+        if keeps and self.group.leads:
+            self.keep_checkpoint()
+        if last or keeps or step % config.save_every == 0:
+            self.save()
+        return row
+
+    def start_clock(self) -> None:
+        """Begin to time steps: the time of validating and saving is not training time."""
+        self.clock, self.clock_step = time.perf_counter(), self.progress.step
+
+    def take_time(self) -> float:
+        """Add the time since the clock started to the run's; the steps a second in it."""
+        seconds = time.perf_counter() - self.clock
+        self.progress.seconds += seconds
+        return (self.progress.step - self.clock_step) / seconds
 
     def publish(self) -> None:
         """Put the finished outputs in place, then forget the rolling state.
@@ -266,6 +343,8 @@ class Trainer:
         engine deletes what was published, costs nothing.
         """
         folder = self.run.folder
+        for name in ("checkpoints", "dvclive", "curve.csv", "train.json"):
+            remove_leftovers(folder, name)
         tokenizer = self.output / "checkpoints" / "tokenizer"
         shutil.rmtree(tokenizer, ignore_errors=True)
         shutil.copytree(self.run.tokens_folder / "tokenizer", tokenizer)
@@ -289,36 +368,56 @@ def _link(source: str, target: str) -> None:
 def train(run: Run) -> None:
     """Train ``run`` and write ``checkpoints/``, ``curve.csv``, ``dvclive/`` and ``train.json`` to its folder.
 
-    Killed at any time, a second call goes on from the last saved state. Raises ``UserError`` for missing or
-    damaged tokens or state, for a loss that is not finite, and while another process trains the same run.
+    Killed at any time, a second call goes on from the last saved state; so does one after ``Interrupted``,
+    which is raised where a signal asked to stop. Started by `torchrun`, all its processes train the run
+    together. Raises ``UserError`` for missing or damaged tokens or state, for a loss that is not finite, and
+    while another training of the same run is at work.
     """
-    lock = run.state_folder.with_name(f"{run.name}.lock")
-    with disk_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        processes() as group,
+        StopSignals(tells=group.leads) as signals,
+        _lock(run) if group.leads else nullcontext(),
+    ):
+        _train(run, group, signals)
+
+
+@contextmanager
+def _lock(run: Run) -> Iterator[None]:
+    """Keep other trainings away from the run's state."""
+    path = run.state_folder.with_name(f"{run.name}.lock")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)  # the system gives it back however the process ends
     try:
-        # The system gives it back however the process ends.
-        with FileLock(lock, timeout=0):
-            _train(run)
+        lock.acquire()
     except Timeout:
         raise UserError(
-            f"run {run.name}: another process is training it ({lock} is held); wait for it, or stop it"
+            f"run {run.name}: another process is training it ({path} is held); wait for it, or stop it"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _train(run: Run) -> None:
-    trainer = Trainer(run)
+def _train(run: Run, group: Group, signals: StopSignals) -> None:
+    trainer = Trainer(run, group)
     resumed = trainer.resume()
-    print(
-        f"{run.name}: {run.parameters.total:,} parameters, {run.tokens:,} tokens, {trainer.where.name}, "
-        f"{trainer.where.precision}{', compiled' if trainer.where.compiled else ''}"
-        + (f", resuming after step {trainer.progress.step}" if resumed else ""),
-        file=sys.stderr,
-    )
+    if group.leads:
+        print(
+            f"{run.name}: {run.parameters.total:,} parameters, {run.tokens:,} tokens, {trainer.where.name}, "
+            f"{trainer.where.precision}{', compiled' if trainer.where.compiled else ''}"
+            + (f", {group.size} processes" if group.size > 1 else "")
+            + (f", resuming after step {trainer.progress.step}" if resumed else ""),
+            file=sys.stderr,
+        )
     with disk_errors(run.folder):
-        trainer.fit()
-        trainer.publish()
-    print(
-        f"{run.name}: {trainer.progress.rows[-1]['val_bits_per_byte']:.4f} bits per byte on validation text "
-        f"after {trainer.progress.seconds:,.0f} s of training; {run.folder}",
-        file=sys.stderr,
-    )
+        trainer.fit(signals)
+        if group.leads:
+            trainer.publish()
+    if group.leads:
+        print(
+            f"{run.name}: {trainer.progress.rows[-1]['val_bits_per_byte']:.4f} bits per byte on validation "
+            f"text after {trainer.progress.seconds:,.0f} s of training; {run.folder}",
+            file=sys.stderr,
+        )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.study import Run
+from stlm.training.state import Progress
 
 CURVE_COLUMNS = [
     "step",
@@ -52,13 +53,13 @@ def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 class Records:
-    """Sends each row of the curve to DVCLive and, when the recipe asks, to Weights & Biases.
+    """Shows steps on a progress bar; sends rows of the curve to DVCLive and, if asked, Weights & Biases.
 
     DVCLive's folder is written anew from the rows that a resumed run already has, so that it always agrees
     with the curve.
     """
 
-    def __init__(self, run: Run, folder: Path, rows: list[dict[str, float]], mark: str) -> None:
+    def __init__(self, run: Run, folder: Path, progress: Progress, mark: str) -> None:
         from dvclive import Live
         from scmrepo.exceptions import SCMError
 
@@ -86,8 +87,13 @@ class Records:
                 resume="allow",
                 config=run.model_dump(mode="json"),
             )
-        for row in rows:
+        for row in progress.rows:
             self._log_live(row)
+        self._bar = progress_bar(run, progress.step)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
 
     def _log_live(self, row: dict[str, float]) -> None:
         self._live.step = int(row["step"])
@@ -99,11 +105,28 @@ class Records:
     def log(self, row: dict[str, float]) -> None:
         """Record one row of the curve."""
         self._log_live(row)
+        self._bar.set_postfix_str(
+            f"loss {row['train_loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
+        )
         if self._wandb is not None:
             self._wandb.log(row, step=int(row["step"]))
 
     def close(self) -> None:
-        """Finish both."""
+        """Finish all."""
+        self._bar.close()
         self._live.end()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class NoRecords:
+    """The records of a process that leaves telling to another."""
+
+    def advance(self) -> None:
+        """One more step is done."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """One more row of the curve."""
+
+    def close(self) -> None:
+        """The end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +19,31 @@ from stlm.model.transformer import Transformer
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
+
+    `losses` of the steps since the last row of the curve, and the last step's `grad_norm`, are what the next
+    row needs of a run that stopped between two rows.
+    """
 
     step: int = 0
     seconds: float = 0.0
     rows: list[dict[str, float]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    grad_norm: float = math.nan
 
 
 def fingerprint(content: dict[str, Any]) -> str:
     """A hash of everything that decides a run's weights; a state of another fingerprint is not resumed."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def draws(seed: int, step: int, micro: int, row: int) -> int:
+    """The seed of the random numbers drawn for the rows from `row` on of a step's micro-batch `micro`."""
+    if micro == row == 0:
+        return seed * 1_000_003 + step
+    digest = hashlib.blake2b(f"{seed} {step} {micro} {row}".encode(), digest_size=7)
+    return int.from_bytes(digest.digest())
 
 
 def save_state(

@@ -1,0 +1,157 @@
+"""Processes that train one run together, as `torchrun` starts them; a process alone is a group of one.
+
+Each holds the whole model and works on its share of every step's rows; gradients are summed once a step, so
+that all take the same step. Processes speak by gloo on CPUs, by NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stlm.errors import Interrupted, UserError
+from stlm.training.config import TrainingConfig
+
+# What torchrun tells the processes that it starts.
+_ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LostPeer(UserError):
+    """Another process of the group ended while this one waited for it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of a step: these micro-batches, of each these rows, one of `parts` equal parts."""
+
+    micros: range
+    rows: slice
+    parts: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train a run, seen from one of them. The one of rank 0 leads: it alone writes."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    def share(self, config: TrainingConfig) -> Share:
+        """This process's part of every step: whole micro-batches as far as they go, else rows of each.
+
+        The shares of a group are disjoint, equal in size, and together the step's rows whatever the number
+        of processes. Raises ``UserError`` where `batch_size` x `accumulation` does not divide.
+        """
+        turns = math.gcd(self.size, config.accumulation)
+        parts = self.size // turns
+        if config.batch_size % parts:
+            valid = [n for n in range(1, config.batch_size * config.accumulation + 1) if _divides(n, config)]
+            nearest = min(valid, key=lambda n: abs(n - self.size))
+            raise UserError(
+                f"{self.size} processes cannot share a step evenly: training.accumulation: "
+                f"{config.accumulation} x training.batch_size: {config.batch_size} sequences; nearest number "
+                f"of processes that can: {nearest}"
+            )
+        turn, part = divmod(self.rank, parts)
+        width = config.batch_size // parts
+        return Share(range(turn, config.accumulation, turns), slice(part * width, (part + 1) * width), parts)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, all in one exchange; the same bits in each."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        _exchange(lambda: dist.all_reduce(flat))
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values. Waits for them, not for a GPU."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.int64)
+        _exchange(lambda: dist.all_reduce(held, dist.ReduceOp.MAX))
+        return int(held)
+
+    def agrees(self, value: int) -> bool:
+        """Whether all processes hold the same value."""
+        return self.largest(value) == -self.largest(-value)
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.largest(0)
+
+
+def _divides(size: int, config: TrainingConfig) -> bool:
+    return config.batch_size % (size // math.gcd(size, config.accumulation)) == 0
+
+
+def _exchange(collective: Callable[[], object]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:  # all that torch tells of a connection that closed
+        raise LostPeer(
+            f"a process of this training ended without a word (killed, or out of memory?); the same command "
+            f"goes on from what is saved ({str(error).splitlines()[0]})"
+        ) from None
+
+
+@contextmanager
+def processes() -> Iterator[Group]:
+    """The group that `torchrun` started this process in; without it, a group of one.
+
+    However one process fails, all end: a ``UserError`` passes through in the process that tells it first, the
+    others end silently with the same exit status. ``Interrupted`` passes through in the leader.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Group()
+        return
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several processes with torchrun, "
+            "as docs/clusters.md says, or unset WORLD_SIZE"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _take_gpu(int(os.environ["LOCAL_RANK"]), size)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # Beside NCCL, gloo carries what must not wait for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    group = Group(rank, size)
+    try:
+        yield group
+    except Interrupted as stop:
+        if group.leads:
+            raise
+        raise SystemExit(stop.status) from None
+    except BaseException as error:
+        # Before this process ends and the others see it, so that the cause is told and not its effects.
+        first = store.add("stlm/told", 1) == 1
+        if first or not isinstance(error, UserError):
+            raise
+        raise SystemExit(2) from None
+    dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int, size: int) -> None:
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank + 1} of this machine has no GPU, of which it has {gpus}: start at most as "
+            f"many with torchrun --nproc_per_node={gpus} (found {size} processes in all)"
+        )
+    torch.cuda.set_device(local_rank)

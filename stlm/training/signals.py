@@ -1,0 +1,55 @@
+"""Signals that ask a run to stop: it finishes its step, saves its state and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# What ctrl-C, `kill`, `scancel` and pre-emption send, and what `sbatch --signal=USR1@120` asks SLURM to send.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A terminal and a launcher (torchrun) may both pass on one and the same signal.
+_ECHO_SECONDS = 1.0
+
+
+class StopSignals:
+    """While entered, the first of `STOPPING` is kept in `received`; one more, a second later, ends at once.
+
+    A signal that the process was told to ignore stays ignored. Outside the main thread, where Python allows
+    no handlers, nothing is changed. With ``tells``, the first signal is acknowledged on stderr.
+    """
+
+    def __init__(self, tells: bool = True) -> None:
+        self.received = 0
+        self.tells = tells
+        self._when = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if time.monotonic() - self._when >= _ECHO_SECONDS:
+                # Nothing to clean up: whatever is being written leaves what was there before in place.
+                os._exit(128 + number)
+            return
+        self.received, self._when = number, time.monotonic()
+        if self.tells:
+            # Not `print`: the signal may have come within one, and the same buffer cannot be entered twice.
+            text = f"\n{signal.Signals(number).name}: stopping after this step; again to end at once\n"
+            os.write(sys.__stderr__.fileno(), text.encode())
