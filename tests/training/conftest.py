@@ -32,13 +32,17 @@ def write_corpus(folder: Path, texts: list[str]) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def tokens_folder(tmp_path_factory) -> Path:
-    """data/tokens/tiny/bytes, made once."""
-    root = tmp_path_factory.mktemp("tiny")
+def write_tokens(root: Path) -> Path:
+    """data/tokens/tiny/bytes, below `root`."""
     write_corpus(root / "raw" / "tiny", sentences(400))
     tokenize_corpus(root / "raw" / "tiny", root / "tiny" / "bytes", "bytes", root, progress=False)
     return root / "tiny" / "bytes"
+
+
+@pytest.fixture(scope="session")
+def tokens_folder(tmp_path_factory) -> Path:
+    """data/tokens/tiny/bytes, made once."""
+    return write_tokens(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
