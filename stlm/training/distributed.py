@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from stlm.errors import Interrupted, UserError
 from stlm.training.config import TrainingConfig
+from stlm.training.signals import STOPPING
 
 # What torchrun tells the processes that it starts.
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -135,16 +137,28 @@ def processes() -> Iterator[Group]:
     try:
         yield group
     except Interrupted as stop:
+        _end_undisturbed()
+        group.wait()
         if group.leads:
             raise
         raise SystemExit(stop.status) from None
     except BaseException as error:
+        _end_undisturbed()
         # Before this process ends and the others see it, so that the cause is told and not its effects.
         first = store.add("stlm/told", 1) == 1
         if first or not isinstance(error, UserError):
             raise
         raise SystemExit(2) from None
     dist.destroy_process_group()
+
+
+def _end_undisturbed() -> None:
+    """Ignore signals from here on: this process is about to end, and may have to tell why.
+
+    Where one process has ended, torchrun sends them to the others.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _take_gpu(local_rank: int, size: int) -> None:

@@ -1,0 +1,180 @@
+"""Several processes, started by torchrun, train one run as one process does."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from stlm.errors import UserError
+from stlm.files import read_json
+from stlm.training.checkpoints import load_checkpoint
+from stlm.training.distributed import processes
+from stlm.training.loop import train
+
+WORKER = """
+import os, sys
+from stlm.cli import main
+from stlm.study import Run
+from stlm.training import loop
+import stlm.cli
+
+def train(options):
+    exec(os.environ.get("BEFORE", ""), globals())
+    loop.train(Run.model_validate_json(os.environ["RUN"]))
+
+stlm.cli.train = train
+sys.exit(main(["train", "study", "run"]))
+"""
+
+
+def torchrun(run, size, before="", **keys):
+    """Train `run` in `size` processes; `before` is run in each of them first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN": run.model_dump_json(), "BEFORE": before}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    with open("worker.py", "w") as file:
+        file.write(WORKER)
+    return subprocess.Popen(
+        [*command, "worker.py"], env=environment, stderr=subprocess.PIPE, text=True, **keys
+    )
+
+
+def finish(process, timeout=90):
+    """Wait for the end; what was said on stderr. Hanging is a failure."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    finally:
+        process.kill()
+
+
+def curve(run):
+    with (run.folder / "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_near(one, other):
+    """The same curves and weights but for the order in which float32 numbers are added."""
+    for first, second in zip(curve(one), curve(other), strict=True):
+        for name in ("train_loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+            if first[name]:
+                assert float(first[name]) == pytest.approx(float(second[name]), rel=2e-5), name
+    last = f"step-{one.training.steps:07d}"
+    first, second = (
+        load_checkpoint(run.folder / "checkpoints" / last)[0].state_dict() for run in (one, other)
+    )
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulation", "dropout"), [(1, 0.0), (2, 0.1)], ids=["rows", "micro-batches"])
+def test_two_processes_train_as_one(accumulation, dropout, make_run):
+    """Also with dropout, where each process works on whole micro-batches."""
+    sizes = {"model": {"dropout": dropout}, "steps": 20, "accumulation": accumulation, "checkpoints": [5]}
+    one, two = make_run("one", **sizes), make_run("two", **sizes)
+    train(one)
+    process = torchrun(two, 2)
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert_near(one, two)
+    assert said.count("bits per byte on validation") == 1, "one process tells"
+    assert "float32, 2 processes" in said
+    assert read_json(one.folder / "train.json")["processes"] == 1
+    assert read_json(two.folder / "train.json")["processes"] == 2
+    assert not two.state_folder.exists()
+
+
+SIGNAL_SELF = """
+import signal
+from stlm.training.loop import Trainer
+step = Trainer.step
+def stopping(self):
+    step(self)
+    if self.group.rank == 1 and self.progress.step == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+Trainer.step = stopping
+"""
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_while_a_run_is_stopped(make_run, monkeypatch):
+    """One process for 3 steps, two up to step 7, one to the end: the run of one process throughout."""
+    from stlm.errors import Interrupted
+    from stlm.training.loop import Trainer
+
+    sizes = {"accumulation": 2, "steps": 12, "checkpoints": [5]}
+    plain, changing = make_run("plain", **sizes), make_run("changing", **sizes)
+    train(plain)
+    step = Trainer.step
+
+    def stopping(self):
+        step(self)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        with pytest.raises(Interrupted):
+            train(changing)
+    said = finish(torchrun(changing, 2, SIGNAL_SELF))
+    assert "2 processes, resuming after step 3" in said
+    assert said.count("stopped by SIGTERM after step 7 of 12") == 1, "a signal to one process stops all"
+    assert len(re.findall(r"exitcode +: 143", said)) == 2, said
+    train(changing)
+    assert_near(plain, changing)
+    assert [row["step"] for row in curve(plain)] == [row["step"] for row in curve(changing)]
+
+
+FAIL_IN_ONE = """
+from stlm.errors import UserError
+from stlm.training.loop import Trainer
+step = Trainer.step
+def failing(self):
+    if self.group.rank == {rank} and self.progress.step == 4:
+        {action}
+    step(self)
+Trainer.step = failing
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "action", "message"),
+    [
+        (0, "raise UserError('the leader met a problem')", "error: the leader met a problem"),
+        (1, "raise UserError('the other met a problem')", "error: the other met a problem"),
+        (1, "os.kill(os.getpid(), 9)", "error: a process of this training ended without a word"),
+    ],
+    ids=["leader", "other", "killed"],
+)
+def test_an_error_in_one_process_ends_all_and_is_told_once(rank, action, message, make_run):
+    process = torchrun(make_run(), 2, FAIL_IN_ONE.format(rank=rank, action=action))
+    begin = time.monotonic()
+    said = finish(process)
+    assert time.monotonic() - begin < 60
+    assert process.returncode == 1, "torchrun's own status"
+    assert said.count(message) == 1, said
+    assert said.count("error: ") == 1, said
+    assert "Traceback" not in said.split("torch/distributed/elastic")[0]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_told_once(make_run):
+    process = torchrun(make_run(model={"vocab_size": 300}), 2)
+    said = finish(process)
+    assert said.count("vocab_size: found 257, expected 300") == 1
+    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+
+
+def test_a_group_that_torchrun_did_not_start_is_told(make_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK is not set.*torchrun"), processes():
+        pass
