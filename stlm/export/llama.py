@@ -24,7 +24,14 @@ from stlm.tokens.tokenizer import EOT
 from stlm.training.checkpoints import load_checkpoint
 
 # What a Llama has, and the key of `model` that says so.
-_LLAMA = {"positions": "rope", "norm": "rmsnorm", "ffn": "swiglu"}
+_LLAMA = {
+    "positions": "rope",
+    "norm": "rmsnorm",
+    "ffn": "swiglu",
+    "qk_norm": False,
+    "logit_softcap": 0.0,
+    "value_embeddings": 0,
+}
 
 
 def export_llama(checkpoint: Path, folder: Path) -> None:

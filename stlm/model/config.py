@@ -21,7 +21,9 @@ class ModelConfig(BaseModel):
         description="Key/value heads, each shared by `heads / kv_heads` query heads (grouped-query "
         "attention). Must divide `heads`.",
     )
-    ffn: Literal["swiglu", "gelu"] = Field("swiglu", description="Kind of feed-forward network.")
+    ffn: Literal["swiglu", "gelu", "relu2"] = Field(
+        "swiglu", description="Kind of feed-forward network; `relu2`: squared ReLU, two matrices as `gelu`."
+    )
     ffn_width: int = Field(1536, ge=1, description="Hidden units of the feed-forward network.")
     positions: Literal["rope", "sinusoidal", "learned"] = Field(
         "rope",
@@ -49,6 +51,23 @@ class ModelConfig(BaseModel):
         "fused attention.",
     )
     tied: bool = Field(True, description="Whether embedding and output head are one matrix.")
+    qk_norm: bool = Field(
+        False, description="Whether queries and keys are normalized, head by head, before the products."
+    )
+    logit_softcap: float = Field(
+        0.0, ge=0, description="Bound of the logits, by its tanh: c tanh(logit / c); 0 bounds none."
+    )
+    zero_init: bool = Field(
+        False,
+        description="Whether the projections into the residual stream start at zero: at first each block is "
+        "the identity.",
+    )
+    value_embeddings: int = Field(
+        0,
+        ge=0,
+        description="Layers, the last ones, whose attention values get an embedding of the token added. Each "
+        "is a table of its own, counted among the embedding parameters. At most `layers`.",
+    )
     vocab_size: int | None = Field(
         None, ge=2, description="Tokens in the vocabulary. Taken from the tokenizer; leave it out."
     )
@@ -73,6 +92,10 @@ class ModelConfig(BaseModel):
             )
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"width: {self.width} is odd; sinusoidal positions come in sine/cosine pairs")
+        if self.value_embeddings > self.layers:
+            raise ValueError(
+                f"value_embeddings: {self.value_embeddings} is more than the model has layers: {self.layers}"
+            )
         return self
 
     @property
@@ -89,6 +112,14 @@ class ParameterCounts(NamedTuple):
     non_embedding: int
 
 
+def _vectors(config: ModelConfig) -> int:
+    """Parameters that are no part of a matrix: gains and biases of normalizations."""
+    # LayerNorm here has a gain and a bias, RMSNorm a gain.
+    norm = config.width * (2 if config.norm == "layernorm" else 1)
+    qk_gains = 2 * config.head_width if config.qk_norm else 0
+    return config.layers * (2 * norm + qk_gains) + norm
+
+
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Count the parameters of ``config`` (with its ``vocab_size``) without building the model."""
     if config.vocab_size is None:
@@ -96,12 +127,11 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     kv_width = config.kv_heads * config.head_width
     attention = 2 * config.width * config.width + 2 * config.width * kv_width
     ffn = (3 if config.ffn == "swiglu" else 2) * config.width * config.ffn_width
-    # LayerNorm here has a gain and a bias, RMSNorm a gain.
-    norm = config.width * (2 if config.norm == "layernorm" else 1)
     embedding = config.vocab_size * config.width * (1 if config.tied else 2)
+    embedding += config.value_embeddings * config.vocab_size * kv_width
     if config.positions == "learned":
         embedding += config.context * config.width
-    rest = config.layers * (attention + ffn + 2 * norm) + norm
+    rest = config.layers * (attention + ffn) + _vectors(config)
     return ParameterCounts(embedding + rest, embedding, rest)
 
 
@@ -110,10 +140,9 @@ def training_flops_per_token(config: ModelConfig) -> float:
 
     Six for each weight that a token is multiplied with (the head's matrix included, embedding look-ups not),
     plus attention's two products over an average of half the context (Kaplan et al. 2020, appendix B; the
-    causal half counted).
+    causal half counted). The optimizer's own work is not in it.
     """
     counts = parameter_counts(config)
-    norms = config.width * (2 if config.norm == "layernorm" else 1) * (2 * config.layers + 1)
-    matrices = counts.non_embedding - norms + config.vocab_size * config.width
+    matrices = counts.non_embedding - _vectors(config) + config.vocab_size * config.width
     attention = 2 * config.layers * (config.context / 2) * config.width
     return 6.0 * (matrices + attention)

@@ -44,9 +44,46 @@ class GELU(nn.Module):
         return self.down(F.gelu(self.up(x_BLD)))
 
 
+class SquaredReLU(nn.Module):
+    """Feed-forward network relu(x W_up)^2, projected down (So et al. 2021, "Primer", section 4)."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, ffn_width, bias=False)
+        self.down = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BLD)).square())
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose probability a schedule may change at every step.
+
+    A number that changes would have torch.compile compile the model anew at each of its values. So a
+    schedule's probability is a tensor: one graph serves them all. Without a schedule it is torch's dropout.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("scheduled", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scheduled is None or not self.training:
+            return F.dropout(x, self.p, self.training)
+        kept = torch.rand_like(x) >= self.scheduled
+        return x * (kept / (1 - self.scheduled)).to(x.dtype)
+
+    def schedule(self, factor: float, device: torch.device) -> None:
+        """From now on the probability is `factor`, between 0 and 1, times `p`."""
+        if self.scheduled is None:
+            self.scheduled = torch.empty((), device=device)
+        self.scheduled.fill_(self.p * factor)
+
+
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
-FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU}
+FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}
 
 
 def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -81,7 +118,40 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
+        # Gains of a normalization each (Henry et al. 2020; Dehghani et al. 2023, section 2.2), over a head's
+        # dimensions and shared by the heads: products cannot grow with the weights.
+        self.q_gain = self.k_gain = None
+        if config.qk_norm:
+            self.q_gain = nn.Parameter(torch.ones(self.head_width))
+            self.k_gain = nn.Parameter(torch.ones(self.head_width))
+        self.norm_eps = config.norm_eps
         self.dropout = config.attention_dropout
+        self.scheduled: float | None = None
+
+    def _normalize(self, qk_BLHE: Tensor) -> Tensor:
+        """Queries and keys [B, L, H + K, E], each head's root mean square one, times the gains."""
+        gain_HE = torch.cat([self.q_gain.expand(self.heads, -1), self.k_gain.expand(self.kv_heads, -1)])
+        normal_BLHE = F.rms_norm(qk_BLHE, (self.head_width,), eps=self.norm_eps)
+        return (normal_BLHE * gain_HE).to(qk_BLHE.dtype)
+
+    @torch.compiler.disable
+    def _attend_scheduled(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor) -> Tensor:
+        """Attention whose dropout a schedule changes.
+
+        It stays out of the compiled graph, which would be compiled anew at each value of the number.
+        """
+        return self._attend(q_BHLE, k_BKLE, v_BKLE, self.scheduled)
+
+    def _attend(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, dropout: float) -> Tensor:
+        """Causal attention, [B, H, L, E]."""
+        return F.scaled_dot_product_attention(
+            q_BHLE,
+            k_BKLE,
+            v_BKLE,
+            is_causal=True,
+            dropout_p=dropout if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.heads,
+        )
 
     def forward(
         self,
@@ -89,11 +159,19 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         segments: Segments | None = None,
         rows_N: Tensor | None = None,
+        added_BLX: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, D], or [N, D] of the flat positions `rows_N`; the rest as in `Transformer.hidden`."""
+        """[B, L, D], or [N, D] of the flat positions `rows_N`; the rest as in `Transformer.hidden`.
+
+        `added_BLX`, X = K E, is added to the values.
+        """
         B, L, D = x_BLD.shape
         qkv_BLHE = self.qkv(x_BLD).view(B, L, -1, self.head_width)
         qk_BLHE, v_BLKE = qkv_BLHE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if added_BLX is not None:
+            v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
+        if self.q_gain is not None:
+            qk_BLHE = self._normalize(qk_BLHE)
         if rope is not None:
             qk_BLHE = rotate(qk_BLHE, *rope)
         q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
@@ -102,14 +180,11 @@ class Attention(nn.Module):
         elif self.training and x_BLD.device.type == "cpu" and not self.dropout:
             y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE)
         else:
-            y_BLHE = F.scaled_dot_product_attention(
-                q_BLHE.transpose(1, 2),
-                k_BLKE.transpose(1, 2),
-                v_BLKE.transpose(1, 2),
-                is_causal=True,
-                dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=self.kv_heads != self.heads,
-            ).transpose(1, 2)
+            qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
+            if self.scheduled is None:
+                y_BLHE = self._attend(*qkv, self.dropout).transpose(1, 2)
+            else:
+                y_BLHE = self._attend_scheduled(*qkv).transpose(1, 2)
         y_BLD = y_BLHE.reshape(B, L, D)
         return self.out(y_BLD if rows_N is None else y_BLD.flatten(0, 1)[rows_N])
 
@@ -124,7 +199,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = norm(config.width, eps=config.norm_eps)
         self.ffn = FFNS[config.ffn](config.width, config.ffn_width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -132,8 +207,9 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         segments: Segments | None = None,
         rows_N: Tensor | None = None,
+        added_BLX: Tensor | None = None,
     ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_BLD), rope, segments, rows_N)
+        mixed = self.attention(self.attention_norm(x_BLD), rope, segments, rows_N, added_BLX)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
         x = x + self.dropout(mixed)
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -157,7 +233,15 @@ class Transformer(nn.Module):
             cos_LE, sin_LE = rope_tables(config.context, config.head_width, config.rope_theta)
             self.register_buffer("cos_LE", cos_LE, persistent=False)
             self.register_buffer("sin_LE", sin_LE, persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        # Tables that the last layers' values read (Zhou et al. 2024, "Value Residual Learning", and Jordan et
+        # al. 2024, modded-nanogpt): what a token is reaches attention past the blocks before.
+        self.value_embeddings = nn.ModuleList(
+            [
+                nn.Embedding(config.vocab_size, config.kv_heads * config.head_width)
+                for _ in range(config.value_embeddings)
+            ]
+        )
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -166,12 +250,44 @@ class Transformer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Normal(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2)."""
+        """Normal(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2).
+
+        With `zero_init` these are zero (Zhang et al. 2019, "Fixup"; Yang et al. 2022, muP). Tables of values
+        are zero: a model with them starts as the one without.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
                 scale = 1 / math.sqrt(2 * self.config.layers) if into_residual else 1.0
+                if name.startswith("value_embeddings.") or (into_residual and self.config.zero_init):
+                    scale = 0.0
                 nn.init.normal_(parameter, std=0.02 * scale)
+
+    def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
+        """The blocks' matrices, those of all layers together, by the rows of the matrices that each holds.
+
+        The key is empty for a parameter that is one matrix.
+        """
+        config = self.config
+        key_value = config.kv_heads * config.head_width
+        parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() == 2:
+                rows: tuple[int, ...] = ()
+                if name.endswith("attention.qkv.weight"):
+                    rows = (config.width, key_value, key_value)
+                elif name.endswith("ffn.gate_up.weight"):
+                    rows = (config.ffn_width, config.ffn_width)
+                parts.setdefault(rows, []).append(parameter)
+        return parts
+
+    def schedule_dropout(self, factor: float) -> None:
+        """From now on drop with `factor`, between 0 and 1, times the configured probabilities."""
+        for module in self.modules():
+            if isinstance(module, Dropout) and module.p:
+                module.schedule(factor, self.embedding.weight.device)
+            elif isinstance(module, Attention) and module.dropout:
+                module.scheduled = module.dropout * factor
 
     def hidden(
         self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None
@@ -198,17 +314,26 @@ class Transformer(nn.Module):
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[places]
         x_BLD = self.dropout(x_BLD)
         last = len(self.blocks) - 1
+        without = len(self.blocks) - len(self.value_embeddings)
         for number, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, rope, segments, rows_N if number == last else None)
+            added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
+            x_BLD = block(x_BLD, rope, segments, rows_N if number == last else None, added_BLX)
         return self.norm(x_BLD)
 
     def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
         """Logits [..., V] of residual vectors [..., D], at any positions, or of a part of the vocabulary."""
-        return self.output(x_BLD) if vocabulary is None else F.linear(x_BLD, self.output.weight[vocabulary])
+        if vocabulary is None:
+            return self.cap(self.output(x_BLD))
+        return self.cap(F.linear(x_BLD, self.output.weight[vocabulary]))
 
     def logit(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """The logit [N] of one token for each residual vector [N, D]."""
-        return (x_ND * self.output.weight[tokens_N]).sum(dim=-1)
+        return self.cap((x_ND * self.output.weight[tokens_N]).sum(dim=-1))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits, of any shape, within the configured bound (Gemma 2, 2024, section 2): c tanh(logit / c)."""
+        bound = self.config.logit_softcap
+        return torch.tanh(logits / bound) * bound if bound else logits
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Logits [B, L, V] of the token after each of ``tokens_BL`` [B, L]."""

@@ -18,14 +18,44 @@ class TrainingConfig(BaseModel):
     steps: int = Field(25000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(24, ge=1, description="Sequences of `model.context` tokens in a micro-batch.")
     accumulation: int = Field(20, ge=1, description="Micro-batches whose gradients make one step.")
-    optimizer: Literal["adamw"] = Field("adamw", description="Optimizer.")
-    learning_rate: float = Field(6e-4, gt=0, description="Peak learning rate.")
-    min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the last step.")
-    warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from zero. At most `steps`.")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="Learning rate after the warm-up: cosine decay to the minimum, or constant."
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="Optimizer: AdamW, or Muon for the blocks' matrices with AdamW for embeddings, head and "
+        "gains.",
     )
+    learning_rate: float = Field(6e-4, gt=0, description="Peak learning rate.")
+    matrix_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the blocks' matrices; default: `learning_rate`. Both follow one "
+        "schedule. Muon's updates are as large as AdamW's at the same rate.",
+    )
+    min_learning_rate: float = Field(
+        6e-5, ge=0, description="Learning rate at the last step, 0 too; not used by `constant`."
+    )
+    warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from zero. At most `steps`.")
+    schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt", "one_cycle"] = Field(
+        "cosine",
+        description="Learning rate after the warm-up, down to the minimum: `cosine`, `linear`, `wsd` "
+        "(stable, then a linear decay), `inverse_sqrt`, `one_cycle`; or `constant`. See docs/schedules.md.",
+    )
+    decay_share: float = Field(
+        0.2, gt=0, le=1, description="Share of all steps in which `wsd` decays, at the end."
+    )
+    dropout_schedule: Literal["constant", "linear", "early", "late", "triangular"] = Field(
+        "constant",
+        description="Factor of `model.dropout` and `model.attention_dropout` over training. See "
+        "docs/schedules.md.",
+    )
+    dropout_ends: tuple[float, float] = Field(
+        (1.0, 0.0), description="Factors at the first and the last step of the dropout schedule `linear`."
+    )
+    dropout_share: float = Field(
+        0.5, ge=0, le=1, description="Share of the steps after which `early` ends or `late` begins to drop."
+    )
+    dropout_cycles: int = Field(1, ge=1, description="Rises from 0 to 1 and back of `triangular`.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov's).")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices alone.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
@@ -65,6 +95,8 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"min_learning_rate: {self.min_learning_rate} is above learning_rate: {self.learning_rate}"
             )
+        if not all(0 <= factor <= 1 for factor in self.dropout_ends):
+            raise ValueError(f"dropout_ends: {list(self.dropout_ends)} must lie in 0 <= factor <= 1")
         late = [step for step in self.checkpoints if not 1 <= step <= self.steps]
         if late:
             raise ValueError(f"checkpoints: {late[0]} is outside training, 1 to steps: {self.steps}")

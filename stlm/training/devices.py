@@ -33,6 +33,11 @@ class Device:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of products outside autocast, such as an optimizer's."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    @property
     def name(self) -> str:
         """The hardware's name."""
         if self.device.type == "cuda":

@@ -23,23 +23,14 @@ from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
-from stlm.training.config import RECORD_KEYS, TrainingConfig
+from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device
 from stlm.training.distributed import Group, processes
+from stlm.training.optimizers import build_optimizer
 from stlm.training.records import NoRecords, Records, write_curve
-from stlm.training.schedules import learning_rate
+from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
 from stlm.training.state import Progress, draws, fingerprint, load_state, save_state
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, not on gains."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 class Trainer:
@@ -59,7 +50,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model = Transformer(run.model).to(self.device)
         self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
-        self.optimizer = build_optimizer(self.model, self.config)
+        self.optimizer = build_optimizer(self.model, self.config, self.where.dtype)
         self.mark = fingerprint(
             {
                 "run": run.model_dump(
@@ -149,7 +140,9 @@ class Trainer:
         """One optimizer step, its loss and gradient's norm kept on the device."""
         step = self.progress.step + 1
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = learning_rate(self.config, step) * group["scale"]
+        if self.config.dropout_schedule != "constant":
+            self.model.schedule_dropout(dropout_factor(self.config, step))
         parts = self.config.accumulation * self.share.parts
         mean = torch.zeros((), device=self.device)
         for micro in self.share.micros:

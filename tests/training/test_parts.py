@@ -12,7 +12,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.config import TrainingConfig
-from stlm.training.loop import build_optimizer
+from stlm.training.optimizers import build_optimizer
 from stlm.training.schedules import learning_rate
 
 

@@ -1,0 +1,150 @@
+"""Optimizers: AdamW, and Muon for the blocks' matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from stlm.model.transformer import Transformer
+from stlm.training.config import TrainingConfig
+
+# Of the quintic whose iterates bring singular values between 0 and 1 near to 1, within about 0.3
+# (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Matrices [N, R, C] with nearly the singular vectors of `g_NRC` and singular values near 1, in `dtype`.
+
+    Newton-Schulz iteration (Jordan et al. 2024): for X = U S V', a X + (b A + c A A) X with A = X X' is
+    U (a S + b S^3 + c S^5) V', so that products alone replace the decomposition.
+    """
+    a, b, c = QUINTIC
+    x_NRC = g_NRC.to(dtype)
+    tall = x_NRC.shape[1] > x_NRC.shape[2]
+    if tall:  # A is the smaller of the two Gram matrices
+        x_NRC = x_NRC.mT
+    # No singular value exceeds the Frobenius norm.
+    x_NRC = x_NRC / (x_NRC.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(steps):
+        a_NRR = torch.bmm(x_NRC, x_NRC.mT)
+        b_NRR = torch.baddbmm(a_NRR, a_NRR, a_NRR, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, b_NRR, x_NRC, beta=a)
+    return x_NRC.mT if tall else x_NRC
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups with `matrices: True`, AdamW for the others.
+
+    For a matrix W with gradient G, momentum m and learning rate l: M <- m M + (1 - m) G, then Nesterov's
+    U = m M + (1 - m) G, and W <- (1 - l weight_decay) W - l 0.2 sqrt(max(R, C)) orthogonal(U). The factor
+    (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4) gives an update of any shape [R, C] the root
+    mean square that AdamW's have, about 0.2, so that both take learning rates of one size.
+
+    A group's `parts` are the numbers of rows of the matrices that lie in one parameter, one below the other
+    (query, key and value are one product): each is orthogonalized by itself. Parts of one shape, of all
+    parameters, are orthogonalized in one batch.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, newton_schulz: int = 5) -> None:
+        """`dtype`: of the iteration, bfloat16 where the device multiplies it natively; a state has none."""
+        self.dtype, self.newton_schulz = dtype, newton_schulz
+        # fused: torch then keeps the count of steps, which AdamW needs on the device, in float32.
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "fused": True, "capturable": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_matrices([group for group in self.param_groups if group["matrices"]])
+        for group in self.param_groups:
+            if not group["matrices"]:
+                self._step_adamw(group)
+        return loss
+
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        for group in groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            gradients = [p.grad for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, update in zip(parameters, updates, strict=True):
+                parts = group["parts"] or [len(parameter)]
+                for target, part in zip(parameter.split(parts), update.split(parts), strict=True):
+                    # A wide matrix stands for its transpose: one batch for both.
+                    if part.shape[0] > part.shape[1]:
+                        target, part = target.mT, part.mT
+                    by_shape.setdefault(tuple(part.shape), []).append((target, part, group["lr"]))
+        for shape, members in by_shape.items():
+            stacked_NRC = torch.stack([part for _, part, _ in members])
+            orthogonal_NRC = orthogonalize(stacked_NRC, self.newton_schulz, self.dtype)
+            for (target, _, rate), orthogonal_RC in zip(members, orthogonal_NRC, strict=True):
+                target.add_(orthogonal_RC, alpha=-rate * 0.2 * max(shape) ** 0.5)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def build_optimizer(
+    model: Transformer, config: TrainingConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The optimizer of `config`: AdamW (Loshchilov and Hutter 2019) or Muon, `dtype` its iteration's.
+
+    Weight decay acts on matrices and embeddings, not on gains. A group's `scale` is its learning rate's ratio
+    to the schedule's. Blocks' matrices have a group of their own where their learning rate differs.
+    """
+    parts = model.matrix_parts() if config.optimizer == "muon" or config.matrix_learning_rate else {}
+    matrices = {id(p) for members in parts.values() for p in members}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in matrices]
+    adam = {"scale": 1.0, "betas": tuple(config.betas), "eps": config.eps}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, **adam},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **adam},
+    ]
+    scale = (config.matrix_learning_rate or config.learning_rate) / config.learning_rate
+    for rows, members in parts.items():
+        own = {"params": members, "weight_decay": config.weight_decay, **adam, "scale": scale}
+        if config.optimizer == "muon":
+            own = {**own, "matrices": True, "momentum": config.momentum, "parts": list(rows)}
+        groups.append(own)
+    if config.optimizer == "muon":
+        return Muon([{"matrices": False, **group} for group in groups], dtype)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
