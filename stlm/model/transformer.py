@@ -126,7 +126,7 @@ class Attention(nn.Module):
             self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.norm_eps = config.norm_eps
         self.dropout = config.attention_dropout
-        self.scheduled: float | None = None
+        self.scheduled, self.dropout_now = False, self.dropout
 
     def _normalize(self, qk_BLHE: Tensor) -> Tensor:
         """Queries and keys [B, L, H + K, E], each head's root mean square one, times the gains."""
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
         It stays out of the compiled graph, which would be compiled anew at each value of the number.
         """
-        return self._attend(q_BHLE, k_BKLE, v_BKLE, self.scheduled)
+        return self._attend(q_BHLE, k_BKLE, v_BKLE, self.dropout_now)
 
     def _attend(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, dropout: float) -> Tensor:
         """Causal attention, [B, H, L, E]."""
@@ -181,10 +181,10 @@ class Attention(nn.Module):
             y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE)
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
-            if self.scheduled is None:
-                y_BLHE = self._attend(*qkv, self.dropout).transpose(1, 2)
-            else:
+            if self.scheduled:
                 y_BLHE = self._attend_scheduled(*qkv).transpose(1, 2)
+            else:
+                y_BLHE = self._attend(*qkv, self.dropout).transpose(1, 2)
         y_BLD = y_BLHE.reshape(B, L, D)
         return self.out(y_BLD if rows_N is None else y_BLD.flatten(0, 1)[rows_N])
 
@@ -287,7 +287,7 @@ class Transformer(nn.Module):
             if isinstance(module, Dropout) and module.p:
                 module.schedule(factor, self.embedding.weight.device)
             elif isinstance(module, Attention) and module.dropout:
-                module.scheduled = module.dropout * factor
+                module.scheduled, module.dropout_now = True, module.dropout * factor
 
     def hidden(
         self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None

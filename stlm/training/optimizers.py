@@ -28,8 +28,8 @@ def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     tall = x_NRC.shape[1] > x_NRC.shape[2]
     if tall:  # A is the smaller of the two Gram matrices
         x_NRC = x_NRC.mT
-    # No singular value exceeds the Frobenius norm.
-    x_NRC = x_NRC / (x_NRC.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(dtype)
+    # No singular value exceeds the Frobenius norm. A matrix of zeros stays one.
+    x_NRC = x_NRC / x_NRC.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-20).to(dtype)
     for _ in range(steps):
         a_NRR = torch.bmm(x_NRC, x_NRC.mT)
         b_NRR = torch.baddbmm(a_NRR, a_NRR, a_NRR, beta=b, alpha=c)

@@ -93,7 +93,7 @@ def dropout_constant(config: TrainingConfig, progress: float) -> float:
 
 
 def dropout_linear(config: TrainingConfig, progress: float) -> float:
-    """A line between the factors `dropout_ends`; rising ones are a curriculum dropout (Morerio et al. 2017)."""
+    """A line between the factors `dropout_ends`; rising, a curriculum (Morerio et al. 2017)."""
     first, last = config.dropout_ends
     return first + (last - first) * progress
 

@@ -119,6 +119,10 @@ def test_ids_of_gpt2(tmp_path: Path, mirror: Path) -> None:
         ({"positions": "sinusoidal"}, r"model\.positions: sinusoidal"),
         ({"norm": "layernorm"}, r"model\.norm: layernorm.*\(rmsnorm\)"),
         ({"ffn": "gelu"}, r"model\.ffn: gelu.*\(swiglu\)"),
+        ({"ffn": "relu2"}, r"model\.ffn: relu2.*\(swiglu\)"),
+        ({"qk_norm": True}, r"model\.qk_norm: True.*\(False\)"),
+        ({"logit_softcap": 30.0}, r"model\.logit_softcap: 30\.0.*\(0\.0\)"),
+        ({"value_embeddings": 2}, r"model\.value_embeddings: 2.*\(0\)"),
     ],
 )
 def test_what_is_no_llama_is_refused(tmp_path: Path, bpe: Tokenizer, model: dict, message: str) -> None:
