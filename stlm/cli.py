@@ -147,11 +147,13 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Write the generated documentation: params/README.md, and the results in README.md."""
+    """Write the generated documentation: params/README.md, the results in README.md, plots in docs/."""
     from stlm.documentation import write_params_readme, write_readme_results
+    from stlm.report.schedules import write_schedule_plots
 
     print(f"wrote {write_params_readme()}")
     print(f"wrote {write_readme_results()}")
+    print(f"wrote {write_schedule_plots()}")
 
 
 def parser() -> argparse.ArgumentParser:

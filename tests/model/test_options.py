@@ -178,7 +178,7 @@ def test_a_schedule_reaches_every_dropout_and_is_no_state():
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.2])
 def test_a_schedule_compiles_no_step_anew(attention_dropout):
-    """One graph; where attention's dropout is scheduled, parts of one: all compiled in the first step."""
+    """One graph; where attention's dropout is scheduled, parts of one. The first steps compile all."""
     torch._dynamo.reset()
     config = ModelConfig(**{**TINY, "layers": 1}, dropout=0.2, attention_dropout=attention_dropout)
     model, counter = Transformer(config), CompileCounter()
@@ -187,7 +187,7 @@ def test_a_schedule_compiles_no_step_anew(attention_dropout):
         model.schedule_dropout(step / 12)
         tokens_BL = torch.randint(0, 61, (2, 17))
         assert math.isfinite(loss(tokens_BL[:, :-1], tokens_BL[:, 1:]).item())
-        if step == 0:
+        if step == 2:
             compiled = counter.frame_count
     assert counter.frame_count == compiled
     assert attention_dropout or compiled == 1
