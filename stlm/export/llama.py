@@ -29,6 +29,7 @@ _LLAMA = {
     "norm": "rmsnorm",
     "ffn": "swiglu",
     "qk_norm": False,
+    "qkv_shift": False,
     "logit_softcap": 0.0,
     "value_embeddings": 0,
 }

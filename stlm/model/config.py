@@ -54,6 +54,11 @@ class ModelConfig(BaseModel):
     qk_norm: bool = Field(
         False, description="Whether queries and keys are normalized, head by head, before the products."
     )
+    qkv_shift: bool = Field(
+        False,
+        description="Whether queries, keys and values get those of the token before added, each channel "
+        "times a learned weight.",
+    )
     logit_softcap: float = Field(
         0.0, ge=0, description="Bound of the logits, by its tanh: c tanh(logit / c); 0 bounds none."
     )
@@ -113,11 +118,12 @@ class ParameterCounts(NamedTuple):
 
 
 def _vectors(config: ModelConfig) -> int:
-    """Parameters that are no part of a matrix: gains and biases of normalizations."""
+    """Parameters that are no part of a matrix: gains and biases of normalizations, weights of channels."""
     # LayerNorm here has a gain and a bias, RMSNorm a gain.
     norm = config.width * (2 if config.norm == "layernorm" else 1)
     qk_gains = 2 * config.head_width if config.qk_norm else 0
-    return config.layers * (2 * norm + qk_gains) + norm
+    shifts = config.width + 2 * config.kv_heads * config.head_width if config.qkv_shift else 0
+    return config.layers * (2 * norm + qk_gains + shifts) + norm
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:

@@ -37,12 +37,20 @@ class Segments:
     ) -> None:
         """`segments`: how many tokens, and the path that ends with them, as places in the row."""
         self.positions_1N = torch.from_numpy(positions_N).to(device)[None]
+        before_N = np.zeros(len(positions_N), np.int64)
+        for _, path in segments:
+            before_N[path[1:]] = path[:-1]
+        self._before_N = torch.from_numpy(before_N).to(device)
         # Two steps to the doubling: few groups, little padding.
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
             by_length.setdefault(round(2 * math.log2(segment[0])), []).append(segment)
         self.groups = [_group(own, len(positions_N), device) for own in by_length.values()]
         self._bias: list[Tensor] = []
+
+    def before(self, x_1NX: Tensor) -> Tensor:
+        """What `x_1NX` has at the token before each, in its sequence; zeros at a sequence's first token."""
+        return x_1NX[:, self._before_N] * (self.positions_1N > 0)[..., None]
 
     def attend(self, q_1NHE: Tensor, k_1NKE: Tensor, v_1NKE: Tensor, scale: float | None = None) -> Tensor:
         """Mixed values [1, N, H, E]. `scale` of the scores: 1 / sqrt(E) unless given."""

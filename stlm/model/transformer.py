@@ -125,6 +125,11 @@ class Attention(nn.Module):
             self.q_gain = nn.Parameter(torch.ones(self.head_width))
             self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.norm_eps = config.norm_eps
+        # A causal depthwise convolution of width two (So et al. 2021, "Primer", section 4: width three) that
+        # starts as none: attention compares and mixes pairs of tokens from the first layer on.
+        self.shift = None
+        if config.qkv_shift:
+            self.shift = nn.Parameter(torch.zeros(self.qkv.out_features))
         self.dropout = config.attention_dropout
         self.scheduled, self.dropout_now = False, self.dropout
 
@@ -133,6 +138,14 @@ class Attention(nn.Module):
         gain_HE = torch.cat([self.q_gain.expand(self.heads, -1), self.k_gain.expand(self.kv_heads, -1)])
         normal_BLHE = F.rms_norm(qk_BLHE, (self.head_width,), eps=self.norm_eps)
         return (normal_BLHE * gain_HE).to(qk_BLHE.dtype)
+
+    def _shift(self, qkv_BLX: Tensor, segments: Segments | None) -> Tensor:
+        """Queries, keys and values [B, L, X], plus the weighted ones of the token before if there is one."""
+        if segments is not None:
+            before_BLX = segments.before(qkv_BLX)
+        else:
+            before_BLX = F.pad(qkv_BLX[:, :-1], (0, 0, 1, 0))
+        return torch.addcmul(qkv_BLX, before_BLX, self.shift.to(qkv_BLX.dtype))
 
     @torch.compiler.disable
     def _attend_scheduled(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor) -> Tensor:
@@ -166,7 +179,10 @@ class Attention(nn.Module):
         `added_BLX`, X = K E, is added to the values.
         """
         B, L, D = x_BLD.shape
-        qkv_BLHE = self.qkv(x_BLD).view(B, L, -1, self.head_width)
+        qkv_BLX = self.qkv(x_BLD)
+        if self.shift is not None:
+            qkv_BLX = self._shift(qkv_BLX, segments)
+        qkv_BLHE = qkv_BLX.view(B, L, -1, self.head_width)
         qk_BLHE, v_BLKE = qkv_BLHE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if added_BLX is not None:
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)

@@ -121,6 +121,7 @@ def test_ids_of_gpt2(tmp_path: Path, mirror: Path) -> None:
         ({"ffn": "gelu"}, r"model\.ffn: gelu.*\(swiglu\)"),
         ({"ffn": "relu2"}, r"model\.ffn: relu2.*\(swiglu\)"),
         ({"qk_norm": True}, r"model\.qk_norm: True.*\(False\)"),
+        ({"qkv_shift": True}, r"model\.qkv_shift: True.*\(False\)"),
         ({"logit_softcap": 30.0}, r"model\.logit_softcap: 30\.0.*\(0\.0\)"),
         ({"value_embeddings": 2}, r"model\.value_embeddings: 2.*\(0\)"),
     ],

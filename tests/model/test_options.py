@@ -19,9 +19,17 @@ OPTIONS = [
     {"qk_norm": True},
     {"logit_softcap": 0.5},
     {"ffn": "relu2"},
+    {"qkv_shift": True},
     {"zero_init": True},
     {"value_embeddings": 1},
-    {"value_embeddings": 2, "qk_norm": True, "logit_softcap": 3.0, "ffn": "relu2", "zero_init": True},
+    {
+        "value_embeddings": 2,
+        "qk_norm": True,
+        "qkv_shift": True,
+        "logit_softcap": 3.0,
+        "ffn": "relu2",
+        "zero_init": True,
+    },
 ]
 
 
@@ -112,6 +120,20 @@ def test_squared_relu_is_its_definition():
     x_BLD = torch.randn(1, 3, 32)
     hidden = (x_BLD @ ffn.up.weight.T).clamp(min=0) ** 2
     torch.testing.assert_close(ffn(x_BLD), hidden @ ffn.down.weight.T)
+
+
+def test_shifted_queries_keys_and_values_are_a_convolution_of_width_two():
+    attention = strong(qkv_shift=True).blocks[0].attention
+    qkv_BLX = torch.randn(2, 7, 64)
+    kernel_X12 = torch.stack([attention.shift.detach(), torch.ones(64)], dim=1)[:, None]
+    padded_BXL = F.pad(qkv_BLX.transpose(1, 2), (1, 0))
+    expected_BXL = F.conv1d(padded_BXL, kernel_X12, groups=64)
+    torch.testing.assert_close(attention._shift(qkv_BLX, None), expected_BXL.transpose(1, 2))
+    # It starts as none: a new model is the one without.
+    torch.manual_seed(0)
+    plain, new = Transformer(ModelConfig(**TINY)), Transformer(ModelConfig(**TINY, qkv_shift=True))
+    tokens_BL = torch.randint(0, 61, (2, 16))
+    torch.testing.assert_close(new(tokens_BL), plain(tokens_BL), atol=0, rtol=0)
 
 
 def test_blocks_that_start_at_zero_are_the_identity_and_learn():
