@@ -359,6 +359,6 @@ class Transformer(nn.Module):
         """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
         x_ND = self.hidden(tokens_BL).flatten(0, 1)
         if mask_BL is None:
-            return head_loss(x_ND, self.output.weight, targets_BL.flatten())
+            return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
         losses_N = F.cross_entropy(self.head(x_ND).float(), targets_BL.flatten(), reduction="none")
         return (losses_N * mask_BL.flatten()).sum()
