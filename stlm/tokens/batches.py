@@ -40,16 +40,23 @@ class Batches:
 
     def batch(self, step: int, micro: int = 0, accumulation: int = 1) -> np.ndarray:
         """int64 [batch_size, context + 1]: micro-batch `micro` of `accumulation` of `step`, both from 0."""
-        first = (step * accumulation + micro) * self.batch_size
         out = np.empty((self.batch_size, self.context + 1), np.int64)
-        for row, slot in enumerate(range(first, first + self.batch_size)):
+        for row, (component, start) in enumerate(self.sources(step, micro, accumulation)):
+            component.read(start, out[row])
+        return out
+
+    def sources(self, step: int, micro: int = 0, accumulation: int = 1) -> list[tuple[ComponentTokens, int]]:
+        """Where each row of `batch` comes from: a component, and where in its token stream the row begins."""
+        first = (step * accumulation + micro) * self.batch_size
+        found = []
+        for slot in range(first, first + self.batch_size):
             period, place = divmod(slot, _PERIOD)
             turn = int(self._turns[place])
             component = self.components[turn]
             seen = period * int(self._counts[turn]) + int(self._ranks[place])
             epoch, index = divmod(seen, self._n_chunks(component))
-            component.read(int(self._order(turn, epoch)[index]) * self.context, out[row])
-        return out
+            found.append((component, int(self._order(turn, epoch)[index]) * self.context))
+        return found
 
     def _n_chunks(self, component: ComponentTokens) -> int:
         return (component.n_tokens - 1) // self.context

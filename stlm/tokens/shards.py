@@ -79,6 +79,22 @@ class ComponentTokens:
             done += len(values)
             shard += 1
 
+    def documents(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """The documents of the tokens `start` to `stop` (not included) of the stream.
+
+        Each as the number of its shard, its own in that shard, both from 0, and those of its tokens.
+        """
+        for number, shard in enumerate(self.shards):
+            low, high = (int(place - self.starts[number]) for place in (start, stop))
+            if high <= 0 or low >= len(shard.values):
+                continue
+            first = int(np.searchsorted(shard.offsets, max(low, 0), side="right")) - 1
+            for document in range(first, len(shard.n_bytes)):
+                begin, end = int(shard.offsets[document]), int(shard.offsets[document + 1])
+                if begin >= high:
+                    break
+                yield number, document, shard.values[max(begin, low) : min(end, high)]
+
 
 class ShardEntry(BaseModel):
     """What meta.json says of a shard."""

@@ -149,3 +149,20 @@ def test_validation_of_a_mix(mixed: Callable[[dict[str, float]], Path]) -> None:
     validation = ValidationSet(mixed({"a": 0.5, "b": 0.5}), CONTEXT, 1)
     targets = np.concatenate([y_BL[mask_BL] for _, y_BL, mask_BL in validation.batches(8)])
     assert {ord("a"), ord("b")} <= set(targets.tolist())
+
+
+def test_the_sources_of_a_batch_are_where_its_rows_stand(mixed: Callable[[dict[str, float]], Path]) -> None:
+    folder = mixed({"a": 0.75, "b": 0.25})
+    batches = Batches(folder, CONTEXT, 8, seed=1)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for step, micro in ((0, 0), (5, 1), (40, 2)):
+        rows, sources = batches.batch(step, micro, 3), batches.sources(step, micro, 3)
+        assert len(sources) == len(rows) == 8
+        for row, (component, start) in zip(rows, sources, strict=True):
+            pieces = list(component.documents(start, start + len(row)))
+            assert np.concatenate([tokens for _, _, tokens in pieces]).tolist() == row.tolist()
+            for shard, document, tokens in pieces:
+                offsets = component.shards[shard].offsets[document : document + 2]
+                whole = tokenizer.decode(component.shards[shard].values[offsets[0] : offsets[1]].tolist())
+                assert tokenizer.decode(tokens.tolist()) in whole
+                assert whole.startswith(component.name)

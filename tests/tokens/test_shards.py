@@ -152,3 +152,27 @@ def test_damaged_description(copied: Path) -> None:
     meta.unlink()
     with pytest.raises(UserError, match=r"meta\.json: no such file"):
         read_split(copied, "train")
+
+
+def test_the_documents_of_any_part_of_the_stream(tokens: Path) -> None:
+    """Against counting documents one by one; parts end at, before and after ends of documents and shards."""
+    (component,) = read_split(tokens, "train")
+    assert len(component.shards) > 2
+    owners = [
+        (number, document)
+        for number, shard in enumerate(component.shards)
+        for document in range(len(shard.n_bytes))
+        for _ in range(shard.offsets[document], shard.offsets[document + 1])
+    ]
+    ends = [int(place) for place in (*component.starts, *component.shards[0].offsets[:4])]
+    rng = np.random.default_rng(0)
+    places = {p for end in ends for p in (end - 1, end, end + 1)} | set(rng.integers(len(owners), size=20))
+    places = sorted(int(p) for p in places if 0 <= p <= len(owners))
+    for start, stop in np.sort(rng.choice(places, (150, 2)), axis=1).tolist():
+        if start == stop:
+            continue
+        pieces = list(component.documents(start, stop))
+        assert [piece[:2] for piece in pieces] == list(dict.fromkeys(owners[start:stop]))
+        out = np.empty(stop - start, np.int64)
+        component.read(start, out)
+        assert np.concatenate([tokens for _, _, tokens in pieces]).tolist() == out.tolist()
