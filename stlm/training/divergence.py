@@ -1,0 +1,184 @@
+"""Where a run diverged: the layer, by repeating the step, and the documents of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stlm.files import write_json
+from stlm.model.transformer import Transformer
+from stlm.study import Run
+from stlm.tokens.batches import Batches
+from stlm.tokens.shards import read_meta
+from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.watch import HEAD, layer_of, outputs
+
+RECORD = "divergence.json"
+_PARTS = {
+    "attention": "the attention output of {}",
+    "ffn": "the feed-forward output of {}",
+    "residual": "the residual stream after {}",
+}
+# What the message shows; the record has all.
+_ROWS, _DOCUMENTS, _CHARACTERS = 3, 2, 70
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was found first: a sentence, the layer, and the rows of a micro-batch (from 0), worst first."""
+
+    sentence: str
+    layer: str
+    micro: int
+    rows: list[int]
+
+
+def locate(
+    model: Transformer,
+    loss_of: Callable[[Tensor], Tensor],
+    micro_batches: Iterable[Tensor],
+    watched: Sequence[dict[str, Any]] = (),
+) -> Place:
+    """Repeat a step's forward and backward passes and find what is the first not to be finite.
+
+    `loss_of`: the mean loss of tokens [B, L + 1], as in training but outside of torch.compile.
+    `micro_batches`: the step's, gone through once; whoever yields them sets the random numbers.
+    `watched`: rows of watch.csv so far, for the largest growth, where the step tells no more.
+    """
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        layers = list(dict.fromkeys(map(layer_of, broken)))
+        which = "of all layers" if len(layers) == len(model.blocks) + 2 else f"of {', '.join(layers)}"
+        sentence = (
+            f"the weights {which} were no longer finite when it was noticed, after the step's update, so "
+            f"that the step cannot be repeated{_growth(watched)}"
+        )
+        return Place(sentence, layers[0], 0, list(range(len(next(iter(micro_batches))))))
+    model.zero_grad(set_to_none=True)
+    losses: list[Tensor] = []
+    for micro, tokens_BL in enumerate(micro_batches):
+        first: list[tuple[str, str, Tensor]] = []
+
+        def visit(layer: str, part: str, output: Tensor, first=first) -> None:
+            finite_B = output.isfinite().flatten(1).all(dim=1)
+            if not first and not finite_B.all():
+                first.append((layer, part, finite_B))
+
+        with outputs(model, visit):
+            loss = loss_of(tokens_BL)
+        if first:
+            layer, part, finite_B = first[0]
+            what = "the final norm's output" if layer == HEAD else _PARTS[part].format(layer)
+            return Place(f"{what} is the first that is not finite", layer, micro, _false(finite_B))
+        if not loss.isfinite():
+            losses_B = _row_losses(model, loss_of, tokens_BL)
+            rows = _false(losses_B.isfinite()) or _worst(losses_B)
+            return Place("all activations are finite, the loss of the head is not", HEAD, micro, rows)
+        loss.backward()
+        losses.append(_row_losses(model, loss_of, tokens_BL))
+        # The backward pass goes from the head down: what it reached first is the last in the model's order.
+        for name, parameter in reversed(list(model.named_parameters())):
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                sentence = f"the gradient of {name} ({layer_of(name)}) is the first that is not finite"
+                return Place(sentence, layer_of(name), micro, _worst(losses[micro]))
+    micro = max(range(len(losses)), key=lambda index: losses[index].max().item())
+    largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
+    name = max(largest, key=largest.__getitem__)
+    sentence = (
+        "repeated, and without torch.compile, the step has no value that is not finite; the largest "
+        f"gradient, {largest[name]:.3g}, is that of {name} ({layer_of(name)}){_growth(watched)}"
+    )
+    return Place(sentence, layer_of(name), micro, _worst(losses[micro]))
+
+
+@torch.no_grad()
+def _row_losses(model: Transformer, loss_of: Callable[[Tensor], Tensor], tokens_BL: Tensor) -> Tensor:
+    """The loss [B] of each row by itself, without dropout."""
+    training = model.training
+    model.eval()
+    losses = [loss_of(row[None]) for row in tokens_BL]
+    model.train(training)
+    return torch.stack(losses)
+
+
+def _false(flags_B: Tensor) -> list[int]:
+    return (~flags_B).nonzero().flatten().tolist()
+
+
+def _worst(losses_B: Tensor) -> list[int]:
+    return losses_B.argsort(descending=True).tolist()
+
+
+def _growth(watched: Sequence[dict[str, Any]]) -> str:
+    """The layer whose activations grew most since the first row, as the end of a sentence."""
+    first: dict[str, float] = {}
+    last: dict[str, tuple[float, int]] = {}
+    for row in watched:
+        value = row.get("residual_rms", math.nan)
+        if math.isfinite(value) and value > 0:
+            first.setdefault(row["layer"], value)
+            last[row["layer"]] = value, row["step"]
+    if not first:
+        return ""
+    layer = max(first, key=lambda name: last[name][0] / first[name])
+    value, step = last[layer]
+    return f"; by step {step} the activations of {layer} had grown most, {value / first[layer]:.3g} times"
+
+
+def documents(run: Run, batches: Batches, step: int, place: Place) -> list[dict[str, Any]]:
+    """For each of the place's rows the documents that it is made of, and the first words of each's part.
+
+    Documents are numbered from 0 in their shard of the train split; the first of a row may begin before it.
+    """
+    meta = read_meta(run.tokens_folder)
+    tokenizer = load_tokenizer(run.tokens_folder / "tokenizer")
+    sources = batches.sources(step - 1, place.micro, run.training.accumulation)
+    described = []
+    for row in place.rows:
+        component, start = sources[row]
+        parts = []
+        for shard, document, tokens in component.documents(start, start + batches.context + 1):
+            text = " ".join(tokenizer.decode(tokens.tolist()).split())
+            path = meta.components[component.name].splits.train.shards[shard].path
+            parts.append({"corpus": component.name, "shard": path, "document": document, "text": text})
+        described.append({"micro_batch": place.micro, "row": row, "documents": parts})
+    return described
+
+
+def explain(
+    run: Run,
+    model: Transformer,
+    batches: Batches,
+    step: int,
+    loss_of: Callable[[Tensor], Tensor],
+    micro_batches: Iterable[Tensor],
+    watched: Sequence[dict[str, Any]],
+) -> str:
+    """Lines on where step `step` diverged, for the error; all of it goes to the state's divergence.json.
+
+    `loss_of`, `micro_batches` and `watched` are those of `locate`.
+    """
+    place = locate(model, loss_of, micro_batches, watched)
+    rows = documents(run, batches, step, place)
+    path = run.state_folder / RECORD
+    write_json(path, {"step": step, "layer": place.layer, "found": place.sentence, "rows": rows})
+    lines = [
+        f"Where: {place.sentence}.",
+        f"Text, of {len(rows)} of the {run.training.batch_size} rows of micro-batch {place.micro + 1} of "
+        f"{run.training.accumulation} (all of it in {path}):",
+    ]
+    for row in rows[:_ROWS]:
+        for part in row["documents"][:_DOCUMENTS]:
+            text = part["text"][:_CHARACTERS] + ("…" if len(part["text"]) > _CHARACTERS else "")
+            place_in_corpus = f"{part['corpus']}, {part['shard']}, document {part['document']}"
+            lines.append(f"  row {row['row']}: {place_in_corpus}: “{text}”")
+        if len(row["documents"]) > _DOCUMENTS:
+            lines.append(f"  row {row['row']}: and {len(row['documents']) - _DOCUMENTS} more documents")
+    if len(rows) > _ROWS:
+        lines.append(f"  and {len(rows) - _ROWS} more rows")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""Loss spikes: steps whose training loss stands out from those before it."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+WINDOW = 50  # Steps whose losses are the reference.
+_LEAST = 20  # A median absolute deviation of fewer says little.
+DEVIATIONS = 7.0
+LEAST_RISE = 0.2  # Nats. On a smooth curve the deviation alone would call a ripple a spike.
+_NEW_LEVEL = 200  # Steps after which a loss that did not come back counts as a new level.
+
+
+class Spikes:
+    """Finds spikes in a series of losses, one at a time; its state is plain values, for the resumable state.
+
+    A spike begins where the loss (nats a token) is above the median of the last 50 steps by more than 7
+    robust standard deviations (1.4826 times the median absolute deviation; Hampel 1974) and by 0.2 nats. It
+    is over at the first step whose loss is back at that median; what lies between is no part of later ones.
+    Seven deviations are those of the spike score of OLMo 2 (Team OLMo 2024), which takes the mean and the
+    deviation of 1,000 steps: more than many a run here has, and a mean moves with the spike.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.recent: list[float] = state.setdefault("recent", [])
+        self.found: list[dict[str, Any]] = state.setdefault("found", [])
+        self._state = state
+        state.setdefault("open", False)
+
+    def add(self, step: int, loss: float, grad_norm: float) -> None:
+        """Take the loss of the next step. One that is not finite is a divergence and left out here."""
+        if not math.isfinite(loss):
+            return
+        if self._state["open"]:
+            self._go_on(step, loss)
+            return
+        if len(self.recent) >= _LEAST:
+            level = median(self.recent)
+            deviation = 1.4826 * median(abs(other - level) for other in self.recent)
+            if loss - level > max(DEVIATIONS * deviation, LEAST_RISE):
+                self._state["open"] = True
+                self.found.append(
+                    {
+                        "step": step,
+                        "loss": round(loss, 6),
+                        "level": round(level, 6),
+                        "rise": round(loss - level, 6),
+                        "grad_norm": round(grad_norm, 6),
+                        "recovered_after": None,
+                    }
+                )
+                return
+        self.recent.append(loss)
+        del self.recent[:-WINDOW]
+
+    def _go_on(self, step: int, loss: float) -> None:
+        spike = self.found[-1]
+        spike["rise"] = max(spike["rise"], round(loss - spike["level"], 6))
+        if loss <= spike["level"]:
+            spike["recovered_after"] = step - spike["step"]
+            self._state["open"] = False
+            self.recent.append(loss)
+        elif step - spike["step"] >= _NEW_LEVEL:
+            self._state["open"] = False
+            self.recent.clear()

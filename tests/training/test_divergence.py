@@ -1,0 +1,146 @@
+"""Where a run diverged, with faults put into known layers at known documents."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stlm.errors import UserError
+from stlm.files import read_json
+from stlm.tokens.shards import read_split
+from stlm.training.divergence import RECORD, locate
+from stlm.training.loop import Trainer, train
+from stlm.training.watch import layer_of
+
+BAD = ord("7")  # of the tokenizer `bytes`: rows with a 7 in them are hit, others are not
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Make `part` of a block (from 0) put out infinity in rows that contain BAD, from a step on."""
+
+    def plant(block: int, part: str, step: int) -> None:
+        build = Trainer.__init__
+
+        def planted(self, *arguments):
+            build(self, *arguments)
+            tokens = []
+            self.model.embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+
+            def fault(module, inputs, output):
+                if self.progress.step < step - 1:
+                    return output
+                hit_B = (tokens[-1] == BAD).any(dim=1)
+                return torch.where(hit_B[:, None, None], math.inf, output)
+
+            getattr(self.model.blocks[block], part).register_forward_hook(fault)
+
+        monkeypatch.setattr(Trainer, "__init__", planted)
+
+    return plant
+
+
+@pytest.mark.parametrize(("part", "words"), [("ffn", "feed-forward"), ("attention", "attention")])
+def test_the_step_the_layer_and_the_documents_are_named(make_run, faulty, part, words):
+    faulty(1, part, step=4)
+    run = make_run(model={"layers": 3}, steps=6, accumulation=2, checkpoints=[2], watch_every=0)
+    with pytest.raises(UserError) as error:
+        train(run)
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith("run tiny-run: step 4: the loss is nan") and "step-0000002" in first
+    assert lines[0] == f"Where: the {words} output of block 2 is the first that is not finite."
+    trainer = Trainer(run)
+    batches = [trainer.batches.batch(3, micro, 2)[:, :-1] for micro in range(2)]
+    micro = next(micro for micro in range(2) if (batches[micro] == BAD).any())
+    rows = [row for row in range(4) if (batches[micro][row] == BAD).any()]
+    assert 0 < len(rows) < 4, "a batch that tells nothing"
+    assert f"of {len(rows)} of the 4 rows of micro-batch {micro + 1} of 2" in lines[1]
+    record = read_json(run.state_folder / RECORD)
+    assert (record["step"], record["layer"]) == (4, "block 2")
+    assert [own["row"] for own in record["rows"]] == rows
+    (component,) = read_split(run.tokens_folder, "train")
+    texts = [bytes(document.tokens[:-1].tolist()).decode() for document in component]
+    for own in record["rows"]:
+        whole = bytes(t for t in trainer.batches.batch(3, micro, 2)[own["row"]] if t != 256).decode()
+        named = [part["document"] for part in own["documents"]]
+        assert named == list(range(named[0], named[-1] + 1))
+        assert whole in "".join(texts[number] for number in named)
+        assert "".join(whole.split()) == "".join("".join(p["text"].split()) for p in own["documents"])
+        assert all(p["corpus"] == "tiny" and p["shard"].startswith("train") for p in own["documents"])
+    assert f"row {rows[0]}: tiny, {record['rows'][0]['documents'][0]['shard']}, document" in lines[2]
+    assert record["rows"][0]["documents"][0]["text"][:10] in lines[2]
+
+
+def parts(make_run, **model):
+    trainer = Trainer(make_run(model={"layers": 3, **model}))
+    return (
+        trainer.model,
+        trainer.eager_loss,
+        [torch.from_numpy(trainer.batches.batch(0, m, 2)) for m in range(2)],
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_where_it_began(make_run):
+    model, loss_of, micro_batches = parts(make_run)
+
+    def fault(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    model.blocks[1].attention.register_forward_hook(fault)
+    place = locate(model, loss_of, micro_batches)
+    assert place.sentence.startswith("the gradient of blocks.1.attention.out.weight (block 2)")
+    assert (place.layer, place.micro) == ("block 2", 0)
+    model.eval()
+    losses = [model.loss(row[None, :-1], row[None, 1:]).item() for row in micro_batches[0]]
+    assert place.rows == sorted(range(4), key=lambda row: -losses[row])
+
+
+def test_logits_that_overflow_are_the_head(make_run):
+    model, loss_of, micro_batches = parts(make_run, tied=False)
+    with torch.no_grad():
+        model.output.weight[BAD] = 1e38
+        model.output.weight[BAD, :5] *= -1
+    place = locate(model, loss_of, micro_batches)
+    assert (place.layer, place.sentence) == (
+        "head",
+        "all activations are finite, the loss of the head is not",
+    )
+
+
+def test_weights_already_broken_name_what_had_grown(make_run):
+    model, loss_of, micro_batches = parts(make_run)
+    with torch.no_grad():
+        model.blocks[2].ffn.down.weight[0, 0] = math.nan
+    rows = [
+        {"step": step, "layer": layer, "residual_rms": value}
+        for step, values in ((1, (1.0, 2.0, 3.0)), (50, (2.0, 9.0, 6.0)))
+        for layer, value in zip(("embedding", "block 1", "block 2"), values, strict=True)
+    ]
+    place = locate(model, loss_of, micro_batches, rows)
+    assert place.sentence.startswith("the weights of block 3 were no longer finite")
+    assert place.sentence.endswith("by step 50 the activations of block 1 had grown most, 4.5 times")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    assert "the weights of all layers" in locate(model, loss_of, micro_batches).sentence
+
+
+def test_a_step_that_repeats_without_a_fault_names_the_worst_rows(make_run):
+    model, loss_of, micro_batches = parts(make_run)
+    place = locate(model, loss_of, micro_batches)
+    assert "no value that is not finite" in place.sentence
+    largest = max(model.named_parameters(), key=lambda own: own[1].grad.abs().max())[0]
+    assert f"is that of {largest} ({place.layer})" in place.sentence
+    model.eval()
+    worst = max(range(2), key=lambda m: max(model.loss(r[None, :-1], r[None, 1:]) for r in micro_batches[m]))
+    assert place.micro == worst
+    assert len(place.rows) == 4
+
+
+def test_parameters_belong_to_layers():
+    assert layer_of("blocks.11.ffn.down.weight") == "block 12"
+    assert layer_of("embedding.weight") == layer_of("positions.weight") == "embedding"
+    assert layer_of("norm.weight") == layer_of("output.weight") == "head"
