@@ -179,6 +179,7 @@ def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]
                 f"{run.folder}/checkpoints",
                 _in_git(f"{run.folder}/dvclive"),
                 _in_git(f"{run.folder}/curve.csv"),
+                _in_git(f"{run.folder}/watch.csv"),
                 _in_git(f"{run.folder}/train.json"),
             ],
         },

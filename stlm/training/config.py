@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
-RECORD_KEYS = frozenset({"log_every", "save_every", "validate_every", "validation_tokens", "wandb"})
+RECORD_KEYS = frozenset(
+    {"log_every", "save_every", "validate_every", "validation_tokens", "wandb", "watch_every"}
+)
 
 
 class TrainingConfig(BaseModel):
@@ -77,6 +79,12 @@ class TrainingConfig(BaseModel):
         200_000, ge=1, description="Tokens of the validation split that a validation reads, whole documents."
     )
     log_every: int = Field(10, ge=1, description="Steps between rows of curve.csv.")
+    watch_every: int = Field(
+        50,
+        ge=0,
+        description="Steps between rows of watch.csv: norms of activations, weights and gradients by layer; "
+        "0: none.",
+    )
     save_every: int = Field(
         500, ge=1, description="Steps between saves of the state that a killed run resumes from."
     )

@@ -25,12 +25,14 @@ from stlm.tokens.batches import Batches, ValidationSet
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
 from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device
-from stlm.training.distributed import Group, processes
+from stlm.training.distributed import Group, Share, processes
+from stlm.training.divergence import explain
 from stlm.training.optimizers import build_optimizer
-from stlm.training.records import NoRecords, Records, write_curve
+from stlm.training.records import CURVE_COLUMNS, NoRecords, Records, write_rows
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
 from stlm.training.state import Progress, draws, fingerprint, load_state, save_state
+from stlm.training.watch import WATCH_COLUMNS, Watch
 
 
 class Trainer:
@@ -73,6 +75,12 @@ class Trainer:
         # Of the steps since the last row of the curve, on the device.
         self.losses: list[Tensor] = []
         self.norm = torch.tensor(math.nan)
+        self.watch = self.watching()
+
+    def watching(self) -> Watch:
+        """What watches the run, going on from the records of the progress so far; the leader alone looks."""
+        every = self.config.watch_every if self.group.leads else 0
+        return Watch(self.model, every, self.eager_hidden, self.progress.watch)
 
     def check_vocabulary(self) -> None:
         """Refuse token shards whose ids the model has no embedding for."""
@@ -107,6 +115,7 @@ class Trainer:
         self.progress = progress
         self.losses = [torch.tensor(loss, device=self.device) for loss in progress.losses]
         self.norm = torch.tensor(progress.grad_norm)
+        self.watch = self.watching()
         return True
 
     def take_up(self) -> Progress | None:
@@ -131,6 +140,7 @@ class Trainer:
 
     def save(self) -> None:
         """Save all that a resumed run needs, after any step."""
+        self.watch.drain()
         self.progress.losses = [loss.item() for loss in self.losses]
         self.progress.grad_norm = self.norm.item()
         if self.group.leads:
@@ -145,15 +155,7 @@ class Trainer:
             self.model.schedule_dropout(dropout_factor(self.config, step))
         parts = self.config.accumulation * self.share.parts
         mean = torch.zeros((), device=self.device)
-        for micro in self.share.micros:
-            # All randomness (dropout) comes from the seed and the place in training: a resumed run draws the
-            # same, and so does a group of processes as long as each works on whole micro-batches.
-            torch.manual_seed(draws(self.run.seed, step, micro, self.share.rows.start))
-            rows = self.batches.batch(step - 1, micro, self.config.accumulation)[self.share.rows]
-            tokens = torch.from_numpy(rows)
-            if self.device.type == "cuda":
-                tokens = tokens.pin_memory()
-            tokens = tokens.to(self.device, non_blocking=True)
+        for tokens in self.micro_batches(step, self.share):
             with self.where.autocast():
                 loss = self.loss(tokens[:, :-1], tokens[:, 1:])
             (loss / parts).backward()
@@ -161,26 +163,66 @@ class Trainer:
         mean /= parts
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         self.group.sum([*(parameter.grad for parameter in parameters), mean])
+        self.watch.before_update(step, tokens)
         self.norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
         self.losses.append(mean)
+        self.watch.record(step, mean, self.norm)
         if self.device.type == "cpu":
             # On a GPU this would wait for the device at every step; there `check` looks when a row is due.
             self.check(step)
         self.optimizer.step()
+        self.watch.after_update(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = step
 
+    def micro_batches(self, step: int, share: Share) -> Iterator[Tensor]:
+        """The tokens [B, L + 1] of a share of a step, its random numbers ready as each is given."""
+        for micro in share.micros:
+            # All randomness (dropout) comes from the seed and the place in training: a resumed run draws the
+            # same, and so does a group of processes as long as each works on whole micro-batches.
+            torch.manual_seed(draws(self.run.seed, step, micro, share.rows.start))
+            rows = self.batches.batch(step - 1, micro, self.config.accumulation)[share.rows]
+            tokens = torch.from_numpy(rows)
+            if self.device.type == "cuda":
+                tokens = tokens.pin_memory()
+            yield tokens.to(self.device, non_blocking=True)
+
+    def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
+        """The residual stream as in training, outside of torch.compile, whose graphs hold no hooks."""
+        with self.where.autocast():
+            return self.model.hidden(tokens_BL)
+
+    def eager_loss(self, tokens_BL: Tensor) -> Tensor:
+        """The loss of tokens [B, L + 1], likewise."""
+        with self.where.autocast():
+            return self.model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:])
+
     def check(self, step: int) -> None:
         """Stop at a loss or gradient that is not finite; what was saved before it stays."""
-        loss, norm = self.losses[-1].item(), self.norm.item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            kept = self.progress.checkpoints
-            last = f"{self.output / 'checkpoints' / kept[-1]['folder']}" if kept else "none was due yet"
-            raise UserError(
-                f"run {self.run.name}: step {step}: the loss is {loss}, the gradient's norm "
-                f"{norm}: training diverged. Last good checkpoint: {last}. Lower "
-                f"training.learning_rate (now {self.config.learning_rate}) or raise training.warmup_steps"
-            )
+        if math.isfinite(self.losses[-1].item()) and math.isfinite(self.norm.item()):
+            return
+        if not self.group.leads:
+            self.group.wait()  # for the leader, who tells where it began and ends all
+        step, loss, norm = self.watch.first_not_finite() or (step, self.losses[-1], self.norm)
+        self.watch.drain()
+        whole = Group().share(self.config)
+        found = explain(
+            self.run,
+            self.model,
+            self.batches,
+            step,
+            self.eager_loss,
+            self.micro_batches(step, whole),
+            self.watch.rows,
+        )
+        kept = self.progress.checkpoints
+        last = f"{self.output / 'checkpoints' / kept[-1]['folder']}" if kept else "none was due yet"
+        raise UserError(
+            f"run {self.run.name}: step {step}: the loss is {loss.item()}, the gradient's norm "
+            f"{norm.item()}: training diverged. Last good checkpoint: {last}. Lower "
+            f"training.learning_rate (now {self.config.learning_rate}) or raise training.warmup_steps.\n"
+            f"{found}"
+        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -250,6 +292,7 @@ class Trainer:
                 **{key: value for key, value in validated.items() if key.startswith("val_")},
             },
             "checkpoints": self.progress.checkpoints,
+            "loss_spikes": self.watch.spikes.found,
             "code": code_version(),
         }
 
@@ -298,6 +341,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         last = step == config.steps
         self.check(step)
+        self.watch.drain()
         tokens_a_step = config.tokens_per_step(self.run.model.context)
         row = {
             "step": step,
@@ -336,7 +380,7 @@ class Trainer:
         engine deletes what was published, costs nothing.
         """
         folder = self.run.folder
-        for name in ("checkpoints", "dvclive", "curve.csv", "train.json"):
+        for name in ("checkpoints", "dvclive", "curve.csv", "watch.csv", "train.json"):
             remove_leftovers(folder, name)
         tokenizer = self.output / "checkpoints" / "tokenizer"
         shutil.rmtree(tokenizer, ignore_errors=True)
@@ -344,7 +388,8 @@ class Trainer:
         for name in ("checkpoints", "dvclive"):
             with atomic_directory(folder / name) as temporary:
                 shutil.copytree(self.output / name, temporary, copy_function=_link, dirs_exist_ok=True)
-        write_curve(folder / "curve.csv", self.progress.rows)
+        write_rows(folder / "curve.csv", CURVE_COLUMNS, self.progress.rows)
+        write_rows(folder / "watch.csv", WATCH_COLUMNS, self.watch.rows)
         write_json(folder / "train.json", self.summary())
         self.state_path.unlink()
         shutil.rmtree(self.run.state_folder, ignore_errors=True)
@@ -359,7 +404,7 @@ def _link(source: str, target: str) -> None:
 
 
 def train(run: Run) -> None:
-    """Train ``run`` and write ``checkpoints/``, ``curve.csv``, ``dvclive/`` and ``train.json`` to its folder.
+    """Train ``run``; write ``checkpoints/``, ``dvclive/``, {curve,watch}.csv and train.json to its folder.
 
     Killed at any time, a second call goes on from the last saved state; so does one after ``Interrupted``,
     which is raised where a signal asked to stop. Started by `torchrun`, all its processes train the run

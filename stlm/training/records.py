@@ -44,10 +44,10 @@ def progress_bar(run: Run, done: int) -> tqdm:
     )
 
 
-def write_curve(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write the rows of the training curve, blank where a step was not validated."""
+def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Write rows of figures as CSV, blank where a row has none: a step that was not validated, say."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CURVE_COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

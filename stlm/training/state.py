@@ -31,6 +31,7 @@ class Progress:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     grad_norm: float = math.nan
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 def fingerprint(content: dict[str, Any]) -> str:

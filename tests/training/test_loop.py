@@ -47,7 +47,7 @@ def test_a_run_learns_and_writes_what_it_promises(make_run):
     run = make_run(steps=60, checkpoints=[20], validate_every=20, save_every=50)
     train(run)
     names = sorted(path.name for path in run.folder.iterdir())
-    assert names == ["checkpoints", "curve.csv", "dvclive", "train.json"]
+    assert names == ["checkpoints", "curve.csv", "dvclive", "train.json", "watch.csv"]
     kept = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert kept == ["step-0000020", "step-0000060", "tokenizer"]
     rows = curve(run)
@@ -214,9 +214,9 @@ def test_a_state_of_another_recipe_is_set_aside(make_run, monkeypatch, capsys):
     assert (aside / "state.pt").exists()
 
 
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(5))
 def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run, monkeypatch):
-    """Cut short after each of the four outputs, and the published ones deleted, as both engines do."""
+    """Cut short after each of the five outputs, and the published ones deleted, as both engines do."""
     run = make_run(checkpoints=[5])
     count = 0
 
@@ -231,7 +231,7 @@ def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_curve", cut_after(loop.write_curve))
+        patch.setattr(loop, "write_rows", cut_after(loop.write_rows))
         patch.setattr(loop, "write_json", cut_after(loop.write_json))
         patch.setattr(loop, "atomic_directory", cut_after(loop.atomic_directory))
         with pytest.raises(KeyboardInterrupt):

@@ -5,6 +5,7 @@ rule train:
         checkpoints=directory("results/{study}/runs/{run}/checkpoints"),
         live=directory("results/{study}/runs/{run}/dvclive"),
         curve="results/{study}/runs/{run}/curve.csv",
+        watch="results/{study}/runs/{run}/watch.csv",
         record="results/{study}/runs/{run}/train.json",
     log:
         "logs/{study}/train/{run}.log",
