@@ -64,8 +64,7 @@ def published_inputs(study: Study, published: PublishedModel) -> list[str]:
 def report_inputs(study: Study) -> list[str]:
     """The files that ``stlm report`` reads: the small results of every run, each item's scores, and the
     study's contamination."""
-    names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
-    names = ("curve.csv", "train.json", "evaluation.json", "items.parquet")
+    names = ("curve.csv", "watch.csv", "train.json", "evaluation.json", "items.parquet")
     of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
     of_published = [
         f"{published.results_folder}/{name}"
