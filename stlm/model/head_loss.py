@@ -23,11 +23,11 @@ _LOGITS = {"cpu": 2**25, "cuda": 2**28}
 _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
 
 
-def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
+def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
     """Mean cross-entropy in nats, float32, of the logits x W^T: `F.cross_entropy(x W^T, targets)`.
 
     Products are in the arithmetic of autocast, where it is on, as are the gradients of logits; the softmax
-    and sums over positions are in float32. Memory is bounded, whatever N. With `softcap` c,
+    and sums over positions are in float32. Memory is bounded, whatever N. With `softcap` c (0: none),
     logits z are c tanh(z / c) (Gemma 2, 2024).
     """
     return _HeadLoss.apply(x_ND, weight_VD, targets_N, softcap)
@@ -35,9 +35,7 @@ def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float) -> Tensor:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
         wants_x, wants_weight = ctx.needs_input_grad[:2]
@@ -65,8 +63,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # To ask for the value would keep a GPU waiting; a CPU has it, and most often it is 1.
-        if dloss.device.type != "cpu" or dloss != 1:
+        # To ask for the value would keep a GPU waiting, and break a graph; a CPU has it, and most often it is 1.
+        if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss != 1:
             gradients = [None if own is None else own.mul_(dloss) for own in gradients]
         return *gradients, None, None
 
@@ -77,15 +75,13 @@ def _even_part(count: int, most: int) -> int:
     return -(-count // (64 * parts)) * 64
 
 
-def _losses(
-    logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float | None, gradient: bool
-) -> Tensor:
+def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
     """The sum of the losses divided by `count`; with `gradient`, its gradient replaces the logits."""
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
     for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
-        capped_RV = logits_RV if softcap is None else torch.tanh(logits_RV.float() / softcap)
-        scaled_RV = capped_RV if softcap is None else capped_RV * softcap
+        capped_RV = logits_RV if not softcap else torch.tanh(logits_RV.float() / softcap)
+        scaled_RV = capped_RV if not softcap else capped_RV * softcap
         target_R1 = targets_R[:, None]
         p_RV = torch.softmax(scaled_RV, dim=-1, dtype=torch.float32)
         # -log p of the target would be infinite where p underflows; the largest p never does.
@@ -93,7 +89,7 @@ def _losses(
         total += (log_sum_R - scaled_RV.gather(1, target_R1)[:, 0].float()).sum() / count
         if gradient:
             p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand(len(targets_R), 1))
-            if softcap is not None:
+            if softcap:
                 p_RV.mul_(1 - capped_RV.square())
             logits_RV.copy_(p_RV.mul_(1 / count))
     return total
