@@ -10,7 +10,7 @@ import pytest
 
 
 def faults(**environment: str) -> tuple[int, str]:
-    """Page faults of allocating 64 MiB again and again, and the policy of waiting, in a process of its own."""
+    """Page faults of allocating 64 MiB again and again, and the policy of waiting, in a new process."""
     program = """
 import os, resource
 from stlm.process import tune_process
