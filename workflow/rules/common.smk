@@ -153,10 +153,19 @@ def finish() -> None:
 STUDY, FETCHED = load()
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
-# Runs take turns on a GPU. Without one they share the cores: tiny models train faster side by side on few
-# threads each than one after the other on all (docs/log.md).
+CORES = workflow.resource_settings.cores or MACHINE
+# Runs take turns on the GPUs, of which the profile allows one unless --resources gpu=N says more. Each takes an
+# equal part of the cores, and one part is left to what runs beside (fetch, tokenize, contamination). Without a
+# GPU runs share the cores: tiny models train faster side by side on few threads each than one after the other
+# on all (docs/log.md).
 GPUS = 1 if shutil.which("nvidia-smi") else 0
-RUN_THREADS = MACHINE if GPUS else max(1, (workflow.resource_settings.cores or MACHINE) // len(STUDY.runs))
+SHARES = workflow.resource_settings.resources.get("gpu", 1) + 1 if GPUS else len(STUDY.runs)
+RUN_THREADS = max(1, CORES // SHARES)
+BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)
+
+# A signal lets training save its state and end. What stands around it waits for that end: the shell here,
+# `tee` by ignoring the signal, which it gets too.
+shell.prefix("trap : INT TERM USR1; ")
 
 # Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
 os.environ.update(

@@ -1,3 +1,8 @@
+# Where Snakemake runs: a cluster's nodes often reach no network.
+localrules:
+    fetch,
+
+
 rule fetch:
     output:
         directory("data/raw/{name}"),
@@ -20,6 +25,6 @@ rule tokenize:
         "logs/tokenize/{corpus}-{tokenizer}.log",
     conda:
         "../envs/stlm.yaml"
-    threads: MACHINE
+    threads: BESIDE_THREADS
     shell:
         "stlm tokenize {wildcards.corpus} {wildcards.tokenizer} 2>&1 | tee {log}"

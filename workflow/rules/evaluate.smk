@@ -45,7 +45,7 @@ rule evaluate_published:
         "logs/{study}/evaluate/{published}.log",
     conda:
         "../envs/stlm.yaml"
-    threads: MACHINE
+    threads: RUN_THREADS if GPUS else MACHINE
     resources:
         gpu=GPUS,
     params:

@@ -18,4 +18,4 @@ rule train:
         run=run_params,
         set=set_arguments,
     shell:
-        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
+        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | (trap '' INT TERM USR1; exec tee {log})"
