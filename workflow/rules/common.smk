@@ -159,7 +159,7 @@ CORES = workflow.resource_settings.cores or MACHINE
 # GPU runs share the cores: tiny models train faster side by side on few threads each than one after the other
 # on all (docs/log.md).
 GPUS = 1 if shutil.which("nvidia-smi") else 0
-SHARES = workflow.resource_settings.resources.get("gpu", 1) + 1 if GPUS else len(STUDY.runs)
+SHARES = (workflow.resource_settings.resources.get("gpu").value or 1) + 1 if GPUS else len(STUDY.runs)
 RUN_THREADS = max(1, CORES // SHARES)
 BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)
 

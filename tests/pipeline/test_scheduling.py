@@ -1,0 +1,105 @@
+"""Where there is a GPU, trainings and evaluations take turns on it, and CPU work runs beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# In place of `stlm`: makes a verb's outputs and notes when it was at work, and with how many threads.
+STAND_IN = """#!{python}
+import json, os, sys, time
+from pathlib import Path
+
+begin = time.time()
+verb, *names = sys.argv[1:3] if sys.argv[1] in ("fetch", "report", "contamination") else sys.argv[1:4]
+time.sleep({{"contamination": 3.0, "train": 1.0}}.get(verb, 0.2))
+run = Path("results", names[0], "runs", names[-1])
+outputs = {{
+    "fetch": ["data/raw/" + names[0] + "/"],
+    "tokenize": ["data/tokens/" + "/".join(names) + "/"],
+    "train": [f"{{run}}/checkpoints/", f"{{run}}/dvclive/", run / "curve.csv", run / "train.json"],
+    "evaluate": [run / "items.parquet", run / "evaluation.json"],
+    "contamination": [f"results/{{names[0]}}/contaminat{{end}}" for end in ("ed-items.parquet", "ion.json")],
+    "report": [f"results/{{names[0]}}/{{part}}" for part in ("tables/", "plots/", "metrics.json")],
+}}[verb]
+for output in map(str, outputs):
+    Path(output).mkdir(parents=True) if output.endswith("/") else Path(output).write_text(verb)
+job = {{"verb": verb, "begin": begin, "end": time.time(), "threads": int(os.environ["OMP_NUM_THREADS"])}}
+with open("jobs.jsonl", "a") as file:
+    file.write(json.dumps(job) + "\\n")
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def jobs(fresh, tmp_path):
+    """Runs the study of `fresh` with stand-ins for `stlm` and `nvidia-smi`; what was at work when."""
+
+    def run(*arguments: str, gpu: bool) -> list[dict]:
+        folder, bin_folder = tmp_path / "project", tmp_path / "bin"
+        shutil.copytree(fresh.folder, folder, symlinks=True)
+        bin_folder.mkdir()
+        # The workflow looks for `stlm` beside the Python that runs Snakemake.
+        python = bin_folder / "python"
+        python.symlink_to(sys.executable)
+        program(bin_folder / "stlm", STAND_IN.format(python=sys.executable))
+        if gpu:
+            program(bin_folder / "nvidia-smi", "#!/bin/sh\n")
+        packages = os.pathsep.join(filter(None, sys.path))
+        done = subprocess.run(
+            [str(python), "-m", "snakemake", "all", "--config", "set=training.log_every=3", *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": packages, "PATH": f"{bin_folder}{os.pathsep}/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def beside(one: list[dict], other: list[dict]) -> int:
+    """How many pairs of jobs were at work at the same time."""
+    return sum(
+        a is not b and a["begin"] < b["end"] and b["begin"] < a["end"]
+        for i, a in enumerate(one)
+        for b in (other[i + 1 :] if one is other else other)
+    )
+
+
+def test_on_one_gpu_trainings_take_turns_and_cpu_work_runs_beside(jobs):
+    done = jobs("--cores", "2", gpu=True)
+    on_gpu = [job for job in done if job["verb"] in ("train", "evaluate")]
+    on_cpu = [job for job in done if job["verb"] not in ("train", "evaluate")]
+    assert len(on_gpu) == 4
+    assert beside(on_gpu, on_gpu) == 0
+    assert beside(on_gpu, on_cpu) > 0
+    assert {job["threads"] for job in on_gpu} == {1}
+
+
+def test_on_two_gpus_two_train_at_a_time(jobs):
+    done = jobs("--cores", "6", "--resources", "gpu=2", gpu=True)
+    on_gpu = [job for job in done if job["verb"] in ("train", "evaluate")]
+    assert beside(on_gpu, on_gpu) > 0
+    assert {job["threads"] for job in done if job["verb"] == "train"} == {2}
+
+
+def test_without_a_gpu_runs_share_the_cores(jobs):
+    done = jobs("--cores", "4", gpu=False)
+    trains = [job for job in done if job["verb"] == "train"]
+    assert beside(trains, trains) == 1
+    assert {job["threads"] for job in trains} == {2}
