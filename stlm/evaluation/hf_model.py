@@ -65,7 +65,7 @@ class HfModel(nn.Module):
         """
         inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
         if segments is not None:
-            inputs["position_ids"] = segments.positions_1N
+            inputs["position_ids"] = segments.positions
         before = _SEGMENTS.set(segments)
         try:
             if self.own_head:

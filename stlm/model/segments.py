@@ -28,7 +28,7 @@ class Group(NamedTuple):
 class Segments:
     """Which tokens of a row attend to which: a sequence's own tokens to its path from the row's beginning.
 
-    `positions_1N` are the tokens' places in their sequences. Without padding in the row and without a product
+    `positions` are the tokens' places in their sequences. Without padding in the row and without a product
     of each token with every other, attention costs what the sequences' own tokens and paths do.
     """
 
@@ -36,7 +36,7 @@ class Segments:
         self, positions_N: np.ndarray, segments: Sequence[tuple[int, np.ndarray]], device: torch.device
     ) -> None:
         """`segments`: how many tokens, and the path that ends with them, as places in the row."""
-        self.positions_1N = torch.from_numpy(positions_N).to(device)[None]
+        self.positions = torch.from_numpy(positions_N).to(device)[None]
         before_N = np.zeros(len(positions_N), np.int64)
         for _, path in segments:
             before_N[path[1:]] = path[:-1]

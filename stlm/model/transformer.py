@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
+from stlm.model.documents import Documents
 from stlm.model.head_loss import head_loss
 from stlm.model.segments import Segments
 
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         self,
         x_BLD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        segments: Segments | None = None,
+        segments: Segments | Documents | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
@@ -221,7 +222,7 @@ class Block(nn.Module):
         self,
         x_BLD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        segments: Segments | None = None,
+        segments: Segments | Documents | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
@@ -306,21 +307,22 @@ class Transformer(nn.Module):
                 module.scheduled, module.dropout_now = True, module.dropout * factor
 
     def hidden(
-        self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None
+        self, tokens_BL: Tensor, segments: Segments | Documents | None = None, rows_N: Tensor | None = None
     ) -> Tensor:
         """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context.
 
-        With `segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
-        than the context. With `rows_N`, indices into the flat [B L], only their residuals are returned,
-        [N, D], and the last block's feed-forward network works on no others.
+        With `Segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
+        than the context; with `Documents`, each row holds several, one after the other. With `rows_N`,
+        indices into the flat [B L], only their residuals are returned, [N, D], and the last block's
+        feed-forward network works on no others.
         """
         L, longest = tokens_BL.shape[1], self.config.context
         assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
-        places = slice(L) if segments is None else segments.positions_1N
+        places = slice(L) if segments is None else segments.positions
         x_BLD = self.embedding(tokens_BL)
         rope = None
         if self.config.positions == "rope":
-            # [L, 1, E] or [1, L, 1, E]: the same for all heads.
+            # [L, 1, E] or [B, L, 1, E]: the same for all heads.
             rope = self.cos_LE[places].unsqueeze(-2), self.sin_LE[places].unsqueeze(-2)
         elif self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[places]
@@ -355,9 +357,18 @@ class Transformer(nn.Module):
         """Logits [B, L, V] of the token after each of ``tokens_BL`` [B, L]."""
         return self.head(self.hidden(tokens_BL))
 
-    def loss(self, tokens_BL: Tensor, targets_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
-        x_ND = self.hidden(tokens_BL).flatten(0, 1)
+    def loss(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        mask_BL: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask.
+
+        With `documents`, a token sees its own document alone.
+        """
+        x_ND = self.hidden(tokens_BL, documents).flatten(0, 1)
         if mask_BL is None:
             return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
         losses_N = F.cross_entropy(self.head(x_ND).float(), targets_BL.flatten(), reduction="none")
