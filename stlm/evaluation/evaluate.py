@@ -56,6 +56,7 @@ class Material(NamedTuple):
     device: str
     precision: Literal["float32", "bfloat16"]
     documents: list[Document]
+    components: list[str]  # of the corpus, one a document
     documents_total: int
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
     encoder: RequestEncoder
@@ -158,7 +159,7 @@ def gather_material(
     config: EvaluationConfig, tokens_folder: Path, raw: Path, encoder: RequestEncoder, tokenizer_sha256: str
 ) -> Material:
     """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files."""
-    documents, total = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
+    text = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
     benchmarks, digests = [], {}
     for name in config.benchmarks:
         chosen = benchmark(name)
@@ -174,8 +175,9 @@ def gather_material(
         config=config,
         device=device,
         precision=arithmetic(config, device),
-        documents=documents,
-        documents_total=total,
+        documents=text.documents,
+        components=text.components,
+        documents_total=text.total,
         benchmarks=benchmarks,
         encoder=encoder,
         digests={
@@ -241,7 +243,7 @@ def score_model(
     stride = config.perplexity.stride or max(1, model.context // 2)
     windows = sum(1 + max(0, math.ceil((len(d.tokens) - model.context) / stride)) for d in material.documents)
     with _bar(f"{label} perplexity", "window", windows) as progress:
-        measured = perplexity.measure(model, material.documents, stride, progress)
+        measured = perplexity.measure(model, material.documents, material.components, stride, progress)
     measured["documents_total"] = material.documents_total
     benchmarks: dict[str, Any] = {}
     tables = []

@@ -90,6 +90,8 @@ def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
             "test_bits_per_byte": round(result.last.perplexity.bits_per_byte, 4),
             "test_char_perplexity": round(result.last.perplexity.char_perplexity, 4),
         }
+        for component, own_text in result.last.perplexity.components.items():
+            own[f"test_bits_per_byte_{component}"] = round(own_text.bits_per_byte, 4)
         for benchmark, scored in result.last.benchmarks.items():
             accuracy = score(scored, mode, "acc")
             if accuracy is not None:

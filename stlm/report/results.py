@@ -16,6 +16,7 @@ from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
 from stlm.study import Run, Study
+from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars", "greedy"]
@@ -51,6 +52,7 @@ class TrainRecord(BaseModel):
     precision: str
     model: dict[str, Any]
     training: dict[str, Any]
+    data: DataConfig = DataConfig()
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
@@ -84,6 +86,7 @@ class BenchmarkResult(BaseModel):
 class Perplexity(BaseModel):
     bits_per_byte: float
     char_perplexity: float
+    components: dict[str, Perplexity] = {}
 
 
 class CheckpointResult(BaseModel):
