@@ -25,6 +25,7 @@ from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, Perplexity
 from stlm.files import write_text
 from stlm.model.config import ModelConfig
 from stlm.study import PARAMS, Published, StudyFile, Variant
+from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
@@ -64,6 +65,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Study", "The top level of `params/<study>.yaml`.", StudyFile),
     ("`model`", "The transformer.", ModelConfig),
     ("`training`", "The recipe.", TrainingConfig),
+    ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
     ("`evaluation.perplexity`", "", PerplexityConfig),
     ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),

@@ -43,6 +43,12 @@ def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[st
     return [f"data/raw/{name}" for name in (corpus, *published)]
 
 
+def train_inputs(study: Study, run: Run) -> list[str]:
+    """The folders that ``stlm train`` reads: tokens and, where there is one, the reference's weights."""
+    reference = [study.runs[run.reference]] if run.reference else []
+    return [str(run.tokens_folder), *(f"{other.folder}/checkpoints" for other in reference)]
+
+
 def evaluate_inputs(study: Study, run: Run) -> list[str]:
     """The folders that ``stlm evaluate`` reads: weights, test text and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
@@ -172,8 +178,8 @@ def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]
     return {
         f"train-{study.name}-{run.name}": {
             "cmd": f"stlm train {study.name} {run.name}",
-            "deps": [str(run.tokens_folder)],
-            "params": [_study_params(study, root, "model", "training", *seeds, variant)],
+            "deps": train_inputs(study, run),
+            "params": [_study_params(study, root, "model", "training", "data", *seeds, variant)],
             "outs": [
                 f"{run.folder}/checkpoints",
                 _in_git(f"{run.folder}/dvclive"),

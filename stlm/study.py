@@ -19,6 +19,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
+from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 from stlm.validation import parse_yaml, read_yaml, validate
 
@@ -41,6 +42,7 @@ class Variant(BaseModel):
     tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
     model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
     training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
+    data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")
 
 
 class Published(BaseModel):
@@ -79,6 +81,10 @@ class StudyFile(BaseModel):
     training: dict[str, Any] = Field(
         default_factory=dict, description="The baseline's recipe; see `training`."
     )
+    data: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Mix, order, repetition and packing of the baseline's training text; see `data`.",
+    )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="What is scored and how; see `evaluation`."
     )
@@ -114,6 +120,8 @@ class Run(BaseModel):
     tokenizer: str
     model: ModelConfig
     training: TrainingConfig
+    # Left out of records where it changes nothing: earlier runs, made without this section, are equal.
+    data: DataConfig = Field(default=DataConfig(), exclude_if=lambda data: data.plain)
 
     @property
     def folder(self) -> Path:
@@ -134,6 +142,13 @@ class Run(BaseModel):
     def tokens(self) -> int:
         """Tokens trained on."""
         return self.training.steps * self.training.tokens_per_step(self.model.context)
+
+    @property
+    def reference(self) -> str | None:
+        """The run that measures the difficulty of this one's data: of the same seed, if seeds have runs."""
+        if self.data.reference is None:
+            return None
+        return self.data.reference + self.name.removeprefix(self.variant)
 
     @property
     def parameters(self) -> ParameterCounts:
@@ -294,7 +309,7 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
     except UserError as error:
         raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
     sections: dict[str, Any] = {}
-    for section, model in (("model", ModelConfig), ("training", TrainingConfig)):
+    for section, model in (("model", ModelConfig), ("training", TrainingConfig), ("data", DataConfig)):
         base, own = raw.get(section) or {}, getattr(variant, section)
         # The baseline first: its mistakes are not the variant's.
         validate(model, base, file, section)
@@ -321,6 +336,7 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         tokenizer=tokenizer,
         model=sections["model"].model_copy(update={"vocab_size": vocab_size}),
         training=sections["training"],
+        data=sections["data"],
     )
 
 
@@ -358,6 +374,8 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         for seed in parsed.seeds
     ]
     by_name = {run.name: run for run in runs}
+    for run in runs:
+        _check_data(root, file, run, by_name)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
@@ -401,3 +419,41 @@ def _check_names(root: Path, file: str, parsed: StudyFile) -> None:
                 f"{file}: evaluation.modes: {', '.join(parsed.evaluation.modes)}, but {name} has "
                 f"{', '.join(modes)} only; add it, or leave {name} out of evaluation.benchmarks"
             )
+
+
+def _check_data(root: Path, file: str, run: Run, runs: Mapping[str, Run]) -> None:
+    """Names in `data` must be there, and a reference must be able to read the run's text."""
+    where, data = f"{file}: run {run.name}: data", run.data
+    mix = load_corpora(root)[run.corpus].mix or {run.corpus: 1.0}
+    for key, names in (("weights", data.weights), ("sequence", data.sequence)):
+        for name in names:
+            if name not in mix:
+                raise UserError(f"{where}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}")
+    trained = data.weights or mix
+    if data.sequence and sorted(data.sequence) != sorted(trained):
+        raise UserError(
+            f"{where}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
+            f"{', '.join(trained)}"
+        )
+    if run.reference is None:
+        return
+    key = f"{where}.reference: {data.reference!r}"
+    variants = {other.variant for other in runs.values() if other.data.reference is None}
+    if data.reference not in variants:
+        raise UserError(
+            f"{key} is no variant without a reference of its own{nearest(data.reference, variants)}"
+        )
+    reference = runs[run.reference]
+    if reference.tokenizer != run.tokenizer:
+        raise UserError(
+            f"{key} has the tokenizer {reference.tokenizer}, the run {run.tokenizer}; they must be the same"
+        )
+    if reference.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
+        raise UserError(
+            f"{key} was trained on {reference.corpus}, with another vocabulary of the name {run.tokenizer}; "
+            f"choose a variant on {run.corpus}"
+        )
+    if reference.model.context < run.model.context:
+        raise UserError(
+            f"{key} has a context of {reference.model.context}, shorter than the run's {run.model.context}"
+        )

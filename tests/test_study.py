@@ -6,11 +6,13 @@ import re
 import subprocess
 
 import pytest
+import yaml
 
 from stlm.documentation import PARAMS_README, README, params_readme, readme_with_results
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS, data_names
 from stlm.listing import runs_table
+from stlm.pipeline import dvc_stages, train_inputs
 from stlm.study import load_benchmarks, load_study, vocabulary_size
 
 ROWS = ["baseline", "sincos", "learned", "simple-ffn", "dropout-free"]
@@ -210,3 +212,54 @@ def test_the_results_in_the_readme_are_the_committed_ones(root):
         pytest.skip("not a clean clone: results of a study run here are not the committed ones")
     page = (root / README).read_text(encoding="utf-8")
     assert page == readme_with_results(root), "README.md is out of date: run `stlm document`"
+
+
+def variants(project, **data):
+    """The study smoke with two more variants: `easy` orders by difficulty, `own` has the keys given."""
+    path = project / "params" / "smoke.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["variants"]["easy"] = {"data": {"order": "difficulty", "reference": "baseline"}}
+    content["variants"]["own"] = {"data": data, **({} if data else {"model": {"context": 256}})}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_a_reference_is_trained_first_in_both_engines(project):
+    variants(project)
+    study = load_study("smoke", ["seeds=[3, 4]"])
+    run = study.runs["easy-s4"]
+    assert run.reference == "baseline-s4"
+    assert train_inputs(study, run) == [
+        "data/tokens/synthetic/bpe-1280",
+        "results/smoke/runs/baseline-s4/checkpoints",
+    ]
+    stages = dvc_stages(load_study("smoke"))
+    assert "results/smoke/runs/baseline/checkpoints" in stages["train-smoke-easy"]["deps"]
+    assert stages["train-smoke-baseline"]["deps"] == ["data/tokens/synthetic/bpe-1280"]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"order": "difficulty", "reference": "baselin"}, "own: data.reference: 'baselin' is no.*'baseline'"),
+        ({"order": "difficulty", "reference": "easy"}, "'easy' is no variant without a reference of its own"),
+        ({"order": "lenght"}, "variants.own.data.order.*'lenght'.*'length'"),
+        ({"weights": {"synthetik": 1}}, "data.weights: synthetic has no component 'synthetik'.*'synthetic'"),
+        ({"sequence": ["synthetic", "synthetic"]}, "is not each component trained on once: synthetic"),
+    ],
+)
+def test_mistakes_in_data_name_what_is_near(data, expected, project):
+    variants(project, **data)
+    with pytest.raises(UserError, match=expected):
+        load_study("smoke")
+
+
+def test_a_reference_must_be_able_to_read_the_run(project):
+    variants(project)
+    overrides = ["variants.own.data={order: difficulty, reference: baseline}"]
+    with pytest.raises(UserError, match="a context of 128, shorter than the run's 256"):
+        load_study("smoke", overrides)
+    with pytest.raises(UserError, match="has the tokenizer bpe-1280, the run bytes"):
+        load_study("smoke", [*overrides, "variants.own.model.context=128", "variants.own.tokenizer=bytes"])
+    overrides += ["variants.own.model.context=128", "variants.own.corpus=wikitext2"]
+    with pytest.raises(UserError, match="trained on synthetic, with another vocabulary"):
+        load_study("smoke", overrides)

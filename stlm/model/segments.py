@@ -50,7 +50,7 @@ class Segments:
 
     def before(self, x_1NX: Tensor) -> Tensor:
         """What `x_1NX` has at the token before each, in its sequence; zeros at a sequence's first token."""
-        return x_1NX[:, self._before_N] * (self.positions_1N > 0)[..., None]
+        return x_1NX[:, self._before_N] * (self.positions > 0)[..., None]
 
     def attend(self, q_1NHE: Tensor, k_1NKE: Tensor, v_1NKE: Tensor, scale: float | None = None) -> Tensor:
         """Mixed values [1, N, H, E]. `scale` of the scores: 1 / sqrt(E) unless given."""

@@ -8,6 +8,7 @@ from stlm.report.names import count
 from stlm.report.results import RunResult, TrainRecord
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
+from stlm.tokens.config import DataConfig
 
 # Keys that tell how a run was logged and saved, not what was trained.
 _HOUSEKEEPING = {"checkpoints", "validate_every", "validation_tokens", "log_every", "save_every", "wandb"}
@@ -49,7 +50,11 @@ def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
     for result in results.values():
         variants.setdefault(result.train.variant, result.train)
         seeds.setdefault(result.train.variant, []).append(result.train.seed)
-    columns = {name: _settings(train, seeds[name]) for name, train in variants.items()}
+    # Of the keys of `data`, those that the study uses.
+    used = [
+        key for key, value in DataConfig() if any(getattr(t.data, key) != value for t in variants.values())
+    ]
+    columns = {name: _settings(train, seeds[name], used) for name, train in variants.items()}
     base = next(iter(columns.values()))
     sections = {
         section: list(dict.fromkeys(k for c in columns.values() for k in c[section])) for section in base
@@ -80,7 +85,7 @@ def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
     )
 
 
-def _settings(train: TrainRecord, seeds: list[int]) -> dict[str, dict[str, str]]:
+def _settings(train: TrainRecord, seeds: list[int], data: list[str]) -> dict[str, dict[str, str]]:
     """Section -> label -> value, as a reader sees them."""
     model, training = train.model, train.training
     recipe = {
@@ -102,6 +107,7 @@ def _settings(train: TrainRecord, seeds: list[int]) -> dict[str, dict[str, str]]
             "steps": f"{train.steps:,}",
             "tokens a step": f"{round(train.tokens / max(train.steps, 1)):,}",
             "tokens": count(train.tokens),
+            **_labelled({key: getattr(train.data, key) for key in data}),
         },
         "Recipe": {
             **_labelled(recipe),
@@ -127,6 +133,10 @@ def _value(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(own)}" for key, own in value.items()) or "–"
+    if isinstance(value, list | tuple) and not value:
+        return "–"
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return "–" if value is None else str(value)

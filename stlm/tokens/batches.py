@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from stlm.errors import UserError
+from stlm.errors import UserError, nearest
+from stlm.tokens.config import DataConfig
+from stlm.tokens.order import Difficulty, Order
 from stlm.tokens.shards import ComponentTokens, Document, read_meta, read_split
 
 # Slots after which the assignment of a batch's rows to the components of a mix repeats.
@@ -21,13 +24,27 @@ class Batches:
     """Endless training batches by random access: functions of (seed, index) alone; a resume needs no state.
 
     Each component's stream is cut into chunks of `context` tokens (plus the next one, the last target). An
-    epoch visits every chunk once, in an order drawn from the seed, the component and the epoch. Components of
-    a mix take turns so that after any number of rows each is within one row of its weight's share.
+    epoch visits every chunk once, in an order drawn from the seed, the component and the epoch, or in one of
+    the others of `config`. Components of a mix take turns so that after any number of rows each is within
+    one row of its weight's share.
+
+    `rows` is the whole training's; orders that depend on its length and limits on repetition need it.
+    `difficulty` scores chunks where `config` orders by it.
     """
 
-    def __init__(self, folder: Path, context: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        context: int,
+        batch_size: int,
+        seed: int,
+        config: DataConfig | None = None,
+        rows: int | None = None,
+        difficulty: Difficulty | None = None,
+    ) -> None:
         self.context, self.batch_size, self.seed = context, batch_size, seed
-        self.components = read_split(folder, "train")
+        self.config = config or DataConfig()
+        self.components = _weighted(folder, read_split(folder, "train"), self.config)
         for component in self.components:
             if component.n_tokens < context + 1:
                 raise UserError(
@@ -35,8 +52,29 @@ class Batches:
                     f"fewer than one context ({context:,}) and its last target; choose a larger corpus or a "
                     "smaller model.context"
                 )
-        self._turns, self._ranks, self._counts = _schedule([c.weight for c in self.components])
-        self._order = lru_cache(maxsize=2 * len(self.components))(self._draw_order)
+        weights = [component.weight for component in self.components]
+        self._turns, self._ranks, self._counts = _schedule(weights)
+        # Where a component's rows begin, where one comes after the other.
+        self._begins: np.ndarray | None = None
+        if self.config.sequence:
+            assert rows is not None, "data.sequence needs the number of rows"
+            self._begins = np.cumsum([0, *_largest_remainder(weights, rows)])
+        self.shares = self._shares(rows)
+        self._orders = [
+            Order(
+                component,
+                turn,
+                context,
+                seed,
+                self.config,
+                None if self.shares is None else self.shares[turn],
+                self._unique_chunks(component.weight / sum(weights)),
+                difficulty,
+            )
+            for turn, component in enumerate(self.components)
+        ]
+        if self.shares is not None and self.config.max_epochs is not None:
+            self._check_epochs(folder)
 
     def batch(self, step: int, micro: int = 0, accumulation: int = 1) -> np.ndarray:
         """int64 [batch_size, context + 1]: micro-batch `micro` of `accumulation` of `step`, both from 0."""
@@ -50,22 +88,61 @@ class Batches:
         first = (step * accumulation + micro) * self.batch_size
         found = []
         for slot in range(first, first + self.batch_size):
-            period, place = divmod(slot, _PERIOD)
-            turn = int(self._turns[place])
-            component = self.components[turn]
-            seen = period * int(self._counts[turn]) + int(self._ranks[place])
-            epoch, index = divmod(seen, self._n_chunks(component))
-            found.append((component, int(self._order(turn, epoch)[index]) * self.context))
+            turn, seen = self._turn(slot)
+            found.append((self.components[turn], self._orders[turn].chunk(seen) * self.context))
         return found
 
-    def _n_chunks(self, component: ComponentTokens) -> int:
-        return (component.n_tokens - 1) // self.context
+    def _turn(self, slot: int) -> tuple[int, int]:
+        """The component that a row is of, and how many rows it gave before."""
+        if self._begins is not None:
+            turn = min(int(np.searchsorted(self._begins, slot, side="right")), len(self.components)) - 1
+            return turn, slot - int(self._begins[turn])
+        period, place = divmod(slot, _PERIOD)
+        turn = int(self._turns[place])
+        return turn, period * int(self._counts[turn]) + int(self._ranks[place])
 
-    def _draw_order(self, turn: int, epoch: int) -> np.ndarray:
-        """The order of a component's chunks in an epoch; 4 bytes a chunk are all that is held in memory."""
-        chunks = np.arange(self._n_chunks(self.components[turn]), dtype=np.uint32)
-        np.random.default_rng((self.seed, turn, epoch)).shuffle(chunks)
-        return chunks
+    def _shares(self, rows: int | None) -> list[int] | None:
+        """How many of `rows` each component gives."""
+        if rows is None:
+            return None
+        if self._begins is not None:
+            return np.diff(self._begins).tolist()
+        periods, rest = divmod(rows, _PERIOD)
+        counts = periods * self._counts + np.bincount(self._turns[:rest], minlength=len(self._counts))
+        return counts.tolist()
+
+    def _unique_chunks(self, share: float) -> int | None:
+        tokens = self.config.unique_tokens
+        return None if tokens is None else max(1, round(tokens * share / self.context))
+
+    def _check_epochs(self, folder: Path) -> None:
+        """Refuse a training that repeats a component more often than `max_epochs`."""
+        limit = self.config.max_epochs
+        for component, order, rows in zip(self.components, self._orders, self.shares, strict=True):
+            epochs = rows / order.chunks
+            if epochs > limit:
+                fit = int(sum(self.shares) * limit / epochs) * self.context
+                raise UserError(
+                    f"{folder}: {component.name!r} has {order.chunks * self.context:,} tokens to train on "
+                    f"and would be repeated for {epochs:.2f} epochs, above data.max_epochs: {limit:g}; "
+                    f"train on at most {fit:,} tokens (training.steps), lower its weight, or raise the limit "
+                    f"to {math.ceil(epochs * 100) / 100:g}"
+                )
+
+
+def _weighted(folder: Path, components: list[ComponentTokens], config: DataConfig) -> list[ComponentTokens]:
+    """The components that are trained on, in `config`'s sequence or else the mix's, with their weights."""
+    by_name = {component.name: component for component in components}
+    for name in (*config.weights, *config.sequence):
+        if name not in by_name:
+            raise UserError(f"{folder}: data names {name!r}, no component of it{nearest(name, by_name)}")
+    if config.weights:
+        by_name = {
+            name: replace(component, weight=config.weights[name])
+            for name, component in by_name.items()
+            if name in config.weights
+        }
+    return [by_name[name] for name in config.sequence or by_name]
 
 
 def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -74,9 +151,7 @@ def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndar
     Counts by largest remainder; turns by smooth weighted round robin, which keeps every prefix of the
     period within one turn of the exact shares.
     """
-    shares = np.array(weights) / np.sum(weights) * _PERIOD
-    counts = np.floor(shares + 1e-9).astype(np.int64)
-    counts[np.argsort(counts - shares, kind="stable")[: _PERIOD - counts.sum()]] += 1
+    counts = _largest_remainder(weights, _PERIOD)
     turns, ranks = np.zeros(_PERIOD, np.int64), np.zeros(_PERIOD, np.int64)
     credit, seen = np.zeros_like(counts), np.zeros_like(counts)
     for slot in range(_PERIOD):
@@ -86,6 +161,14 @@ def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndar
         turns[slot], ranks[slot] = turn, seen[turn]
         seen[turn] += 1
     return turns, ranks, counts
+
+
+def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
+    """`total` shared out in whole numbers by `weights`."""
+    shares = np.array(weights) / np.sum(weights) * total
+    counts = np.floor(shares + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
+    return counts
 
 
 class ValidationSet:

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from stlm.errors import Interrupted, UserError
 from stlm.files import atomic_directory, disk_errors, read_json, remove_leftovers, write_json
 from stlm.model.config import training_flops_per_token
+from stlm.model.documents import Documents
 from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
+from stlm.tokens.shards import read_meta
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
 from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device
+from stlm.training.difficulty import Reference
 from stlm.training.distributed import Group, Share, processes
 from stlm.training.divergence import explain
 from stlm.training.optimizers import build_optimizer
@@ -46,7 +49,13 @@ class Trainer:
         self.where: Device = choose_device(run.training)
         self.device = self.where.device
         context = run.model.context
-        self.batches = Batches(run.tokens_folder, context, self.config.batch_size, run.seed)
+        reference = Reference(run, self.device) if run.reference else None
+        rows = self.config.steps * self.config.accumulation * self.config.batch_size
+        self.batches = Batches(
+            run.tokens_folder, context, self.config.batch_size, run.seed, run.data, rows, reference
+        )
+        # The end of text where attention stays within documents.
+        self.eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
         self.validation = ValidationSet(run.tokens_folder, context, self.config.validation_tokens)
         self.check_vocabulary()
         torch.manual_seed(run.seed)
@@ -67,6 +76,7 @@ class Trainer:
                 ),
                 "tokens": read_json(run.tokens_folder / "meta.json"),
                 "precision": self.where.precision,
+                **({"reference": reference.weights_sha256} if reference else {}),
             }
         )
         self.state_path = run.state_folder / "state.pt"
@@ -157,7 +167,8 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         for tokens in self.micro_batches(step, self.share):
             with self.where.autocast():
-                loss = self.loss(tokens[:, :-1], tokens[:, 1:])
+                documents = self.documents(tokens[:, :-1], self.run.model.attention_dropout)
+                loss = self.loss(tokens[:, :-1], tokens[:, 1:], documents=documents)
             (loss / parts).backward()
             mean += loss.detach()
         mean /= parts
@@ -187,15 +198,20 @@ class Trainer:
                 tokens = tokens.pin_memory()
             yield tokens.to(self.device, non_blocking=True)
 
+    def documents(self, tokens_BL: Tensor, dropout: float = 0.0) -> Documents | None:
+        """What keeps attention within the documents of inputs, where it is to stay there."""
+        return None if self.eot is None else Documents.of(tokens_BL, self.eot, dropout)
+
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
         """The residual stream as in training, outside of torch.compile, whose graphs hold no hooks."""
         with self.where.autocast():
-            return self.model.hidden(tokens_BL)
+            return self.model.hidden(tokens_BL, self.documents(tokens_BL))
 
     def eager_loss(self, tokens_BL: Tensor) -> Tensor:
         """The loss of tokens [B, L + 1], likewise."""
         with self.where.autocast():
-            return self.model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:])
+            documents = self.documents(tokens_BL[:, :-1])
+            return self.model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:], documents=documents)
 
     def check(self, step: int) -> None:
         """Stop at a loss or gradient that is not finite; what was saved before it stays."""
@@ -287,6 +303,7 @@ class Trainer:
             "processes": self.group.size,
             "model": run.model.model_dump(),
             "training": run.training.model_dump(mode="json"),
+            "data": run.data.model_dump(mode="json"),
             "final": {
                 "train_loss": validated["train_loss"],
                 **{key: value for key, value in validated.items() if key.startswith("val_")},

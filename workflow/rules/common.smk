@@ -86,8 +86,8 @@ def tokenize_inputs(wildcards) -> list[str]:
     return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
 
-def train_inputs(wildcards) -> str:
-    return str(STUDY.run(wildcards.run).tokens_folder)
+def train_inputs(wildcards) -> list[str]:
+    return pipeline.train_inputs(STUDY, STUDY.run(wildcards.run))
 
 
 def evaluate_inputs(wildcards) -> list[str]:

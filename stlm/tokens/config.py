@@ -1,0 +1,91 @@
+"""What a run reads, in which order, and how documents share a row: the `data` section of a study."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class DataConfig(BaseModel):
+    """Mix, order, repetition and packing of the training text. Frozen; unknown keys are refused.
+
+    Validation and test text are the whole corpus', whatever is said here, so that runs compare.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Component of the corpus, a mix -> its share of the training tokens, instead of the "
+        "mix's own; components left out are not trained on. Shares are relative.",
+    )
+    sequence: tuple[str, ...] = Field(
+        (),
+        description="All components trained on, in the order in which they come one after the other, each "
+        "for its share of the training. Empty: they take turns in every batch.",
+    )
+    attention: Literal["across", "within"] = Field(
+        "across",
+        description="Whether a token sees the documents before its own in the row. `within`: its own "
+        "alone, whose positions begin at 0.",
+    )
+    order: Literal["shuffled", "source", "length", "difficulty"] = Field(
+        "shuffled",
+        description="Order of a component's chunks in an epoch: random, as in the raw files, by the length "
+        "of their documents, or by their loss under a reference model. All orders read the same chunks.",
+    )
+    direction: Literal["easy_first", "hard_first"] = Field(
+        "easy_first",
+        description="Of `length` and `difficulty`: short and easy chunks first (a curriculum), or last.",
+    )
+    pacing: Literal["sorted", "competence"] = Field(
+        "sorted",
+        description="Of `length` and `difficulty`. `sorted`: each chunk once an epoch, in order. "
+        "`competence`: drawn, with replacement, from a first part of the order that grows with the square "
+        "root of the time (Platanios et al. 2019).",
+    )
+    competence_start: float = Field(
+        0.01, gt=0, le=1, description="Of pacing `competence`: the part of the order at the beginning."
+    )
+    competence_share: float = Field(
+        0.5, gt=0, le=1, description="Of pacing `competence`: share of the training until all is drawn from."
+    )
+    reference: str | None = Field(
+        None,
+        description="Of order `difficulty`: the variant of this study whose last checkpoint measures it. It "
+        "is trained first.",
+    )
+    unique_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Train on a random part of so many tokens, repeated as often as needed; a mix's "
+        "components give their shares. null: all of the train split.",
+    )
+    max_epochs: float | None = Field(
+        None,
+        gt=0,
+        description="A component that training would repeat more often is an error before it starts. "
+        "null: no limit.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> DataConfig:
+        if (self.order == "difficulty") != (self.reference is not None):
+            raise ValueError(
+                "order: difficulty needs reference: a variant of the study"
+                if self.order == "difficulty"
+                else f"reference: {self.reference} is used by order: difficulty alone; found {self.order}"
+            )
+        if self.order not in ("length", "difficulty"):
+            for key, plain in (("direction", "easy_first"), ("pacing", "sorted")):
+                if getattr(self, key) != plain:
+                    raise ValueError(
+                        f"{key}: {getattr(self, key)} needs order: length or difficulty; found {self.order}"
+                    )
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the default, which changes nothing."""
+        return self == DataConfig()

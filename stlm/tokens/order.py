@@ -1,0 +1,110 @@
+"""In which order training reads the chunks of a component: functions of seed, epoch and row alone.
+
+A chunk is `context` tokens of a component's stream, numbered by its place. All orders start from the shuffled
+one: the chunks that it reads in an epoch, whole or cut short by the end of training, are then sorted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from stlm.tokens.config import DataConfig
+from stlm.tokens.shards import ComponentTokens
+
+# Scores of chunks (float, low is easy), asked for once: (component, its number, chunks) -> float32.
+Difficulty = Callable[[ComponentTokens, int, np.ndarray], np.ndarray]
+
+
+class Order:
+    """Which chunk each row of a component reads. Memory: a few bytes a chunk, whatever the epochs.
+
+    `rows` is how many rows training asks for; None is endless, for order `shuffled` and `source` alone.
+    """
+
+    def __init__(
+        self,
+        component: ComponentTokens,
+        number: int,
+        context: int,
+        seed: int,
+        config: DataConfig,
+        rows: int | None,
+        unique_chunks: int | None = None,
+        difficulty: Difficulty | None = None,
+    ) -> None:
+        self.number, self.seed, self.config, self.rows = number, seed, config, rows
+        self.chunks = (component.n_tokens - 1) // context
+        self.part: np.ndarray | None = None
+        if unique_chunks is not None and unique_chunks < self.chunks:
+            # A prefix of one permutation: a larger part contains a smaller one.
+            drawn = np.random.default_rng((seed, number, 1 << 32)).permutation(self.chunks)
+            self.part = np.sort(drawn[:unique_chunks]).astype(np.uint32)
+            self.chunks = unique_chunks
+        self.scores: np.ndarray | None = None
+        if config.order in ("length", "difficulty"):
+            self.scores = self._score(component, context, difficulty)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        if config.pacing == "competence":
+            self._sorted = self._epoch(0)
+
+    def chunk(self, row: int) -> int:
+        """The chunk that the component's row `row`, from 0, reads."""
+        if self.config.pacing == "competence":
+            return int(self._sorted[self._drawn(row)])
+        epoch, index = divmod(row, self.chunks)
+        return int(self._epoch(epoch)[index])
+
+    def _drawn(self, row: int) -> int:
+        """A place in the sorted chunks, uniform over the competence's part of them (Platanios et al., eq. 7).
+
+        c(t) = min(1, sqrt(t (1 - c0^2) / T + c0^2)), t the share of training done, T the share until c is 1.
+        """
+        start, share = self.config.competence_start, self.config.competence_share
+        done = row / self.rows
+        competence = min(1.0, math.sqrt(done * (1 - start**2) / share + start**2))
+        available = max(1, int(competence * len(self._sorted)))
+        return int(np.random.default_rng((self.seed, self.number, 1 << 33, row)).integers(available))
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        order = self._shuffled(epoch)
+        if self.config.order == "shuffled":
+            return order
+        order = np.sort(order)
+        if self.scores is not None:
+            keys = self.scores[order]
+            order = order[np.argsort(-keys if self.config.direction == "hard_first" else keys, kind="stable")]
+        return order
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """The chunks of an epoch in random order, cut where training ends."""
+        chunks = np.arange(self.chunks, dtype=np.uint32) if self.part is None else self.part.copy()
+        np.random.default_rng((self.seed, self.number, epoch)).shuffle(chunks)
+        if self.rows is None or self.config.order == "shuffled":
+            return chunks
+        return chunks[: max(1, min(self.chunks, self.rows - epoch * self.chunks))]
+
+    def _score(self, component: ComponentTokens, context: int, difficulty: Difficulty | None) -> np.ndarray:
+        """A score for each chunk; NaN for chunks that are not read."""
+        read = np.sort(self._shuffled(0))
+        if self.config.order == "length":
+            return mean_lengths(component, context)
+        assert difficulty is not None, "order: difficulty needs scores"
+        scores = np.full((component.n_tokens - 1) // context, np.nan, np.float32)
+        scores[read] = difficulty(component, self.number, read)
+        return scores
+
+
+def mean_lengths(component: ComponentTokens, context: int) -> np.ndarray:
+    """The length of the document that a chunk's tokens belong to, averaged over its tokens; float32."""
+    ends = np.concatenate(
+        [shard.offsets[1:] + start for shard, start in zip(component.shards, component.starts, strict=False)]
+    ).astype(np.float64)
+    lengths = np.diff(ends, prepend=0.0)
+    # The sum over the stream's first n tokens of their documents' lengths grows linearly in a document.
+    places = np.arange((component.n_tokens - 1) // context + 1, dtype=np.float64) * context
+    sums = np.interp(places, np.concatenate([[0.0], ends]), np.concatenate([[0.0], np.cumsum(lengths**2)]))
+    return (np.diff(sums) / context).astype(np.float32)

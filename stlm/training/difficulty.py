@@ -1,0 +1,90 @@
+"""How hard chunks of the training text are for a reference model, kept in files for other runs too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from stlm.errors import UserError
+from stlm.files import atomic_path, read_json, sha256
+from stlm.model.transformer import Transformer
+from stlm.study import Run
+from stlm.tokens.shards import ComponentTokens
+from stlm.training.checkpoints import load_checkpoint
+
+_BATCH_TOKENS = 8192
+
+
+class Reference:
+    """The last checkpoint of a run, as a measure of difficulty: the mean loss of a chunk's tokens, in nats.
+
+    Called with a component of `run`'s training text, its number and chunks (places in its stream in units
+    of the context), it gives a float32 for each. Computed in float32, once: files beside the runs' states are
+    named after all that they depend on, so that runs with the same chunks share them.
+    """
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        assert run.reference is not None
+        self.run, self.device = run, device
+        parent = run.folder.with_name(run.reference) / "checkpoints"
+        folders = sorted(parent.glob("step-*"))
+        if not folders:
+            raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.reference}")
+        self.checkpoint = folders[-1]
+        self.weights_sha256 = str(read_json(self.checkpoint / "config.json")["weights_sha256"])
+        self.folder = run.state_folder.parent / "difficulty"
+
+    def __call__(self, component: ComponentTokens, number: int, chunks: np.ndarray) -> np.ndarray:
+        path = self.folder / f"{component.name}-{self._mark(component, chunks)[:24]}.npy"
+        if not path.exists():
+            scores = self._measure(component, chunks)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, scores, allow_pickle=False)
+        try:
+            scores = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it and run again") from None
+        if scores.shape != chunks.shape or not np.isfinite(scores).all():
+            raise UserError(
+                f"{path}: found {scores.shape}, expected {len(chunks)} finite numbers; "
+                "delete it and run again"
+            )
+        return scores
+
+    def _mark(self, component: ComponentTokens, chunks: np.ndarray) -> str:
+        depends = {
+            "weights": self.weights_sha256,
+            "tokens": sha256(self.run.tokens_folder / "meta.json"),
+            "component": component.name,
+            "context": self.run.model.context,
+            "chunks": hashlib.sha256(chunks.astype("<u4").tobytes()).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+    def _measure(self, component: ComponentTokens, chunks: np.ndarray) -> np.ndarray:
+        model, _ = load_checkpoint(self.checkpoint, self.device)
+        context = self.run.model.context
+        rows = max(1, _BATCH_TOKENS // context)
+        scores = np.empty(len(chunks), np.float32)
+        tokens = np.empty((rows, context + 1), np.int64)
+        starts = range(0, len(chunks), rows)
+        for start in tqdm(starts, f"{self.run.name}: difficulty of {component.name}", mininterval=5.0):
+            batch = chunks[start : start + rows]
+            for row, chunk in enumerate(batch):
+                component.read(int(chunk) * context, tokens[row])
+            scores[start : start + len(batch)] = mean_losses(model, tokens[: len(batch)], self.device)
+        return scores
+
+
+@torch.no_grad()
+def mean_losses(model: Transformer, tokens: np.ndarray, device: torch.device) -> np.ndarray:
+    """The mean loss in nats [B] of the tokens after the first of each row [B, L + 1]."""
+    tokens_BM = torch.from_numpy(tokens).to(device)
+    logits_BLV = model(tokens_BM[:, :-1]).float()
+    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BM[:, 1:], reduction="none")
+    return losses_BL.mean(dim=1).cpu().numpy()
