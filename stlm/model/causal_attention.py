@@ -23,17 +23,20 @@ from torch.autograd.function import once_differentiable
 _BLOCK = 64
 
 
-def causal_attention(q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
+def causal_attention(
+    q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, sees_B1LL: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over a position's own and earlier ones [B, L, H, E] (Vaswani et al. 2017).
 
-    Each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023).
+    Each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023). `sees_B1LL`:
+    which of these keys a query may look at, its own among them; None: all.
     """
-    return _CausalAttention.apply(q_BLHE, k_BLKE, v_BLKE)
+    return _CausalAttention.apply(q_BLHE, k_BLKE, v_BLKE, sees_B1LL)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, sees_B1LL: Tensor | None) -> Tensor:
         B, L, H, E = q_BLHE.shape
         K = k_BLKE.shape[2]
         q_BKGLE = q_BLHE.view(B, L, K, H // K, E).permute(0, 2, 3, 1, 4)
@@ -48,6 +51,9 @@ class _CausalAttention(torch.autograd.Function):
                 score_NXC = torch.bmm(_rows(q_NGLE, begin, end), k_NLE[:, :end].transpose(1, 2))
                 score_NXC.mul_(1 / math.sqrt(E))
                 score_NXC.view(B * K, -1, Q, end)[..., begin:].add_(later_QQ[:Q, :Q])
+                if sees_B1LL is not None:
+                    unseen_B11QC = ~sees_B1LL[:, :, None, begin:end, :end]
+                    score_NXC.view(B, K, -1, Q, end).masked_fill_(unseen_B11QC, -torch.inf)
                 weight_NXC = torch.softmax(score_NXC, dim=-1)
                 y_NGLE[:, :, begin:end] = torch.bmm(weight_NXC, v_NLE[:, :end]).view(B * K, -1, Q, E)
                 weights.append(weight_NXC)
@@ -56,7 +62,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_NGLE, k_NLE, v_NLE, *weights = ctx.saved_tensors
         B, L, H, E = dy_BLHE.shape
         N, G = q_NGLE.shape[:2]
@@ -74,7 +80,7 @@ class _CausalAttention(torch.autograd.Function):
             dk_NLE[:, :end] += torch.bmm(dscore_NXC.transpose(1, 2), _rows(q_NGLE, begin, end))
         dq_BLHE = dq_NGLE.view(B, -1, G, L, E).permute(0, 3, 1, 2, 4).reshape(B, L, H, E)
         dk_BLKE, dv_BLKE = (x.to(k_NLE.dtype).view(B, -1, L, E).transpose(1, 2) for x in (dk_NLE, dv_NLE))
-        return dq_BLHE, dk_BLKE, dv_BLKE
+        return dq_BLHE, dk_BLKE, dv_BLKE, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stlm.model.causal_attention import causal_attention
+
 
 class Documents(NamedTuple):
     """Where documents begin in rows of tokens, as attention and positions need it.
@@ -36,8 +38,14 @@ class Documents(NamedTuple):
         sees_BLL = (places_L >= first_BL[:, :, None]) & (places_L <= places_L[:, None])
         return cls(places_L - first_BL, sees_BLL[:, None], dropout)
 
+    def before(self, x_BLX: Tensor) -> Tensor:
+        """What `x_BLX` has at the token before each, in its document; zeros at a document's first token."""
+        return F.pad(x_BLX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]
+
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
         """Mixed values [B, L, H, E]; each key/value head serves H / K query heads that follow one another."""
+        if torch.is_grad_enabled() and q_BLHE.device.type == "cpu" and not self.dropout:
+            return causal_attention(q_BLHE, k_BLKE, v_BLKE, self.sees)
         return F.scaled_dot_product_attention(
             q_BLHE.transpose(1, 2),
             k_BLKE.transpose(1, 2),

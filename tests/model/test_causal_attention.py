@@ -19,20 +19,24 @@ def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[t
     ]
 
 
-def by_torch(q, k, v):
+def by_torch(q, k, v, sees=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, sees, is_causal=sees is None, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 # One block, a part of one, several with a part at the end.
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 64, 200])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_it_is_torchs_attention(length, heads, kv_heads):
+def test_it_is_torchs_attention(length, heads, kv_heads, masked):
+    sees = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(2)) < 0.5
+    sees = (sees | torch.eye(length, dtype=torch.bool)).tril() if masked else None
     own, reference = (
         inputs(length, heads, kv_heads, torch.float64),
         inputs(length, heads, kv_heads, torch.float64),
     )
-    y_BLHE, expected_BLHE = causal_attention(*own), by_torch(*reference)
+    y_BLHE, expected_BLHE = causal_attention(*own, sees), by_torch(*reference, sees)
     torch.testing.assert_close(y_BLHE, expected_BLHE)
     weights_BLHE = torch.randn(y_BLHE.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (y_BLHE * weights_BLHE).sum().backward()

@@ -24,7 +24,7 @@ def rows(seed: int = 0) -> torch.Tensor:
     return torch.cat(parts).view(len(LENGTHS), 15)
 
 
-@pytest.fixture(params=["rope", "sinusoidal", "learned"])
+@pytest.fixture(params=["rope", "sinusoidal", "learned", "rope and shift"])
 def model(request) -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(
@@ -35,12 +35,16 @@ def model(request) -> Transformer:
         ffn_width=48,
         context=16,
         vocab_size=61,
-        positions=request.param,
+        positions=request.param.split()[0],
+        qkv_shift=request.param == "rope and shift",
     )
     model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # attention that prefers some tokens over others
+        for block in model.blocks:
+            if block.attention.shift is not None:
+                block.attention.shift.normal_()
     return model
 
 
