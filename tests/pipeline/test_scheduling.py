@@ -21,6 +21,8 @@ from pathlib import Path
 
 begin = time.time()
 verb, *names = sys.argv[1:3] if sys.argv[1] in ("fetch", "report", "contamination") else sys.argv[1:4]
+if verb == os.environ.get("STOPPED"):
+    sys.exit(143)
 time.sleep({{"contamination": 3.0, "train": 1.0}}.get(verb, 0.2))
 run = Path("results", names[0], "runs", names[-1])
 outputs = {{
@@ -48,7 +50,7 @@ def program(path: Path, text: str) -> None:
 def jobs(fresh, tmp_path):
     """Runs the study of `fresh` with stand-ins for `stlm` and `nvidia-smi`; what was at work when."""
 
-    def run(*arguments: str, gpu: bool) -> list[dict]:
+    def run(*arguments: str, gpu: bool, status: int = 0) -> list[dict]:
         folder, bin_folder = tmp_path / "project", tmp_path / "bin"
         shutil.copytree(fresh.folder, folder, symlinks=True)
         bin_folder.mkdir()
@@ -66,10 +68,17 @@ def jobs(fresh, tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "MissingOutputException" not in done.stdout + done.stderr
         return [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
 
     return run
+
+
+def test_the_status_of_a_stopped_training_is_not_lost_behind_its_log(jobs, monkeypatch):
+    monkeypatch.setenv("STOPPED", "train")
+    done = jobs("--cores", "2", gpu=False, status=1)
+    assert {job["verb"] for job in done} <= {"fetch", "tokenize", "contamination"}
 
 
 def beside(one: list[dict], other: list[dict]) -> int:

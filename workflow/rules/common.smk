@@ -164,8 +164,8 @@ RUN_THREADS = max(1, CORES // SHARES)
 BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)
 
 # A signal lets training save its state and end. What stands around it waits for that end: the shell here,
-# `tee` by ignoring the signal, which it gets too.
-shell.prefix("trap : INT TERM USR1; ")
+# `tee` by ignoring the signal, which it gets too. This takes the place of Snakemake's prefix, the first command.
+shell.prefix("set -euo pipefail; trap : INT TERM USR1; ")
 
 # Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
 os.environ.update(
