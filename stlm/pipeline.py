@@ -145,7 +145,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
         # The whole file: any change in it is seen by this stage at least, whose command then finds out
         # whether dvc.yaml still lists the right runs.
         "params": [{f"params/{study.name}.yaml": None}],
-        "outs": [_in_git(f"{study.folder}/tables"), _in_git(f"{study.folder}/plots")],
+        "outs": [_in_git(f"{study.folder}/{name}") for name in ("tables", "plots", "training")],
         "metrics": [_in_git(f"{study.folder}/metrics.json")],
     }
     return stages

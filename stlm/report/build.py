@@ -17,13 +17,14 @@ from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text, write_table
+from stlm.report.training import write_training_pages
 from stlm.study import Study
 
 
 def report(study: Study) -> None:
-    """Write results/<study>/{tables/,plots/,metrics.json} from results/<study>/runs/* and contamination.json.
+    """Write results/<study>/{tables/,plots/,training/,metrics.json} from runs/* and contamination.json there.
 
-    Everything is read and compared before anything is written; each of the three replaces its predecessor
+    Everything is read and compared before anything is written; each of the four replaces its predecessor
     whole. Raises UserError naming a run's missing or broken file and the command that makes it.
     """
     results = read_results(study)
@@ -48,6 +49,8 @@ def report(study: Study) -> None:
         write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
+    with atomic_directory(study.folder / "training") as folder:
+        write_training_pages(folder, study, results)
     collected = metrics(results)
     write_json(study.folder / "metrics.json", collected)
     print(summary(study, results, collected))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
 from stlm.report.accuracies import main_mode, score
@@ -18,7 +18,7 @@ from stlm.report.differences import write_differences
 from stlm.report.names import benchmark_label, count
 from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreement, phenomena
 from stlm.report.results import Proportion, RunResult, run_label
-from stlm.report.style import CHANCE, HUMAN, figure, styles
+from stlm.report.style import CHANCE, HUMAN, figure, plain_log_ticks, styles
 from stlm.report.table import csv_text
 from stlm.study import Study
 
@@ -132,7 +132,7 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
             axes.set_xlabel("training tokens")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
         panels[0].set_yscale("log")
-        _plain_log_ticks(panels[0])
+        plain_log_ticks(panels[0])
         panels[0].set_ylabel("character perplexity (validation)")
         if zoom:
             panels[0].set_title("whole training, logarithmic scale", loc="left")
@@ -146,15 +146,6 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
         drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
         final = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
         _legend(drawing, panels[0], results, final, title="run and its last value")
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
-    )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _accuracy(

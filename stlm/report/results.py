@@ -1,4 +1,4 @@
-"""What a run left behind, read and checked: train.json, curve.csv, evaluation.json, items.parquet."""
+"""What a run left behind, read and checked: {train,evaluation}.json, {curve,watch}.csv, items.parquet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from stlm.training.config import RECORD_KEYS
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars", "greedy"]
 _RECORD_KEYS = {f"training.{key}" for key in RECORD_KEYS}
-CURVE_COLUMNS = ["step", "tokens", "val_char_perplexity", "val_bits_per_byte"]
+CURVE_COLUMNS = [
+    *("step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"),
+    *("val_loss", "val_bits_per_byte", "val_char_perplexity"),
+]
+WATCH_COLUMNS = ["step", "layer"]  # those of the figures may come and go
 
 
 class ParameterCounts(BaseModel):
@@ -36,8 +40,25 @@ class CheckpointReference(BaseModel):
     weights_sha256: str
 
 
+class LossSpike(BaseModel):
+    """A loss (nats) far above the median of the steps before, `level`; `rise`: its height at the worst step.
+
+    `recovered_after`: steps until the loss was back at the level; None where it never was.
+    """
+
+    step: int
+    loss: float
+    level: float
+    rise: float
+    grad_norm: float
+    recovered_after: int | None
+
+
 class TrainRecord(BaseModel):
-    """train.json: what was trained, with which settings, and how long it took."""
+    """train.json: what was trained, with which settings, and how long it took.
+
+    `loss_spikes` of runs of earlier versions is None: no one looked.
+    """
 
     run: str
     variant: str
@@ -50,9 +71,13 @@ class TrainRecord(BaseModel):
     flops: float
     device: str
     precision: str
+    compiled: bool = False
+    threads: int | None = None
+    processes: int = 1
     model: dict[str, Any]
     training: dict[str, Any]
     data: DataConfig = DataConfig()
+    loss_spikes: list[LossSpike] | None = None
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
@@ -126,11 +151,15 @@ class PublishedResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run's files. `checkpoints` are sorted by step; `items` is read on demand, being the large one."""
+    """One run's files. `checkpoints` are sorted by step; `items` is read on demand, being the large one.
+
+    `watch`: the rows of watch.csv; None where no layer was looked at, or by an earlier version.
+    """
 
     name: str
     train: TrainRecord
     curve: pd.DataFrame
+    watch: pd.DataFrame | None
     checkpoints: dict[str, CheckpointResult]
     items_path: Path
     evaluate_command: str
@@ -282,21 +311,30 @@ def _read_record(path: Path, kind: type[Record], command: str) -> Record:
         raise UserError(f"{error}\nTo make it again, delete it and run `{command}`") from None
 
 
-def _read_curve(path: Path, command: str) -> pd.DataFrame:
+def _read_rows(path: Path, columns: list[str], command: str, texts: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A CSV file with at least `columns`, numbers all but `texts`."""
     if not path.is_file():
         raise _broken(path, "is missing", command)
     try:
-        curve = pd.read_csv(path)
+        rows = pd.read_csv(path)
     except (ValueError, OSError) as error:  # pandas' parser and decoding errors are ValueErrors
         raise _broken(path, f"cannot be read ({error})", command) from None
-    missing = [column for column in CURVE_COLUMNS if column not in curve]
+    missing = [column for column in columns if column not in rows]
     if missing:
-        found = ", ".join(curve.columns)
+        found = ", ".join(rows.columns)
         raise _broken(path, f"has no column {', '.join(missing)} (found: {found})", command)
-    text = [column for column in CURVE_COLUMNS if not pd.api.types.is_numeric_dtype(curve[column])]
+    numbers = [column for column in columns if column not in texts]
+    text = [column for column in numbers if len(rows) and not pd.api.types.is_numeric_dtype(rows[column])]
     if text:
         raise _broken(path, f"has values that are not numbers in column {', '.join(text)}", command)
-    return curve
+    return rows
+
+
+def _read_watch(path: Path, command: str) -> pd.DataFrame | None:
+    if not path.is_file():  # of an earlier version
+        return None
+    rows = _read_rows(path, WATCH_COLUMNS, command, texts=("layer",))
+    return rows if len(rows) else None
 
 
 def _check_trained_as_asked(run: Run, train: TrainRecord, path: Path, command: str) -> None:
@@ -322,7 +360,8 @@ def _read_run(study: Study, run: Run) -> RunResult:
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
     train = _read_record(run.folder / "train.json", TrainRecord, train_command)
     _check_trained_as_asked(run, train, run.folder / "train.json", train_command)
-    curve = _read_curve(run.folder / "curve.csv", train_command)
+    curve = _read_rows(run.folder / "curve.csv", CURVE_COLUMNS, train_command)
+    watch = _read_watch(run.folder / "watch.csv", train_command)
     evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
     evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)
     if not evaluation.checkpoints:
@@ -337,4 +376,4 @@ def _read_run(study: Study, run: Run) -> RunResult:
             raise _broken(
                 evaluation_path, f"scored other weights for {name} than train.json lists", evaluate_command
             )
-    return RunResult(run.name, train, curve, checkpoints, items_path, evaluate_command)
+    return RunResult(run.name, train, curve, watch, checkpoints, items_path, evaluate_command)

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from stlm.report.results import RunResult
 
@@ -53,8 +55,20 @@ def styles(results: Mapping[str, RunResult]) -> dict[str, dict[str, object]]:
     return {name: by_variant[result.train.variant] for name, result in results.items()}
 
 
+def plain_log_ticks(axes: Axes) -> None:
+    """Numbers as people write them on a logarithmic axis of values, not powers of ten."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 @contextmanager
-def figure(folder: Path, name: str, title: str, width: float, height: float) -> Iterator[Figure]:
+def figure(
+    folder: Path, name: str, title: str, width: float, height: float, png: bool = True
+) -> Iterator[Figure]:
     """A figure (inches) to draw on, saved as `folder`/`name`.svg and .png when the block ends well."""
     with matplotlib.rc_context(_RC):
         drawing = Figure(figsize=(width, height), layout="constrained")
@@ -62,4 +76,5 @@ def figure(folder: Path, name: str, title: str, width: float, height: float) -> 
         yield drawing
         # No date and no version: the same numbers give the same bytes.
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
-        drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})
+        if png:
+            drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})

@@ -175,6 +175,18 @@ _CSS = (
 
 def html_page(table: Table) -> str:
     """A page that stands alone, for Snakemake's report."""
+    return html_document(table.title, html_table(table))
+
+
+def html_document(title: str, body: Sequence[str], style: str = "") -> str:
+    """A page around the lines of `body`, in the style of the tables and `style`'s besides."""
+    head = f"<title>{html.escape(title)}</title><style>{_CSS}{style}</style>"
+    lines = ["<!doctype html>", f'<html lang="en"><meta charset="utf-8">{head}', *body, "</html>"]
+    return "\n".join(lines) + "\n"
+
+
+def html_table(table: Table) -> list[str]:
+    """The lines of a table and of the notes below it, for a page."""
 
     def cell(content: Cell) -> str:
         lines = [(html.escape(line), bold) for line, bold in content.lines]
@@ -188,11 +200,8 @@ def html_page(table: Table) -> str:
             )
         else:
             rows.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
-    title = html.escape(table.title)
-    lines = [
-        "<!doctype html>",
-        f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_CSS}</style>',
-        f"<table><caption>{title}</caption>",
+    return [
+        f"<table><caption>{html.escape(table.title)}</caption>",
         "<thead><tr>"
         + "".join(f'<th scope="col">{cell(Cell(text))}</th>' for text in table.header)
         + "</tr></thead>",
@@ -200,6 +209,4 @@ def html_page(table: Table) -> str:
         *rows,
         "</tbody></table>",
         *(f"<p>{html.escape(note)}</p>" for note in table.notes),
-        "</html>",
     ]
-    return "\n".join(lines) + "\n"

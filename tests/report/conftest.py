@@ -84,7 +84,7 @@ def summarize(items: pd.DataFrame, total: int, normalized: bool) -> dict:
 def write_run(
     root: Path, run: Run, benchmarks: dict[str, int], steps: list[int], skill: float, total: int
 ) -> None:
-    """Write train.json, curve.csv, evaluation.json and items.parquet of one run under `root`."""
+    """Write {train,evaluation}.json, {curve,watch}.csv and items.parquet of one run under `root`."""
     folder = root / run.folder
     folder.mkdir(parents=True)
     per_step = run.training.tokens_per_step(run.model.context)
@@ -101,6 +101,15 @@ def write_run(
         )
     pd.DataFrame(rows).to_csv(folder / "curve.csv", index=False)
 
+    layers = ["embedding", *(f"block {n + 1}" for n in range(run.model.layers)), "head"]
+    outer = {"residual_rms": 1.0, "weight_rms": 0.02, "grad_norm": 0.5, "update_ratio": 1e-3}
+    inner = {"attention_rms": 0.3, "ffn_rms": 0.4, "attention_logit_max": 9.0, "attention_entropy": 2.0}
+    pd.DataFrame(
+        {"step": step, "layer": layer} | outer | (inner if layer.startswith("block") else {})
+        for step in (1, *range(50, steps[-1] + 1, 50))
+        for layer in layers
+    ).to_csv(folder / "watch.csv", index=False)
+
     parameters = run.parameters
     checkpoints = [
         {"step": s, "tokens": s * per_step, "folder": f"step-{s:06d}", "weights_sha256": f"{run.name}{s}"}
@@ -112,7 +121,7 @@ def write_run(
         "tokens_per_second": 9000.0, "flops": run.flops, "device": "cpu", "precision": "float32",
         "compiled": False, "threads": 2, "model": run.model.model_dump(mode="json"),
         "training": run.training.model_dump(mode="json"), "corpus": run.corpus, "tokenizer": run.tokenizer,
-        "final": {}, "checkpoints": checkpoints, "versions": {},
+        "final": {}, "checkpoints": checkpoints, "versions": {}, "loss_spikes": [],
     }  # fmt: skip
     (folder / "train.json").write_text(json.dumps(train))
 

@@ -40,6 +40,7 @@ def test_writes_every_table_and_plot(make_study):
         {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
         | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}
         | {f"plots/data/{name}.csv" for name in plots}
+        | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
         | {"tables/groups.csv", "tables/statistics.csv", "metrics.json", "contamination.json"}
     )
     for name in plots:
@@ -201,7 +202,7 @@ def test_no_plot_of_differences_where_nothing_is_compared(make_study):
 def test_every_table_and_plot_has_a_caption(make_study):
     study = make_study(TWO, benchmarks={"blimp": 20, "hellaswag": 20})
     report(study)
-    for folder, suffix in (("tables", "html"), ("plots", "svg")):
+    for folder, suffix in (("tables", "html"), ("plots", "svg"), ("training", "html")):
         template = jinja2.Template((CAPTIONS / f"{folder}.rst").read_text())
         for file in (study.folder / folder).glob(f"*.{suffix}"):
             text = template.render(snakemake=SimpleNamespace(wildcards=SimpleNamespace(name=file.stem)))

@@ -16,6 +16,13 @@ rule report:
             category="Figures",
             labels={"figure": "{name}"},
         ),
+        training=report(
+            directory("results/{study}/training"),
+            patterns=["{name}.html"],
+            caption="../report/training.rst",
+            category="Training",
+            labels={"run": "{name}"},
+        ),
         metrics="results/{study}/metrics.json",
     log:
         "logs/{study}/report.log",

@@ -1,0 +1,116 @@
+"""A page a run: what it says, that it stands alone, and runs that were not watched."""
+
+import json
+import re
+from base64 import b64decode
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from stlm.errors import UserError
+from stlm.report.results import read_results
+from stlm.report.training import write_training_pages
+
+TWO = {"baseline": ("Baseline", {}), "odd": ("A <b> & label_$", {"layers": 3})}
+SPIKES = [
+    {"step": 90, "loss": 4.25, "level": 3.5, "rise": 1.25, "grad_norm": 7.5, "recovered_after": 12},
+    {"step": 150, "loss": 3.9, "level": 3.4, "rise": 0.5, "grad_norm": 2.5, "recovered_after": None},
+]
+
+
+def change(path, **keys) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def pages(study, folder) -> dict[str, str]:
+    folder.mkdir()
+    write_training_pages(folder, study, read_results(study))
+    return {path.stem: path.read_text() for path in folder.glob("*.html")}
+
+
+def words(path) -> str:
+    return "\n".join(ElementTree.parse(path).getroot().itertext())
+
+
+def test_a_page_has_the_facts_the_figures_and_the_spikes(make_study, tmp_path):
+    study = make_study(TWO, benchmarks={})
+    change(study.runs["baseline"].folder / "train.json", loss_spikes=SPIKES, seconds=200.0, threads=1)
+    found = pages(study, tmp_path / "training")
+    assert set(found) == {"baseline", "odd"}
+    page = found["baseline"]
+    for text in ("200 steps, 204.8k tokens, 200 s", "1,024 tokens/s", "cpu, float32, 1 thread<"):
+        assert text in page
+    rows = re.findall(r"<tr><td>(.*?)</td></tr>", page)
+    assert "loss spikes</td><td>2" in rows
+    assert "90</td><td>4.250</td><td>3.500</td><td>+1.250</td><td>7.5</td><td>12" in rows
+    assert rows[-1].endswith("<td>2.5</td><td>never")
+    assert "Loss spikes" in page and "<caption>Loss spikes" not in found["odd"]
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    figures = [tmp_path / "training" / f"baseline-{name}.svg" for name in ("curve", "layers")]
+    assert [b64decode(image) for image in images] == [figure.read_bytes() for figure in figures]
+    assert "loss spike" in words(figures[0]) and "clipped above" in words(figures[0])
+    assert "loss spike" not in words(tmp_path / "training" / "odd-curve.svg")
+    assert "A &lt;b&gt; &amp; label_$" in found["odd"] and "<b>" not in found["odd"]
+    assert "http" not in re.sub(r"base64,[^\"]+", "", page), "nothing is fetched from elsewhere"
+
+
+def test_the_layers_have_a_panel_a_figure_and_a_colour_a_block(make_study, tmp_path):
+    study = make_study(TWO, benchmarks={})
+    pages(study, tmp_path / "training")
+    text = words(tmp_path / "training" / "odd-layers.svg")
+    for panel in ("residual stream", "weights", "attention's output", "feed-forward", "logit", "entropy"):
+        assert panel in text
+    assert text.index("block, from the embedding up") > 0
+    assert {"1", "2", "3"} <= set(text.split("\n")) and "embedding" in text and "head" in text
+
+
+def test_a_figure_that_no_row_has_gets_no_panel(make_study, tmp_path):
+    study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
+    path = study.runs["baseline"].folder / "watch.csv"
+    pd.read_csv(path).assign(attention_entropy=None).drop(columns="ffn_rms").to_csv(path, index=False)
+    pages(study, tmp_path / "training")
+    text = words(tmp_path / "training" / "baseline-layers.svg")
+    assert "attention's output" in text and "entropy" not in text and "feed-forward" not in text
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_run_that_was_not_watched_has_a_page_without_layers(make_study, tmp_path, how):
+    study = make_study(TWO, benchmarks={})
+    folder = study.runs["odd"].folder
+    if how == "missing":
+        (folder / "watch.csv").unlink()
+    else:
+        (folder / "watch.csv").write_text("step,layer,residual_rms\n")
+    train = json.loads((folder / "train.json").read_text())
+    del train["loss_spikes"], train["threads"]
+    (folder / "train.json").write_text(json.dumps(train))
+    page = pages(study, tmp_path / "training")["odd"]
+    assert "No layer was looked at" in page and "not looked for" in page
+    assert not (tmp_path / "training" / "odd-layers.svg").exists()
+
+
+def test_a_broken_watch_file_is_named_with_the_command_that_makes_it(make_study):
+    study = make_study(TWO, benchmarks={})
+    (study.runs["odd"].folder / "watch.csv").write_text("step,what\n1,2\n")
+    with pytest.raises(UserError, match=r"watch.csv has no column layer.*stlm train toy odd"):
+        read_results(study)
+
+
+def test_a_long_run_is_drawn_with_few_points_and_its_end(make_study, tmp_path):
+    study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
+    path = study.runs["baseline"].folder / "curve.csv"
+    curve = pd.read_csv(path)
+    long = curve.loc[curve.index.repeat(300)].assign(step=range(1, 300 * len(curve) + 1))
+    long.to_csv(path, index=False)
+    pages(study, tmp_path / "training")
+    assert (tmp_path / "training" / "baseline-curve.svg").stat().st_size < 120_000
+
+
+def test_a_run_too_short_to_be_validated_has_a_page(make_study, tmp_path):
+    study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
+    path = study.runs["baseline"].folder / "curve.csv"
+    curve = pd.read_csv(path).head(1)
+    curve[["val_loss", "val_bits_per_byte", "val_char_perplexity"]] = float("nan")
+    curve.to_csv(path, index=False)
+    assert "last validation loss</td><td>–" in pages(study, tmp_path / "training")["baseline"]
