@@ -8,9 +8,11 @@ from dataclasses import replace
 from stlm.files import atomic_directory, write_json, write_text
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.comparison import compare_all, published_alike
+from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
+from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
 from stlm.report.groups import group_records
-from stlm.report.hyperparameters import table1
+from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
@@ -33,14 +35,18 @@ def report(study: Study) -> None:
     comparisons.disturbing.extend(published_alike(results[study.baseline], published))
     contamination = read_contamination(study)
     note = contamination_note(contamination)
+    compared = efficiencies(study, results)
     tables = [
         table1(study, results),
+        *filter(None, [variants_table(study, results)]),
+        *([efficiency_table(study, compared)] if compared else []),
         *(
             replace(table, notes=[*table.notes, *filter(None, [note])])
             for table in accuracy_tables(study, results, comparisons, published)
         ),
         *phenomena_tables(study, results),
         contamination_table(study, contamination),
+        *filter(None, [component_table(study, results)]),
     ]
     with atomic_directory(study.folder / "tables") as folder:
         for table in tables:
@@ -49,6 +55,8 @@ def report(study: Study) -> None:
         write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
+        if compared:
+            write_efficiency(folder, study, compared)
     with atomic_directory(study.folder / "training") as folder:
         write_training_pages(folder, study, results)
     collected = metrics(results)

@@ -1,19 +1,38 @@
-"""Table 1: the hyper-parameters as run, the baseline in full and what differs in each variant."""
+"""Table 1, the hyper-parameters as run, and the variants as what differs in each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pydantic import BaseModel
+
+from stlm.model.config import ModelConfig
 from stlm.report.names import count
 from stlm.report.results import RunResult, TrainRecord
 from stlm.report.table import Cell, Section, Table
 from stlm.study import Study
 from stlm.tokens.config import DataConfig
+from stlm.training.config import RECORD_KEYS, TrainingConfig
 
 # Keys that tell how a run was logged and saved, not what was trained.
-_HOUSEKEEPING = {"checkpoints", "validate_every", "validation_tokens", "log_every", "save_every", "wandb"}
+_HOUSEKEEPING = {"checkpoints", *RECORD_KEYS}
+# Keys that have rows of their own, with what was made of them.
+_ELSEWHERE = {"steps", "precision"}
 # Keys that say nothing in a table: they belong to a part that another key names and that is not in use.
-_ONLY_WITH = {"rope_theta": ("positions", "rope")}
+_ONLY_WITH = {
+    "rope_theta": ("positions", {"rope"}),
+    "momentum": ("optimizer", {"muon"}),
+    "decay_share": ("schedule", {"wsd"}),
+    "dropout_ends": ("dropout_schedule", {"linear"}),
+    "dropout_share": ("dropout_schedule", {"early", "late"}),
+    "dropout_cycles": ("dropout_schedule", {"triangular"}),
+    "direction": ("order", {"length", "difficulty"}),
+    "competence_start": ("pacing", {"competence"}),
+    "competence_share": ("pacing", {"competence"}),
+}
+# A default like these means that a technique is not used: one that no variant uses has no row.
+_OFF = (None, False, 0, 0.0, "none", "constant", "auto")
 _LABELS = {
     "kv_heads": "key/value heads",
     "ffn": "feed-forward",
@@ -37,6 +56,11 @@ _NAMES = {
     "rmsnorm": "RMSNorm",
     "layernorm": "LayerNorm",
     "adamw": "AdamW",
+    "muon": "Muon",
+    "relu2": "squared ReLU",
+    "wsd": "WSD",
+    "one_cycle": "one-cycle",
+    "inverse_sqrt": "inverse square root",
     "gpt2": "GPT-2",
     True: "yes",
     False: "no",
@@ -45,16 +69,8 @@ _NAMES = {
 
 def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
     """Rows are hyper-parameters, columns variants (a variant's seeds share one, being equal in all else)."""
-    variants: dict[str, TrainRecord] = {}
-    seeds: dict[str, list[int]] = {}
-    for result in results.values():
-        variants.setdefault(result.train.variant, result.train)
-        seeds.setdefault(result.train.variant, []).append(result.train.seed)
-    # Of the keys of `data`, those that the study uses.
-    used = [
-        key for key, value in DataConfig() if any(getattr(t.data, key) != value for t in variants.values())
-    ]
-    columns = {name: _settings(train, seeds[name], used) for name, train in variants.items()}
+    variants = _variants(results)
+    columns = _columns(results)
     base = next(iter(columns.values()))
     sections = {
         section: list(dict.fromkeys(k for c in columns.values() for k in c[section])) for section in base
@@ -78,21 +94,87 @@ def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
         rows=rows,
         notes=[
             f"First column: {next(iter(variants.values())).label}, the baseline. Bold: what differs from it; "
-            "an empty cell is the baseline's value. Embedding parameters include learned positions and an "
-            "untied head; FLOPs are estimates for the whole training."
+            "an empty cell is the baseline's value; techniques that no variant uses have no row. Embedding "
+            "parameters include learned positions and an untied head; FLOPs are estimates for the whole "
+            "training."
         ],
         records=records,
     )
 
 
-def _settings(train: TrainRecord, seeds: list[int], data: list[str]) -> dict[str, dict[str, str]]:
-    """Section -> label -> value, as a reader sees them."""
-    model, training = train.model, train.training
-    recipe = {
-        key: value
-        for key, value in training.items()
-        if key not in _HOUSEKEEPING | {"steps", "precision", "compile"}
+def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | None:
+    """A row a variant: the settings in which it differs from the baseline; None where there is but one."""
+    variants, columns = _variants(results), _columns(results)
+    if len(variants) < 2:
+        return None
+    base_name, base = next(iter(columns.items()))
+    rows, records = [], []
+    for name, own in columns.items():
+        differs = []
+        for section in ("Model", "Data", "Recipe"):
+            for key, value in own[section].items():  # one that it lacks is of a part it does not use
+                reference = base[section].get(key)
+                if value != reference:
+                    differs.append(f"{key}: {value}" + (f" (baseline: {reference})" if reference else ""))
+                    records.append(
+                        {"variant": name, "hyper_parameter": key, "baseline": reference, "value": value}
+                    )
+        rows.append([Cell(variants[name].label), Cell("\n".join(differs) or _same(name == base_name))])
+    return Table(
+        name="variants",
+        title=f"What differs from {variants[base_name].label}, study {study.name}",
+        header=["", "settings that differ"],
+        rows=rows,
+        texts=2,
+        notes=["Sizes follow from these; all other settings are the baseline's (Table 1)."],
+        records=records,
+    )
+
+
+def _same(baseline: bool) -> str:
+    return "the baseline" if baseline else "nothing"
+
+
+def _variants(results: Mapping[str, RunResult]) -> dict[str, TrainRecord]:
+    """The first run's record of each variant, the baseline first."""
+    variants: dict[str, TrainRecord] = {}
+    for result in results.values():
+        variants.setdefault(result.train.variant, result.train)
+    return variants
+
+
+def _columns(results: Mapping[str, RunResult]) -> dict[str, dict[str, dict[str, str]]]:
+    """Variant -> section -> label -> value, of all keys that any variant uses, whatever they are called."""
+    variants = _variants(results)
+    seeds: dict[str, list[int]] = {name: [] for name in variants}
+    for result in results.values():
+        seeds[result.train.variant].append(result.train.seed)
+    trains = list(variants.values())
+    used = {
+        "model": _used([train.model for train in trains], ModelConfig),
+        "training": _used([train.training for train in trains], TrainingConfig),
+        "data": [key for key, value in DataConfig() if any(getattr(t.data, key) != value for t in trains)],
     }
+    return {name: _settings(train, seeds[name], used) for name, train in variants.items()}
+
+
+def _used(settings: Sequence[Mapping[str, Any]], schema: type[BaseModel]) -> list[str]:
+    """The keys that say what was trained: all but those of techniques that no variant uses."""
+    used = []
+    for key in dict.fromkeys(key for own in settings for key in own):
+        if key in _HOUSEKEEPING | _ELSEWHERE:
+            continue
+        field = schema.model_fields.get(key)
+        values = [own[key] for own in settings if key in own]
+        if field is None or field.default not in _OFF or any(value != field.default for value in values):
+            used.append(key)
+    return used
+
+
+def _settings(
+    train: TrainRecord, seeds: list[int], used: Mapping[str, list[str]]
+) -> dict[str, dict[str, str]]:
+    """Section -> label -> value, as a reader sees them."""
     return {
         "Size": {
             "parameters": f"{train.parameters.total:,}",
@@ -100,29 +182,30 @@ def _settings(train: TrainRecord, seeds: list[int], data: list[str]) -> dict[str
             "of these the rest": f"{train.parameters.non_embedding:,}",
             "training FLOPs": f"{train.flops:.2e}",
         },
-        "Model": _labelled(model),
+        "Model": _labelled(train.model, used["model"]),
         "Data": {
             "corpus": train.corpus,
             "tokenizer": _NAMES.get(train.tokenizer, train.tokenizer),
             "steps": f"{train.steps:,}",
             "tokens a step": f"{round(train.tokens / max(train.steps, 1)):,}",
             "tokens": count(train.tokens),
-            **_labelled({key: getattr(train.data, key) for key in data}),
+            **_labelled(train.data.model_dump(), used["data"]),
         },
         "Recipe": {
-            **_labelled(recipe),
+            **_labelled(train.training, used["training"]),
             "precision": train.precision,
             "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
         },
     }
 
 
-def _labelled(settings: Mapping[str, object]) -> dict[str, str]:
+def _labelled(settings: Mapping[str, object], used: Sequence[str]) -> dict[str, str]:
     shown = {}
-    for key, value in settings.items():
+    for key in used:
         needs = _ONLY_WITH.get(key)
-        if needs is None or settings.get(needs[0]) == needs[1]:
-            shown[_LABELS.get(key, key.replace("_", " "))] = _value(value)
+        idle = needs is not None and settings.get(needs[0]) not in needs[1]
+        if key in settings and not idle:
+            shown[_LABELS.get(key, key.replace("_", " "))] = _value(settings[key])
     return shown
 
 

@@ -42,7 +42,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for people (`header`, `rows`, `notes`) and the same content for programs (`records`)."""
+    """Rows for people (`header`, `rows`, `notes`) and the same content for programs (`records`).
+
+    The first `texts` columns are words, and begin at the left; the others are figures, and end at the right.
+    """
 
     name: str
     title: str
@@ -50,6 +53,7 @@ class Table:
     rows: Sequence[Sequence[Cell] | Section]
     notes: Sequence[str] = ()
     records: Sequence[Mapping[str, object]] = field(default_factory=list)
+    texts: int = 1
 
 
 def write_table(folder: Path, table: Table) -> None:
@@ -82,7 +86,7 @@ def markdown(table: Table) -> str:
     width = len(table.header)
     lines = [f"**{escape(table.title)}**", ""]
     lines.append("| " + " | ".join(cell(Cell(text)) for text in table.header) + " |")
-    lines.append("| --- |" + " ---: |" * (width - 1))
+    lines.append("|" + " --- |" * table.texts + " ---: |" * (width - table.texts))
     for row in table.rows:
         cells = [Cell(row.title, bold=True)] + [Cell("")] * (width - 1) if isinstance(row, Section) else row
         lines.append("| " + " | ".join(map(cell, cells)) + " |")
@@ -120,13 +124,14 @@ def escape_latex(text: str) -> str:
 def latex(table: Table) -> str:
     """A `table` environment; it needs the packages booktabs and graphicx (wide tables shrink to the line)."""
 
-    def cell(content: Cell) -> str:
+    def cell(content: Cell, place: int) -> str:
         lines = [
             rf"\textbf{{{escape_latex(line)}}}" if bold else escape_latex(line)
             for line, bold in content.lines
         ]
         stacked = r" \\ ".join(lines)
-        return stacked if len(lines) == 1 else rf"\shortstack[r]{{{stacked}}}"
+        side = "l" if place < table.texts else "r"
+        return stacked if len(lines) == 1 else rf"\shortstack[{side}]{{{stacked}}}"
 
     width = len(table.header)
     body = []
@@ -136,7 +141,7 @@ def latex(table: Table) -> str:
                 body.append(r"\midrule")
             body.append(rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(row.title)}}}}} \\")
         else:
-            body.append(" & ".join(map(cell, row)) + r" \\")
+            body.append(" & ".join(map(cell, row, range(width))) + r" \\")
     notes = r" \\ ".join(escape_latex(note) for note in table.notes)
     caption = re.sub(r"^Table \d+[^.]*\. ", "", table.title)  # LaTeX numbers its tables itself
     lines = [
@@ -146,9 +151,9 @@ def latex(table: Table) -> str:
         rf"\caption{{{escape_latex(caption)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        rf"\begin{{tabular}}{{{'l' * table.texts}{'r' * (width - table.texts)}}}",
         r"\toprule",
-        " & ".join(cell(Cell(text)) for text in table.header) + r" \\",
+        " & ".join(cell(Cell(text), place) for place, text in enumerate(table.header)) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -168,7 +173,7 @@ _CSS = (
     "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
     "caption{text-align:left;font-weight:bold;padding-bottom:.6em}"
     "th,td{padding:.25em .7em;text-align:right;vertical-align:top;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}thead{border-bottom:1px solid}"
+    ".text{text-align:left}thead{border-bottom:1px solid}"
     ".section td{font-style:italic;border-top:1px solid #999}p{max-width:60em;font-size:13px}"
 )
 
@@ -192,18 +197,24 @@ def html_table(table: Table) -> list[str]:
         lines = [(html.escape(line), bold) for line, bold in content.lines]
         return "<br>".join(f"<strong>{line}</strong>" if bold else line for line, bold in lines)
 
+    sides = [' class="text"' if place < table.texts else "" for place in range(len(table.header))]
     rows = []
     for row in table.rows:
         if isinstance(row, Section):
             rows.append(
-                f'<tr class="section"><td colspan="{len(table.header)}">{html.escape(row.title)}</td></tr>'
+                f'<tr class="section"><td class="text" colspan="{len(table.header)}">'
+                f"{html.escape(row.title)}</td></tr>"
             )
         else:
-            rows.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
+            cells = (f"<td{side}>{cell(c)}</td>" for c, side in zip(row, sides, strict=True))
+            rows.append("<tr>" + "".join(cells) + "</tr>")
     return [
         f"<table><caption>{html.escape(table.title)}</caption>",
         "<thead><tr>"
-        + "".join(f'<th scope="col">{cell(Cell(text))}</th>' for text in table.header)
+        + "".join(
+            f'<th scope="col"{side}>{cell(Cell(text))}</th>'
+            for text, side in zip(table.header, sides, strict=True)
+        )
         + "</tr></thead>",
         "<tbody>",
         *rows,

@@ -101,6 +101,7 @@ def _facts(result: RunResult) -> Table:
         title="In short",
         header=["", ""],
         rows=[[Cell(key), Cell(value)] for key, value in facts.items()],
+        texts=2,
     )
 
 

@@ -35,7 +35,15 @@ def test_writes_every_table_and_plot(make_study):
     report(study)
     found = set(results(study))
     tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "blimp-phenomena", "contamination")
-    plots = ("figure1", "accuracy-blimp", "accuracy-hellaswag", "blimp-phenomena", "differences")
+    tables += ("variants", "efficiency")
+    plots = (
+        "figure1",
+        "accuracy-blimp",
+        "accuracy-hellaswag",
+        "blimp-phenomena",
+        "differences",
+        "efficiency",
+    )
     assert found == (
         {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
         | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}

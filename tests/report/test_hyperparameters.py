@@ -1,6 +1,6 @@
 """Table 1: what ran, and what differs."""
 
-from stlm.report.hyperparameters import table1
+from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.results import read_results
 from stlm.report.table import Section
 
@@ -38,3 +38,50 @@ def test_records_are_complete_in_every_column(make_study):
     table = table1(study := make_study(), read_results(study))
     dropout = next(record for record in table.records if record["hyper_parameter"] == "dropout")
     assert (dropout["baseline"], dropout["simple-ffn"], dropout["dropout-free"]) == ("0.1", "0.1", "0")
+
+
+def test_any_key_that_differs_has_a_row(make_study):
+    study = make_study({"baseline": ("Baseline", {}), "new": ("New", {})}, benchmarks={})
+    results = read_results(study)
+    results["baseline"].train.training.update(some_new_option=None)
+    results["new"].train.training.update(compile=True, some_new_option={"kind": "ramp", "ends": [0.5, 0]})
+    results["new"].train.model.update(another=3)
+    rows = {row[0].text: row[1:] for row in table1(study, results).rows if not isinstance(row, Section)}
+    assert [cell.text for cell in rows["some new option"]] == ["–", "kind ramp, ends 0.5, 0"]
+    assert [cell.text for cell in rows["compile"]] == ["auto", "yes"]
+    assert [cell.text for cell in rows["another"]] == ["–", "3"]
+    assert variants_table(study, results).rows[1][1].text.split("\n") == [
+        "another: 3",
+        "compile: yes (baseline: auto)",
+        "some new option: kind ramp, ends 0.5, 0 (baseline: –)",
+    ]
+
+
+def test_techniques_that_no_variant_uses_have_no_row(make_study):
+    rows = cells(make_study({"baseline": ("Baseline", {}), "qk": ("QK-norm", {"qk_norm": True})}))
+    assert [cell.text for cell in rows["qk norm"]] == ["no", "yes"]
+    assert not {"logit softcap", "zero init", "compile", "dropout schedule", "momentum"} & set(rows)
+    assert rows["learning rate"][0].text == "0.0006"
+
+
+def test_how_a_run_was_recorded_is_no_hyper_parameter(make_study):
+    assert not {"log every", "watch every", "validation tokens", "checkpoints"} & set(cells(make_study()))
+
+
+def test_variants_are_listed_by_what_differs(make_study):
+    study = make_study(benchmarks={})
+    table = variants_table(study, read_results(study))
+    rows = {row[0].text: row[1].text for row in table.rows}
+    assert rows["Baseline"] == "the baseline"
+    assert rows["SinCos PE"].split("\n") == [
+        "feed-forward width: 60 (baseline: 64)",
+        "positions: sinusoidal (baseline: RoPE)",
+    ]
+    assert rows["DropoutFree"] == "dropout: 0 (baseline: 0.1)"
+    record = {"variant": "dropout-free", "hyper_parameter": "dropout", "baseline": "0.1", "value": "0"}
+    assert record in table.records
+
+
+def test_one_variant_differs_from_nothing(make_study):
+    study = make_study({"baseline": ("Baseline", {})}, benchmarks={})
+    assert variants_table(study, read_results(study)) is None

@@ -81,3 +81,11 @@ def test_html_shows_the_text_itself():
     reader.cells = []
     reader.feed(html_page(TABLE))
     assert NASTY in reader.cells
+
+
+def test_columns_of_words_begin_at_the_left():
+    table = Table("t", "T", ["a", "b", "c"], [[Cell("x"), Cell("y\nz"), Cell("1\n2")]], texts=2)
+    assert "| --- | --- | ---: |" in markdown(table)
+    assert r"\begin{tabular}{llr}" in latex(table)
+    assert r"\shortstack[l]{y \\ z} & \shortstack[r]{1 \\ 2}" in latex(table)
+    assert '<td class="text">x</td><td class="text">y<br>z</td><td>1<br>2</td>' in html_page(table)

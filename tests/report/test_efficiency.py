@@ -1,0 +1,149 @@
+"""Tokens and time to the baseline's loss, on curves made by hand."""
+
+import csv
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stlm.report.build import report
+from stlm.report.efficiency import crossing, efficiencies, efficiency_table
+from stlm.report.results import read_results
+from stlm.report.table import markdown
+
+VARIANTS = {"baseline": ("Baseline", {}), "fast": ("Fast", {}), "slow": ("Slow", {"layers": 3})}
+BASE = {"tokens": [100, 200, 300, 400], "seconds": [10, 20, 30, 40], "bits": [4.0, 3.0, 2.5, 2.25]}
+
+
+def set_curve(study, run: str, tokens, seconds, bits) -> None:
+    rows = {"step": tokens, "tokens": tokens, "seconds": seconds, "val_bits_per_byte": bits}
+    fixed = dict.fromkeys(("learning_rate", "train_loss", "grad_norm", "tokens_per_second"), 1.0)
+    curve = pd.DataFrame(rows | {"val_loss": bits, "val_char_perplexity": 2.0 ** np.array(bits)} | fixed)
+    blank = pd.DataFrame({"step": [50], "tokens": [50], "seconds": [5], **fixed})
+    pd.concat([blank, curve]).sort_values("step").to_csv(study.runs[run].folder / "curve.csv", index=False)
+
+
+def set_train(study, run: str, **keys) -> None:
+    path = study.runs[run].folder / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+@pytest.fixture
+def study(make_study):
+    made = make_study(VARIANTS, benchmarks={})
+    set_curve(made, "baseline", **BASE)
+    # Half way between 200 and 240 tokens, and between 12 and 16 seconds, it is at 2.25.
+    set_curve(made, "fast", [100, 200, 240, 400], [6, 12, 16, 32], [3.5, 2.5, 2.0, 1.75])
+    set_curve(made, "slow", [100, 320], [20, 84], [4.5, 2.5])
+    return made
+
+
+def found(study) -> dict:
+    return {own.train.variant: own for own in efficiencies(study, read_results(study))}
+
+
+def test_where_a_curve_is_at_a_value():
+    x, values = np.array([10.0, 20.0, 40.0, 50.0]), np.array([5.0, 4.0, 2.0, 3.0])
+    assert crossing(x, values, 4.5) == 15
+    assert crossing(x, values, 3.0) == 30, "the first time, not the last"
+    assert crossing(x, values, 4.0) == 20
+    assert crossing(x, values, 2.0) == 40
+    assert crossing(x, values, 1.9) is None
+    assert crossing(x, values, 5.0) == crossing(x, values, 9.0) == 10
+
+
+def test_tokens_and_time_to_the_baselines_loss_and_equal_budgets(study):
+    own = found(study)
+    assert list(own) == ["baseline", "fast", "slow"]
+    base, fast, slow = own.values()
+    assert (base.tokens_to, base.seconds_to) == (400, 40)
+    assert (fast.tokens_to, fast.seconds_to) == (220, 14)
+    assert (slow.tokens_to, slow.seconds_to) == (None, None)
+    # The fewest tokens of all are 320; the baseline takes 40 seconds.
+    assert base.at_tokens == pytest.approx(2.5 - 0.2 * 0.25)
+    assert fast.at_tokens == pytest.approx(1.875)
+    assert slow.at_tokens == 2.5
+    assert base.at_seconds == 2.25
+    assert (fast.at_seconds, fast.ended_sooner) == (1.75, True)
+    assert (slow.at_seconds, slow.ended_sooner) == (pytest.approx(4.5 - 2 * 20 / 64), False)
+
+
+def test_the_baselines_own_is_its_whole_training_though_it_was_there_before(study):
+    set_curve(study, "baseline", [100, 200, 300, 400], [10, 20, 30, 40], [4.0, 2.0, 2.5, 2.25])
+    assert found(study)["baseline"].tokens_to == 400
+
+
+def test_the_table_says_what_was_reached(study):
+    set_train(study, "fast", loss_spikes=[])
+    table = efficiency_table(study, efficiencies(study, read_results(study)))
+    rows = {row[0].text: [cell.text for cell in row[4:]] for row in table.rows}
+    assert rows["Fast"] == ["220\n0.55 ×", "14 s\n0.35 ×", "1.875\n−0.575", "1.750‡\n−0.500", "0"]
+    assert rows["Slow"][:2] == ["not reached", "not reached"]
+    assert rows["Baseline"] == ["400\n1.00 ×", "40 s\n1.00 ×", "2.450", "2.250", "0"]
+    records = {record["variant"]: record for record in table.records}
+    assert (records["fast"]["tokens_ratio"], records["fast"]["seconds_ratio"]) == (0.55, 0.35)
+    assert records["slow"]["tokens_ratio"] is None
+    assert "‡ Its training ended sooner" in markdown(table)
+
+
+@pytest.mark.parametrize("keys", [{"device": "NVIDIA"}, {"threads": 1}, {"processes": 2}])
+def test_times_of_another_machine_are_not_compared(study, keys):
+    set_train(study, "fast", **keys)
+    own = found(study)["fast"]
+    assert own.tokens_to == 220 and own.at_tokens is not None
+    assert own.seconds_to is None and own.at_seconds is None
+    table = efficiency_table(study, efficiencies(study, read_results(study)))
+    assert next(row for row in table.rows if row[0].text == "Fast")[5].text == "–"
+    note = next(note for note in table.notes if note.startswith("Times do not compare"))
+    assert "Fast (" in note and "Slow" not in note
+
+
+def test_other_text_is_not_compared(study):
+    """The run's own study says so too: the report refuses records that differ from what is asked."""
+    other = study.runs["fast"].model_copy(update={"corpus": "other"})
+    changed = study.model_copy(update={"runs": study.runs | {"fast": other}})
+    set_train(study, "fast", corpus="other")
+    own = found(changed)["fast"]
+    assert not own.same_text
+    assert (own.tokens_to, own.at_tokens, own.seconds_to, own.at_seconds) == (None,) * 4
+    assert found(changed)["baseline"].at_tokens == pytest.approx(2.45), "the fewest of those that compare"
+    table = efficiency_table(changed, efficiencies(changed, read_results(changed)))
+    assert any("Validated on other text" in note and note.endswith("Fast.") for note in table.notes)
+
+
+def test_seeds_are_averaged(make_study):
+    study = make_study({"baseline": ("Baseline", {}), "fast": ("Fast", {})}, seeds=(0, 1), benchmarks={})
+    for seed, lower in ((0, 0.0), (1, 0.5)):
+        set_curve(study, f"baseline-s{seed}", **BASE | {"bits": [bits - lower for bits in BASE["bits"]]})
+        # The same lines with a point more or less.
+        tokens = [100, 200, 300] if seed else [100, 150, 200, 300]
+        bits = [np.interp(t, [100, 200, 300], [4.0, 2.0, 1.0]) - lower for t in tokens]
+        set_curve(study, f"fast-s{seed}", tokens, [t / 10 + seed for t in tokens], bits)
+    base, fast = found(study).values()
+    assert (base.seeds, fast.seeds) == (2, 2)
+    assert base.curve.bits[-1] == 2.0
+    # The mean of the seeds is 1.75 at 200 tokens and 3.75 at 100: 2.0 is an eighth of the way back.
+    assert fast.tokens_to == pytest.approx(187.5)
+    assert fast.seconds_to == pytest.approx(18.75 + 0.5)
+
+
+def test_nothing_to_compare(make_study):
+    alone = make_study({"baseline": ("Baseline", {})}, benchmarks={})
+    assert efficiencies(alone, read_results(alone)) == []
+
+
+def test_a_variant_never_validated_is_left_out(study):
+    set_curve(study, "slow", [100], [10], [float("nan")])
+    assert list(found(study)) == ["baseline", "fast"]
+
+
+def test_the_report_has_the_table_and_the_plot(study):
+    report(study)
+    rows = list(csv.DictReader((study.folder / "tables/efficiency.csv").open()))
+    assert [row["variant"] for row in rows] == ["baseline", "fast", "slow"]
+    data = list(csv.DictReader((study.folder / "plots/data/efficiency.csv").open()))
+    assert [(row["variant"], row["value"]) for row in data] == [("fast", "0.55"), ("slow", "")]
+    svg = (study.folder / "plots/efficiency.svg").read_text()
+    for text in ("Fast", "Slow", "not reached by its end", "time, ended sooner"):
+        assert text in svg
