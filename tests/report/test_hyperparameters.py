@@ -1,6 +1,11 @@
 """Table 1: what ran, and what differs."""
 
 from stlm.report.hyperparameters import table1, variants_table
+
+
+import json
+
+from stlm.report.hyperparameters import table1
 from stlm.report.results import read_results
 from stlm.report.table import Section
 
@@ -85,3 +90,16 @@ def test_variants_are_listed_by_what_differs(make_study):
 def test_one_variant_differs_from_nothing(make_study):
     study = make_study({"baseline": ("Baseline", {})}, benchmarks={})
     assert variants_table(study, read_results(study)) is None
+
+
+def test_data_keys_are_shown_where_a_variant_sets_them(make_study):
+    study = make_study({"baseline": ("Baseline", {}), "own": ("Own", {})})
+    assert "order" not in cells(study)
+    path = study.runs["own"].folder / "train.json"
+    data = {"order": "length", "weights": {"books": 0.5, "speech": 2.0}, "unique_tokens": 64000}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    rows = cells(study)
+    assert [cell.text for cell in rows["order"]] == ["shuffled", "length"]
+    assert [cell.text for cell in rows["weights"]] == ["–", "books 0.5, speech 2"]
+    assert [cell.text for cell in rows["unique tokens"]] == ["–", "64,000"]
+    assert "pacing" not in rows
