@@ -1,11 +1,8 @@
 """Table 1: what ran, and what differs."""
 
-from stlm.report.hyperparameters import table1, variants_table
-
-
 import json
 
-from stlm.report.hyperparameters import table1
+from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.results import read_results
 from stlm.report.table import Section
 
