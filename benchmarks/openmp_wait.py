@@ -23,7 +23,7 @@ import sys, time, torch
 from stlm.study import load_study
 from stlm.model.transformer import Transformer
 from stlm.training.devices import choose_device
-from stlm.training.loop import build_optimizer
+from stlm.training.optimizers import build_optimizer
 study = load_study("desk")
 run = study.runs[study.baseline]
 where = choose_device(run.training)

@@ -24,7 +24,7 @@ from stlm.model.config import training_flops_per_token
 from stlm.model.transformer import Transformer
 from stlm.study import load_study
 from stlm.training.devices import choose_device
-from stlm.training.loop import build_optimizer
+from stlm.training.optimizers import build_optimizer
 
 RESULT = Path(__file__).parent / "results" / "paper_cost.json"
 

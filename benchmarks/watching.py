@@ -21,7 +21,7 @@ from stlm.files import write_json
 from stlm.model.transformer import Transformer
 from stlm.study import Run, load_study
 from stlm.training.devices import choose_device
-from stlm.training.loop import build_optimizer
+from stlm.training.optimizers import build_optimizer
 from stlm.training.watch import Watch
 
 RESULT = Path("results/benchmarks/watching.json")

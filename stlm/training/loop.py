@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import sys
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from stlm.errors import Interrupted, UserError
-from stlm.files import atomic_directory, disk_errors, read_json, remove_leftovers, write_json
+from stlm.files import disk_errors, read_json, remove_leftovers
 from stlm.model.config import training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.transformer import Transformer
@@ -31,11 +30,12 @@ from stlm.training.difficulty import Reference
 from stlm.training.distributed import Group, Share, processes
 from stlm.training.divergence import explain
 from stlm.training.optimizers import build_optimizer
-from stlm.training.records import CURVE_COLUMNS, NoRecords, Records, write_rows
+from stlm.training.publish import publish
+from stlm.training.records import NoRecords, Records
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
 from stlm.training.state import Progress, draws, fingerprint, load_state, save_state
-from stlm.training.watch import WATCH_COLUMNS, Watch
+from stlm.training.watch import Watch
 
 
 class Trainer:
@@ -390,35 +390,6 @@ class Trainer:
         self.progress.seconds += seconds
         return (self.progress.step - self.clock_step) / seconds
 
-    def publish(self) -> None:
-        """Put the finished outputs in place, then forget the rolling state.
-
-        Until all are in place the state keeps its own (linked, not moved): a kill in between, after which an
-        engine deletes what was published, costs nothing.
-        """
-        folder = self.run.folder
-        for name in ("checkpoints", "dvclive", "curve.csv", "watch.csv", "train.json"):
-            remove_leftovers(folder, name)
-        tokenizer = self.output / "checkpoints" / "tokenizer"
-        shutil.rmtree(tokenizer, ignore_errors=True)
-        shutil.copytree(self.run.tokens_folder / "tokenizer", tokenizer)
-        for name in ("checkpoints", "dvclive"):
-            with atomic_directory(folder / name) as temporary:
-                shutil.copytree(self.output / name, temporary, copy_function=_link, dirs_exist_ok=True)
-        write_rows(folder / "curve.csv", CURVE_COLUMNS, self.progress.rows)
-        write_rows(folder / "watch.csv", WATCH_COLUMNS, self.watch.rows)
-        write_json(folder / "train.json", self.summary())
-        self.state_path.unlink()
-        shutil.rmtree(self.run.state_folder, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
 
 def train(run: Run) -> None:
     """Train ``run``; write ``checkpoints/``, ``dvclive/``, {curve,watch}.csv and train.json to its folder.
@@ -469,7 +440,14 @@ def _train(run: Run, group: Group, signals: StopSignals) -> None:
     with disk_errors(run.folder):
         trainer.fit(signals)
         if group.leads:
-            trainer.publish()
+            publish(
+                run,
+                trainer.output,
+                trainer.state_path,
+                trainer.progress.rows,
+                trainer.watch.rows,
+                trainer.summary(),
+            )
     if group.leads:
         print(
             f"{run.name}: {trainer.progress.rows[-1]['val_bits_per_byte']:.4f} bits per byte on validation "

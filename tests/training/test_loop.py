@@ -22,7 +22,7 @@ from filelock import FileLock
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.tokens.batches import ValidationSet
-from stlm.training import loop
+from stlm.training import loop, publish
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.loop import Trainer, train
 from stlm.training.records import CURVE_COLUMNS
@@ -189,7 +189,7 @@ def test_a_repository_without_a_commit_is_told(make_run):
 
 def test_a_changed_recipe_starts_afresh(make_run, monkeypatch, capsys):
     run = make_run()
-    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    monkeypatch.setattr(loop, "publish", lambda *arguments: None)
     train(run)
     train(make_run(learning_rate=5e-3))
     assert "resuming" not in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_a_changed_recipe_starts_afresh(make_run, monkeypatch, capsys):
 
 
 def test_recording_more_or_less_does_not_start_afresh(make_run, monkeypatch, capsys):
-    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    monkeypatch.setattr(loop, "publish", lambda *arguments: None)
     train(make_run())
     train(make_run(log_every=1, save_every=7))
     assert "resuming after step 12" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_recording_more_or_less_does_not_start_afresh(make_run, monkeypatch, cap
 
 def test_a_state_of_another_recipe_is_set_aside(make_run, monkeypatch, capsys):
     run = make_run()
-    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    monkeypatch.setattr(loop, "publish", lambda *arguments: None)
     train(run)
     train(make_run(learning_rate=5e-3))
     assert "set aside as" in capsys.readouterr().err
@@ -231,9 +231,9 @@ def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_rows", cut_after(loop.write_rows))
-        patch.setattr(loop, "write_json", cut_after(loop.write_json))
-        patch.setattr(loop, "atomic_directory", cut_after(loop.atomic_directory))
+        patch.setattr(publish, "write_rows", cut_after(publish.write_rows))
+        patch.setattr(publish, "write_json", cut_after(publish.write_json))
+        patch.setattr(publish, "atomic_directory", cut_after(publish.atomic_directory))
         with pytest.raises(KeyboardInterrupt):
             train(run)
     shutil.rmtree(run.folder, ignore_errors=True)
@@ -247,7 +247,7 @@ def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run
 def test_what_a_kill_left_of_a_checkpoint_is_not_published(make_run, monkeypatch):
     run = make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "publish", lambda self: None)
+        patch.setattr(loop, "publish", lambda *arguments: None)
         train(run)
     (run.state_folder / "output" / "checkpoints" / ".step-0000012.x.partial").mkdir()
     train(run)
@@ -280,7 +280,7 @@ def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(make_
 
 def test_a_damaged_state_is_told(make_run, monkeypatch):
     run = make_run()
-    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    monkeypatch.setattr(loop, "publish", lambda *arguments: None)
     train(run)
     state = run.state_folder / "state.pt"
     whole = state.read_bytes()
@@ -292,7 +292,7 @@ def test_a_damaged_state_is_told(make_run, monkeypatch):
 
 def test_a_state_that_would_run_code_is_refused(make_run, monkeypatch, tmp_path):
     run = make_run()
-    monkeypatch.setattr(Trainer, "publish", lambda self: None)
+    monkeypatch.setattr(loop, "publish", lambda *arguments: None)
     train(run)
 
     class Malicious:

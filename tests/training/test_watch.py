@@ -14,7 +14,8 @@ from stlm.files import read_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import load_checkpoint
-from stlm.training.loop import Trainer, build_optimizer, train
+from stlm.training.loop import Trainer, train
+from stlm.training.optimizers import build_optimizer
 from stlm.training.watch import WATCH_COLUMNS, Watch, attention_figures, layer_of
 
 

@@ -1,0 +1,51 @@
+"""Where a finished run's outputs go: from its working folder to where the engines look for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stlm.files import atomic_directory, remove_leftovers, write_json
+from stlm.study import Run
+from stlm.training.records import CURVE_COLUMNS, write_rows
+from stlm.training.watch import WATCH_COLUMNS
+
+
+def publish(
+    run: Run,
+    output: Path,
+    state: Path,
+    curve: list[dict[str, Any]],
+    watch: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
+    """Put the finished outputs in place, then forget the rolling state.
+
+    `output` holds checkpoints/ and dvclive/, `curve`, `watch` and `summary` are what curve.csv, watch.csv and
+    train.json will hold. Until all are in place the state keeps its own (linked, not moved): a kill in
+    between, after which an engine deletes what was published, costs nothing.
+    """
+    folder = run.folder
+    for name in ("checkpoints", "dvclive", "curve.csv", "watch.csv", "train.json"):
+        remove_leftovers(folder, name)
+    tokenizer = output / "checkpoints" / "tokenizer"
+    shutil.rmtree(tokenizer, ignore_errors=True)
+    shutil.copytree(run.tokens_folder / "tokenizer", tokenizer)
+    for name in ("checkpoints", "dvclive"):
+        with atomic_directory(folder / name) as temporary:
+            shutil.copytree(output / name, temporary, copy_function=_link, dirs_exist_ok=True)
+    write_rows(folder / "curve.csv", CURVE_COLUMNS, curve)
+    write_rows(folder / "watch.csv", WATCH_COLUMNS, watch)
+    write_json(folder / "train.json", summary)
+    state.unlink()
+    shutil.rmtree(run.state_folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
