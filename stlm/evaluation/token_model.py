@@ -120,8 +120,8 @@ class TokenModel:
         self, encoded: Sequence[Encoded], requests: Sequence[Request], progress: Progress, greedy: bool
     ) -> list[Score]:
         forwards, parts = self._plan(requests, encoded)
-        waiting = np.bincount([p.forward for p in parts if p.n_tokens], minlength=len(forwards))
-        progress(sum(not part.n_tokens for part in parts))
+        waiting = np.bincount([p.forward for p in parts if p.forward >= 0], minlength=len(forwards))
+        progress(sum(part.forward < 0 for part in parts))
         shared = SharedPrefixes(forwards)
         if self.packs:
             rows = list(pack(shared.forwards, shared.order, shared.common, self.batch_tokens))
@@ -133,7 +133,7 @@ class TokenModel:
         scores = []
         for part, tokens in zip(parts, (e.tokens for e in encoded), strict=True):
             total, best = 0.0, True
-            if part.n_tokens:
+            if part.forward >= 0:
                 forward, own_P2 = forwards[part.forward], found[part.forward]
                 inner_P2, final_2 = (
                     own_P2[part.start - forward.start : forward.inner],
@@ -141,9 +141,9 @@ class TokenModel:
                 )
                 total = float(inner_P2[:, 0].sum() + final_2[0])
                 best = bool(final_2[1] and inner_P2[:, 1].all())
-                if part.starts_document:
-                    total += float(first[tokens[0], 0])
-                    best = best and bool(first[tokens[0], 1])
+            if part.starts_document:
+                total += float(first[tokens[0], 0])
+                best = best and bool(first[tokens[0], 1])
             scores.append(Score(total, part.n_tokens, part.truncated, best if greedy else None))
         return scores
 
@@ -163,8 +163,15 @@ class TokenModel:
             cut = common_cut.get(request.item, own_cut) if request.whole else own_cut
             first_target = max(1 if request.whole else item.n_context, cut + 1)
             n_tokens = len(item.tokens) - first_target
+            starts_document = request.whole and cut == 0 and not item.starts_with_eot
             if n_tokens <= 0:
-                parts.append(_Part(-1, 0, 0, False, 0, cut > 0))
+                if request.continuation and not request.whole:
+                    raise UserError(
+                        f"the continuation {request.continuation[:40]!r} adds no token to its context "
+                        f"{request.context[-40:]!r}: the tokenizer makes them one; expected a context "
+                        "that ends where a token does, for example before a space"
+                    )
+                parts.append(_Part(-1, 0, 0, starts_document, int(starts_document), cut > 0))
                 continue
             # Position p of the input predicts token p + 1 of the sequence.
             tokens, start, last = item.tokens[own_cut:-1], first_target - 1 - own_cut, int(item.tokens[-1])
@@ -177,7 +184,6 @@ class TokenModel:
                     known.finals.append(last)
                 if start < known.start:
                     forwards[number] = known._replace(start=start)
-            starts_document = request.whole and cut == 0 and not item.starts_with_eot
             final = forwards[number].finals.index(last)
             parts.append(_Part(number, start, final, starts_document, n_tokens + starts_document, cut > 0))
         return forwards, parts

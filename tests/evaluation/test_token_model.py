@@ -87,6 +87,26 @@ def test_scores_equal_one_request_at_a_time_with_full_logits(transformer, tokeni
         assert score.n_tokens == n_tokens
 
 
+def test_a_continuation_that_merges_into_its_context_is_told(transformer):
+    """With `" "` before it the context has a token that the whole has not: there is none left to score."""
+
+    class Merging(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text.replace("ab", "B"))
+
+    model = model_of(transformer, Merging())
+    with pytest.raises(UserError, match="the continuation 'b' adds no token to its context 'xa'"):
+        model.loglikelihoods([Request("xa", "b")])
+    assert model.loglikelihoods([Request("xa", "bc")])[0].n_tokens == 1
+
+
+def test_a_string_of_one_token_scored_whole_is_its_first_token(transformer):
+    model = model_of(transformer, ByteTokenizer())
+    whole, alone = model.loglikelihoods([Request("a", "", whole=True), Request("", "a")])
+    assert (whole.n_tokens, alone.n_tokens) == (1, 1)
+    assert whole.logprob == pytest.approx(alone.logprob, abs=1e-5)
+
+
 def test_what_does_not_fit_is_cut_from_the_left_and_said(transformer, tokenizer):
     requests = [
         Request("abc " * 30, "b c"),
