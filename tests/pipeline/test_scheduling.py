@@ -81,6 +81,17 @@ def test_the_status_of_a_stopped_training_is_not_lost_behind_its_log(jobs, monke
     assert {job["verb"] for job in done} <= {"fetch", "tokenize", "contamination"}
 
 
+def test_several_processes_of_a_run_take_a_gpu_each(fresh, tmp_path, monkeypatch):
+    program(tmp_path / "nvidia-smi", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    project = fresh.copy(tmp_path / "project")
+    wanted = ("--config", "processes=2", "--resources", "gpu=4", "--cores", "8")
+    printed = project.run("snakemake", "-n", "--printshellcmds", *wanted, "all")
+    assert "torchrun --standalone --nproc_per_node=2 -m stlm train smoke learned 2>&1" in printed
+    (block,) = (b for b in printed.split("rule ") if b.startswith("train:") and "run=learned" in b)
+    assert "gpu=2" in block
+
+
 def beside(one: list[dict], other: list[dict]) -> int:
     """How many pairs of jobs were at work at the same time."""
     return sum(

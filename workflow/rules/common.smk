@@ -16,7 +16,7 @@ from stlm.errors import UserError
 from stlm.study import load_study
 
 # Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
-CHOICES = {"study", "mirror", "set"}
+CHOICES = {"study", "mirror", "processes", "set"}
 
 
 def flatten(value: object, path: str) -> Iterator[str]:
@@ -71,6 +71,13 @@ def benchmarks_params(wildcards) -> str:
 
 def study_params(wildcards) -> str:
     return canonical(STUDY.model_dump(mode="json"))
+
+
+def launch(wildcards, threads) -> str:
+    """How training is started. Asks for `threads` as `set_arguments` does: the results are the same."""
+    if PROCESSES == 1:
+        return "stlm"
+    return f"torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
 
 
 def set_arguments(wildcards, threads) -> str:
@@ -159,6 +166,7 @@ CORES = workflow.resource_settings.cores or MACHINE
 # GPU runs share the cores: tiny models train faster side by side on few threads each than one after the other
 # on all (docs/log.md).
 GPUS = 1 if shutil.which("nvidia-smi") else 0
+PROCESSES = config.get("processes", 1)
 SHARES = (workflow.resource_settings.resources.get("gpu").value or 1) + 1 if GPUS else len(STUDY.runs)
 RUN_THREADS = max(1, CORES // SHARES)
 BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)

@@ -13,9 +13,10 @@ rule train:
         "../envs/stlm.yaml"
     threads: RUN_THREADS
     resources:
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
+        launch=launch,
         run=run_params,
         set=set_arguments,
     shell:
-        "stlm train {wildcards.study} {wildcards.run}{params.set} 2>&1 | (trap '' INT TERM USR1; exec tee {log})"
+        "{params.launch} train {wildcards.study} {wildcards.run}{params.set} 2>&1 | (trap '' INT TERM USR1; exec tee {log})"
