@@ -16,6 +16,7 @@ import torch
 
 from stlm.errors import Interrupted, UserError
 from stlm.files import read_json
+from stlm.tokens.config import DataConfig
 from stlm.training import loop
 from stlm.training.loop import Trainer, train
 from stlm.training.signals import StopSignals
@@ -83,10 +84,30 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(number, step, make_r
     assert_same(plain, stopped)
 
 
-def test_stopped_after_every_step_it_ends_the_same(make_run, monkeypatch):
+RICH = {
+    "optimizer": "muon",
+    "schedule": "wsd",
+    "dropout_schedule": "triangular",
+    "watch_every": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data"),
+    [
+        ({}, {}),
+        (RICH, {"order": "length", "attention": "within"}),
+        (RICH, {"order": "length", "pacing": "competence"}),
+    ],
+    ids=["plain", "muon-and-schedules", "curriculum"],
+)
+def test_stopped_after_every_step_it_ends_the_same(recipe, data, make_run, monkeypatch):
     """The mean loss of a row spans several stops, and no row or checkpoint is lost or doubled."""
-    sizes = {"checkpoints": [5], "accumulation": 2, "log_every": 5}
-    plain, stopped = make_run("plain", **sizes), make_run("stopped", **sizes)
+    sizes = {"checkpoints": [5], "accumulation": 2, "log_every": 5, **recipe}
+    plain, stopped = (
+        run.model_copy(update={"data": DataConfig(**data)})
+        for run in (make_run("plain", **sizes), make_run("stopped", **sizes))
+    )
     train(plain)
     original = Trainer.step
 
