@@ -221,6 +221,8 @@ class Trainer:
             self.group.wait()  # for the leader, who tells where it began and ends all
         step, loss, norm = self.watch.first_not_finite() or (step, self.losses[-1], self.norm)
         self.watch.drain()
+        watched = self.watch.rows
+        self.rewind(step)
         whole = Group().share(self.config)
         found = explain(
             self.run,
@@ -229,7 +231,7 @@ class Trainer:
             step,
             self.eager_loss,
             self.micro_batches(step, whole),
-            self.watch.rows,
+            watched,
         )
         kept = self.progress.checkpoints
         last = f"{self.output / 'checkpoints' / kept[-1]['folder']}" if kept else "none was due yet"
@@ -239,6 +241,26 @@ class Trainer:
             f"training.learning_rate (now {self.config.learning_rate}) or raise training.warmup_steps.\n"
             f"{found}"
         )
+
+    def rewind(self, step: int) -> None:
+        """Where `step` has spoilt the weights before it was noticed, on a GPU: have those before it again.
+
+        The steps since the last state are repeated. Where there is none, or other processes would have to
+        take part, the weights stay as they are.
+        """
+        if self.group.size > 1 or all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            return
+        progress = load_state(self.state_path, self.mark, self.model, self.optimizer)
+        if progress is None or progress.step >= step:
+            return
+        print(
+            f"{self.run.name}: diverged at step {step}; repeating the steps since {progress.step} to find "
+            "where",
+            file=sys.stderr,
+        )
+        self.progress, self.losses, self.watch = progress, [], Watch(self.model, 0, self.eager_hidden, {})
+        while self.progress.step < step - 1:
+            self.step()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -73,6 +73,41 @@ def test_the_step_the_layer_and_the_documents_are_named(make_run, faulty, part, 
     assert record["rows"][0]["documents"][0]["text"][:10] in lines[2]
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """No look at a step before its row is due: the weights are spoilt by then."""
+    step = Trainer.step
+
+    def without_a_look(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "check", lambda self, step: None)
+            step(self)
+
+    monkeypatch.setattr(Trainer, "step", without_a_look)
+
+
+@pytest.mark.parametrize("save_every", [3, 100])
+def test_noticed_late_the_weights_before_it_are_made_again(make_run, faulty, as_on_a_gpu, save_every, capsys):
+    run = make_run(model={"layers": 3}, steps=20, log_every=10, save_every=save_every, validate_every=20)
+    batches = Trainer(run).batches
+    step = 8  # the state is of step 6
+    rows = [row for row in range(4) if (batches.batch(step - 1, 0, 1)[row, :-1] == BAD).any()]
+    assert 0 < len(rows) < 4, "a batch that tells nothing"
+    faulty(1, "ffn", step)
+    with pytest.raises(UserError) as error:
+        train(run)
+    first, where, *_ = str(error.value).splitlines()
+    assert first.startswith("run tiny-run: step 8: the loss is nan")
+    found = [own["row"] for own in read_json(run.state_folder / RECORD)["rows"]]
+    if save_every == 3:
+        assert where == "Where: the feed-forward output of block 2 is the first that is not finite."
+        assert "repeating the steps since 6" in capsys.readouterr().err
+        assert found == rows
+    else:
+        assert where.startswith("Where: the weights of all layers were no longer finite")
+        assert found == [0, 1, 2, 3]
+
+
 def parts(make_run, **model):
     trainer = Trainer(make_run(model={"layers": 3, **model}))
     return (
