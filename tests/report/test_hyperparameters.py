@@ -61,8 +61,8 @@ def test_any_key_that_differs_has_a_row(make_study):
 
 def test_techniques_that_no_variant_uses_have_no_row(make_study):
     rows = cells(make_study({"baseline": ("Baseline", {}), "qk": ("QK-norm", {"qk_norm": True})}))
-    assert [cell.text for cell in rows["qk norm"]] == ["no", "yes"]
-    assert not {"logit softcap", "zero init", "compile", "dropout schedule", "momentum"} & set(rows)
+    assert [cell.text for cell in rows["QK-norm"]] == ["no", "yes"]
+    assert not {"logit soft cap", "QKV shift", "compile", "dropout schedule", "momentum"} & set(rows)
     assert rows["learning rate"][0].text == "0.0006"
 
 
