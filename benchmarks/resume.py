@@ -43,8 +43,8 @@ from stlm.files import read_json, write_json
 OUTPUT = Path("results/benchmarks/resume.json")
 STUDY, RUN = "smoke", "baseline"
 TIMES = ("seconds", "tokens_per_second")
-# Small enough for a few minutes in all, and with all that has a state or a schedule: accumulation, dropout, an
-# order of the data, two optimizers, rows that no save is due at, checkpoints.
+# Small enough for a few minutes in all, and with all that has a state or a schedule: accumulation, dropout,
+# an order of the data, two optimizers, rows that no save is due at, checkpoints.
 RECIPE = {
     "model.layers": 2,
     "model.width": 64,
