@@ -4,7 +4,8 @@ nanoGPT is on no package index; `NanoGPT` is written anew with the choices of it
 time of writing: a GPT-2 with layer norms without bias, GELU of four widths, learned positions, tied head,
 torch's fused attention, logits whole, AdamW (fused on CUDA alone), the gradient's norm clipped at 1.
 `transformers` is its Llama of the very shape of ours, its default (fused) attention, under the same loop.
-`first` is this project's own first version: whole logits and torch's attention.
+`first` is this project's own first version: whole logits and torch's attention. `untuned` is ours without
+what `stlm.process` sets.
 
 Shapes: B batch, L length, D width, H heads, E head width, V vocabulary.
 """
@@ -161,4 +162,4 @@ def first(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple
     )
 
 
-SIDES = {"stlm": stlm, "first": first, "nanogpt": nanogpt, "transformers": llama}
+SIDES = {"stlm": stlm, "untuned": stlm, "first": first, "nanogpt": nanogpt, "transformers": llama}
