@@ -41,7 +41,7 @@ class CheckpointReference(BaseModel):
 
 
 class LossSpike(BaseModel):
-    """A loss (nats) far above the median of the steps before, `level`; `rise`: its height at the worst step.
+    """A loss (nats) far above the level of the steps before, `level`; `rise`: its height at the worst step.
 
     `recovered_after`: steps until the loss was back at the level; None where it never was.
     """

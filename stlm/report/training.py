@@ -126,8 +126,9 @@ def _spikes(spikes: Sequence[LossSpike]) -> Table:
             for spike in spikes
         ],
         notes=[
-            "A spike begins where a step's loss is above the median of the last 50 steps by more than 7 "
-            "robust standard deviations and by 0.2 nats, and is over when the loss is back at that median."
+            "A spike begins where a step's loss is above the median of the last 10 steps by more than 7 "
+            "standard deviations of the noise and by 0.2 nats, and is over when the loss is back at that "
+            "median."
         ],
     )
 

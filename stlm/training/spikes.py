@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
-WINDOW = 50  # Steps whose losses are the reference.
-_LEAST = 20  # A median absolute deviation of fewer says little.
+WINDOW = 50  # Steps from which the losses' noise is taken.
+LEVEL = 10  # Steps whose median is the level: few, because early in training it falls fast.
+_LEAST = 12
 DEVIATIONS = 7.0
-LEAST_RISE = 0.2  # Nats. On a smooth curve the deviation alone would call a ripple a spike.
+LEAST_RISE = 0.2  # Nats. On a smooth curve the noise alone would call a ripple a spike.
 _NEW_LEVEL = 200  # Steps after which a loss that did not come back counts as a new level.
 
 
 class Spikes:
     """Finds spikes in a series of losses, one at a time; its state is plain values, for the resumable state.
 
-    A spike begins where the loss (nats a token) is above the median of the last 50 steps by more than 7
-    robust standard deviations (1.4826 times the median absolute deviation; Hampel 1974) and by 0.2 nats. It
-    is over at the first step whose loss is back at that median; what lies between is no part of later ones.
-    Seven deviations are those of the spike score of OLMo 2 (Team OLMo 2024), which takes the mean and the
-    deviation of 1,000 steps: more than many a run here has, and a mean moves with the spike.
+    A spike begins where the loss (nats a token) is above its level, the median of the last 10 steps, by
+    more than 7 standard deviations of the noise and by 0.2 nats. It is over at the first step whose loss
+    is back at that level; the losses between are no part of later levels. The noise is that of the
+    changes from step to step, by their median absolute deviation (Hampel 1974) over 50 steps: neither a
+    spike nor the fall of the loss moves it. Seven deviations are those of the spike score of OLMo 2 (Team
+    OLMo 2024), which takes mean and deviation of 1,000 steps: more than many a run here has.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -37,9 +40,8 @@ class Spikes:
             self._go_on(step, loss)
             return
         if len(self.recent) >= _LEAST:
-            level = median(self.recent)
-            deviation = 1.4826 * median(abs(other - level) for other in self.recent)
-            if loss - level > max(DEVIATIONS * deviation, LEAST_RISE):
+            level = median(self.recent[-LEVEL:])
+            if loss - level > max(DEVIATIONS * self._noise(), LEAST_RISE):
                 self._state["open"] = True
                 self.found.append(
                     {
@@ -53,7 +55,13 @@ class Spikes:
                 )
                 return
         self.recent.append(loss)
-        del self.recent[:-WINDOW]
+        del self.recent[: -WINDOW - 1]
+
+    def _noise(self) -> float:
+        """The standard deviation of a loss about its trend: a change's is sqrt(2) times as large."""
+        changes = [after - before for before, after in pairwise(self.recent)]
+        middle = median(changes)
+        return 1.4826 * median(abs(change - middle) for change in changes) / math.sqrt(2)
 
     def _go_on(self, step: int, loss: float) -> None:
         spike = self.found[-1]

@@ -29,6 +29,30 @@ def test_a_healthy_run_has_none(noise):
     assert [own for seed in range(10) for own in found(falling(1500, seed, noise))] == []
 
 
+def test_an_early_spike_stands_out_from_the_fall():
+    """The losses of a real run: its 17th update overshot along a sharp direction, its 18th went back."""
+    losses = [
+        7.159,
+        6.953,
+        6.669,
+        6.468,
+        6.267,
+        5.972,
+        5.669,
+        5.439,
+        5.203,
+        5.126,
+        4.982,
+        4.889,
+        4.894,
+        4.951,
+    ]
+    losses += [4.893, 4.847, 4.834, 8.836, 4.913, 4.881]
+    (spike,) = found(losses)
+    assert (spike["step"], spike["recovered_after"]) == (18, 1)
+    assert spike["rise"] == pytest.approx(8.836 - (4.894 + 4.951) / 2, abs=1e-6)
+
+
 def test_a_spike_has_its_step_size_and_end():
     losses = falling(400, noise=0.0)
     for place, height in ((299, 1.0), (300, 2.5), (301, 0.4)):
@@ -36,8 +60,8 @@ def test_a_spike_has_its_step_size_and_end():
     (spike,) = found(losses)
     assert spike["step"] == 300
     assert spike["loss"] == pytest.approx(losses[299], abs=1e-6)
-    # The median of the 50 steps before, which fall without noise, lies between the 25th and the 26th.
-    level = (losses[299 - 25] + losses[299 - 26]) / 2
+    # The median of the 10 steps before, which fall without noise, lies between the 5th and the 6th.
+    level = (losses[299 - 5] + losses[299 - 6]) / 2
     assert spike["level"] == pytest.approx(level, abs=1e-6)
     assert spike["rise"] == pytest.approx(losses[300] - level, abs=1e-6), "the largest, not the first"
     assert spike["grad_norm"] == 30.0
