@@ -36,7 +36,7 @@ from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import write_json
-from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 OUTPUT = Path("results/benchmarks/evaluation.json")

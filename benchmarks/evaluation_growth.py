@@ -30,7 +30,7 @@ from stlm.evaluation.hf_model import Shape
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import write_json
 from stlm.model.segments import Segments
-from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 OUTPUT = Path("results/benchmarks/evaluation_growth.json")

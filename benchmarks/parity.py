@@ -34,7 +34,7 @@ from stlm.evaluation.evaluate import SCORING_VERSION
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, sha256, write_json
-from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import code_version, load_checkpoint
 
 OUTPUT = Path("results/benchmarks/parity.json")

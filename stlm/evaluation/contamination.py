@@ -32,7 +32,8 @@ from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
 from stlm.files import atomic_path, write_json
 from stlm.study import Study
-from stlm.tokens import ComponentTokens, load_tokenizer, read_split
+from stlm.tokens.shards import ComponentTokens, read_split
+from stlm.tokens.tokenizer import load_tokenizer
 
 # Brown et al.'s shortest and longest n-gram.
 SIZES = (8, 13)

@@ -31,9 +31,8 @@ from stlm.evaluation.texts import SplitTexts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
 from stlm.study import Run
-from stlm.tokens import load_tokenizer
 from stlm.tokens.shards import Document
-from stlm.tokens.tokenizer import DESCRIPTION
+from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
 from stlm.training.checkpoints import code_version, load_checkpoint
 from stlm.training.devices import cpu_multiplies_bfloat16
 

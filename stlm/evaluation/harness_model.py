@@ -27,8 +27,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.model.config import parameter_counts
-from stlm.tokens import load_tokenizer
-from stlm.tokens.tokenizer import EOT
+from stlm.tokens.tokenizer import EOT, load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 # Tokens generated where a task asks for no number of them, as lm_eval's `hf`.

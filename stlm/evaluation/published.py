@@ -10,7 +10,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, tokenizer_sha256, weights_sha256
 from stlm.study import PublishedModel
-from stlm.tokens import load_tokenizer
+from stlm.tokens.tokenizer import load_tokenizer
 
 
 def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw: Path = RAW) -> None:

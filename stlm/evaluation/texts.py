@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
-from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.shards import read_split
+from stlm.tokens.tokenizer import load_tokenizer
 
 
 class SplitTexts(Sequence[str]):

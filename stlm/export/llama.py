@@ -19,8 +19,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_directory, write_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.tokens import Tokenizer, load_tokenizer
-from stlm.tokens.tokenizer import EOT
+from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 # What a Llama has, and the key of `model` that says so.

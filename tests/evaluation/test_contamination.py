@@ -16,8 +16,9 @@ from stlm.evaluation.contamination import measure_contamination
 from stlm.evaluation.ngrams import words
 from stlm.files import sha256, write_json
 from stlm.study import load_study
-from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
 
 STUDY = """\
 description: two corpora, one of them a mix

@@ -25,8 +25,9 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
 from stlm.files import sha256
 from stlm.report.results import EvaluationRecord, score_items
-from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 CONFIG = EvaluationConfig(benchmarks=["synthetic_pairs", "synthetic_choice"])

@@ -22,9 +22,8 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
 from stlm.study import load_benchmarks
-from stlm.tokens import Tokenizer
 from stlm.tokens.bpe import train_bpe
-from stlm.tokens.tokenizer import gpt2_tokenizer
+from stlm.tokens.tokenizer import Tokenizer, gpt2_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 CONTEXT = 128

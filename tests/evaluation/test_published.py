@@ -17,7 +17,8 @@ from stlm.evaluation.evaluate import evaluate_run
 from stlm.evaluation.published import evaluate_published
 from stlm.files import read_json
 from stlm.study import PublishedModel, Run, load_study
-from stlm.tokens import load_tokenizer, read_split
+from stlm.tokens.shards import read_split
+from stlm.tokens.tokenizer import load_tokenizer
 
 STUDY = """
 description: A study with a published model.

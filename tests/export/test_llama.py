@@ -14,9 +14,8 @@ from stlm.errors import UserError
 from stlm.export.llama import export_llama
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.tokens import Tokenizer
 from stlm.tokens.bpe import train_bpe
-from stlm.tokens.tokenizer import ByteTokenizer, gpt2_tokenizer
+from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
 
 HARD = [

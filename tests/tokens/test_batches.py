@@ -12,9 +12,10 @@ from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
 from stlm.files import write_json
-from stlm.tokens import load_tokenizer, read_split
 from stlm.tokens.batches import Batches, ValidationSet
+from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
 
 CONTEXT = 64
 

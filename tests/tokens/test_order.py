@@ -13,10 +13,10 @@ from raw_samples import WORDS, write_raw
 
 from stlm.errors import UserError
 from stlm.files import write_json
-from stlm.tokens import read_split
 from stlm.tokens.batches import Batches
 from stlm.tokens.config import DataConfig
 from stlm.tokens.order import mean_lengths
+from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
 
 CONTEXT = 24

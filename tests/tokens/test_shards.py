@@ -12,9 +12,9 @@ from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_json
-from stlm.tokens import load_tokenizer, read_split
-from stlm.tokens.shards import Document, write_shard
+from stlm.tokens.shards import Document, read_split, write_shard
 from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
 from stlm.files import read_json, sha256, write_json
-from stlm.tokens import load_tokenizer, read_split
-from stlm.tokens.shards import SPLITS
+from stlm.tokens.shards import SPLITS, read_split
 from stlm.tokens.survey import mark_duplicates
 from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
 
 Texts = dict[str, list[str]]
 
