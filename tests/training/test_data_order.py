@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import sentences, write_corpus
+from counting_corpus import sentences, write_corpus
 
 from stlm.errors import UserError
 from stlm.tokens.batches import Batches

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tokens
+from counting_corpus import write_tokens
 
 from stlm.files import write_json
 from stlm.model.config import ModelConfig
