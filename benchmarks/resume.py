@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
                     kill = killed.live_and_die(draw, training)
                     kills += [kill] if kill else []
                 else:
-                    killed.start().wait()
+                    if status := killed.start().wait():
+                        raise UserError(f"training ended with status {status}; its log: {killed.log()}")
                 print(f"run {runs}, {len(kills)} kills, the last: {kills[-1:]}", file=sys.stderr)
             found = killed.written()
             differing |= {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
@@ -174,10 +175,17 @@ class Place:
             time.sleep(patience * 0.005)
         process.send_signal(signal.SIGKILL)
         seconds = time.perf_counter() - begin
-        if process.wait() != -signal.SIGKILL:
+        status = process.wait()
+        if status not in (0, -signal.SIGKILL):
+            raise UserError(f"training ended with status {status} after a kill; its log: {self.log()}")
+        if status == 0:
             return None
         wrote = [what for name, what in self._partial().items() if name not in before]
         return {"kind": kind, "seconds": round(seconds, 3), "wrote": wrote[0] if wrote else None}
+
+    def log(self) -> str:
+        """The end of what the processes told."""
+        return (self.root / "log").read_text(errors="replace")[-2000:]
 
     def _until_it_trains(self, process: subprocess.Popen[bytes]) -> None:
         """Until DVCLive's folder is made, right before the first step, or the process has ended."""

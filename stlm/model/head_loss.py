@@ -30,15 +30,18 @@ def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float
     and sums over positions are in float32. Memory is bounded, whatever N. With `softcap` c (0: none),
     logits z are c tanh(z / c) (Gemma 2, 2024).
     """
-    return _HeadLoss.apply(x_ND, weight_VD, targets_N, softcap)
+    wanted = torch.is_grad_enabled()  # inside of a Function it is not
+    return _HeadLoss.apply(x_ND, weight_VD, targets_N, softcap, wanted)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, wanted: bool
+    ) -> Tensor:
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        wants_x, wants_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
         N = len(x_ND)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         dx_ND = torch.empty_like(x_ND) if wants_x else None
@@ -66,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
         # To ask for the value keeps a GPU waiting and breaks a graph; a CPU has it, most often it is 1.
         if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss != 1:
             gradients = [None if own is None else own.mul_(dloss) for own in gradients]
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _even_part(count: int, most: int) -> int:

@@ -72,7 +72,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.scheduled is None or not self.training:
             return F.dropout(x, self.p, self.training)
-        kept = torch.rand_like(x) >= self.scheduled
+        # In float32: bfloat16 has 256 values between 0.5 and 1, and shares of them are not the probability.
+        kept = torch.rand_like(x, dtype=torch.float32) >= self.scheduled
         return x * (kept / (1 - self.scheduled)).to(x.dtype)
 
     def schedule(self, factor: float, device: torch.device) -> None:
@@ -149,20 +150,25 @@ class Attention(nn.Module):
         return torch.addcmul(qkv_BLX, before_BLX, self.shift.to(qkv_BLX.dtype))
 
     @torch.compiler.disable
-    def _attend_scheduled(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor) -> Tensor:
+    def _attend_scheduled(
+        self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
+    ) -> Tensor:
         """Attention whose dropout a schedule changes.
 
         It stays out of the compiled graph, which would be compiled anew at each value of the number.
         """
-        return self._attend(q_BHLE, k_BKLE, v_BKLE, self.dropout_now)
+        return self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
 
-    def _attend(self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, dropout: float) -> Tensor:
-        """Causal attention, [B, H, L, E]."""
+    def _attend(
+        self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Causal attention, [B, H, L, E], of the keys that `sees_B1LL` leaves."""
         return F.scaled_dot_product_attention(
             q_BHLE,
             k_BKLE,
             v_BKLE,
-            is_causal=True,
+            attn_mask=sees_B1LL,
+            is_causal=sees_B1LL is None,
             dropout_p=dropout if self.training else 0.0,
             enable_gqa=self.kv_heads != self.heads,
         )
@@ -192,16 +198,17 @@ class Attention(nn.Module):
         if rope is not None:
             qk_BLHE = rotate(qk_BLHE, *rope)
         q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
-        if segments is not None:
+        sees_B1LL = segments.sees if isinstance(segments, Documents) else None
+        if isinstance(segments, Segments):
             y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
         elif self.training and x_BLD.device.type == "cpu" and not self.dropout:
-            y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE)
+            y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE, sees_B1LL)
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
             if self.scheduled:
-                y_BLHE = self._attend_scheduled(*qkv).transpose(1, 2)
+                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL).transpose(1, 2)
             else:
-                y_BLHE = self._attend(*qkv, self.dropout).transpose(1, 2)
+                y_BLHE = self._attend(*qkv, sees_B1LL, self.dropout).transpose(1, 2)
         y_BLD = y_BLHE.reshape(B, L, D)
         return self.out(y_BLD if rows_N is None else y_BLD.flatten(0, 1)[rows_N])
 

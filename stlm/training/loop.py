@@ -167,7 +167,7 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         for tokens in self.micro_batches(step, self.share):
             with self.where.autocast():
-                documents = self.documents(tokens[:, :-1], self.run.model.attention_dropout)
+                documents = self.documents(tokens[:, :-1])
                 loss = self.loss(tokens[:, :-1], tokens[:, 1:], documents=documents)
             (loss / parts).backward()
             mean += loss.detach()
@@ -198,9 +198,9 @@ class Trainer:
                 tokens = tokens.pin_memory()
             yield tokens.to(self.device, non_blocking=True)
 
-    def documents(self, tokens_BL: Tensor, dropout: float = 0.0) -> Documents | None:
+    def documents(self, tokens_BL: Tensor) -> Documents | None:
         """What keeps attention within the documents of inputs, where it is to stay there."""
-        return None if self.eot is None else Documents.of(tokens_BL, self.eot, dropout)
+        return None if self.eot is None else Documents.of(tokens_BL, self.eot)
 
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
         """The residual stream as in training, outside of torch.compile, whose graphs hold no hooks."""
@@ -223,6 +223,8 @@ class Trainer:
         self.watch.drain()
         watched = self.watch.rows
         self.rewind(step)
+        if self.config.dropout_schedule != "constant":
+            self.model.schedule_dropout(dropout_factor(self.config, step))
         whole = Group().share(self.config)
         found = explain(
             self.run,
@@ -253,6 +255,7 @@ class Trainer:
         progress = load_state(self.state_path, self.mark, self.model, self.optimizer)
         if progress is None or progress.step >= step:
             return
+        self.optimizer.zero_grad(set_to_none=True)  # of the step that failed
         print(
             f"{self.run.name}: diverged at step {step}; repeating the steps since {progress.step} to find "
             "where",
@@ -356,6 +359,8 @@ class Trainer:
             stopped = self.group.largest(signals.received)
         if stopped:
             self.take_time()
+            if self.losses:
+                self.check(progress.step)  # a GPU's steps are looked at when a row is due: save no ruins
             self.save()
             self.group.wait()  # where one process ends, torchrun ends all
         records.close()

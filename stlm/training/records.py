@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class Records:
 
     def advance(self) -> None:
         """One more step is done."""
-        self._bar.update()
+        with suppress(BrokenPipeError):  # no one reads it any more
+            self._bar.update()
 
     def _log_live(self, row: dict[str, float]) -> None:
         self._live.step = int(row["step"])
@@ -113,7 +115,8 @@ class Records:
 
     def close(self) -> None:
         """Finish all."""
-        self._bar.close()
+        with suppress(BrokenPipeError):
+            self._bar.close()
         self._live.end()
         if self._wandb is not None:
             self._wandb.finish()

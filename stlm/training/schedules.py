@@ -87,33 +87,38 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return LEARNING_RATES[config.schedule](config, step)
 
 
-def dropout_constant(config: TrainingConfig, progress: float) -> float:
+def _through(config: TrainingConfig, step: int) -> float:
+    """From 0 at the first step to 1 at the last."""
+    return (step - 1) / max(1, config.steps - 1)
+
+
+def dropout_constant(config: TrainingConfig, step: int) -> float:
     """The configured probability, throughout."""
     return 1.0
 
 
-def dropout_linear(config: TrainingConfig, progress: float) -> float:
+def dropout_linear(config: TrainingConfig, step: int) -> float:
     """A line between the factors `dropout_ends`; rising, a curriculum (Morerio et al. 2017)."""
     first, last = config.dropout_ends
-    return first + (last - first) * progress
+    return first + (last - first) * _through(config, step)
 
 
-def dropout_early(config: TrainingConfig, progress: float) -> float:
+def dropout_early(config: TrainingConfig, step: int) -> float:
     """In the first `dropout_share` of the steps alone (Liu et al. 2023, "Dropout reduces underfitting")."""
-    return 1.0 if progress < config.dropout_share else 0.0
+    return 1.0 if step <= config.dropout_share * config.steps else 0.0
 
 
-def dropout_late(config: TrainingConfig, progress: float) -> float:
+def dropout_late(config: TrainingConfig, step: int) -> float:
     """After the first `dropout_share` of the steps alone (Liu et al. 2023, section 5)."""
-    return 1.0 - dropout_early(config, progress)
+    return 1.0 - dropout_early(config, step)
 
 
-def dropout_triangular(config: TrainingConfig, progress: float) -> float:
+def dropout_triangular(config: TrainingConfig, step: int) -> float:
     """From 0 up to 1 and back, `dropout_cycles` times (the triangles of Smith 2017, cyclical rates)."""
-    return 1.0 - abs(1.0 - 2.0 * ((progress * config.dropout_cycles) % 1.0))
+    return 1.0 - abs(1.0 - 2.0 * ((_through(config, step) * config.dropout_cycles) % 1.0))
 
 
-DROPOUTS: dict[str, Callable[[TrainingConfig, float], float]] = {
+DROPOUTS: dict[str, Callable[[TrainingConfig, int], float]] = {
     "constant": dropout_constant,
     "linear": dropout_linear,
     "early": dropout_early,
@@ -124,4 +129,4 @@ DROPOUTS: dict[str, Callable[[TrainingConfig, float], float]] = {
 
 def dropout_factor(config: TrainingConfig, step: int) -> float:
     """The factor, 0 to 1, of the dropout probabilities in optimizer step ``step`` (from 1)."""
-    return DROPOUTS[config.dropout_schedule](config, (step - 1) / max(1, config.steps - 1))
+    return DROPOUTS[config.dropout_schedule](config, step)

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,4 +53,5 @@ class StopSignals:
         if self.tells:
             # Not `print`: the signal may have come within one, and the same buffer cannot be entered twice.
             text = f"\n{signal.Signals(number).name}: stopping after this step; again to end at once\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
+            with suppress(OSError):  # whoever read it, such as `tee`, may be gone; the state is to be saved
+                os.write(sys.__stderr__.fileno(), text.encode())

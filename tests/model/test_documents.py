@@ -92,8 +92,15 @@ def test_a_row_that_cuts_a_document() -> None:
             assert bool(documents.sees[0, 0, query, key]) == expected
 
 
-def test_attention_dropout_applies(model: Transformer) -> None:
+def test_attention_dropout_applies_as_scheduled_and_in_training_alone(model: Transformer) -> None:
     x_BL = rows()
-    plain = model.hidden(x_BL, Documents.of(x_BL, EOT))
-    dropped = model.hidden(x_BL, Documents.of(x_BL, EOT, dropout=0.5))
-    assert (plain - dropped).abs().max() > 1e-2
+    documents = Documents.of(x_BL, EOT)
+    plain = model.hidden(x_BL, documents)
+    for block in model.blocks:
+        block.attention.dropout = 0.5
+    assert (plain - model.hidden(x_BL, documents)).abs().max() > 1e-2
+    model.schedule_dropout(0.0)
+    torch.testing.assert_close(model.hidden(x_BL, documents), plain, rtol=1e-4, atol=1e-4)
+    model.schedule_dropout(1.0)
+    assert (plain - model.hidden(x_BL, documents)).abs().max() > 1e-2
+    torch.testing.assert_close(model.eval().hidden(x_BL, documents), plain, rtol=1e-4, atol=1e-4)

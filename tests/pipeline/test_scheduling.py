@@ -28,10 +28,12 @@ run = Path("results", names[0], "runs", names[-1])
 outputs = {{
     "fetch": ["data/raw/" + names[0] + "/"],
     "tokenize": ["data/tokens/" + "/".join(names) + "/"],
-    "train": [f"{{run}}/checkpoints/", f"{{run}}/dvclive/", run / "curve.csv", run / "train.json"],
+    "train": [f"{{run}}/{{part}}" for part in
+              ("checkpoints/", "dvclive/", "curve.csv", "watch.csv", "train.json")],
     "evaluate": [run / "items.parquet", run / "evaluation.json"],
     "contamination": [f"results/{{names[0]}}/contaminat{{end}}" for end in ("ed-items.parquet", "ion.json")],
-    "report": [f"results/{{names[0]}}/{{part}}" for part in ("tables/", "plots/", "metrics.json")],
+    "report": [f"results/{{names[0]}}/{{part}}" for part in
+               ("tables/", "plots/", "training/", "metrics.json")],
 }}[verb]
 for output in map(str, outputs):
     Path(output).mkdir(parents=True) if output.endswith("/") else Path(output).write_text(verb)

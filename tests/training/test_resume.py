@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import math
 import os
 import resource
 import signal
@@ -71,12 +72,13 @@ def at_step(monkeypatch, step, action):
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(number, step, make_run, monkeypatch, capfd):
     plain, stopped = make_run("plain", checkpoints=[5, 8]), make_run("stopped", checkpoints=[5, 8])
     train(plain)
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted, match=rf"after step {step} of 12, saved in .*state.pt") as stop:
             train(stopped)
     assert stop.value.status == 128 + number
-    assert signal.getsignal(number) is not None
+    assert signal.getsignal(number) is handler
     assert f"{signal.Signals(number).name}: stopping after this step" in capfd.readouterr().err
     assert not stopped.folder.exists()
     train(stopped)
@@ -297,7 +299,7 @@ def test_leftovers_of_kills_are_cleared_away_and_never_published(make_run, monke
 
 
 def test_a_step_draws_of_its_own_and_those_of_earlier_versions():
-    """Runs without accumulation drew from seed * 1,000,003 + step: they go on as they began."""
+    """Without accumulation they are those of the first version, so that its curves come out again."""
     assert draws(3, 7, 0, 0) == 3 * 1_000_003 + 7
     places = [(step, micro, row) for step in (1, 2, 3) for micro in (0, 1, 2) for row in (0, 4)]
     assert len({draws(0, *place) for place in places}) == len(places)
@@ -327,3 +329,49 @@ def test_a_state_without_the_newer_keys_is_resumed(make_run, monkeypatch):
             train(run)
     train(run)
     assert_same(plain, run)
+
+
+def test_a_signal_saves_though_no_one_reads_what_training_tells(make_run, tmp_path):
+    """As in `stlm train ... 2>&1 | tee log` and ctrl-C, where `tee` is the first to die."""
+    run = make_run("unread", steps=2000, save_every=2000, validate_every=2000)
+    program = (
+        "import os, sys; from stlm.study import Run; from stlm.training.loop import train\n"
+        "train(Run.model_validate_json(os.environ['RUN']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "RUN": run.model_dump_json()},
+        stderr=subprocess.PIPE,
+    )
+    while b"step/s" not in process.stderr.read1():
+        pass
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert (run.state_folder / "state.pt").exists()
+
+
+def test_a_signal_does_not_save_weights_that_a_gpu_has_spoilt_unnoticed(make_run, monkeypatch):
+    """On a GPU steps are checked when a row is due; here a CPU stands in, its own check left out."""
+    run = make_run(log_every=12, save_every=3)
+
+    def spoil(trainer):
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(math.nan)
+
+    original = Trainer.step
+
+    def step(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "check", lambda self, step: None)
+            original(self)
+        if self.progress.step == 4:
+            spoil(self)
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(UserError, match="training diverged"):
+        train(run)
+    state = torch.load(run.state_folder / "state.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())

@@ -99,7 +99,7 @@ def test_inverse_square_root_is_that_of_vaswani():
         ({"dropout_schedule": "early"}, [1, 1, 0, 0, 0]),
         ({"dropout_schedule": "early", "dropout_share": 0.6}, [1, 1, 1, 0, 0]),
         ({"dropout_schedule": "late"}, [0, 0, 1, 1, 1]),
-        ({"dropout_schedule": "late", "dropout_share": 1.0}, [0, 0, 0, 0, 1]),
+        ({"dropout_schedule": "late", "dropout_share": 1.0}, [0, 0, 0, 0, 0]),
         ({"dropout_schedule": "triangular"}, [0, 0.5, 1, 0.5, 0]),
         ({"dropout_schedule": "triangular", "dropout_cycles": 2}, [0, 1, 0, 1, 0]),
     ],

@@ -77,7 +77,8 @@ def launch(wildcards, threads) -> str:
     """How training is started. Asks for `threads` as `set_arguments` does: the results are the same."""
     if PROCESSES == 1:
         return "stlm"
-    return f"torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
+    own = max(1, threads // PROCESSES)
+    return f"OMP_NUM_THREADS={own} torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
 
 
 def set_arguments(wildcards, threads) -> str:
