@@ -28,6 +28,14 @@ TIMES = {"seconds", "tokens_per_second"}
 NAMES = {"run", "variant", "label"}
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Tests that were started in the background ignore SIGINT, and training with them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def written(run):
     """Everything in the run's folder but wall times: the weights, the curve, DVCLive's files, train.json."""
     found = {}
