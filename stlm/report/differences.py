@@ -15,7 +15,7 @@ from stlm.files import write_text
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Comparisons, Score, mark, significant
 from stlm.report.names import benchmark_label
 from stlm.report.results import RunResult, run_label
-from stlm.report.style import CHANCE, figure, styles
+from stlm.report.style import CHANCE, figure, heading, styles
 from stlm.report.table import csv_text
 from stlm.study import Study
 
@@ -75,7 +75,7 @@ def write_differences(
             elif place + columns >= len(panels):  # the lowest of its column
                 axes.tick_params(axis="x", labelbottom=True)
                 axes.set_xlabel("difference (points)")
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
         handles = _legend(panels)
         drawing.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1)
 

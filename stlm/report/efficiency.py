@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from stlm.files import write_text
 from stlm.report.names import count
 from stlm.report.results import RunResult, TrainRecord
-from stlm.report.style import CHANCE, figure
+from stlm.report.style import CHANCE, figure, heading
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study import Study
 
@@ -289,7 +289,7 @@ def write_efficiency(folder: Path, study: Study, found: Sequence[Efficiency]) ->
             axes.tick_params(axis="y", length=0)
             for row in range(1, len(others), 2):
                 axes.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
         drawing.legend(handles=_legend(others), loc="outside lower center", ncols=4)
 
 

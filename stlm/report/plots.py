@@ -18,7 +18,7 @@ from stlm.report.differences import write_differences
 from stlm.report.names import benchmark_label, count
 from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreement, phenomena
 from stlm.report.results import Proportion, RunResult, run_label
-from stlm.report.style import CHANCE, HUMAN, figure, plain_log_ticks, styles
+from stlm.report.style import CHANCE, HUMAN, figure, heading, plain_log_ticks, styles
 from stlm.report.table import csv_text
 from stlm.study import Study
 
@@ -143,7 +143,7 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
             panels[1].set_ylim(late.min() - margin, late.max() + margin)
         for axes in panels:
             axes.xaxis.set_major_locator(MaxNLocator(5))
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
         final = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
         _legend(drawing, panels[0], results, final, title="run and its last value")
 
@@ -202,7 +202,7 @@ def _accuracy(
         axes.set_ylabel("accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
         final = {run: f"  {100 * own[-1][1].value:.1f}" for run, own in points.items()}
         _legend(drawing, axes, results, final, title="run and its last value")
 
@@ -296,7 +296,7 @@ def _dots(
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("accuracy (%)")
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
         if most > 1 or marks:
             _legend(drawing, axes, results, dict.fromkeys(runs, "") if most > 1 else {})
 

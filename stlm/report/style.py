@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,3 +79,9 @@ def figure(
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
         if png:
             drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})
+
+
+def heading(drawing: Figure, title: str) -> None:
+    """The figure's title, at the left, in as many lines as its width asks for."""
+    characters = int(9.5 * drawing.get_figwidth())  # of 13 points
+    drawing.suptitle(textwrap.fill(title, characters), fontsize=13, x=0.01, ha="left")

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from stlm.files import write_text
 from stlm.report.names import count
 from stlm.report.results import LossSpike, RunResult, run_label
-from stlm.report.style import CHANCE, figure, plain_log_ticks
+from stlm.report.style import CHANCE, figure, heading, plain_log_ticks
 from stlm.report.table import Cell, Table, html_document, html_table
 from stlm.study import Study
 
@@ -209,7 +209,7 @@ def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
         for place, axes in enumerate((loss, rate, gradient, speed)):
             _steps_axis(axes, label=place >= 2)
             _above(axes)
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
 
 
 def _logarithmic_if_wide(axes: Axes) -> None:
@@ -258,7 +258,7 @@ def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
             _steps_axis(axes, label=place >= len(panels) - 2)
         _above(grid.flat[1], [Line2D([], [], linewidth=1.5, **look) for look in _OUTER.values()])
         _depth_bar(drawing, grid, blocks, colours)
-        drawing.suptitle(title, fontsize=13, x=0.01, ha="left")
+        heading(drawing, title)
 
 
 def _depth_bar(drawing: Figure, grid: np.ndarray, blocks: Sequence[str], colours: Sequence[tuple]) -> None:
