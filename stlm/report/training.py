@@ -244,7 +244,7 @@ def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
             if place >= len(panels):
                 axes.set_axis_off()
                 continue
-            column, (heading, unit, logarithmic) = list(panels.items())[place]
+            column, (name, unit, logarithmic) = list(panels.items())[place]
             for layer, rows in watch.dropna(subset=column).groupby("layer", sort=False):
                 shown = _thinned(rows)
                 axes.plot(shown["step"], shown[column], linewidth=1.5, **looks[layer])
@@ -254,7 +254,7 @@ def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
             else:
                 axes.set_ylim(bottom=0)
             axes.set_ylabel(unit)
-            _headed(axes, heading)
+            _headed(axes, name)
             _steps_axis(axes, label=place >= len(panels) - 2)
         _above(grid.flat[1], [Line2D([], [], linewidth=1.5, **look) for look in _OUTER.values()])
         _depth_bar(drawing, grid, blocks, colours)
