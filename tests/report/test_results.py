@@ -7,6 +7,7 @@ import pytest
 
 from stlm.errors import UserError
 from stlm.report.results import read_results, score_items
+from stlm.tokens.config import DataConfig
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 
@@ -141,6 +142,8 @@ def test_items_of_another_evaluation_are_refused(make_study):
             {"training": {"betas": (0.9, 0.99)}},
             r"training.betas: \[0.9, 0.95\], the study asks for \[0.9, 0.99\]",
         ),
+        ({"data": {"attention": "within"}}, "data.attention: across, the study asks for within"),
+        ({"data": {"weights": {"a": 1.0}}}, r"data.weights: {}, the study asks for {'a': 1.0}"),
     ],
 )
 def test_results_of_another_recipe_are_refused(make_study, changed, key):
@@ -165,3 +168,15 @@ def test_settings_of_the_record_and_of_other_versions_are_not_compared(make_stud
     del record["model"]["rope_theta"]
     path.write_text(json.dumps(record))
     assert set(read_results(study)) == set(study.runs)
+
+
+def test_results_of_other_data_than_the_default_are_refused_too(make_study):
+    study = make_study(TWO)
+    path = study.runs["sincos"].folder / "train.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": {"sequence": ["b", "a"]}}))
+    with pytest.raises(UserError, match=r"data.sequence: \['b', 'a'\], the study asks for \[\]"):
+        read_results(study)
+    sequence = DataConfig(sequence=("b", "a"))
+    asked = {**study.runs, "sincos": study.runs["sincos"].model_copy(update={"data": sequence})}
+    assert set(read_results(study.model_copy(update={"runs": asked}))) == set(study.runs)
