@@ -225,6 +225,12 @@ def _notes(found: Sequence[Efficiency]) -> list[str]:
             "Validated on other text than the baseline (another corpus, tokenizer or number of validation "
             f"tokens), and not compared: {', '.join(other)}."
         )
+    within = [own.train.label for own in found if own.same_text and own.train.data.attention == "within"]
+    if within:
+        notes.append(
+            "Trained with attention within documents, but validated, as all are, on rows that run across "
+            f"them, which they never saw; compare these by test text: {', '.join(within)}."
+        )
     notes.append(
         "Times are of training alone, without validation; they compare where nothing else kept the machine "
         "busy."

@@ -11,6 +11,7 @@ from stlm.report.build import report
 from stlm.report.efficiency import crossing, efficiencies, efficiency_table
 from stlm.report.results import read_results
 from stlm.report.table import markdown
+from stlm.tokens.config import DataConfig
 
 VARIANTS = {"baseline": ("Baseline", {}), "fast": ("Fast", {}), "slow": ("Slow", {"layers": 3})}
 BASE = {"tokens": [100, 200, 300, 400], "seconds": [10, 20, 30, 40], "bits": [4.0, 3.0, 2.5, 2.25]}
@@ -110,6 +111,18 @@ def test_other_text_is_not_compared(study):
     assert found(changed)["baseline"].at_tokens == pytest.approx(2.45), "the fewest of those that compare"
     table = efficiency_table(changed, efficiencies(changed, read_results(changed)))
     assert any("Validated on other text" in note and note.endswith("Fast.") for note in table.notes)
+
+
+def test_runs_validated_on_what_they_never_saw_are_named(study):
+    before = efficiency_table(study, efficiencies(study, read_results(study)))
+    within = DataConfig(attention="within")
+    runs = {**study.runs, "fast": study.runs["fast"].model_copy(update={"data": within})}
+    set_train(study, "fast", data=within.model_dump(mode="json"))
+    changed = study.model_copy(update={"runs": runs})
+    table = efficiency_table(changed, efficiencies(changed, read_results(changed)))
+    (note,) = set(table.notes) - set(before.notes)
+    assert note.startswith("Trained with attention within documents") and note.endswith("text: Fast.")
+    assert table.records == before.records, "the figures stay"
 
 
 def test_seeds_are_averaged(make_study):
