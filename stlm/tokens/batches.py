@@ -16,7 +16,7 @@ from stlm.tokens.order import Difficulty, Order
 from stlm.tokens.shards import ComponentTokens, Document, read_meta, read_split
 
 # Slots after which the assignment of a batch's rows to the components of a mix repeats.
-# Weights of up to four decimals are met exactly.
+# Shares of up to four decimals are met exactly.
 _PERIOD = 10_000
 
 
@@ -25,8 +25,9 @@ class Batches:
 
     Each component's stream is cut into chunks of `context` tokens (plus the next one, the last target). An
     epoch visits every chunk once, in an order drawn from the seed, the component and the epoch, or in one of
-    the others of `config`. Components of a mix take turns so that after any number of rows each is within
-    one row of its weight's share.
+    the others of `config`. Components of a mix take turns: after any number of rows each of n is less than
+    one row ahead of its share, and at most 1/2 + 1/3 + ... + 1/n rows behind. Shares are whole parts of
+    10,000; a component whose share is too small for one is an error.
 
     `rows` is the whole training's; orders that depend on its length and limits on repetition need it.
     `difficulty` scores chunks where `config` orders by it.
@@ -58,7 +59,11 @@ class Batches:
         self._begins: np.ndarray | None = None
         if self.config.sequence:
             assert rows is not None, "data.sequence needs the number of rows"
-            self._begins = np.cumsum([0, *_largest_remainder(weights, rows)])
+            counts = _largest_remainder(weights, rows)
+            self._begins = np.cumsum([0, *counts])
+            self._check_read(folder, counts, rows)
+        else:
+            self._check_read(folder, self._counts, _PERIOD)
         self.shares = self._shares(rows)
         self._orders = [
             Order(
@@ -111,6 +116,17 @@ class Batches:
         counts = periods * self._counts + np.bincount(self._turns[:rest], minlength=len(self._counts))
         return counts.tolist()
 
+    def _check_read(self, folder: Path, counts: np.ndarray, rows: int) -> None:
+        """Refuse a mix of which a component gives none of `rows`."""
+        total = sum(component.weight for component in self.components)
+        for component, count in zip(self.components, counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"{folder}: the share of {component.name!r} in the mix, {component.weight / total:.2g}, "
+                    f"is none of {rows:,} rows: it would never be read; least possible share: "
+                    f"{1 / rows:.2g}; raise its weight or leave it out"
+                )
+
     def _unique_chunks(self, share: float) -> int | None:
         tokens = self.config.unique_tokens
         return None if tokens is None else max(1, round(tokens * share / self.context))
@@ -148,8 +164,10 @@ def _weighted(folder: Path, components: list[ComponentTokens], config: DataConfi
 def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whose turn each slot of a period is, how often it was before, and each component's turns a period.
 
-    Counts by largest remainder; turns by smooth weighted round robin, which keeps every prefix of the
-    period within one turn of the exact shares.
+    Counts by largest remainder; turns by smooth weighted round robin: the most credit is next. In turns, a
+    component is ahead of its share by less than one, since who is next has credit, and at most
+    1/2 + ... + 1/n behind: let D(k) be the largest sum of k credits. Whoever is next and not among those k
+    has the most, so that D(k) <= k / (k + 1) (D(k + 1) + 1), from D(n) = 0 down to D(1).
     """
     counts = _largest_remainder(weights, _PERIOD)
     turns, ranks = np.zeros(_PERIOD, np.int64), np.zeros(_PERIOD, np.int64)

@@ -12,7 +12,9 @@ from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
 from stlm.files import write_json
-from stlm.tokens.batches import Batches, ValidationSet
+from stlm.tokens import batches as batches_module
+from stlm.tokens.batches import Batches, ValidationSet, _schedule
+from stlm.tokens.config import DataConfig
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer
@@ -92,6 +94,45 @@ def test_a_mix_keeps_its_proportions(mixed: Callable[[dict[str, float]], Path], 
             rows += 1
             for each, weight in weights.items():
                 assert abs(seen[each] - rows * weight / sum(weights.values())) <= 1.5
+
+
+def furthest(counts: list[int]) -> tuple[float, float]:
+    """How many turns a component is ahead of its share at most, and behind, over a period."""
+    turns, _, got = _schedule(counts)
+    assert got.tolist() == counts
+    seen = np.cumsum(turns[:, None] == np.arange(len(counts)), axis=0)
+    due = np.arange(1, len(turns) + 1)[:, None] * np.array(counts) / len(turns)
+    return (seen - due).max(), (due - seen).max()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_turns_of_a_mix_keep_to_their_shares(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_PERIOD", 60)
+    bound = sum(1 / k for k in range(2, n + 1))
+    rng = np.random.default_rng(n)
+    for spread in (0.3, 1.0, 3.0) * 20:
+        counts = rng.multinomial(60 - n, rng.dirichlet(np.full(n, spread))) + 1
+        ahead, behind = furthest(counts.tolist())
+        assert ahead < 1
+        assert behind <= bound + 1e-9
+
+
+def test_a_component_can_be_more_than_a_row_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_PERIOD", 62)
+    assert furthest([6, 1, 1, 1, 26, 1, 26])[1] == pytest.approx(74 / 62)
+
+
+def test_a_component_that_would_never_be_read_is_told(mixed: Callable[[dict[str, float]], Path]) -> None:
+    folder = mixed({"a": 0.99998, "b": 0.00002})
+    with pytest.raises(
+        UserError, match=r"share of 'b' in the mix, 2e-05, is none of 10,000 rows.*possible share: 0.0001;"
+    ):
+        Batches(folder, 9, 4, seed=0)
+    least = Batches(folder, 9, 4, seed=0, config=DataConfig(weights={"a": 0.9999, "b": 0.0001}))
+    assert "b" in {part.name for step in range(2500) for part, _ in least.sources(step)}
+    staged = DataConfig(sequence=("b", "a"))
+    with pytest.raises(UserError, match=r"share of 'b'.*none of 1,000 rows.*possible share: 0.001;"):
+        Batches(folder, 9, 4, seed=0, config=staged, rows=1000)
 
 
 def test_each_component_of_a_mix_is_read_evenly(mixed: Callable[[dict[str, float]], Path]) -> None:
