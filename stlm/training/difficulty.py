@@ -17,7 +17,8 @@ from stlm.study import Run
 from stlm.tokens.shards import ComponentTokens
 from stlm.training.checkpoints import load_checkpoint
 
-_BATCH_TOKENS = 8192
+# Measured at once: so many tokens, and so many logits (of 4 bytes; the loss needs a few times that).
+_TOKENS, _LOGITS = 8192, 2**25
 
 
 class Reference:
@@ -69,7 +70,7 @@ class Reference:
     def _measure(self, component: ComponentTokens, chunks: np.ndarray) -> np.ndarray:
         model, _ = load_checkpoint(self.checkpoint, self.device)
         context = self.run.model.context
-        rows = max(1, _BATCH_TOKENS // context)
+        rows = max(1, min(_TOKENS, _LOGITS // self.run.model.vocab_size) // context)
         scores = np.empty(len(chunks), np.float32)
         tokens = np.empty((rows, context + 1), np.int64)
         starts = range(0, len(chunks), rows)

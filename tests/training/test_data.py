@@ -62,6 +62,23 @@ def test_difficulty_is_the_references_loss(make):
     assert rows[0] == rows[1]
 
 
+def test_a_large_vocabulary_is_measured_in_smaller_parts(make, monkeypatch):
+    train(make("reference"))
+    sizes = []
+    measure = difficulty.mean_losses
+    monkeypatch.setattr(difficulty, "mean_losses", lambda m, t, d: sizes.append(len(t)) or measure(m, t, d))
+    found = []
+    for logits in (2**25, 257 * 32 * 5, 1):
+        monkeypatch.setattr(difficulty, "_LOGITS", logits)
+        trainer = Trainer(make("easy", order="difficulty", reference="reference"))
+        (kept,) = trainer.run.state_folder.parent.glob("*difficulty/*.npy")
+        found.append(np.load(kept))
+        kept.unlink()
+    assert sizes == [48, *[5] * 9, 3, *[1] * 48]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
+
+
 def test_scores_are_computed_once_for_runs_that_read_the_same(make, monkeypatch):
     train(make("reference"))
     counted = []
