@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.shards import ComponentTokens
 from stlm.training.checkpoints import load_checkpoint
+from stlm.training.distributed import Group
 
 # Measured at once: so many tokens, and so many logits (of 4 bytes; the loss needs a few times that).
 _TOKENS, _LOGITS = 8192, 2**25
@@ -26,26 +28,39 @@ class Reference:
 
     Called with a component of `run`'s training text, its number and chunks (places in its stream in units
     of the context), it gives a float32 for each. Computed in float32, once: files beside the runs' states are
-    named after all that they depend on, so that runs with the same chunks share them.
+    named after all that they depend on, so that runs with the same chunks share them. Of a group of
+    processes, which all call it alike, the leader measures and the others wait.
     """
 
-    def __init__(self, run: Run, device: torch.device) -> None:
+    def __init__(self, run: Run, device: torch.device, group: Group | None = None) -> None:
         assert run.reference is not None
-        self.run, self.device = run, device
+        self.run, self.device, self.group = run, device, group or Group()
         parent = run.folder.with_name(run.reference) / "checkpoints"
         folders = sorted(parent.glob("step-*"))
         if not folders:
             raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.reference}")
         self.checkpoint = folders[-1]
         self.weights_sha256 = str(read_json(self.checkpoint / "config.json")["weights_sha256"])
-        self.folder = run.state_folder.parent / "difficulty"
+        self.folder = run.state_folder.parent / ".difficulty"  # no run's name begins with a dot
+        self._given = hashlib.sha256()
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """What a run's weights depend on: the reference, and the scores given so far to the bit.
+
+        Measured anew, with another number of threads or on another device, they differ in the last digits.
+        """
+        return {"reference": self.weights_sha256, "difficulty": self._given.hexdigest()}
 
     def __call__(self, component: ComponentTokens, number: int, chunks: np.ndarray) -> np.ndarray:
         path = self.folder / f"{component.name}-{self._mark(component, chunks)[:24]}.npy"
-        if not path.exists():
-            scores = self._measure(component, chunks)
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, scores, allow_pickle=False)
+        if self.group.leads:
+            if not path.exists():
+                self._keep(path, self._measure(component, chunks))
+            self.group.largest(1)
+        else:
+            while not self.group.largest(0):
+                pass
         try:
             scores = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -55,7 +70,14 @@ class Reference:
                 f"{path}: found {scores.shape}, expected {len(chunks)} finite numbers; "
                 "delete it and run again"
             )
+        self._given.update(scores.astype("<f4").tobytes())
         return scores
+
+    def _keep(self, path: Path, scores: np.ndarray) -> None:
+        """Write what was measured; where another run was sooner, its file stays: it is that run's order."""
+        if not path.exists():
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, scores, allow_pickle=False)
 
     def _mark(self, component: ComponentTokens, chunks: np.ndarray) -> str:
         depends = {
@@ -79,6 +101,7 @@ class Reference:
             for row, chunk in enumerate(batch):
                 component.read(int(chunk) * context, tokens[row])
             scores[start : start + len(batch)] = mean_losses(model, tokens[: len(batch)], self.device)
+            self.group.largest(0)  # a sign of life to those who wait, whose patience is limited
         return scores
 
 

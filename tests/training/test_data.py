@@ -92,7 +92,7 @@ def test_scores_are_computed_once_for_runs_that_read_the_same(make, monkeypatch)
     train(hard)
     assert len(counted) == scored
     assert not torch.equal(weights(easy)["norm.weight"], weights(hard)["norm.weight"])
-    (kept,) = (easy.state_folder.parent / "difficulty").glob("*.npy")
+    (kept,) = (easy.state_folder.parent / ".difficulty").glob("*.npy")
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(UserError, match=r"\.npy: damaged .*delete it"):
         Trainer(easy)
@@ -105,7 +105,7 @@ def test_a_reference_that_was_trained_anew_is_measured_anew(make):
     mark = Trainer(easy).mark
     train(reference.model_copy(update={"seed": 1}))
     assert Trainer(easy).mark != mark
-    assert len(list((easy.state_folder.parent / "difficulty").glob("*.npy"))) == 2
+    assert len(list((easy.state_folder.parent / ".difficulty").glob("*.npy"))) == 2
 
 
 def test_a_missing_reference_is_told(make):
