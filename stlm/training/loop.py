@@ -49,7 +49,7 @@ class Trainer:
         self.where: Device = choose_device(run.training)
         self.device = self.where.device
         context = run.model.context
-        reference = Reference(run, self.device) if run.reference else None
+        reference = Reference(run, self.device, self.group) if run.reference else None
         rows = self.config.steps * self.config.accumulation * self.config.batch_size
         self.batches = Batches(
             run.tokens_folder, context, self.config.batch_size, run.seed, run.data, rows, reference
@@ -76,7 +76,7 @@ class Trainer:
                 ),
                 "tokens": read_json(run.tokens_folder / "meta.json"),
                 "precision": self.where.precision,
-                **({"reference": reference.weights_sha256} if reference else {}),
+                **(reference.mark if reference else {}),
             }
         )
         self.state_path = run.state_folder / "state.pt"

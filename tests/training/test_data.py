@@ -108,6 +108,37 @@ def test_a_reference_that_was_trained_anew_is_measured_anew(make):
     assert len(list((easy.state_folder.parent / ".difficulty").glob("*.npy"))) == 2
 
 
+def test_scores_that_changed_under_a_run_are_another_run(make, monkeypatch):
+    """And a variant may be named `difficulty`."""
+    train(make("reference"))
+    run = make("difficulty", order="difficulty", reference="reference")
+    trainer = Trainer(run)
+    mark = trainer.mark
+    assert Trainer(run).mark == mark
+    trainer.step()
+    trainer.save()
+    (kept,) = (run.state_folder.parent / ".difficulty").glob("*.npy")
+    assert run.state_folder != kept.parent
+    scores = np.load(kept)
+    scores[0] = np.nextafter(scores[0], np.float32(9))
+    np.save(kept, scores)
+    assert Trainer(run).mark != mark
+    kept.unlink()
+    again = Trainer(run)
+    assert again.mark == mark and again.resume(), "measured alike, it is the same run"
+    measure = difficulty.mean_losses
+
+    def overtaken(*arguments):
+        if not kept.exists():
+            np.save(kept, scores)  # another run, which was sooner
+        return measure(*arguments)
+
+    kept.unlink()
+    monkeypatch.setattr(difficulty, "mean_losses", overtaken)
+    assert Trainer(run).mark != mark
+    np.testing.assert_array_equal(np.load(kept), scores)
+
+
 def test_a_missing_reference_is_told(make):
     with pytest.raises(UserError, match="no checkpoint; run: stlm train test reference"):
         Trainer(make("easy", order="difficulty", reference="reference"))

@@ -15,6 +15,7 @@ import torch
 
 from stlm.errors import UserError
 from stlm.files import read_json
+from stlm.tokens.config import DataConfig
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.distributed import processes
 from stlm.training.loop import train
@@ -89,6 +90,30 @@ def test_two_processes_train_as_one(accumulation, dropout, make_run):
     assert read_json(one.folder / "train.json")["processes"] == 1
     assert read_json(two.folder / "train.json")["processes"] == 2
     assert not two.state_folder.exists()
+
+
+LEADER_MEASURES = """
+from stlm.training import difficulty
+from stlm.training.checkpoints import load_checkpoint
+def load(*arguments):
+    print("measuring", file=sys.stderr)
+    return load_checkpoint(*arguments)
+difficulty.load_checkpoint = load
+"""
+
+
+@pytest.mark.slow
+def test_difficulty_is_measured_by_one_process_while_the_others_wait(make_run):
+    sizes = {"model": {"dropout": 0.0}, "steps": 6}
+    train(make_run("reference", **sizes))
+    data = {"data": DataConfig(order="difficulty", reference="reference")}
+    one, two = (make_run(name, **sizes).model_copy(update=data) for name in ("one", "two"))
+    process = torchrun(two, 2, LEADER_MEASURES)
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert said.count("measuring") == 1, said
+    train(one)
+    assert_near(one, two)
 
 
 SIGNAL_SELF = """
