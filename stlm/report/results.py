@@ -343,8 +343,9 @@ def _check_trained_as_asked(run: Run, train: TrainRecord, path: Path, command: s
     Keys that only the record or only the run has are of another version of the program.
     """
     asked = run.model_dump(mode="json", include={"seed", "corpus", "tokenizer", "model", "training"})
-    asked["data"] = run.data.model_dump(mode="json")  # a run's own dump leaves out the default
     found = train.model_dump(mode="json", include=set(asked))
+    # A run's own dump leaves out the default.
+    asked["data"], found["data"] = (own.data.unlimited.model_dump(mode="json") for own in (run, train))
     for section in ("model", "training", "data"):
         asked |= {f"{section}.{key}": value for key, value in asked.pop(section).items()}
         found |= {f"{section}.{key}": value for key, value in found.pop(section).items()}

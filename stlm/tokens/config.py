@@ -86,6 +86,11 @@ class DataConfig(BaseModel):
         return self
 
     @property
+    def unlimited(self) -> DataConfig:
+        """The same without its limit, which may refuse a training but changes none."""
+        return self.model_copy(update={"max_epochs": None})
+
+    @property
     def plain(self) -> bool:
         """Whether this is the default, which changes nothing."""
         return self == DataConfig()

@@ -178,5 +178,6 @@ def test_results_of_other_data_than_the_default_are_refused_too(make_study):
     with pytest.raises(UserError, match=r"data.sequence: \['b', 'a'\], the study asks for \[\]"):
         read_results(study)
     sequence = DataConfig(sequence=("b", "a"))
-    asked = {**study.runs, "sincos": study.runs["sincos"].model_copy(update={"data": sequence})}
-    assert set(read_results(study.model_copy(update={"runs": asked}))) == set(study.runs)
+    for data in (sequence, sequence.model_copy(update={"max_epochs": 4.0})):
+        asked = {**study.runs, "sincos": study.runs["sincos"].model_copy(update={"data": data})}
+        assert set(read_results(study.model_copy(update={"runs": asked}))) == set(study.runs)
