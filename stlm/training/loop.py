@@ -64,7 +64,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.config, self.where.dtype)
         self.mark = fingerprint(
             {
-                "run": run.model_dump(
+                "run": run.model_copy(update={"data": run.data.unlimited}).model_dump(
                     mode="json",
                     exclude={
                         "label": True,

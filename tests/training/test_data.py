@@ -42,6 +42,14 @@ def test_records_of_the_default_are_those_without_the_section(make_run):
     assert Trainer(own).mark != Trainer(run).mark
 
 
+@pytest.mark.parametrize("data", [{}, {"order": "source"}])
+def test_a_limit_that_is_kept_is_the_same_run(make, data):
+    limited, free = make("run", max_epochs=2, **data), make("run", **data)
+    assert limited.model_dump(mode="json") != free.model_dump(mode="json")
+    assert Trainer(limited).mark == Trainer(free).mark
+    assert Trainer(make("run", attention="within", **data)).mark != Trainer(free).mark
+
+
 def test_difficulty_is_the_references_loss(make):
     reference = make("reference")
     train(reference)
