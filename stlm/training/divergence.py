@@ -60,7 +60,7 @@ def locate(
         )
         return Place(sentence, layers[0], 0, list(range(len(next(iter(micro_batches))))))
     model.zero_grad(set_to_none=True)
-    losses: list[Tensor] = []
+    worst: tuple[float, int, Tensor] | None = None
     for micro, tokens_BL in enumerate(micro_batches):
         first: list[tuple[str, str, Tensor]] = []
 
@@ -80,20 +80,22 @@ def locate(
             rows = _false(losses_B.isfinite()) or _worst(losses_B)
             return Place("all activations are finite, the loss of the head is not", HEAD, micro, rows)
         loss.backward()
-        losses.append(_row_losses(model, loss_of, tokens_BL))
+        if worst is None or loss.item() > worst[0]:
+            worst = loss.item(), micro, tokens_BL
         # The backward pass goes from the head down: what it reached first is the last in the model's order.
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 sentence = f"the gradient of {name} ({layer_of(name)}) is the first that is not finite"
-                return Place(sentence, layer_of(name), micro, _worst(losses[micro]))
-    micro = max(range(len(losses)), key=lambda index: losses[index].max().item())
+                return Place(sentence, layer_of(name), micro, _worst(_row_losses(model, loss_of, tokens_BL)))
+    assert worst is not None, "a step has micro-batches"
+    _, micro, tokens_BL = worst
     largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
     name = max(largest, key=largest.__getitem__)
     sentence = (
         "repeated, and without torch.compile, the step has no value that is not finite; the largest "
         f"gradient, {largest[name]:.3g}, is that of {name} ({layer_of(name)}){_growth(watched)}"
     )
-    return Place(sentence, layer_of(name), micro, _worst(losses[micro]))
+    return Place(sentence, layer_of(name), micro, _worst(_row_losses(model, loss_of, tokens_BL)))
 
 
 @torch.no_grad()

@@ -165,14 +165,22 @@ def test_weights_already_broken_name_what_had_grown(make_run):
 
 def test_a_step_that_repeats_without_a_fault_names_the_worst_rows(make_run):
     model, loss_of, micro_batches = parts(make_run)
-    place = locate(model, loss_of, micro_batches)
+    means, singles = [], []
+
+    def counting(tokens):
+        loss = loss_of(tokens)
+        (means if len(tokens) > 1 else singles).append(loss.item())
+        return loss
+
+    place = locate(model, counting, micro_batches)
     assert "no value that is not finite" in place.sentence
     largest = max(model.named_parameters(), key=lambda own: own[1].grad.abs().max())[0]
     assert f"is that of {largest} ({place.layer})" in place.sentence
+    assert len(means) == 2 and place.micro == means.index(max(means))
+    assert len(singles) == 4, "rows of one micro-batch alone are looked at"
     model.eval()
-    worst = max(range(2), key=lambda m: max(model.loss(r[None, :-1], r[None, 1:]) for r in micro_batches[m]))
-    assert place.micro == worst
-    assert len(place.rows) == 4
+    losses = [model.loss(row[None, :-1], row[None, 1:]).item() for row in micro_batches[place.micro]]
+    assert place.rows == sorted(range(4), key=lambda row: -losses[row])
 
 
 def test_parameters_belong_to_layers():
