@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,12 @@ from stlm.training.signals import STOPPING
 
 # What torchrun tells the processes that it starts.
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# What gloo tells of a connection to a process that is gone, in a plain RuntimeError.
+_GLOO_LOST = re.compile(
+    r"connection (closed|reset|refused)|socket closed|(read|write) error|broken pipe|timed out|timeout",
+    re.IGNORECASE,
+)
 
 
 class LostPeer(UserError):
@@ -103,7 +110,10 @@ def _divides(size: int, config: TrainingConfig) -> bool:
 def _exchange(collective: Callable[[], object]) -> None:
     try:
         collective()
-    except RuntimeError as error:  # all that torch tells of a connection that closed
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+        if not lost and not _GLOO_LOST.search(str(error)):
+            raise
         raise LostPeer(
             f"a process of this training ended without a word (killed, or out of memory?); the same command "
             f"goes on from what is saved ({str(error).splitlines()[0]})"

@@ -17,7 +17,7 @@ from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.tokens.config import DataConfig
 from stlm.training.checkpoints import load_checkpoint
-from stlm.training.distributed import processes
+from stlm.training.distributed import Group, LostPeer, processes
 from stlm.training.loop import train
 
 WORKER = """
@@ -203,3 +203,36 @@ def test_a_group_that_torchrun_did_not_start_is_told(make_run, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK is not set.*torchrun"), processes():
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:27533. This is"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:2: Connection reset by peer"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:431] writev [127.0.0.1]:2: Broken pipe"),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:1008] Application timeout caused pair closure"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_other_errors(error, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    with pytest.raises(LostPeer, match="ended without a word"):
+        Group(0, 2).wait()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Tensors must be contiguous")]
+)
+def test_other_errors_of_an_exchange_are_told_as_they_are(error, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    with pytest.raises(type(error)) as told:
+        Group(0, 2).sum([torch.ones(2)])
+    assert told.value is error
