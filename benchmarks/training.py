@@ -1,7 +1,7 @@
 """How fast is a training step, beside nanoGPT's, transformers' and the machine's own peak?
 
     python benchmarks/training.py                    # both models, both dtypes; on a CPU some 15 minutes
-    python benchmarks/training.py --model desk --dtype bfloat16 --rounds 5
+    python benchmarks/training.py --model desk --dtype bfloat16 --rounds 5 --output desk.json
     python benchmarks/training.py --memory           # peak memory against batch and vocabulary, instead
 
 Each side is a process of its own, set up as its users would have it (ours by `stlm.process`, theirs by the
@@ -11,7 +11,8 @@ of a product of matrices of 2,048 (8,192 on a GPU), measured in every round too.
 clipping and the optimizer's update; it waits for no data. Run it on an idle machine: beside other work the
 peers' threads, which wait awake by torch's default, collapse (benchmarks/openmp_wait.py).
 
-Writes results/benchmarks/training.json, or training_memory.json.
+Writes results/benchmarks/training.json, or training_memory.json; a part of it (--model, --dtype, --side) goes
+to --output.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    part = [f"--{key}" for key in ("model", "dtype", "side") if getattr(options, key)]
+    if part and not options.output:
+        parser.error(
+            f"{', '.join(part)}: a part of {OUTPUT} would replace it; name another file with --output"
+        )
     if options.worker:
         work(json.loads(options.worker))
     elif options.memory:
@@ -157,7 +164,6 @@ def measure_speed(options: argparse.Namespace) -> None:
     from training_peers import SIDES
 
     from stlm.files import write_json
-    from stlm.model.config import ModelConfig, training_flops_per_token
 
     names = options.side or list(SIDES)
     content: dict[str, Any] = {
@@ -169,8 +175,6 @@ def measure_speed(options: argparse.Namespace) -> None:
     for name in options.model or MODELS:
         model, batch = MODELS[name]
         batch = options.batch or batch
-        tokens = batch * ModelConfig(**model).context
-        flops = training_flops_per_token(ModelConfig(**model)) * tokens
         for dtype in options.dtype or ("float32", "bfloat16"):
             task = {"model": model, "batch": batch, "device": options.device, "dtype": dtype}
             sides = {"peak": Side(side="peak", compiled=False, **task)}
@@ -181,35 +185,43 @@ def measure_speed(options: argparse.Namespace) -> None:
             for _ in range(options.rounds):
                 for side in sides.values():
                     side.run(options.steps)
-            peak = sides.pop("peak")
-            peak.close()
-            peak_flops = peak.parameters / min(peak.seconds)
-            found = {}
-            for side, own in sides.items():
-                own.close()
-                # nanoGPT's blocks are larger than ours: its own operations are counted.
-                own_flops = flops + 6 * tokens * (own.parameters - sides[names[0]].parameters)
-                found[side] = {
-                    "parameters": own.parameters,
-                    "seconds_a_step": round(min(own.seconds), 4),
-                    "seconds_of_rounds": [round(value, 4) for value in own.seconds],
-                    "tokens_per_second": round(tokens / min(own.seconds), 1),
-                    "gflops": round(own_flops / min(own.seconds) / 1e9, 1),
-                    "mfu": round(own_flops / min(own.seconds) / peak_flops, 3),
-                    "peak_memory_mb": round(own.memory / 2**20),
-                }
-            ours = max(v["tokens_per_second"] for k, v in found.items() if k.startswith("stlm"))
-            content["models"].setdefault(name, {"model": model, "batch": batch})[dtype] = {
-                "peak_gflops": round(peak_flops / 1e9, 1),
-                "sides": found,
-                "ratios": {
-                    side: round(ours / value["tokens_per_second"], 2)
-                    for side, value in found.items()
-                    if not side.startswith("stlm")
-                },
-            }
+            for side in sides.values():
+                side.close()
+            found = figures(model, batch, sides.pop("peak"), sides)
+            content["models"].setdefault(name, {"model": model, "batch": batch})[dtype] = found
             write_json(options.output or OUTPUT, content)
             print(name, dtype, json.dumps(content["models"][name][dtype], indent=1), flush=True)
+
+
+def figures(model: Mapping[str, Any], batch: int, peak: Side, sides: Mapping[str, Side]) -> dict[str, Any]:
+    """What the sides' seconds mean; `ratios`: how much faster than each peer ours is, if it was measured."""
+    from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+
+    config = ModelConfig(**model)
+    tokens = batch * config.context
+    peak_flops = peak.parameters / min(peak.seconds)
+    found = {}
+    for side, own in sides.items():
+        # nanoGPT's blocks are larger than ours: its own operations are counted.
+        more = own.parameters - parameter_counts(config).total
+        flops = tokens * (training_flops_per_token(config) + 6 * more)
+        found[side] = {
+            "parameters": own.parameters,
+            "seconds_a_step": round(min(own.seconds), 4),
+            "seconds_of_rounds": [round(value, 4) for value in own.seconds],
+            "tokens_per_second": round(tokens / min(own.seconds), 1),
+            "gflops": round(flops / min(own.seconds) / 1e9, 1),
+            "mfu": round(flops / min(own.seconds) / peak_flops, 3),
+            "peak_memory_mb": round(own.memory / 2**20),
+        }
+    speeds = {side: value["tokens_per_second"] for side, value in found.items()}
+    ours = [speed for side, speed in speeds.items() if side.startswith("stlm")]
+    peers = {side: speed for side, speed in speeds.items() if not side.startswith("stlm")}
+    return {
+        "peak_gflops": round(peak_flops / 1e9, 1),
+        "sides": found,
+        "ratios": {side: round(max(ours) / speed, 2) for side, speed in peers.items()} if ours else {},
+    }
 
 
 def measure_memory(options: argparse.Namespace) -> None:
