@@ -53,8 +53,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=tuple(MODELS), help="default: both")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="default: both")
-    parser.add_argument("--side", action="append", help="default: all, and compiled ones as --compiled says")
-    parser.add_argument("--compiled", action="store_true", help="also each side under torch.compile")
+    parser.add_argument("--side", action="append", help="default: all")
+    parser.add_argument("--compiled", action="append", default=[], help="a side under torch.compile, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="sequences a step; default: 4 (paper), 8 (desk)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -180,7 +180,7 @@ def measure_speed(options: argparse.Namespace) -> None:
             sides = {"peak": Side(side="peak", compiled=False, **task)}
             for side in names:
                 sides[side] = Side(side=side, compiled=False, **task)
-                if options.compiled:
+                if side in options.compiled:
                     sides[f"{side} compiled"] = Side(side=side, compiled=True, **task)
             for _ in range(options.rounds):
                 for side in sides.values():
