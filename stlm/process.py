@@ -18,12 +18,15 @@ _M_MMAP_MAX = -4
 def tune_process() -> None:
     """Prepare this process for training and scoring on a CPU. Call it before torch is imported.
 
-    OpenMP's threads wait asleep for one another, not awake: waiting awake, their default, costs several times
-    the speed as soon as anything else runs (benchmarks/openmp_wait.py). Memory that tensors free is kept for
-    the next ones, in large pages: a step allocates and frees what it did the step before, and fetching it
-    from the system anew, a page of 4 KiB at a time, took a third of the time (benchmarks/training.py).
+    OpenMP's threads wait awake for one another a moment (1,000 turns, microseconds), then asleep. Their default,
+    awake for long, costs several times the speed as soon as anything else runs; asleep at once costs a
+    fifth of it in small models on an idle machine (benchmarks/openmp_wait.py). Memory that tensors free is
+    kept for the next ones, in large pages: a step allocates and frees what the step before did, and
+    fetching it from the system anew, a page of 4 KiB at a time, takes time (benchmarks/training.py).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Only glibc has these; a user who sets one of its variables knows better.
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
