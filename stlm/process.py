@@ -18,10 +18,10 @@ _M_MMAP_MAX = -4
 def tune_process() -> None:
     """Prepare this process for training and scoring on a CPU. Call it before torch is imported.
 
-    OpenMP's threads wait awake for one another a moment (1,000 turns, microseconds), then asleep. Their default,
-    awake for long, costs several times the speed as soon as anything else runs; asleep at once costs a
-    fifth of it in small models on an idle machine (benchmarks/openmp_wait.py). Memory that tensors free is
-    kept for the next ones, in large pages: a step allocates and frees what the step before did, and
+    OpenMP's threads wait awake for one another a moment (1,000 turns, microseconds), then asleep. Their
+    default, awake for long, costs several times the speed as soon as anything else runs; asleep at once
+    costs a fifth of it in small models on an idle machine (benchmarks/openmp_wait.py). Memory that tensors
+    free is kept for the next ones, in large pages: a step allocates and frees what the step before did, and
     fetching it from the system anew, a page of 4 KiB at a time, takes time (benchmarks/training.py).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
