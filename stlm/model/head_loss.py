@@ -82,6 +82,8 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gr
     """The sum of the losses divided by `count`; with `gradient`, its gradient replaces the logits."""
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
+    if torch.compiler.is_compiling():
+        rows = len(logits_CV)  # compiled code keeps to the cache by itself, and a loop would be unrolled
     for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
         capped_RV = logits_RV if not softcap else torch.tanh(logits_RV.float() / softcap)
         scaled_RV = capped_RV if not softcap else capped_RV * softcap

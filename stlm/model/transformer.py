@@ -149,6 +149,11 @@ class Attention(nn.Module):
             before_BLX = F.pad(qkv_BLX[:, :-1], (0, 0, 1, 0))
         return torch.addcmul(qkv_BLX, before_BLX, self.shift.to(qkv_BLX.dtype))
 
+    def _in_blocks(self, x_BLD: Tensor) -> bool:
+        """Whether attention by blocks is the faster one; unrolled in a graph it takes minutes to compile."""
+        on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.training and on_cpu and not self.dropout
+
     @torch.compiler.disable
     def _attend_scheduled(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
@@ -201,7 +206,7 @@ class Attention(nn.Module):
         sees_B1LL = segments.sees if isinstance(segments, Documents) else None
         if isinstance(segments, Segments):
             y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
-        elif self.training and x_BLD.device.type == "cpu" and not self.dropout:
+        elif self._in_blocks(x_BLD):
             y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE, sees_B1LL)
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
