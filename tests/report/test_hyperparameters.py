@@ -5,6 +5,7 @@ import json
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.results import read_results
 from stlm.report.table import Section
+from stlm.tokens.config import DataConfig
 
 
 def cells(study) -> dict[str, list]:
@@ -95,6 +96,7 @@ def test_data_keys_are_shown_where_a_variant_sets_them(make_study):
     path = study.runs["own"].folder / "train.json"
     data = {"order": "length", "weights": {"books": 0.5, "speech": 2.0}, "unique_tokens": 64000}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    study.runs["own"] = study.runs["own"].model_copy(update={"data": DataConfig(**data)})
     rows = cells(study)
     assert [cell.text for cell in rows["order"]] == ["shuffled", "length"]
     assert [cell.text for cell in rows["weights"]] == ["–", "books 0.5, speech 2"]
