@@ -14,9 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from stlm.checks import check_data, check_names
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
-from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
 from stlm.tokens.config import DataConfig
@@ -367,7 +367,8 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
                 raise UserError(f"{file}: {key}.{own}: a name is lower-case letters, digits, _ and -")
     if len(set(parsed.seeds)) < len(parsed.seeds):
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
-    _check_names(root, file, parsed)
+    corpora = load_corpora(root)
+    check_names(file, parsed, corpora)
     runs = [
         _resolve(name, file, parsed, variant, seed, raw)
         for variant in parsed.variants
@@ -375,7 +376,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     ]
     by_name = {run.name: run for run in runs}
     for run in runs:
-        _check_data(root, file, run, by_name)
+        check_data(file, run, by_name, corpora)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
@@ -399,61 +400,3 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         },
         overrides=list(overrides),
     )
-
-
-def _check_names(root: Path, file: str, parsed: StudyFile) -> None:
-    corpora = load_corpora(root)
-    named = {"corpus": parsed.corpus}
-    named |= {f"variants.{key}.corpus": own.corpus for key, own in parsed.variants.items() if own.corpus}
-    for key, corpus in named.items():
-        if corpus not in corpora:
-            raise UserError(f"{file}: {key}: unknown corpus {corpus!r}{nearest(corpus, corpora)}")
-    for name in parsed.evaluation.benchmarks:
-        if name not in BENCHMARKS:
-            raise UserError(
-                f"{file}: evaluation.benchmarks: unknown benchmark {name!r}{nearest(name, BENCHMARKS)}"
-            )
-        modes = BENCHMARKS[name].modes
-        if not set(modes) & set(parsed.evaluation.modes):
-            raise UserError(
-                f"{file}: evaluation.modes: {', '.join(parsed.evaluation.modes)}, but {name} has "
-                f"{', '.join(modes)} only; add it, or leave {name} out of evaluation.benchmarks"
-            )
-
-
-def _check_data(root: Path, file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """Names in `data` must be there, and a reference must be able to read the run's text."""
-    where, data = f"{file}: run {run.name}: data", run.data
-    mix = load_corpora(root)[run.corpus].mix or {run.corpus: 1.0}
-    for key, names in (("weights", data.weights), ("sequence", data.sequence)):
-        for name in names:
-            if name not in mix:
-                raise UserError(f"{where}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}")
-    trained = data.weights or mix
-    if data.sequence and sorted(data.sequence) != sorted(trained):
-        raise UserError(
-            f"{where}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
-            f"{', '.join(trained)}"
-        )
-    if run.reference is None:
-        return
-    key = f"{where}.reference: {data.reference!r}"
-    variants = {other.variant for other in runs.values() if other.data.reference is None}
-    if data.reference not in variants:
-        raise UserError(
-            f"{key} is no variant without a reference of its own{nearest(data.reference, variants)}"
-        )
-    reference = runs[run.reference]
-    if reference.tokenizer != run.tokenizer:
-        raise UserError(
-            f"{key} has the tokenizer {reference.tokenizer}, the run {run.tokenizer}; they must be the same"
-        )
-    if reference.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
-        raise UserError(
-            f"{key} was trained on {reference.corpus}, with another vocabulary of the name {run.tokenizer}; "
-            f"choose a variant on {run.corpus}"
-        )
-    if reference.model.context < run.model.context:
-        raise UserError(
-            f"{key} has a context of {reference.model.context}, shorter than the run's {run.model.context}"
-        )
