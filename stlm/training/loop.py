@@ -8,11 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from stlm.errors import Interrupted, UserError
@@ -34,7 +33,7 @@ from stlm.training.publish import publish
 from stlm.training.records import NoRecords, Records
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
-from stlm.training.state import Progress, draws, fingerprint, load_state, save_state
+from stlm.training.state import Progress, draws, fingerprint, load_state, locked, save_state
 from stlm.training.watch import Watch
 
 
@@ -429,28 +428,9 @@ def train(run: Run) -> None:
     with (
         processes() as group,
         StopSignals(tells=group.leads) as signals,
-        _lock(run) if group.leads else nullcontext(),
+        locked(run) if group.leads else nullcontext(),
     ):
         _train(run, group, signals)
-
-
-@contextmanager
-def _lock(run: Run) -> Iterator[None]:
-    """Keep other trainings away from the run's state."""
-    path = run.state_folder.with_name(f"{run.name}.lock")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)  # the system gives it back however the process ends
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"run {run.name}: another process is training it ({path} is held); wait for it, or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _train(run: Run, group: Group, signals: StopSignals) -> None:

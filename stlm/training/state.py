@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from stlm.errors import UserError
-from stlm.files import atomic_path
+from stlm.files import atomic_path, disk_errors
 from stlm.model.transformer import Transformer
+from stlm.study import Run
 
 
 @dataclass
@@ -85,3 +89,22 @@ def load_state(
         raise UserError(
             f"{path}: the saved state is damaged ({reason}); delete {path.parent} to train from the start"
         ) from None
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep other trainings away from the run's state."""
+    path = run.state_folder.with_name(f"{run.name}.lock")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)  # the system gives it back however the process ends
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"run {run.name}: another process is training it ({path} is held); wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
