@@ -149,6 +149,7 @@ def processes() -> Iterator[Group]:
     except Interrupted as stop:
         _end_undisturbed()
         group.wait()
+        dist.destroy_process_group()
         if group.leads:
             raise
         raise SystemExit(stop.status) from None
@@ -156,6 +157,9 @@ def processes() -> Iterator[Group]:
         _end_undisturbed()
         # Before this process ends and the others see it, so that the cause is told and not its effects.
         first = store.add("stlm/told", 1) == 1
+        # Gloo's threads, left at work, can abort a Python that ends. NCCL would wait here for those who failed.
+        if not cuda:
+            dist.destroy_process_group()
         if first or not isinstance(error, UserError):
             raise
         raise SystemExit(2) from None
