@@ -4,7 +4,8 @@ nanoGPT is on no package index; `NanoGPT` is written anew with the choices of it
 time of writing: a GPT-2 with layer norms without bias, GELU of four widths, learned positions, tied head,
 torch's fused attention, logits whole, AdamW (fused on CUDA alone), the gradient's norm clipped at 1.
 `transformers` is its Llama of the very shape of ours, its default (fused) attention, under the same loop.
-`first` is this project's own first version: whole logits and torch's attention. `untuned` is ours without
+`first` is this project's own first version: whole logits, torch's attention and the
+plain operations. `untuned` is ours without
 what `stlm.process` sets.
 
 Shapes: B batch, L length, D width, H heads, E head width, V vocabulary.
@@ -146,8 +147,10 @@ def stlm(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple[
 
 def first(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple[Step, int]:
     """Our own first version: `Transformer` with whole logits and torch's fused attention."""
+    from stlm.model import fused
     from stlm.model.transformer import Transformer
 
+    fused.by_hand = lambda x: False
     model = Transformer(config).to(device)
     # What keeps blocks of attention away: in evaluation mode it is torch's. There is no dropout here.
     model.eval()

@@ -6,8 +6,8 @@ backward. Here a block of queries, those of all heads that share a key/value hea
 all keys up to it at once. The weights (half of a length's square, for each head) are kept for the backward
 pass.
 
-Shapes: B batch, L length, H query heads, K key/value heads, G = H / K query heads a group, E head width, Q
-queries of a block, C keys up to the block's end.
+Shapes: B batch, L length, H query heads, K key/value heads, G = H / K query heads a group, E head width,
+N = B K, Q queries of a block, X = G Q rows of a block's products, C keys up to the block's end.
 """
 
 from __future__ import annotations
@@ -19,68 +19,91 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stlm.model.rotary import Rotary, rotate, rotate_back
+
 # Queries of a block: smaller ones look at fewer keys in vain, larger ones make larger products.
 _BLOCK = 64
 
 
 def causal_attention(
-    q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, sees_B1LL: Tensor | None = None
+    qkv_BLSE: Tensor, heads: int, sees_B1LL: Tensor | None = None, rope: Rotary | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over a position's own and earlier ones [B, L, H, E] (Vaswani et al. 2017).
 
-    Each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023). `sees_B1LL`:
-    which of these keys a query may look at, its own among them; None: all.
+    Of the S = H + 2 K heads of `qkv_BLSE` the first H = `heads` are queries, then come K keys and K values;
+    each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023). `sees_B1LL`:
+    which of these keys a query may look at, its own among them; None: all. `rope` rotates queries and keys.
     """
-    return _CausalAttention.apply(q_BLHE, k_BLKE, v_BLKE, sees_B1LL)
+    return _CausalAttention.apply(qkv_BLSE, heads, sees_B1LL, rope)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, sees_B1LL: Tensor | None) -> Tensor:
-        B, L, H, E = q_BLHE.shape
-        K = k_BLKE.shape[2]
-        q_BKGLE = q_BLHE.view(B, L, K, H // K, E).permute(0, 2, 3, 1, 4)
-        q_NGLE = q_BKGLE.reshape(B * K, H // K, L, E)
+    def forward(
+        ctx: Any, qkv_BLSE: Tensor, heads: int, sees_B1LL: Tensor | None, rope: Rotary | None
+    ) -> Tensor:
+        B, L, S, E = qkv_BLSE.shape
+        K = (S - heads) // 2
+        qk_BLSE, v_BLKE = qkv_BLSE.split([heads + K, K], dim=2)
+        if rope is not None:
+            qk_BLSE = rotate(qk_BLSE, *rope)
+        q_BLHE, k_BLKE = qk_BLSE.split([heads, K], dim=2)
         k_NLE, v_NLE = (x.transpose(1, 2).reshape(B * K, L, E) for x in (k_BLKE, v_BLKE))
-        y_NGLE = torch.empty_like(q_NGLE)
-        later_QQ = q_NGLE.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
-        weights = []
-        with torch.autocast(q_BLHE.device.type, enabled=False):
+        q_BKGLE = _grouped(q_BLHE, K)
+        y_BLHE = q_BLHE.new_empty(B, L, heads, E)
+        y_BKGLE = _grouped(y_BLHE, K)
+        later_QQ = q_BLHE.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
+        none_1 = q_BLHE.new_empty(1)
+        queries, weights = [], []
+        with torch.autocast(qkv_BLSE.device.type, enabled=False):
             for begin, end in _blocks(L):
                 Q = end - begin
-                score_NXC = torch.bmm(_rows(q_NGLE, begin, end), k_NLE[:, :end].transpose(1, 2))
-                score_NXC.mul_(1 / math.sqrt(E))
+                q_NXE = _rows(q_BKGLE, begin, end)
+                score_NXC = torch.baddbmm(
+                    none_1, q_NXE, k_NLE[:, :end].transpose(1, 2), beta=0, alpha=1 / math.sqrt(E)
+                )
                 score_NXC.view(B * K, -1, Q, end)[..., begin:].add_(later_QQ[:Q, :Q])
                 if sees_B1LL is not None:
                     unseen_B11QC = ~sees_B1LL[:, :, None, begin:end, :end]
                     score_NXC.view(B, K, -1, Q, end).masked_fill_(unseen_B11QC, -torch.inf)
                 weight_NXC = torch.softmax(score_NXC, dim=-1)
-                y_NGLE[:, :, begin:end] = torch.bmm(weight_NXC, v_NLE[:, :end]).view(B * K, -1, Q, E)
+                y_BKGLE[:, :, :, begin:end] = torch.bmm(weight_NXC, v_NLE[:, :end]).view(B, K, -1, Q, E)
+                queries.append(q_NXE)
                 weights.append(weight_NXC)
-        ctx.save_for_backward(q_NGLE, k_NLE, v_NLE, *weights)
-        return y_NGLE.view(B, K, -1, L, E).permute(0, 3, 1, 2, 4).reshape(B, L, H, E)
+        ctx.rope = rope
+        ctx.save_for_backward(k_NLE, v_NLE, *queries, *weights)
+        return y_BLHE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_NGLE, k_NLE, v_NLE, *weights = ctx.saved_tensors
+    def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, None, None, None]:
+        k_NLE, v_NLE, *kept = ctx.saved_tensors
         B, L, H, E = dy_BLHE.shape
-        N, G = q_NGLE.shape[:2]
-        dy_NGLE = dy_BLHE.view(B, L, N // B, G, E).permute(0, 2, 3, 1, 4).reshape(N, G, L, E)
-        dq_NGLE = torch.empty_like(q_NGLE)
+        K = len(k_NLE) // B
+        blocks = _blocks(L)
+        dy_BKGLE = _grouped(dy_BLHE, K)
+        dqkv_BLSE = k_NLE.new_empty(B, L, H + 2 * K, E)
+        dq_BLHE, dk_BLKE, dv_BLKE = dqkv_BLSE.split([H, K, K], dim=2)
+        dq_BKGLE = _grouped(dq_BLHE, K)
         # Sums over blocks, in float32 whatever the arithmetic.
         dk_NLE, dv_NLE = (torch.zeros_like(k_NLE, dtype=_sum_type(k_NLE)) for _ in range(2))
-        for (begin, end), weight_NXC in zip(_blocks(L), weights, strict=True):
-            dy_NXE = _rows(dy_NGLE, begin, end)
+        none_1, scale = k_NLE.new_empty(1), 1 / math.sqrt(E)
+        for (begin, end), q_NXE, weight_NXC in zip(
+            blocks, kept[: len(blocks)], kept[len(blocks) :], strict=True
+        ):
+            dy_NXE = _rows(dy_BKGLE, begin, end)
             dv_NLE[:, :end] += torch.bmm(weight_NXC.transpose(1, 2), dy_NXE)
             dweight_NXC = torch.bmm(dy_NXE, v_NLE[:, :end].transpose(1, 2))
             dscore_NXC = torch._softmax_backward_data(dweight_NXC, weight_NXC, -1, weight_NXC.dtype)
-            dscore_NXC.mul_(1 / math.sqrt(E))
-            dq_NGLE[:, :, begin:end] = torch.bmm(dscore_NXC, k_NLE[:, :end]).view(N, G, -1, E)
-            dk_NLE[:, :end] += torch.bmm(dscore_NXC.transpose(1, 2), _rows(q_NGLE, begin, end))
-        dq_BLHE = dq_NGLE.view(B, -1, G, L, E).permute(0, 3, 1, 2, 4).reshape(B, L, H, E)
-        dk_BLKE, dv_BLKE = (x.to(k_NLE.dtype).view(B, -1, L, E).transpose(1, 2) for x in (dk_NLE, dv_NLE))
-        return dq_BLHE, dk_BLKE, dv_BLKE, None
+            dq_NXE = torch.baddbmm(none_1, dscore_NXC, k_NLE[:, :end], beta=0, alpha=scale)
+            dq_BKGLE[:, :, :, begin:end] = dq_NXE.view(B, K, -1, end - begin, E)
+            dk_NLE[:, :end] += torch.bmm(dscore_NXC.transpose(1, 2), q_NXE)
+        dk_BLKE.copy_(dk_NLE.mul_(scale).view(B, K, L, E).transpose(1, 2))
+        dv_BLKE.copy_(dv_NLE.view(B, K, L, E).transpose(1, 2))
+        if ctx.rope is not None:
+            dqk_BLSE = dqkv_BLSE[:, :, : H + K]
+            dqk_BLSE.copy_(rotate_back(dqk_BLSE, *ctx.rope))
+        return dqkv_BLSE, None, None, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -88,9 +111,14 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
 
 
-def _rows(x_NGLE: Tensor, begin: int, end: int) -> Tensor:
-    """The block's rows [N, G Q, E], those of a group's heads together."""
-    return x_NGLE[:, :, begin:end].flatten(1, 2)
+def _grouped(x_BLHE: Tensor, kv_heads: int) -> Tensor:
+    """The same elements as [B, K, G, L, E]: the heads of a group together."""
+    return x_BLHE.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _rows(x_BKGLE: Tensor, begin: int, end: int) -> Tensor:
+    """A copy of the block's rows [N, X, E], those of a group's heads together."""
+    return x_BKGLE[:, :, :, begin:end].flatten(2, 3).flatten(0, 1)
 
 
 def _sum_type(x: Tensor) -> torch.dtype:

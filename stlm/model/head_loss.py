@@ -59,6 +59,10 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_weight:
                     part_VD = logits_CV.T @ x_CD
                     dweight_VD = part_VD.to(weight_VD.dtype) if begin == 0 else dweight_VD.add_(part_VD)
+            # The mean's share here, where it is one pass over few elements instead of all logits'.
+            for gradient in (dx_ND, dweight_VD):
+                if gradient is not None:
+                    gradient.mul_(1 / N)
         ctx.save_for_backward(dx_ND, dweight_VD)
         return loss
 
@@ -79,22 +83,25 @@ def _even_part(count: int, most: int) -> int:
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
-    """The sum of the losses divided by `count`; with `gradient`, its gradient replaces the logits."""
+    """The sum of the losses divided by `count`; with `gradient`, that of the sum replaces the logits."""
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
     if torch.compiler.is_compiling():
         rows = len(logits_CV)  # compiled code keeps to the cache by itself, and a loop would be unrolled
     for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
-        capped_RV = logits_RV if not softcap else torch.tanh(logits_RV.float() / softcap)
-        scaled_RV = capped_RV if not softcap else capped_RV * softcap
+        p_RV = logits_RV.float() if not softcap else torch.tanh(logits_RV.float() / softcap)
+        slope_RV = None
+        if softcap:
+            slope_RV = 1 - p_RV.square() if gradient else None
+            p_RV.mul_(softcap)
         target_R1 = targets_R[:, None]
-        p_RV = torch.softmax(scaled_RV, dim=-1, dtype=torch.float32)
+        wanted_R, largest_R = p_RV.gather(1, target_R1)[:, 0], p_RV.amax(dim=-1)
+        p_RV = torch.softmax(p_RV, dim=-1, out=p_RV)
         # -log p of the target would be infinite where p underflows; the largest p never does.
-        log_sum_R = scaled_RV.amax(dim=-1).float() - p_RV.amax(dim=-1).log()
-        total += (log_sum_R - scaled_RV.gather(1, target_R1)[:, 0].float()).sum() / count
+        total += (largest_R - p_RV.amax(dim=-1).log() - wanted_R).sum() / count
         if gradient:
             p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand(len(targets_R), 1))
-            if softcap:
-                p_RV.mul_(1 - capped_RV.square())
-            logits_RV.copy_(p_RV.mul_(1 / count))
+            if slope_RV is not None:
+                p_RV.mul_(slope_RV)
+            logits_RV.copy_(p_RV)
     return total

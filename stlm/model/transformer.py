@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
+from stlm.model.fused import RMSNorm, swiglu
 from stlm.model.head_loss import head_loss
+from stlm.model.rotary import Rotary, rope_tables, rotate
 from stlm.model.segments import Segments
 
 
@@ -29,8 +31,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(ffn_width, width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        gate_BLF, up_BLF = self.gate_up(x_BLD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_BLF) * up_BLF)
+        return self.down(swiglu(self.gate_up(x_BLD)))
 
 
 class GELU(nn.Module):
@@ -84,25 +85,8 @@ class Dropout(nn.Module):
 
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}
-
-
-def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [L, E] of rotary positions (Su et al. 2021, eq. 34; halves rotated)."""
-    wavelengths_e = theta ** (torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angle_Le = torch.arange(context, dtype=torch.float64)[:, None] / wavelengths_e
-    cos_LE = angle_Le.cos().repeat(1, 2)
-    # The sign of the rotation's second row lives in the table, so that applying it needs no negation.
-    sin_LE = torch.cat([-angle_Le.sin(), angle_Le.sin()], dim=1)
-    return cos_LE.float(), sin_LE.float()
-
-
-def rotate(x_BLHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + E/2) of each head by the position's angles."""
-    first, second = x_BLHE.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1)
-    return torch.addcmul(x_BLHE * cos_L1E, swapped, sin_L1E).to(x_BLHE.dtype)
 
 
 def sinusoidal_table(context: int, width: int) -> Tensor:
@@ -181,7 +165,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Rotary | None,
         segments: Segments | Documents | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
@@ -200,14 +184,17 @@ class Attention(nn.Module):
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        if rope is not None:
+        sees_B1LL = segments.sees if isinstance(segments, Documents) else None
+        in_blocks = self._in_blocks(x_BLD) and not isinstance(segments, Segments)
+        if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
         q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
-        sees_B1LL = segments.sees if isinstance(segments, Documents) else None
         if isinstance(segments, Segments):
             y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
-        elif self._in_blocks(x_BLD):
-            y_BLHE = causal_attention(q_BLHE, k_BLKE, v_BLKE, sees_B1LL)
+        elif in_blocks:
+            if added_BLX is not None or self.q_gain is not None:
+                qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
+            y_BLHE = causal_attention(qkv_BLHE, self.heads, sees_B1LL, rope)
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
             if self.scheduled:
@@ -233,7 +220,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: Rotary | None,
         segments: Segments | Documents | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,

@@ -157,7 +157,7 @@ def processes() -> Iterator[Group]:
         _end_undisturbed()
         # Before this process ends and the others see it, so that the cause is told and not its effects.
         first = store.add("stlm/told", 1) == 1
-        # Gloo's threads, left at work, can abort a Python that ends. NCCL would wait here for those who failed.
+        # Gloo's threads, left at work, can abort a Python that ends. NCCL would wait for those who failed.
         if not cuda:
             dist.destroy_process_group()
         if first or not isinstance(error, UserError):

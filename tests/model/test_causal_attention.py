@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
+from stlm.model.rotary import rope_tables, rotate
 from stlm.model.transformer import Transformer
 
 
@@ -17,6 +18,10 @@ def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[t
         torch.randn(2, length, n, 8, generator=generator, dtype=dtype).requires_grad_()
         for n in (heads, kv_heads, kv_heads)
     ]
+
+
+def by_blocks(q, k, v, sees=None, rope=None):
+    return causal_attention(torch.cat([q, k, v], dim=2), q.shape[2], sees, rope)
 
 
 def by_torch(q, k, v, sees=None):
@@ -36,7 +41,7 @@ def test_it_is_torchs_attention(length, heads, kv_heads, masked):
         inputs(length, heads, kv_heads, torch.float64),
         inputs(length, heads, kv_heads, torch.float64),
     )
-    y_BLHE, expected_BLHE = causal_attention(*own, sees), by_torch(*reference, sees)
+    y_BLHE, expected_BLHE = by_blocks(*own, sees), by_torch(*reference, sees)
     torch.testing.assert_close(y_BLHE, expected_BLHE)
     weights_BLHE = torch.randn(y_BLHE.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (y_BLHE * weights_BLHE).sum().backward()
@@ -45,11 +50,27 @@ def test_it_is_torchs_attention(length, heads, kv_heads, masked):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("rows", [(), (2,)], ids=["the same positions", "positions a row"])
+def test_it_rotates_queries_and_keys(rows):
+    tables = rope_tables(300, 8, 100.0)
+    places = torch.randint(0, 300, (*rows, 70), generator=torch.Generator().manual_seed(3))
+    rope = tuple(table.double()[places].unsqueeze(-2) for table in tables)
+    own, reference = inputs(70, 4, 2, torch.float64), inputs(70, 4, 2, torch.float64)
+    q, k, v = reference
+    found, expected = by_blocks(*own, rope=rope), by_torch(rotate(q, *rope), rotate(k, *rope), v)
+    torch.testing.assert_close(found, expected)
+    weights_BLHE = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (found * weights_BLHE).sum().backward()
+    (expected * weights_BLHE).sum().backward()
+    for mine, theirs in zip(own, reference, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_in_bfloat16_it_is_as_near_to_float32_as_torchs():
     exact = by_torch(*inputs(100, 4, 2, torch.float32))
     half = [x.detach().bfloat16() for x in inputs(100, 4, 2, torch.float32)]
     with torch.autocast("cpu", torch.bfloat16):
-        own = causal_attention(*half)
+        own = by_blocks(*half)
     assert own.dtype == torch.bfloat16
     error, theirs = ((y.float() - exact).abs().mean() for y in (own, by_torch(*half)))
     assert error < 2 * theirs

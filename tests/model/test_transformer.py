@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
-from stlm.model.transformer import Transformer, rope_tables, rotate, sinusoidal_table
+from stlm.model.rotary import rope_tables, rotate
+from stlm.model.transformer import Transformer, sinusoidal_table
 
 TINY = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": 16, "vocab_size": 61}
 
