@@ -45,7 +45,8 @@ class Batches:
     ) -> None:
         self.context, self.batch_size, self.seed = context, batch_size, seed
         self.config = config or DataConfig()
-        self.components = _weighted(folder, read_split(folder, "train"), self.config)
+        corpus = read_split(folder, "train")
+        self.components = _weighted(folder, corpus, self.config)
         for component in self.components:
             if component.n_tokens < context + 1:
                 raise UserError(
@@ -65,10 +66,13 @@ class Batches:
         else:
             self._check_read(folder, self._counts, _PERIOD)
         self.shares = self._shares(rows)
+        # A component's chunks are drawn by its place in the corpus, so that runs which leave others out, or
+        # read them in another sequence, read the same ones of it.
+        places = {component.name: place for place, component in enumerate(corpus)}
         self._orders = [
             Order(
                 component,
-                turn,
+                places[component.name],
                 context,
                 seed,
                 self.config,

@@ -165,6 +165,15 @@ def test_components_in_sequence(tokens: Path) -> None:
     assert names == ["b"] * 100 + ["a"] * 301
 
 
+def test_a_component_gives_the_same_chunks_however_it_is_mixed(tokens: Path) -> None:
+    rows = 40
+    mixed = chunks(make(tokens, rows), rows)
+    in_sequence = chunks(make(tokens, rows, sequence=("b", "a")), rows)
+    assert sorted(mixed) == sorted(in_sequence)
+    alone = chunks(make(tokens, rows, weights={"b": 1}), rows)
+    assert of(alone, "b")[:10] == of(mixed, "b")
+
+
 def test_a_part_is_repeated(tokens: Path) -> None:
     """`unique_tokens`: whole chunks, components by their shares, a smaller part within a larger one."""
     rows = 400
