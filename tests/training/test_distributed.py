@@ -18,6 +18,7 @@ from stlm.files import read_json
 from stlm.tokens.config import DataConfig
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.distributed import Group, LostPeer, processes
+from stlm.training.divergence import RECORD
 from stlm.training.loop import train
 
 WORKER = """
@@ -196,6 +197,30 @@ def test_an_error_of_all_processes_is_told_once(make_run):
     said = finish(process)
     assert said.count("vocab_size: found 257, expected 300") == 1
     assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+
+
+DIVERGE = """
+from stlm.training.loop import Trainer
+build = Trainer.__init__
+def planted(self, *arguments):
+    build(self, *arguments)
+    def fault(module, inputs, output):
+        return output if self.progress.step < 3 else output * float("inf")
+    self.model.blocks[1].ffn.register_forward_hook(fault)
+Trainer.__init__ = planted
+"""
+
+
+@pytest.mark.slow
+def test_a_divergence_of_several_processes_is_explained_once(make_run):
+    run = make_run(model={"layers": 2})
+    said = finish(torchrun(run, 2, DIVERGE))
+    assert said.count("training diverged") == 1, said
+    assert "step 4: the loss is nan" in said
+    assert "Where: the feed-forward output of block 2 is the first that is not finite." in said
+    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+    assert "Traceback" not in said.split("torch/distributed/elastic")[0]
+    assert (run.state_folder / RECORD).exists()
 
 
 def test_a_group_that_torchrun_did_not_start_is_told(make_run, monkeypatch):
