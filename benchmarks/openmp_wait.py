@@ -27,13 +27,13 @@ STEPS = 16
 CHILD = """
 import sys, time, torch
 from stlm.study import load_study
-from stlm.model.transformer import Transformer
+from stlm.model.build import build_model
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer
 study = load_study("desk")
 run = study.runs[study.baseline]
 where = choose_device(run.training)
-model = Transformer(run.model)
+model = build_model(run.model)
 optimizer = build_optimizer(model, run.training)
 seconds = []
 for step in range(int(sys.argv[1])):

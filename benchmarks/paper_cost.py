@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from stlm.files import write_json
+from stlm.model.build import build_model
 from stlm.model.config import training_flops_per_token
-from stlm.model.transformer import Transformer
 from stlm.study import load_study
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer
@@ -48,7 +48,7 @@ def measure(run, batches: int, batch_size: int) -> dict:
     """Train on random tokens: seconds a micro-batch (median) and peak memory in bytes."""
     where = choose_device(run.training)
     torch.manual_seed(0)
-    model = Transformer(run.model).to(where.device)
+    model = build_model(run.model).to(where.device)
     loss_of = torch.compile(model.loss) if where.compiled else model.loss
     optimizer = build_optimizer(model, run.training)
     shape = (batch_size, run.model.context + 1)

@@ -18,7 +18,7 @@ import torch
 from machine import machine
 
 from stlm.files import write_json
-from stlm.model.transformer import Transformer
+from stlm.model.build import build_model
 from stlm.study import Run, load_study
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer
@@ -31,7 +31,7 @@ def seconds(run: Run, steps: int) -> tuple[float, float]:
     """The median time of a step that is watched, and of one that is not."""
     where = choose_device(run.training)
     torch.manual_seed(0)
-    model = Transformer(run.model).to(where.device)
+    model = build_model(run.model).to(where.device)
     optimizer = build_optimizer(model, run.training)
 
     def hidden(tokens_BL: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import stlm
 from stlm.errors import UserError
 from stlm.files import atomic_directory, read_json, sha256, write_json
+from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 
@@ -78,7 +79,7 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
             f"{damaged} (SHA-256 {digest[:12]}..., expected {str(description.get('weights_sha256'))[:12]}...)"
         )
     try:
-        model = Transformer(ModelConfig.model_validate(description["model"]))
+        model = build_model(ModelConfig.model_validate(description["model"]))
         weights = load_file(path)
         if model.config.tied:
             weights["output.weight"] = weights["embedding.weight"]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from stlm.errors import Interrupted, UserError
 from stlm.files import disk_errors, read_json, remove_leftovers
+from stlm.model.build import build_model
 from stlm.model.config import training_flops_per_token
 from stlm.model.documents import Documents
-from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.tokens.shards import read_meta
@@ -58,7 +58,7 @@ class Trainer:
         self.validation = ValidationSet(run.tokens_folder, context, self.config.validation_tokens)
         self.check_vocabulary()
         torch.manual_seed(run.seed)
-        self.model = Transformer(run.model).to(self.device)
+        self.model = build_model(run.model).to(self.device)
         self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
         self.optimizer = build_optimizer(self.model, self.config, self.where.dtype)
         self.mark = fingerprint(
