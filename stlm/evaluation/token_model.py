@@ -297,8 +297,11 @@ def _alone(forwards: Sequence[Forward]) -> list[Row]:
 def _linear_in_bfloat16(transformer: nn.Module) -> nn.Module:
     """A copy with the weights of its linear layers in bfloat16: autocast would convert them at every call."""
     transformer = copy.deepcopy(transformer)
+    halves: dict[nn.Parameter, nn.Parameter] = {}  # layers that share a weight share its copy
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             # A parameter of its own: an embedding tied to the head keeps its float32.
-            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+            if module.weight not in halves:
+                halves[module.weight] = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+            module.weight = halves[module.weight]
     return transformer

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stlm.model.reduction import PARTS, LoraConfig, LowRankConfig, SharingConfig
+
 
 class ModelConfig(BaseModel):
     """A decoder-only transformer (paper, Table 1). Frozen; unknown keys are refused."""
@@ -73,6 +75,31 @@ class ModelConfig(BaseModel):
         description="Layers, the last ones, whose attention values get an embedding of the token added. Each "
         "is a table of its own, counted among the embedding parameters. At most `layers`.",
     )
+    # Left out of records where they change nothing: models made before they were there are equal.
+    sharing: SharingConfig | None = Field(
+        None,
+        description="Layers that use the same matrices; see `model.sharing`. null: none.",
+        exclude_if=lambda value: value is None,
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Adapters of each layer's own, on shared matrices or any; see `model.lora`. null: none.",
+        exclude_if=lambda value: value is None,
+    )
+    low_rank: LowRankConfig | None = Field(
+        None,
+        description="Matrices of the blocks as products of two of lower rank; see `model.low_rank`. null: "
+        "none.",
+        exclude_if=lambda value: value is None,
+    )
+    embedding_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Factorized embedding (ALBERT, Lan et al. 2020): a table of vectors of this length, and "
+        "a matrix from there to `width`; a tied head uses both, an untied one has its own two. Below "
+        "`width`; null: a table of vectors of `width`.",
+        exclude_if=lambda value: value is None,
+    )
     vocab_size: int | None = Field(
         None, ge=2, description="Tokens in the vocabulary. Taken from the tokenizer; leave it out."
     )
@@ -101,54 +128,143 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"value_embeddings: {self.value_embeddings} is more than the model has layers: {self.layers}"
             )
+        self._check_sharing()
+        self._check_ranks()
         return self
+
+    def _check_sharing(self) -> None:
+        if self.sharing is None:
+            return
+        for key in ("group", "units"):
+            found = getattr(self.sharing, key)
+            if found is not None and found > self.layers:
+                raise ValueError(f"sharing.{key}: {found} is more than the model has layers: {self.layers}")
+
+    def _check_ranks(self) -> None:
+        """A factor as large as the matrix is no factorization."""
+        ranks = {"embedding_rank": (self.embedding_rank, self.width)}
+        for part in PARTS:
+            largest = min(min(shape) for shape in self.matrices[part].values())
+            if self.low_rank:
+                ranks[f"low_rank.{part}"] = getattr(self.low_rank, part), largest
+            if self.lora and part in self.lora.parts:
+                ranks[f"lora.rank (of {part})"] = self.lora.rank, largest
+        for key, (rank, below) in ranks.items():
+            if rank is not None and rank >= below:
+                raise ValueError(f"{key}: {rank} is no lower rank; it must be below {below}")
 
     @property
     def head_width(self) -> int:
         """Dimension of one attention head."""
         return self.width // self.heads
 
+    @property
+    def matrices(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """A block's matrices by part and name, as [outputs, inputs]; joint products are one matrix."""
+        width, key_value = self.width, self.kv_heads * self.head_width
+        reads = (
+            {"gate_up": (2 * self.ffn_width, width)}
+            if self.ffn == "swiglu"
+            else {"up": (self.ffn_width, width)}
+        )
+        return {
+            "attention": {"qkv": (width + 2 * key_value, width), "out": (width, width)},
+            "ffn": {**reads, "down": (width, self.ffn_width)},
+        }
+
+    @property
+    def homes(self) -> dict[str, tuple[int, ...]]:
+        """For each part of a block and each layer, from 0: the first layer that uses the same matrices."""
+        own = tuple(range(self.layers))
+        shared = self.sharing.parts if self.sharing else ()
+        return {part: self.sharing.homes(self.layers) if part in shared else own for part in PARTS}
+
+    def rank(self, part: str) -> int | None:
+        """The rank of a part's matrices, attention's or the ffn's; None: full."""
+        return getattr(self.low_rank, part) if self.low_rank else None
+
+    def adapters(self, part: str) -> LoraConfig | None:
+        """The adapters of a part's matrices."""
+        return self.lora if self.lora and part in self.lora.parts else None
+
+
+# What counts as embedding: all that grows with the vocabulary or the context.
+EMBEDDING_GROUPS = ("token embedding", "positions", "value embeddings", "head")
+
 
 class ParameterCounts(NamedTuple):
-    """Trainable parameters: all, those of embeddings and an untied head, and the rest."""
+    """Trainable parameters, shared ones once: all, those of embeddings and an untied head, and the rest."""
 
     total: int
     embedding: int
     non_embedding: int
 
 
-def _vectors(config: ModelConfig) -> int:
-    """Parameters that are no part of a matrix: gains and biases of normalizations, weights of channels."""
+def parameter_groups(config: ModelConfig) -> dict[str, int]:
+    """Where the parameters of ``config`` (with its ``vocab_size``) are: group -> how many, shared ones once.
+
+    The groups are in the order in which a token meets them; those without parameters are left out.
+    """
+    if config.vocab_size is None:
+        raise ValueError("to count parameters takes a config with its vocab_size")
+    key_value = config.kv_heads * config.head_width
     # LayerNorm here has a gain and a bias, RMSNorm a gain.
     norm = config.width * (2 if config.norm == "layernorm" else 1)
     qk_gains = 2 * config.head_width if config.qk_norm else 0
-    shifts = config.width + 2 * config.kv_heads * config.head_width if config.qkv_shift else 0
-    return config.layers * (2 * norm + qk_gains + shifts) + norm
+    shifts = config.width + 2 * key_value if config.qkv_shift else 0
+    units = {part: len(set(homes)) for part, homes in config.homes.items()}
+    groups = {
+        "token embedding": _table(config),
+        "positions": config.context * config.width if config.positions == "learned" else 0,
+        "value embeddings": config.value_embeddings * config.vocab_size * key_value,
+        "attention": units["attention"] * _weights(config, "attention") + config.layers * shifts,
+        "FFN": units["ffn"] * _weights(config, "ffn"),
+        "adapters": config.layers * sum(_adapter_weights(config, part) for part in PARTS),
+        "norms": config.layers * (2 * norm + qk_gains) + norm,
+        "head": 0 if config.tied else _table(config),
+    }
+    return {name: count for name, count in groups.items() if count}
+
+
+def _table(config: ModelConfig) -> int:
+    """Weights between tokens and residual stream: of the embedding, or of the head."""
+    if config.embedding_rank is None:
+        return config.vocab_size * config.width
+    return config.embedding_rank * (config.vocab_size + config.width)
+
+
+def _weights(config: ModelConfig, part: str) -> int:
+    """Weights that a token is multiplied with in a part of a block."""
+    rank = config.rank(part)
+    shapes = config.matrices[part].values()
+    return sum(rows * columns if rank is None else rank * (rows + columns) for rows, columns in shapes)
+
+
+def _adapter_weights(config: ModelConfig, part: str) -> int:
+    lora = config.adapters(part)
+    return (
+        sum(lora.rank * (rows + columns) for rows, columns in config.matrices[part].values()) if lora else 0
+    )
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Count the parameters of ``config`` (with its ``vocab_size``) without building the model."""
-    if config.vocab_size is None:
-        raise ValueError("parameter_counts needs a config with its vocab_size")
-    kv_width = config.kv_heads * config.head_width
-    attention = 2 * config.width * config.width + 2 * config.width * kv_width
-    ffn = (3 if config.ffn == "swiglu" else 2) * config.width * config.ffn_width
-    embedding = config.vocab_size * config.width * (1 if config.tied else 2)
-    embedding += config.value_embeddings * config.vocab_size * kv_width
-    if config.positions == "learned":
-        embedding += config.context * config.width
-    rest = config.layers * (attention + ffn) + _vectors(config)
-    return ParameterCounts(embedding + rest, embedding, rest)
+    groups = parameter_groups(config)
+    embedding = sum(groups.get(name, 0) for name in EMBEDDING_GROUPS)
+    total = sum(groups.values())
+    return ParameterCounts(total, embedding, total - embedding)
 
 
 def training_flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations a training token costs, forward and backward.
 
-    Six for each weight that a token is multiplied with (the head's matrix included, embedding look-ups not),
-    plus attention's two products over an average of half the context (Kaplan et al. 2020, appendix B; the
-    causal half counted). The optimizer's own work is not in it.
+    Six for each weight and time that a token is multiplied with it: a shared one as often as it is used, the
+    head's matrix included, embedding look-ups not; plus attention's two products over an average of half the
+    context (Kaplan et al. 2020, appendix B; the causal half counted). The optimizer's own work is not in it.
     """
-    counts = parameter_counts(config)
-    matrices = counts.non_embedding - _vectors(config) + config.vocab_size * config.width
+    products = config.layers * sum(_weights(config, part) + _adapter_weights(config, part) for part in PARTS)
+    head = _table(config)
+    # A factorized embedding is looked up, then multiplied.
+    embedding = (config.embedding_rank or 0) * config.width
     attention = 2 * config.layers * (config.context / 2) * config.width
-    return 6.0 * (matrices + attention)
+    return 6.0 * (products + head + embedding + attention)

@@ -1,7 +1,8 @@
 """The decoder of the paper's Table 1 and its variants, top to bottom.
 
 Tensor names carry their shape: B batch, L length, D width, H query heads, K key/value heads, G = H / K query
-heads a group, E head width, F feed-forward width, V vocabulary. ``x_BLD`` is [batch, length, width].
+heads a group, E head width, R rank of a factorized embedding, V vocabulary. ``x_BLD`` is [batch, length,
+width].
 """
 
 from __future__ import annotations
@@ -15,47 +16,12 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
-from stlm.model.fused import RMSNorm, swiglu
+from stlm.model.feed_forward import FFNS
+from stlm.model.fused import RMSNorm
 from stlm.model.head_loss import head_loss
+from stlm.model.projection import INITIAL_STD, projection, projections, share
 from stlm.model.rotary import Rotary, rope_tables, rotate
 from stlm.model.segments import Segments
-
-
-class SwiGLU(nn.Module):
-    """Feed-forward network silu(x W_gate) * (x W_up), projected down (Shazeer 2020)."""
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        # One product computes gate and up: larger products run nearer to the hardware's peak.
-        self.gate_up = nn.Linear(width, 2 * ffn_width, bias=False)
-        self.down = nn.Linear(ffn_width, width, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_BLD)))
-
-
-class GELU(nn.Module):
-    """Feed-forward network gelu(x W_up), projected down (Vaswani et al. 2017, with GELU as in GPT-2)."""
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, ffn_width, bias=False)
-        self.down = nn.Linear(ffn_width, width, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD)))
-
-
-class SquaredReLU(nn.Module):
-    """Feed-forward network relu(x W_up)^2, projected down (So et al. 2021, "Primer", section 4)."""
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, ffn_width, bias=False)
-        self.down = nn.Linear(ffn_width, width, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BLD)).square())
 
 
 class Dropout(nn.Module):
@@ -86,7 +52,6 @@ class Dropout(nn.Module):
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
-FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}
 
 
 def sinusoidal_table(context: int, width: int) -> Tensor:
@@ -102,8 +67,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = projection(config, "attention", "qkv")
+        self.out = projection(config, "attention", "out")
         # Gains of a normalization each (Henry et al. 2020; Dehghani et al. 2023, section 2.2), over a head's
         # dimensions and shared by the heads: products cannot grow with the weights.
         self.q_gain = self.k_gain = None
@@ -214,7 +179,7 @@ class Block(nn.Module):
         self.attention_norm = norm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = norm(config.width, eps=config.norm_eps)
-        self.ffn = FFNS[config.ffn](config.width, config.ffn_width)
+        self.ffn = FFNS[config.ffn](config)
         self.dropout = Dropout(config.dropout)
 
     def forward(
@@ -231,6 +196,12 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
+def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x W whatever the arithmetic: the residual stream and what scores read of it stay float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ weight
+
+
 class Transformer(nn.Module):
     """A decoder-only language model: token ids in, next-token logits out."""
 
@@ -239,7 +210,13 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("a Transformer needs a config with its vocab_size")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_rank or config.width)
+        # What maps a factorized table to the residual stream, and for an untied head back.
+        self.embedding_up = self.output_down = None
+        if config.embedding_rank is not None:
+            self.embedding_up = nn.Parameter(torch.empty(config.embedding_rank, config.width))
+            if not config.tied:
+                self.output_down = nn.Parameter(torch.empty(config.width, config.embedding_rank))
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
         elif config.positions == "sinusoidal":
@@ -259,8 +236,11 @@ class Transformer(nn.Module):
         )
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        for part, homes in config.homes.items():
+            for block, home in zip(self.blocks, homes, strict=True):
+                share(getattr(self.blocks[home], part), getattr(block, part))
         self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.output = nn.Linear(self.embedding.embedding_dim, config.vocab_size, bias=False)
         if config.tied:
             self.output.weight = self.embedding.weight
         self._initialize()
@@ -269,32 +249,44 @@ class Transformer(nn.Module):
         """Normal(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2).
 
         With `zero_init` these are zero (Zhang et al. 2019, "Fixup"; Yang et al. 2022, muP). Tables of values
-        are zero: a model with them starts as the one without.
+        are zero: a model with them starts as the one without, as does one with adapters. Factors are such
+        that their products start with the variance of a dense matrix.
         """
+        matrices, started = dict(projections(self)), set()
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
-                scale = 1 / math.sqrt(2 * self.config.layers) if into_residual else 1.0
-                if name.startswith("value_embeddings.") or (into_residual and self.config.zero_init):
-                    scale = 0.0
-                nn.init.normal_(parameter, std=0.02 * scale)
+            owner = name.removesuffix(".weight").removesuffix(".left").removesuffix(".right")
+            if owner in matrices and owner not in started:
+                started.add(owner)
+                scale = 1.0
+                if owner.endswith(("attention.out", "ffn.down")):
+                    scale = 0.0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.layers)
+                matrices[owner].initialize(INITIAL_STD * scale)
+            elif name in ("embedding_up", "output_down"):
+                nn.init.normal_(parameter, std=1 / math.sqrt(self.config.embedding_rank))
+            elif parameter.dim() == 2 and not name.startswith("blocks."):
+                scale = 0.0 if name.startswith("value_embeddings.") else 1.0
+                nn.init.normal_(parameter, std=INITIAL_STD * scale)
+        for matrix in matrices.values():
+            if matrix.adapter is not None:
+                matrix.adapter.initialize()
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The blocks' matrices, those of all layers together, by the rows of the matrices that each holds.
 
-        The key is empty for a parameter that is one matrix.
+        The key is empty for a parameter that is one matrix. Shared ones are there once.
         """
         config = self.config
         key_value = config.kv_heads * config.head_width
+        joint = {
+            "attention.qkv": (config.width, key_value, key_value),
+            "ffn.gate_up": (config.ffn_width, config.ffn_width),
+        }
         parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for name, parameter in self.blocks.named_parameters():
             if parameter.dim() == 2:
-                rows: tuple[int, ...] = ()
-                if name.endswith("attention.qkv.weight"):
-                    rows = (config.width, key_value, key_value)
-                elif name.endswith("ffn.gate_up.weight"):
-                    rows = (config.ffn_width, config.ffn_width)
-                parts.setdefault(rows, []).append(parameter)
+                rows = next((own for of, own in joint.items() if f".{of}." in name), ())
+                # Of a product's two factors, the one that reads is of one matrix: its rows are the rank.
+                parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
         return parts
 
     def schedule_dropout(self, factor: float) -> None:
@@ -308,17 +300,20 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens_BL: Tensor, segments: Segments | Documents | None = None, rows_N: Tensor | None = None
     ) -> Tensor:
-        """The residual stream after the last norm, [B, L, D], of token ids [B, L], L at most the context.
+        """What the head reads of token ids [B, L], L at most the context: the residual stream after the last
+        norm, [B, L, D], or its image [B, L, R] where the embedding is factorized.
 
         With `Segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
         than the context; with `Documents`, each row holds several, one after the other. With `rows_N`,
-        indices into the flat [B L], only their residuals are returned, [N, D], and the last block's
+        indices into the flat [B L], only theirs is returned, [N, D] or [N, R], and the last block's
         feed-forward network works on no others.
         """
         L, longest = tokens_BL.shape[1], self.config.context
         assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         places = slice(L) if segments is None else segments.positions
         x_BLD = self.embedding(tokens_BL)
+        if self.embedding_up is not None:
+            x_BLD = _in_float32(x_BLD, self.embedding_up)
         rope = None
         if self.config.positions == "rope":
             # [L, 1, E] or [B, L, 1, E]: the same for all heads.
@@ -335,7 +330,10 @@ class Transformer(nn.Module):
         for number, block in enumerate(self.blocks):
             added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
             x_BLD = block(x_BLD, rope, segments, rows_N if number == last else None, added_BLX)
-        return self.norm(x_BLD)
+        x_BLD = self.norm(x_BLD)
+        if self.embedding_up is None:
+            return x_BLD
+        return _in_float32(x_BLD, self.embedding_up.T if self.output_down is None else self.output_down)
 
     def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
         """Logits [..., V] of residual vectors [..., D], at any positions, or of a part of the vocabulary."""

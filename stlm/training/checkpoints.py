@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import stlm
 from stlm.errors import UserError
@@ -18,6 +19,7 @@ from stlm.files import atomic_directory, read_json, sha256, write_json
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
+from stlm.study import Run
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -40,16 +42,23 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
+def last_checkpoint(run: Run, other: str) -> Path:
+    """The folder of the last checkpoint of another run of `run`'s study; a ``UserError`` if there is none."""
+    parent = run.folder.with_name(other) / "checkpoints"
+    folders = sorted(parent.glob("step-*"))
+    if not folders:
+        raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {other}")
+    return folders[-1]
+
+
 def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any]) -> str:
     """Write a checkpoint folder atomically and return the weights' SHA-256.
 
-    A tied head is the embedding, stored once. Raises ``UserError`` where the disk fails.
+    A weight with several places (a tied head, shared layers) is stored once, under the name of the first.
+    Raises ``UserError`` where the disk fails.
     """
-    state = model.state_dict()
-    if model.config.tied:
-        del state["output.weight"]
     with atomic_directory(folder) as temporary:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         try:
             save_file(weights, temporary / WEIGHTS)
         except SafetensorError as error:
@@ -81,8 +90,10 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
     try:
         model = build_model(ModelConfig.model_validate(description["model"]))
         weights = load_file(path)
-        if model.config.tied:
-            weights["output.weight"] = weights["embedding.weight"]
+        stored: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            first = stored.setdefault(parameter, name)
+            weights[name] = weights[first]
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{damaged} ({str(error).splitlines()[0]})") from None

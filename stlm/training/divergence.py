@@ -16,7 +16,7 @@ from stlm.study import Run
 from stlm.tokens.batches import Batches
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import load_tokenizer
-from stlm.training.watch import HEAD, layer_of, outputs
+from stlm.training.watch import HEAD, outputs, users
 
 RECORD = "divergence.json"
 _PARTS = {
@@ -50,9 +50,10 @@ def locate(
     `micro_batches`: the step's, gone through once; whoever yields them sets the random numbers.
     `watched`: rows of watch.csv so far, for the largest growth, where the step tells no more.
     """
+    layers_of = {name: layers for name, layers in users(model).values()}
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken:
-        layers = list(dict.fromkeys(map(layer_of, broken)))
+        layers = list(dict.fromkeys(layer for name in broken for layer in layers_of[name]))
         which = "of all layers" if len(layers) == len(model.blocks) + 2 else f"of {', '.join(layers)}"
         sentence = (
             f"the weights {which} were no longer finite when it was noticed, after the step's update, so "
@@ -85,17 +86,18 @@ def locate(
         # The backward pass goes from the head down: what it reached first is the last in the model's order.
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
-                sentence = f"the gradient of {name} ({layer_of(name)}) is the first that is not finite"
-                return Place(sentence, layer_of(name), micro, _worst(_row_losses(model, loss_of, tokens_BL)))
+                layers = layers_of[name]
+                sentence = f"the gradient of {name} ({', '.join(layers)}) is the first that is not finite"
+                return Place(sentence, layers[0], micro, _worst(_row_losses(model, loss_of, tokens_BL)))
     assert worst is not None, "a step has micro-batches"
     _, micro, tokens_BL = worst
     largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
     name = max(largest, key=largest.__getitem__)
     sentence = (
         "repeated, and without torch.compile, the step has no value that is not finite; the largest "
-        f"gradient, {largest[name]:.3g}, is that of {name} ({layer_of(name)}){_growth(watched)}"
+        f"gradient, {largest[name]:.3g}, is that of {name} ({', '.join(layers_of[name])}){_growth(watched)}"
     )
-    return Place(sentence, layer_of(name), micro, _worst(_row_losses(model, loss_of, tokens_BL)))
+    return Place(sentence, layers_of[name][0], micro, _worst(_row_losses(model, loss_of, tokens_BL)))
 
 
 @torch.no_grad()

@@ -32,14 +32,14 @@ WATCH_COLUMNS = [
     "grad_norm",
     "update_ratio",
 ]
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, HEAD, BLOCK = "embedding", "head", "block "
 # Tokens of the extra forward pass: enough for a root mean square, cheap beside a step.
 _TOKENS = 1024
 
 
 def block_name(number: int) -> str:
     """How a block, numbered from 0 as in the weights' names, is called: people count from 1."""
-    return f"block {number + 1}"
+    return f"{BLOCK}{number + 1}"
 
 
 def layer_of(parameter: str) -> str:
@@ -49,6 +49,20 @@ def layer_of(parameter: str) -> str:
         return block_name(int(rest.partition(".")[0]))
     # Every table that tokens or positions are looked up in is an embedding.
     return EMBEDDING if "embedding" in first or first == "positions" else HEAD
+
+
+def users(model: nn.Module) -> dict[nn.Parameter, tuple[str, list[str]]]:
+    """Each parameter's name and the layers that use it, the first first: several where blocks share it.
+
+    A tied head's weight is the embedding's.
+    """
+    found: dict[nn.Parameter, tuple[str, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer = layer_of(name)
+        layers = found.setdefault(parameter, (name, []))[1]
+        if not layers or layer.startswith(BLOCK):
+            layers.append(layer)
+    return found
 
 
 @contextmanager
@@ -141,9 +155,11 @@ class Watch:
         self._model, self._every, self._hidden = model, every, hidden
         self.rows: list[dict[str, Any]] = state.setdefault("rows", [])
         self.spikes = Spikes(state.setdefault("spikes", {}))
-        self._layers: dict[str, list[nn.Parameter]] = {EMBEDDING: []}
-        for name, parameter in model.named_parameters():
-            self._layers.setdefault(layer_of(name), []).append(parameter)
+        blocks = [block_name(number) for number in range(len(model.blocks))]
+        self._layers: dict[str, list[nn.Parameter]] = {layer: [] for layer in (EMBEDDING, *blocks)}
+        for parameter, (_, layers) in users(model).items():
+            for layer in layers:
+                self._layers.setdefault(layer, []).append(parameter)
         self._steps: list[tuple[int, Tensor, Tensor]] = []
         self._observed: list[tuple[int, dict[tuple[str, str], Tensor]]] = []
         self._kept: dict[str, list[Tensor]] = {}

@@ -31,6 +31,13 @@ OPTIONS = [
         "zero_init": True,
     },
 ]
+# Ways to fewer parameters, whose counts are tested in test_sharing.py.
+REDUCED = [
+    {"sharing": {"what": "all"}, "lora": {"rank": 3}, "qkv_shift": True},
+    {"low_rank": {"ffn": 6, "attention": 5}},
+    {"embedding_rank": 8, "logit_softcap": 3.0},
+    {"embedding_rank": 8, "tied": False},
+]
 
 
 def strong(**options: object) -> Transformer:
@@ -56,7 +63,7 @@ def test_counted_parameters_and_flops_are_the_models(options):
     assert training_flops_per_token(config) == pytest.approx(6 * (matrices + attention))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS + REDUCED, ids=str)
 def test_packed_sequences_and_parts_of_the_head_give_the_same_logits(options):
     """What evaluation computes: sequences in one row, chosen positions, the head in parts, single logits."""
     model = strong(**options)

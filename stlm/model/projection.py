@@ -1,0 +1,117 @@
+"""A block's matrices: dense or of low rank, with or without an adapter of the layer's own.
+
+Shapes: X inputs, Y outputs, R the rank; ``weight_YX`` maps x [..., X] to x W^T [..., Y].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stlm.model.config import ModelConfig
+
+# Of a weight at its start (GPT-2).
+INITIAL_STD = 0.02
+
+
+class Adapter(nn.Module):
+    """x A B, scaled: a change of low rank to a matrix, none at first (LoRA, Hu et al. 2022, section 4.1)."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        # No random numbers are drawn here: the weights of a model with adapters start as those without.
+        self.a = nn.utils.skip_init(nn.Linear, inputs, rank, bias=False)
+        self.b = nn.utils.skip_init(nn.Linear, rank, outputs, bias=False)
+        self.scale = scale
+
+    def initialize(self) -> None:
+        """A normal, for values of the inputs' size, and B zero."""
+        nn.init.normal_(self.a.weight, std=1 / math.sqrt(self.a.in_features))
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.scale
+
+
+class Dense(nn.Linear):
+    """x W^T, plus the adapter's part where there is one."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.adapter: Adapter | None = None
+
+    def initialize(self, std: float) -> None:
+        """Normal, with mean zero."""
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class LowRank(nn.Module):
+    """x V^T U^T: the matrix W [Y, X] is the product of `left`, U [Y, R], and `right`, V [R, X]."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.left = nn.Linear(rank, outputs, bias=False)
+        self.right = nn.Linear(inputs, rank, bias=False)
+        self.adapter: Adapter | None = None
+
+    @torch.no_grad()
+    def initialize(self, std: float) -> None:
+        """As Khodak et al. (2021, "spectral initialization"): from a dense normal matrix, cut to the rank.
+
+        The factors are scaled to the dense matrix's norm, so that products have the same variance. With a
+        `std` of zero the product is zero and U alone, so that both can learn.
+        """
+        rank = self.right.out_features
+        weight_YX = torch.empty(self.out_features, self.in_features, device=self.left.weight.device)
+        nn.init.normal_(weight_YX, std=std or INITIAL_STD)
+        left_YR, right_RX = factorize(weight_YX, rank)
+        # The norm of a product of balanced factors is the square root of the sum of squared singular values.
+        grow = math.sqrt(weight_YX.norm() / (left_YR @ right_RX).norm())
+        self.left.weight.copy_(left_YR * grow if std else torch.zeros_like(left_YR))
+        self.right.weight.copy_(right_RX * grow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.left(self.right(x))
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+def projection(config: ModelConfig, part: str, name: str) -> Dense | LowRank:
+    """The matrix `name` of a block's `part`, as `config` wants it; not yet initialized."""
+    outputs, inputs = config.matrices[part][name]
+    rank, lora = config.rank(part), config.adapters(part)
+    own = Dense(inputs, outputs) if rank is None else LowRank(inputs, outputs, rank)
+    if lora is not None:
+        own.adapter = Adapter(inputs, outputs, lora.rank, lora.scale)
+    return own
+
+
+def projections(module: nn.Module) -> Iterator[tuple[str, Dense | LowRank]]:
+    """The matrices within `module` and their names, shared ones at each of their places."""
+    for name, own in module.named_modules():
+        if isinstance(own, Dense | LowRank):
+            yield name, own
+
+
+def share(home: nn.Module, other: nn.Module) -> None:
+    """Have `other`, of the same kind as `home`, use its matrices; adapters and vectors stay its own."""
+    for (_, of), (_, own) in zip(projections(home), projections(other), strict=True):
+        if isinstance(of, Dense):
+            own.weight = of.weight
+        else:
+            own.left.weight, own.right.weight = of.left.weight, of.right.weight
+
+
+def factorize(weight_YX: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest matrix of that rank (Eckart and Young 1936), as two balanced factors [Y, R] and [R, X]."""
+    u_YM, s_M, v_MX = torch.linalg.svd(weight_YX.float(), full_matrices=False)
+    root_R = s_M[:rank].sqrt()
+    return u_YM[:, :rank] * root_R, root_R[:, None] * v_MX[:rank]

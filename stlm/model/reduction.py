@@ -1,0 +1,107 @@
+"""Ways to fewer parameters, as sections of `model`: sharing between layers, adapters, low rank.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The two networks of a block, by the names that they have in it.
+PARTS = ("attention", "ffn")
+
+
+class SharingConfig(BaseModel):
+    """Layers that use the same matrices. Norms, gains, shifts and adapters stay each layer's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: Literal["ffn", "attention", "all"] = Field(
+        description="Whose matrices are shared: the feed-forward network's (MobiLlama, Thawakar et al. "
+        "2024), attention's, or both (ALBERT, Lan et al. 2020)."
+    )
+    order: Literal["one", "groups", "cyclic", "sandwich"] = Field(
+        "one",
+        description="Which layers share. `one`: all. `groups`: each `group` layers that follow one another "
+        "(Lan et al. 2020; MobileLLM's immediate sharing, Liu et al. 2024). `cyclic`: layer i uses set i mod "
+        "`units` (CYCLE of Takase and Kiyono 2021). `sandwich`: all but the first and the last (Subformer, "
+        "Reid et al. 2021).",
+    )
+    group: int | None = Field(None, ge=2, description="Of order `groups`: layers that share.")
+    units: int | None = Field(
+        None, ge=1, description="Of order `cyclic`: different sets of matrices, used in turns."
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> SharingConfig:
+        for key, order in (("group", "groups"), ("units", "cyclic")):
+            given = getattr(self, key) is not None
+            if self.order == order and not given:
+                raise ValueError(f"order: {order} needs {key}")
+            if given and self.order != order:
+                raise ValueError(f"{key} is used by order: {order} alone; found {self.order}")
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks of a block that are shared."""
+        return PARTS if self.what == "all" else (self.what,)
+
+    def homes(self, layers: int) -> tuple[int, ...]:
+        """For each layer, from 0, the first layer that uses the same matrices."""
+        if self.order == "groups":
+            return tuple(layer - layer % self.group for layer in range(layers))
+        if self.order == "cyclic":
+            return tuple(layer % self.units for layer in range(layers))
+        if self.order == "sandwich":
+            return tuple(min(layer, 1) if layer < layers - 1 else layer for layer in range(layers))
+        return (0,) * layers
+
+
+class LoraConfig(BaseModel):
+    """Adapters (LoRA, Hu et al. 2022): each layer adds scale x A B to its products, A and B of rank r."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(
+        ge=1,
+        description="Rank r. Query, key and value have one A together, as have gate and up: each is one "
+        "product.",
+    )
+    what: Literal["ffn", "attention", "all"] = Field("all", description="Which networks have adapters.")
+    alpha: float | None = Field(
+        None, gt=0, description="The scale is alpha / rank; default: `rank`, a scale of 1."
+    )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks of a block that have adapters."""
+        return PARTS if self.what == "all" else (self.what,)
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' products are multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class LowRankConfig(BaseModel):
+    """Matrices W as products U V of a rank, started so that U V has the variance of W."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ffn: int | None = Field(
+        None, ge=1, description="Rank of the feed-forward matrices, gate and up as one; null: full."
+    )
+    attention: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of attention's: query, key and value as one, and the output's; null: full.",
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> LowRankConfig:
+        if self.ffn is None and self.attention is None:
+            raise ValueError("give a rank: ffn, attention or both")
+        return self
