@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from stlm.corpora.config import CorpusEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -72,3 +74,37 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
         raise UserError(
             f"{key} has a context of {reference.model.context}, shorter than the run's {run.model.context}"
         )
+
+
+def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
+    """What a run starts from must be a variant whose weights and text it can go on with."""
+    if run.origin is None:
+        return
+    key = f"{file}: run {run.name}: training.start_from: {run.training.start_from!r}"
+    first = {own.variant for own in runs.values() if own.origin is None and own.reference is None}
+    if run.training.start_from not in first:
+        raise UserError(
+            f"{key} is no variant that itself begins with new weights and no reference"
+            f"{nearest(run.training.start_from, first)}"
+        )
+    origin = runs[run.origin]
+    for name in ("corpus", "tokenizer"):
+        ours, theirs = getattr(run, name), getattr(origin, name)
+        if ours != theirs:
+            raise UserError(f"{key} has the {name} {theirs}, the run {ours}; they must be the same")
+    if not (run.data.plain and origin.data.plain):
+        raise UserError(f"{key}: a run goes on in its origin's text only where neither has keys in data")
+    for name in type(run.model).model_fields:
+        ours, theirs = getattr(run.model, name), getattr(origin.model, name)
+        # What it lacks can be made: factors by decomposition, adapters that change nothing at first.
+        made = name in ("low_rank", "embedding_rank", "lora") and theirs is None
+        if ours != theirs and not made and name not in ("dropout", "attention_dropout"):
+            raise UserError(
+                f"{key} has model.{name}: {_plain(theirs)}, the run {_plain(ours)}; weights of the one "
+                "do not fit the other"
+            )
+
+
+def _plain(value: object) -> object:
+    """A value as a file has it."""
+    return value.model_dump() if isinstance(value, BaseModel) else value

@@ -44,9 +44,9 @@ def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[st
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm train`` reads: tokens and, where there is one, the reference's weights."""
-    reference = [study.runs[run.reference]] if run.reference else []
-    return [str(run.tokens_folder), *(f"{other.folder}/checkpoints" for other in reference)]
+    """The folders that ``stlm train`` reads: tokens and, where there are, the weights of other runs."""
+    others = [study.runs[name] for name in (run.reference, run.origin) if name]
+    return [str(run.tokens_folder), *(f"{other.folder}/checkpoints" for other in others)]
 
 
 def evaluate_inputs(study: Study, run: Run) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from stlm.checks import check_data, check_names
+from stlm.checks import check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.config import EvaluationConfig
@@ -149,6 +149,13 @@ class Run(BaseModel):
         if self.data.reference is None:
             return None
         return self.data.reference + self.name.removeprefix(self.variant)
+
+    @property
+    def origin(self) -> str | None:
+        """The run whose last weights this one starts from: of the same seed, if seeds have runs."""
+        if self.training.start_from is None:
+            return None
+        return self.training.start_from + self.name.removeprefix(self.variant)
 
     @property
     def parameters(self) -> ParameterCounts:
@@ -377,6 +384,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     by_name = {run.name: run for run in runs}
     for run in runs:
         check_data(file, run, by_name, corpora)
+        check_start(file, run, by_name)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"

@@ -30,7 +30,8 @@ class Batches:
     10,000; a component whose share is too small for one is an error.
 
     `rows` is the whole training's; orders that depend on its length and limits on repetition need it.
-    `difficulty` scores chunks where `config` orders by it.
+    `difficulty` scores chunks where `config` orders by it. The first `skip` rows, which an earlier training
+    has read, are left out.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Batches:
         config: DataConfig | None = None,
         rows: int | None = None,
         difficulty: Difficulty | None = None,
+        skip: int = 0,
     ) -> None:
-        self.context, self.batch_size, self.seed = context, batch_size, seed
+        self.context, self.batch_size, self.seed, self.skip = context, batch_size, seed, skip
         self.config = config or DataConfig()
         corpus = read_split(folder, "train")
         self.components = _weighted(folder, corpus, self.config)
@@ -94,7 +96,7 @@ class Batches:
 
     def sources(self, step: int, micro: int = 0, accumulation: int = 1) -> list[tuple[ComponentTokens, int]]:
         """Where each row of `batch` comes from: a component, and where in its token stream the row begins."""
-        first = (step * accumulation + micro) * self.batch_size
+        first = self.skip + (step * accumulation + micro) * self.batch_size
         found = []
         for slot in range(first, first + self.batch_size):
             turn, seen = self._turn(slot)

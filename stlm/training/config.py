@@ -17,6 +17,14 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    start_from: str | None = Field(
+        None,
+        description="The variant of this study whose last checkpoint training begins from; it is trained "
+        "first. Its model may differ in `low_rank`, `embedding_rank`, `lora` and dropout: dense matrices are "
+        "cut to the rank by their singular values. `steps` are further ones, on the text that follows. null: "
+        "new weights.",
+        exclude_if=lambda value: value is None,
+    )
     steps: int = Field(25000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(24, ge=1, description="Sequences of `model.context` tokens in a micro-batch.")
     accumulation: int = Field(20, ge=1, description="Micro-batches whose gradients make one step.")

@@ -16,7 +16,7 @@ from stlm.files import atomic_path, read_json, sha256
 from stlm.model.transformer import Transformer
 from stlm.study import Run
 from stlm.tokens.shards import ComponentTokens
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import last_checkpoint, load_checkpoint
 from stlm.training.distributed import Group
 
 # Measured at once: so many tokens, and so many logits (of 4 bytes; the loss needs a few times that).
@@ -35,11 +35,7 @@ class Reference:
     def __init__(self, run: Run, device: torch.device, group: Group | None = None) -> None:
         assert run.reference is not None
         self.run, self.device, self.group = run, device, group or Group()
-        parent = run.folder.with_name(run.reference) / "checkpoints"
-        folders = sorted(parent.glob("step-*"))
-        if not folders:
-            raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.reference}")
-        self.checkpoint = folders[-1]
+        self.checkpoint = last_checkpoint(run, run.reference)
         self.weights_sha256 = str(read_json(self.checkpoint / "config.json")["weights_sha256"])
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name begins with a dot
         self._given = hashlib.sha256()

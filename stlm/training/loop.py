@@ -33,6 +33,7 @@ from stlm.training.publish import publish
 from stlm.training.records import NoRecords, Records
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
+from stlm.training.start import Start
 from stlm.training.state import Progress, draws, fingerprint, load_state, locked, save_state
 from stlm.training.watch import Watch
 
@@ -50,8 +51,17 @@ class Trainer:
         context = run.model.context
         reference = Reference(run, self.device, self.group) if run.reference else None
         rows = self.config.steps * self.config.accumulation * self.config.batch_size
+        self.start = Start(run) if run.origin else None
+        read = self.start.rows if self.start else 0
         self.batches = Batches(
-            run.tokens_folder, context, self.config.batch_size, run.seed, run.data, rows, reference
+            run.tokens_folder,
+            context,
+            self.config.batch_size,
+            run.seed,
+            run.data,
+            rows + read,
+            reference,
+            read,
         )
         # The end of text where attention stays within documents.
         self.eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
@@ -59,6 +69,8 @@ class Trainer:
         self.check_vocabulary()
         torch.manual_seed(run.seed)
         self.model = build_model(run.model).to(self.device)
+        if self.start:
+            self.start.give(self.model)
         self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
         self.optimizer = build_optimizer(self.model, self.config, self.where.dtype)
         self.mark = fingerprint(
@@ -76,6 +88,7 @@ class Trainer:
                 "tokens": read_json(run.tokens_folder / "meta.json"),
                 "precision": self.where.precision,
                 **(reference.mark if reference else {}),
+                **(self.start.mark if self.start else {}),
             }
         )
         self.state_path = run.state_folder / "state.pt"
@@ -315,6 +328,7 @@ class Trainer:
             **run.model_dump(include={"study", "variant", "label", "seed", "corpus", "tokenizer"}),
             "run": run.name,
             "parameters": counts._asdict(),
+            **({"start": self.start.record} if self.start else {}),
             "steps": run.training.steps,
             "tokens": run.tokens,
             "seconds": round(self.progress.seconds, 1),
