@@ -130,6 +130,16 @@ def study(options: argparse.Namespace) -> None:
     print(runs_table(load_study(options.study or active_study() or "smoke", options.set)))
 
 
+def sizes(options: argparse.Namespace) -> None:
+    """Propose models of some sizes by the family's rule: parameters, cost and memory, by ways of sharing."""
+    from stlm.model.family import FAMILY
+    from stlm.sizes import family, parse_sizes, text_table
+    from stlm.study import vocabulary_size
+
+    wanted = parse_sizes(options.parameters) if options.parameters else FAMILY
+    print(text_table(family(wanted, vocabulary_size(options.tokenizer), options.context)))
+
+
 def use(options: argparse.Namespace) -> None:
     """Make a study the active one: write its stages to dvc.yaml."""
     from stlm.pipeline import use as use_study
@@ -147,13 +157,15 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Write the generated documentation: params/README.md, the results in README.md, plots in docs/."""
+    """Write the generated documentation: params/README.md, results in README.md, plots and sizes in docs/."""
     from stlm.documentation import write_params_readme, write_readme_results
     from stlm.report.schedules import write_schedule_plots
+    from stlm.sizes import write_sizes_page
 
     print(f"wrote {write_params_readme()}")
     print(f"wrote {write_readme_results()}")
     print(f"wrote {write_schedule_plots()}")
+    print(f"wrote {write_sizes_page()}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,6 +218,12 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="compare also what was scored by other rules or files"
     )
     comparer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sizer = verb(sizes)
+    sizer.add_argument(
+        "parameters", metavar="PARAMETERS", nargs="*", help="for example 20M; default: 10M 50M 100M"
+    )
+    sizer.add_argument("--tokenizer", default="gpt2", help="whose vocabulary: gpt2, bytes or bpe-N")
+    sizer.add_argument("--context", type=int, default=512, help="longest sequence, in tokens")
     verb(use, of_study)
     verb(sync)
     verb(document)

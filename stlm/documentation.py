@@ -24,6 +24,7 @@ from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.config import ModelConfig
+from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
 from stlm.study import PARAMS, Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
@@ -64,6 +65,9 @@ the paper, but for dropout.
 _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Study", "The top level of `params/<study>.yaml`.", StudyFile),
     ("`model`", "The transformer.", ModelConfig),
+    ("`model.sharing`", "Norms, gains, shifts and adapters are each layer's own.", SharingConfig),
+    ("`model.lora`", "Each layer adds (alpha / rank) x A B to its products; B starts at zero.", LoraConfig),
+    ("`model.low_rank`", "U V starts with the variance of the matrix that it stands for.", LowRankConfig),
     ("`training`", "The recipe.", TrainingConfig),
     ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),

@@ -1,0 +1,65 @@
+"""Models of a wanted size by a stated rule, and what a size costs. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+
+from stlm.model.config import ModelConfig, parameter_counts
+
+# The paper's three sizes, in parameters.
+FAMILY = {"10M": 10_000_000, "50M": 50_000_000, "100M": 100_000_000}
+
+# The proportions of the paper's 50M model (Table 1), and for the last of GPT-2 small.
+HEAD_WIDTH = 32
+FFN_RATIO = 3
+WIDTH_PER_LAYER = 64
+_WIDTHS = range(64, 2049, 64)
+_TOLERANCE = 0.1
+# Bytes of a parameter while AdamW trains it: weight, gradient and two moments in float32.
+TRAINING_BYTES = 16
+
+
+def kv_heads(heads: int) -> int | None:
+    """Key/value heads for so many query heads: each serves four, or three; None where neither is possible."""
+    return next((heads // group for group in (4, 3) if heads % group == 0), None)
+
+
+def propose(parameters: float, vocab_size: int = 50257, context: int = 512) -> ModelConfig:
+    """The Modern Transformer (paper, section 4) of about so many parameters.
+
+    The rule: width a multiple of 64; heads of 32; four query heads to a key/value head, three where four do
+    not divide them, other widths left out; SwiGLU of three times the width; embedding tied. Of all widths and
+    depths within 10% of `parameters`, the one whose width / layers is nearest to 64.
+
+    Raises ValueError where none is within 10%.
+    """
+    found: list[tuple[float, float, ModelConfig]] = []
+    for width in _WIDTHS:
+        shared = kv_heads(width // HEAD_WIDTH)
+        if shared is None:
+            continue
+        one, two = (
+            ModelConfig(
+                layers=layers,
+                width=width,
+                heads=width // HEAD_WIDTH,
+                kv_heads=shared,
+                ffn_width=FFN_RATIO * width,
+                context=context,
+                vocab_size=vocab_size,
+            )
+            for layers in (1, 2)
+        )
+        first, layer = parameter_counts(one).total, parameter_counts(two).total - parameter_counts(one).total
+        most = 1 + math.floor((parameters * (1 + _TOLERANCE) - first) / layer)
+        for layers in range(1, most + 1):
+            off = abs(math.log((first + (layers - 1) * layer) / parameters))
+            shape = abs(math.log(width / layers / WIDTH_PER_LAYER))
+            if first + (layers - 1) * layer >= parameters * (1 - _TOLERANCE):
+                found.append((shape, off, one.model_copy(update={"layers": layers})))
+    if not found:
+        raise ValueError(
+            f"no model of the rule has {parameters:,.0f} parameters, within {_TOLERANCE:.0%}, with a "
+            f"vocabulary of {vocab_size:,} tokens"
+        )
+    return min(found, key=lambda own: own[:2])[2]

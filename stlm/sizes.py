@@ -1,0 +1,166 @@
+"""The family of sizes as a table: parameters, cost and memory, by ways of sharing them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stlm.errors import UserError
+from stlm.files import write_text
+from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.family import FAMILY, TRAINING_BYTES, propose
+
+SIZES_PAGE = Path("docs") / "sizes.md"
+
+# What the table shows of each size: label -> keys of `model` beside the size's own.
+VARIANTS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "head untied": {"tied": False},
+    "FFN shared (MobiLlama)": {"sharing": {"what": "ffn"}},
+    "all shared (ALBERT)": {"sharing": {"what": "all"}},
+    "all shared, LoRA 16": {"sharing": {"what": "all"}, "lora": {"rank": 16}},
+    "all shared in pairs": {"sharing": {"what": "all", "order": "groups", "group": 2}},
+    "embedding factorized, 128": {"embedding_rank": 128},
+    "FFN of rank 64": {"low_rank": {"ffn": 64}},
+}
+HEADER = (
+    "model",
+    "layers x width",
+    "parameters",
+    "embedding",
+    "share",
+    "rest",
+    "rest, each use",
+    "FLOPs a token",
+    "weights",
+    "in bfloat16",
+    "training",
+)
+
+_HEAD = """\
+# The 10M, 50M and 100M models
+
+Written by `stlm document` (a test fails where it is out of date). `stlm sizes` prints the table, `stlm sizes
+20M --tokenizer bpe-4096` that of other sizes.
+
+The rule: the paper's Modern Transformer with heads of 32, four query heads to a key/value head (three where
+four do not divide them), a SwiGLU of three times the width, a tied embedding, and widths in steps of 64. Of
+all widths and depths within 10% of the size, the one whose width is nearest to 64 times its layers: the
+paper's 50M model has 512 for 8, GPT-2 small 768 for 12. So the rule gives the paper's own baseline for 50M.
+"""
+_FOOT = """\
+- *parameters*: trained ones, shared ones once (what a checkpoint stores). *Embedding*: the table of tokens,
+  with a head of its own where it is untied. *Rest, each use*: what the rest would be if no layer shared.
+- *FLOPs a token*: forward and backward, context 512; a shared matrix costs as often as it is used.
+- *weights*: float32; *training*: weights, gradients and AdamW's two moments in float32, without activations.
+"""
+
+
+def parse_sizes(texts: Sequence[str]) -> dict[str, float]:
+    """Sizes as people write them, 20M or 1.5e6, by that text. Raises ``UserError`` for anything else."""
+    found = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kMB]?)", text)
+        if match is None:
+            raise UserError(f"{text!r} is no number of parameters; expected for example 20M, 500k or 1.5e6")
+        found[text] = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]]
+    return found
+
+
+def family(sizes: Mapping[str, float], vocab_size: int, context: int = 512) -> dict[str, ModelConfig]:
+    """The baseline of each size, by name. Raises ``UserError`` for a size that the rule cannot give."""
+    try:
+        return {name: propose(parameters, vocab_size, context) for name, parameters in sizes.items()}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def rows(models: Mapping[str, ModelConfig]) -> list[tuple[str, ...]]:
+    """A row for each size and each variant that it can have, cells as in `HEADER`."""
+    found = []
+    for name, model in models.items():
+        for label, keys in VARIANTS.items():
+            rank = keys.get("embedding_rank")
+            if rank is None or rank < model.width:
+                own = ModelConfig.model_validate({**model.model_dump(), **keys})
+                found.append((f"{name} {label}", *_cells(own)))
+    return found
+
+
+def _cells(config: ModelConfig) -> tuple[str, ...]:
+    counts = parameter_counts(config)
+    each = parameter_counts(config.model_copy(update={"sharing": None})).non_embedding
+    return (
+        f"{config.layers} x {config.width}",
+        f"{counts.total:,}",
+        f"{counts.embedding:,}",
+        f"{counts.embedding / counts.total:.0%}",
+        f"{counts.non_embedding:,}",
+        f"{each:,}",
+        f"{training_flops_per_token(config) / 1e6:,.1f}M",
+        *(_memory(size * counts.total) for size in (4, 2, TRAINING_BYTES)),
+    )
+
+
+def _memory(size: int) -> str:
+    """Bytes in units of a million."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def text_table(models: Mapping[str, ModelConfig]) -> str:
+    """The table for the terminal."""
+    table = [HEADER, *rows(models)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *("---:" for _ in HEADER[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (HEADER, ruler, *table))
+
+
+def sizes_page() -> str:
+    """The text of docs/sizes.md."""
+    models = family(FAMILY, vocab_size=50257)
+    parts = [_HEAD]
+    for name, model in models.items():
+        parts.append(
+            f"- **{name}**: `{{layers: {model.layers}, width: {model.width}, heads: {model.heads}, kv_heads: "
+            f"{model.kv_heads}, ffn_width: {model.ffn_width}}}`"
+        )
+    parts += ["", f"With GPT-2's vocabulary of 50,257 tokens:\n\n{_markdown(rows(models))}\n", _FOOT]
+    return "\n".join([*parts, _share(models)])
+
+
+def _share(models: Mapping[str, ModelConfig]) -> str:
+    """What the embedding takes, as the paper discusses it (sections 2.1 and 5.2)."""
+    shares = []
+    for name, model in models.items():
+        counts = parameter_counts(model)
+        shares.append(f"{counts.embedding / counts.total:.0%} of {name}")
+    small = next(iter(models.values()))
+    table = parameter_counts(small).embedding
+    factorized = parameter_counts(small.model_copy(update={"embedding_rank": 64})).embedding
+    bytes_table = parameter_counts(small.model_copy(update={"vocab_size": 257})).embedding
+    said = (
+        "The embedding grows with the width, the layers with its square and their number: it is "
+        f"{', '.join(shares)}, so that sharing layers saves little where models are smallest. There the "
+        f"table itself must shrink: in the smallest model it falls from {table / 1e6:.1f}M parameters to "
+        f"{factorized / 1e6:.1f}M where it is factorized to 64, to {bytes_table / 1e6:.2f}M where tokens are "
+        "bytes."
+    )
+    return textwrap.fill(said, width=110, break_on_hyphens=False) + "\n"
+
+
+def write_sizes_page(root: Path = Path()) -> Path:
+    """Write docs/sizes.md; its path."""
+    write_text(root / SIZES_PAGE, sizes_page())
+    return SIZES_PAGE
