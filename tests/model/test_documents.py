@@ -24,7 +24,10 @@ def rows(seed: int = 0) -> torch.Tensor:
     return torch.cat(parts).view(len(LENGTHS), 15)
 
 
-@pytest.fixture(params=["rope", "sinusoidal", "learned", "rope and shift"])
+REDUCED = {"sharing": {"what": "all"}, "lora": {"rank": 2}, "low_rank": {"ffn": 6}, "embedding_rank": 8}
+
+
+@pytest.fixture(params=["rope", "sinusoidal", "learned", "rope and shift", "rope reduced"])
 def model(request) -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(
@@ -37,11 +40,13 @@ def model(request) -> Transformer:
         vocab_size=61,
         positions=request.param.split()[0],
         qkv_shift=request.param == "rope and shift",
+        **(REDUCED if request.param == "rope reduced" else {}),
     )
     model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8)  # attention that prefers some tokens over others
+            # Attention that prefers some tokens over others; factors multiply.
+            parameter.mul_(3 if request.param == "rope reduced" else 8)
         for block in model.blocks:
             if block.attention.shift is not None:
                 block.attention.shift.normal_()
