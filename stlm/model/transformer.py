@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.cache import Cache, LayerCache
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         normal_BLHE = F.rms_norm(qk_BLHE, (self.head_width,), eps=self.norm_eps)
         return (normal_BLHE * gain_HE).to(qk_BLHE.dtype)
 
-    def _shift(self, qkv_BLX: Tensor, segments: Segments | None) -> Tensor:
+    def _shift(self, qkv_BLX: Tensor, segments: Segments | Documents | LayerCache | None) -> Tensor:
         """Queries, keys and values [B, L, X], plus the weighted ones of the token before if there is one."""
         if segments is not None:
             before_BLX = segments.before(qkv_BLX)
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         self,
         x_BLD: Tensor,
         rope: Rotary | None,
-        segments: Segments | Documents | None = None,
+        segments: Segments | Documents | LayerCache | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
@@ -150,11 +151,11 @@ class Attention(nn.Module):
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
         sees_B1LL = segments.sees if isinstance(segments, Documents) else None
-        in_blocks = self._in_blocks(x_BLD) and not isinstance(segments, Segments)
+        in_blocks = self._in_blocks(x_BLD) and not isinstance(segments, Segments | LayerCache)
         if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
         q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
-        if isinstance(segments, Segments):
+        if isinstance(segments, Segments | LayerCache):
             y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
         elif in_blocks:
             if added_BLX is not None or self.q_gain is not None:
@@ -186,7 +187,7 @@ class Block(nn.Module):
         self,
         x_BLD: Tensor,
         rope: Rotary | None,
-        segments: Segments | Documents | None = None,
+        segments: Segments | Documents | LayerCache | None = None,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
@@ -298,15 +299,19 @@ class Transformer(nn.Module):
                 module.scheduled, module.dropout_now = True, module.dropout * factor
 
     def hidden(
-        self, tokens_BL: Tensor, segments: Segments | Documents | None = None, rows_N: Tensor | None = None
+        self,
+        tokens_BL: Tensor,
+        segments: Segments | Documents | Cache | None = None,
+        rows_N: Tensor | None = None,
     ) -> Tensor:
         """What the head reads of token ids [B, L], L at most the context: the residual stream after the last
         norm, [B, L, D], or its image [B, L, R] where the embedding is factorized.
 
         With `Segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
-        than the context; with `Documents`, each row holds several, one after the other. With `rows_N`,
-        indices into the flat [B L], only theirs is returned, [N, D] or [N, R], and the last block's
-        feed-forward network works on no others.
+        than the context; with `Documents`, each row holds several, one after the other; with a `Cache` that
+        was extended by L, the tokens follow those that it holds. With `rows_N`, indices into the flat [B L],
+        only theirs is returned, [N, D] or [N, R], and the last block's feed-forward network works on no
+        others.
         """
         L, longest = tokens_BL.shape[1], self.config.context
         assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
@@ -329,7 +334,8 @@ class Transformer(nn.Module):
         without = len(self.blocks) - len(self.value_embeddings)
         for number, block in enumerate(self.blocks):
             added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
-            x_BLD = block(x_BLD, rope, segments, rows_N if number == last else None, added_BLX)
+            own = segments.layer(number) if isinstance(segments, Cache) else segments
+            x_BLD = block(x_BLD, rope, own, rows_N if number == last else None, added_BLX)
         x_BLD = self.norm(x_BLD)
         if self.embedding_up is None:
             return x_BLD
