@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from stlm.evaluation.statistics import Interval, holm
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.names import percent
 from stlm.report.results import read_outcomes
+from stlm.training.locate import RESULTS, split_step
 
-RESULTS = Path("results")
 _ITEMS = "items.parquet"
 
 
@@ -77,9 +76,7 @@ def find_predictions(name: str) -> Predictions:
     `name` is a run's folder, an items.parquet, or STUDY/RUN for results/STUDY/runs/RUN (or published/RUN).
     Raises UserError naming the nearest run where there is none.
     """
-    place, step = name, None
-    if match := re.fullmatch(r"(.+)@(?:step-)?(\d+)", name):
-        place, step = match[1], int(match[2])
+    place, step = split_step(name)
     path = _items_file(place)
     try:
         found = pq.read_table(path, columns=["checkpoint", "step"])
