@@ -121,6 +121,39 @@ def compare(options: argparse.Namespace) -> None:
     print_comparison(options.a, options.b, options.force, options.json)
 
 
+def generate(options: argparse.Namespace) -> None:
+    """Continue a prompt by a trained model, printing the text as it is drawn."""
+    prompt = options.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
+    from stlm.generation.generate import generate as generate_text
+    from stlm.generation.sampling import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    # Texts of any alphabet, whatever the locale.
+    sys.stdout.reconfigure(encoding="utf-8")
+    generate_text(
+        options.run,
+        prompt,
+        sampling,
+        options.tokens,
+        options.seed,
+        options.samples,
+        not options.no_cache,
+        options.device,
+    )
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model as a folder that transformers loads, with its tokenizer and model card."""
+    from stlm.export.export import export as export_run
+
+    export_run(options.run, Path(options.folder), options.force)
+
+
 def study(options: argparse.Namespace) -> None:
     """List the runs of a study with their size and cost, training nothing."""
     from stlm.listing import runs_table
@@ -166,6 +199,39 @@ def document(options: argparse.Namespace) -> None:
     print(f"wrote {write_readme_results()}")
     print(f"wrote {write_schedule_plots()}")
     print(f"wrote {write_sizes_page()}")
+
+
+def _whole_number(least: int):
+    """Of an option: text -> a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def _add_generate_options(verb: argparse.ArgumentParser) -> None:
+    def option(name: str, kind, default, text: str, metavar: str) -> None:
+        verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+
+    at_least_1 = _whole_number(1)
+    option(
+        "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
+    )
+    option("--temperature", float, 0.8, "0: always the most probable token; 1: as trained; default: 0.8", "T")
+    option("--top-k", at_least_1, None, "draw from the K most probable tokens", "K")
+    option("--top-p", float, 1.0, "draw from the most probable tokens that sum to P", "P")
+    option("--min-p", float, 0.0, "draw from tokens of at least M times the best one's probability", "M")
+    option("--seed", _whole_number(0), 0, "what is drawn; default: 0", "N")
+    option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
+    option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
+    verb.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="read the whole text again for each token: slower, no other text",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,6 +290,15 @@ def parser() -> argparse.ArgumentParser:
     )
     sizer.add_argument("--tokenizer", default="gpt2", help="whose vocabulary: gpt2, bytes or bpe-N")
     sizer.add_argument("--context", type=int, default=512, help="longest sequence, in tokens")
+    of_checkpoint = "STUDY/RUN, a run's folder or a checkpoint's; @STEP after it: that checkpoint"
+    generator = verb(
+        generate,
+        ("run", of_checkpoint),
+        ("prompt", "the beginning of a document, may be empty; - reads it from stdin"),
+    )
+    _add_generate_options(generator)
+    exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
+    exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
     verb(use, of_study)
     verb(sync)
     verb(document)

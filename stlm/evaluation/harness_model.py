@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,11 @@ from tqdm import tqdm
 from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
+from stlm.generation.sampling import Sampling
 from stlm.model.config import parameter_counts
 from stlm.tokens.tokenizer import EOT, load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
+from stlm.training.locate import find_checkpoint
 
 # Tokens generated where a task asks for no number of them, as lm_eval's `hf`.
 MAX_GENERATED = 256
@@ -40,25 +41,12 @@ _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 Sequences = list[tuple[tuple[str, str] | None, list[int], list[int]]]
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint in `folder`: itself one, or a run's folder, of which the last. UserError for neither."""
-    if (folder / "model.safetensors").is_file():
-        return folder
-    found = list((folder / "checkpoints").glob("step-*"))
-    if not found:
-        raise UserError(
-            f"run={folder}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*) nor a "
-            "checkpoint's (with model.safetensors)"
-        )
-    return max(found, key=lambda step: int(step.name.removeprefix("step-")))
-
-
 @register_model("stlm")
 class StlmLM(TemplateLM):
     """A checkpoint as a model of the harness.
 
     Arguments, as in `--model_args run=FOLDER,dtype=bfloat16`:
-    run: a run's folder (its last checkpoint is taken) or a checkpoint's.
+    run: STUDY/RUN, a run's folder (its last checkpoint is taken; @STEP after it: that one) or a checkpoint's.
     device: cpu, cuda or cuda:N; default: CUDA where there is one.
     dtype: float32 or bfloat16, of the forward pass.
     batch_size: sequences of the context's length in a forward pass; 1 (the harness's default) and `auto`
@@ -97,7 +85,7 @@ class StlmLM(TemplateLM):
                 "--device %s: torch finds no CUDA device; using the CPU", device
             )
             self._device = torch.device("cpu")
-        folder = last_checkpoint(Path(run))
+        folder = find_checkpoint(run)
         transformer, self.description = load_checkpoint(folder)
         self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
         size = int(batch_size) if str(batch_size).isdigit() else 1
@@ -247,17 +235,6 @@ def _choose(logits_BV: Tensor, sampling: dict[str, Any]) -> Tensor:
     """
     temperature = float(sampling.get("temperature") or (1.0 if sampling.get("do_sample") else 0.0))
     if not sampling.get("do_sample") or temperature <= 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / temperature
-    top_k, top_p = int(sampling.get("top_k") or 0), float(sampling.get("top_p") or 1.0)
-    if top_k > 0:
-        kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-    if top_p < 1:
-        ordered_BV, order_BV = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
-        # A token goes when those before it reach top_p already; the first always stays.
-        beyond_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= top_p
-        beyond_BV[:, 0] = False
-        beyond_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
-        logits_BV = logits_BV.masked_fill(beyond_BV, -torch.inf)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1).squeeze(-1)
+        temperature = 0.0
+    own = Sampling(temperature, int(sampling.get("top_k") or 0) or None, float(sampling.get("top_p") or 1.0))
+    return own.choose(logits_BV)

@@ -19,10 +19,11 @@ from tiny_run import save_llama
 
 from stlm.corpora.synthetic import choice, corpus
 from stlm.errors import UserError
-from stlm.evaluation.harness_model import StlmLM, _choose, last_checkpoint
+from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import ByteTokenizer
+from stlm.training.locate import find_checkpoint
 
 CONTEXT = 48
 STORIES = corpus(1, 40)["text"]
@@ -43,7 +44,7 @@ def ours(run: Path) -> StlmLM:
 
 @pytest.fixture(scope="module")
 def theirs(run: Path) -> HFLM:
-    export_llama(last_checkpoint(run), run / "llama")
+    export_llama(find_checkpoint(str(run)), run / "llama")
     return HFLM(pretrained=str(run / "llama"), device="cpu", dtype="float32", batch_size=4)
 
 
@@ -159,7 +160,7 @@ def test_sampling_as_transformers_filters() -> None:
     ("arguments", "message"),
     [
         ({}, "run=FOLDER is missing"),
-        ({"run": "nowhere"}, "run=nowhere: neither a run's folder"),
+        ({"run": "nowhere"}, "nowhere: neither a run's folder"),
         ({"run": "RUN", "dtype": "float16"}, "dtype=float16: expected float32 or bfloat16"),
         ({"run": "RUN", "device": "tpu7"}, "--device tpu7: expected cpu, cuda"),
         ({"run": "RUN", "devise": "cpu"}, r"devise: not an argument.*did you mean 'device'"),
@@ -176,8 +177,8 @@ def test_the_last_checkpoint_is_taken(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "step-0000010"
     save_llama(tmp_path, ByteTokenizer(), CONTEXT).rename(last)
     assert first.name == "step-0000001"
-    assert last_checkpoint(tmp_path) == last
-    assert last_checkpoint(last.with_name("step-0000009")).name == "step-0000009"
+    assert find_checkpoint(str(tmp_path)) == last
+    assert find_checkpoint(f"{tmp_path}@9").name == "step-0000009"
     assert StlmLM(run=str(tmp_path), device="cpu").tokenizer_name.startswith("stlm-bytes-")
 
 
@@ -259,7 +260,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         *("--include_path", str(tmp_path)),
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: run=nowhere: neither a run's folder")
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere: neither a run's folder")
 
 
 # As if the package were not installed, for a Python that finds this module at its start.

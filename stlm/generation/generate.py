@@ -1,0 +1,110 @@
+"""`stlm generate`: a model continues a prompt, on the terminal as it is drawn."""
+
+from __future__ import annotations
+
+import codecs
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stlm.errors import Interrupted, UserError
+from stlm.generation.interface import TextGenerator
+from stlm.generation.sampling import Sampling
+from stlm.generation.tokens import TokenGenerator
+from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.checkpoints import load_checkpoint
+from stlm.training.locate import find_checkpoint
+
+# Between samples.
+_RULE = "---"
+
+
+def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
+    """The generator for a checkpoint's folder, its tokenizer beside it; in float32.
+
+    Raises UserError for a file that is missing or damaged.
+    """
+    model, _ = load_checkpoint(checkpoint, device)
+    return TokenGenerator(model, load_tokenizer(checkpoint.parent / "tokenizer"), cached)
+
+
+def continuation(
+    generator: TextGenerator, prompt: str, length: int, sampling: Sampling, seed: int
+) -> Iterator[str]:
+    """The text after `prompt` in pieces as they are drawn, up to the end of text or `length` symbols.
+
+    Symbols that are no text do not count. Bytes of a character come together, once they are all there; bytes
+    that are no UTF-8 become U+FFFD. The seed decides what is drawn. The prompt has been read when this
+    returns; UserError as in `TextGenerator.start`.
+    """
+    return _pieces(generator, generator.start(prompt), length, sampling, torch.Generator().manual_seed(seed))
+
+
+def _pieces(
+    generator: TextGenerator, logits_V: Tensor, length: int, sampling: Sampling, numbers: torch.Generator
+) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while length:
+        symbol = int(sampling.choose(logits_V, numbers))
+        if symbol == generator.eot:
+            break
+        piece = generator.piece(symbol)
+        length -= bool(piece)
+        yield decoder.decode(piece)
+        if length:
+            logits_V = generator.next(symbol)
+    yield decoder.decode(b"", final=True)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one. UserError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def generate(
+    run: str,
+    prompt: str,
+    sampling: Sampling,
+    length: int,
+    seed: int = 0,
+    samples: int = 1,
+    cached: bool = True,
+    device: str | None = None,
+) -> None:
+    """Print `prompt` and its continuations by a run's checkpoint (see `find_checkpoint`) as they are drawn.
+
+    Sample i is drawn with `seed` + i. What of the prompt does not fit the context is told on stderr. Raises
+    UserError for a checkpoint or device that is not there, Interrupted at ctrl-C.
+    """
+    try:
+        generator = load_generator(find_checkpoint(run), choose_device(device), cached)
+        for number in range(samples):
+            pieces = continuation(generator, prompt, length, sampling, seed + number)
+            if number:
+                print(_RULE)
+            elif generator.forgotten:
+                print(
+                    f"the prompt is longer than the model's context: its first {generator.forgotten:,} "
+                    "tokens are not read",
+                    file=sys.stderr,
+                )
+            print(prompt, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+    except KeyboardInterrupt:
+        raise Interrupted("\ninterrupted", signal.SIGINT) from None

@@ -1,0 +1,70 @@
+"""A transformer over tokens that continues a text, with a cache of keys and values or without."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stlm.model.cache import Cache
+from stlm.model.transformer import Transformer
+from stlm.tokens.tokenizer import Tokenizer
+
+
+class TokenGenerator:
+    """A :class:`~stlm.generation.interface.TextGenerator` whose symbols are tokens.
+
+    The text follows the end-of-text token, as a document in training does. Where it outgrows the context, the
+    window moves on by half of the context: the model reads on from there, at positions from 0, as it does
+    when perplexity is measured (`stlm.evaluation.forwards.windows`). With `cached`, keys and values are kept
+    until the window moves; the tokens are the same without.
+    """
+
+    def __init__(self, transformer: Transformer, tokenizer: Tokenizer, cached: bool = True) -> None:
+        self.eot = tokenizer.eot
+        self._transformer, self._tokenizer = transformer.eval(), tokenizer
+        self._device = transformer.embedding.weight.device
+        self._cache = Cache(transformer.config, 1, self._device) if cached else None
+        self._tokens: list[int] = []
+        self._begin = 0  # the first of them in the window
+
+    @property
+    def forgotten(self) -> int:
+        """See `TextGenerator`. The end of text before the first token is none of them."""
+        return max(0, self._begin - 1)
+
+    def start(self, prompt: str) -> Tensor:
+        """See `TextGenerator`."""
+        self._tokens = [self.eot, *self._tokenizer.encode(prompt)]
+        self._begin = 0
+        if self._cache is not None:
+            self._cache.clear()
+        return self._logits()
+
+    def next(self, symbol: int) -> Tensor:
+        """See `TextGenerator`."""
+        self._tokens.append(symbol)
+        return self._logits()
+
+    def piece(self, symbol: int) -> bytes:
+        """See `TextGenerator`."""
+        return self._tokenizer.decode_bytes([symbol])
+
+    @torch.inference_mode()
+    def _logits(self) -> Tensor:
+        context, cache = self._transformer.config.context, self._cache
+        begin = window_begin(len(self._tokens), context)
+        if begin > self._begin and cache is not None:
+            cache.clear()
+        self._begin = begin
+        read = begin + (cache.length if cache is not None else 0)
+        tokens_BL = torch.tensor([self._tokens[read:]], device=self._device)
+        L = tokens_BL.shape[1]
+        held = None if cache is None else cache.extend(L)
+        last_1 = torch.tensor([L - 1], device=self._device)
+        return self._transformer.head(self._transformer.hidden(tokens_BL, held, last_1))[0].float()
+
+
+def window_begin(tokens: int, context: int) -> int:
+    """The first of so many tokens that a model sees: the least multiple of half the context that fits."""
+    stride = max(1, context // 2)
+    return max(0, -(-(tokens - context) // stride)) * stride

@@ -1,0 +1,170 @@
+"""`stlm generate`: text as it is drawn, its end, its errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import save_run
+
+from stlm.cli import main
+from stlm.generation.generate import continuation
+from stlm.generation.sampling import Sampling
+from stlm.tokens.bpe import train_bpe
+
+GREEDY = Sampling(temperature=0)
+EOT = 256
+MARK = 257  # a symbol that is no text
+
+
+class Script:
+    """A generator that says the symbols of a list, one after the other, whatever it is given."""
+
+    eot, forgotten = EOT, 0
+
+    def __init__(self, *symbols: int) -> None:
+        self.symbols, self.given = list(symbols), []
+
+    def start(self, prompt: str) -> torch.Tensor:
+        self.given = [prompt]
+        return self._logits()
+
+    def next(self, symbol: int) -> torch.Tensor:
+        self.given.append(symbol)
+        return self._logits()
+
+    def piece(self, symbol: int) -> bytes:
+        return b"" if symbol == MARK else bytes([symbol])
+
+    def _logits(self) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(self.symbols[len(self.given) - 1]), 258).float()
+
+
+def test_a_character_comes_when_all_of_its_bytes_are_there() -> None:
+    said = "né 🙂!".encode()
+    script = Script(*said, EOT)
+    assert list(continuation(script, "p", 99, GREEDY, 0)) == [*("n", "", "é", " ", "", "", "", "🙂", "!", "")]
+    assert script.given == ["p", *said]
+
+
+def test_bytes_that_are_no_text_are_shown_as_such() -> None:
+    assert (
+        "".join(continuation(Script(0xFF, 65, 0xC3, 65, 0xF0, EOT), "", 99, GREEDY, 0))
+        == "\ufffdA\ufffdA\ufffd"
+    )
+    # Cut by the length within a character.
+    assert "".join(continuation(Script(65, 0xC3, 0xA9), "", 2, GREEDY, 0)) == "A\ufffd"
+
+
+def test_the_length_counts_symbols_of_text() -> None:
+    script = Script(65, MARK, 66, MARK, 67, 68)
+    assert "".join(continuation(script, "", 3, GREEDY, 0)) == "ABC"
+    # What comes after the last one is not asked for.
+    assert script.given == ["", 65, MARK, 66, MARK]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project") / "results" / "toy" / "runs" / "first"
+    save_run(folder, train_bpe("bpe-270", ["the cat sat on the mat, né 🙂 " * 9]))
+    return folder
+
+
+@pytest.fixture
+def said(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run the verb in the project's folder; what it printed, on stdout and stderr, and its status."""
+    monkeypatch.chdir(run.parents[3])
+
+    def say(*arguments: str, stdin: bytes = b"") -> tuple[str, str, int]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = main(["generate", *arguments])
+        return *capsys.readouterr(), status
+
+    return say
+
+
+def test_runs_are_named_as_elsewhere(said, run: Path) -> None:
+    text, _, status = said("toy/first", "the cat", "--tokens", "20")
+    assert status == 0 and text.startswith("the cat") and text.endswith("\n") and len(text) > 20
+    for name in ("toy/first@2", str(run), f"{run}@step-0000001", str(run / "checkpoints" / "step-0000002")):
+        assert said(name, "the cat", "--tokens", "20")[0] == text, name
+    assert said("toy/first", "-", "--tokens", "20", stdin=b"the cat")[0] == text
+    assert said("toy/first", "the cat", "--tokens", "20", "--no-cache")[0] == text
+
+
+def test_samples_have_seeds_that_follow_one_another(said) -> None:
+    three = said("toy/first", "né", "--tokens", "12", "--samples", "3", "--seed", "4")[0]
+    alone = [said("toy/first", "né", "--tokens", "12", "--seed", seed)[0] for seed in ("4", "5", "6")]
+    assert three == "---\n".join(alone) and len(set(alone)) == 3
+
+
+def test_a_prompt_longer_than_the_context_is_told(said) -> None:
+    text, told, status = said("toy/first", "zq" * 30, "--tokens", "4")
+    # 60 tokens and the end of text before them, of which 13 are read.
+    assert "longer than the model's context: its first 47 tokens are not read" in told
+    assert status == 0 and text.startswith("zq" * 30)
+    assert said("toy/first", "zq", "--tokens", "40")[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("toy/frist", "a"), "toy/frist: neither a run's folder .* \\(did you mean 'toy/first'\\?\\)"),
+        (
+            ("toy/first@7", "a"),
+            r"toy/first@7: results/toy/runs/first has no checkpoint of step 7 \(found: 1, 2\)",
+        ),
+        (("toy/first", "a", "--top-p", "0"), "top-p: 0.0: expected a number above 0"),
+        (("toy/first", "a", "--device", "tpu"), "--device tpu: expected cpu, cuda or cuda:N"),
+        (("toy/first", "a", "--device", "cuda:99"), r"--device cuda:99: torch finds \d+ CUDA"),
+        (("toy/first", "a\udcff"), r"lone surrogate \('\\udcff' at character 1\)"),
+        (("toy/first", "-"), "the prompt on stdin is not UTF-8"),
+    ],
+)
+def test_mistakes(said, arguments: tuple[str, ...], message: str) -> None:
+    text, told, status = said(*arguments, stdin=b"\xff")
+    assert status == 2 and text == ""
+    import re
+
+    assert re.search(message, told), told
+
+
+def test_a_run_without_its_checkpoints(said, run: Path) -> None:
+    other = run.with_name("other")
+    other.mkdir(exist_ok=True)
+    (other / "train.json").write_text("{}")
+    assert "results/toy/runs/other: has no checkpoints; `dvc pull`" in said("toy/other", "a")[1]
+
+
+def process(run: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The verb in a process of its own, in a locale whose alphabet is ASCII."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stlm", "generate", str(run), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+
+
+def test_text_streams_until_its_reader_leaves(run: Path) -> None:
+    with process(run, "né", "--tokens", "1000000", "--temperature", "0") as writer:
+        assert writer.stdout.read(40).decode(errors="replace").startswith("né")  # long before the end
+        writer.stdout.close()
+        assert writer.wait(60) == 141
+        assert writer.stderr.read() == b""
+
+
+def test_ctrl_c_ends_it(run: Path) -> None:
+    with process(run, "a", "--tokens", "1000000", "--temperature", "0") as writer:
+        assert writer.stdout.read(1) == b"a"
+        time.sleep(0.2)
+        writer.send_signal(signal.SIGINT)
+        told = writer.communicate(timeout=60)[1]
+    assert writer.returncode == 130 and told == b"\ninterrupted\n"

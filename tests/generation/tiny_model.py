@@ -1,0 +1,50 @@
+"""Random models of every option, and one as a run's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stlm.model.config import ModelConfig
+from stlm.model.transformer import Transformer
+from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer
+from stlm.training.checkpoints import checkpoint_name, save_checkpoint
+
+CONTEXT = 16
+OPTIONS = {
+    "gqa": {},
+    "one key/value head": {"kv_heads": 1},
+    "mha": {"kv_heads": 4},
+    "learned": {"positions": "learned"},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "qkv shift": {"qkv_shift": True},
+    "qk norm": {"qk_norm": True},
+    "value embeddings": {"value_embeddings": 2},
+    "soft cap, untied": {"logit_softcap": 4.0, "tied": False},
+    "layernorm, gelu": {"norm": "layernorm", "ffn": "gelu"},
+    "fast recipe": {"ffn": "relu2", "qk_norm": True, "qkv_shift": True, "value_embeddings": 1},
+}
+
+
+def random_model(vocab_size: int = 257, **options: object) -> Transformer:
+    """A model whose next token depends on all of its parts: none of them is left at zero or one."""
+    size = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 40, "context": CONTEXT}
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **(size | options)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # A bias before the head as large as the rest would have one token win always.
+            parameter.copy_(torch.randn_like(parameter) * (0.05 if name.endswith("bias") else 0.4))
+    return model.eval()
+
+
+def save_run(folder: Path, tokenizer: Tokenizer | None = None, **options: object) -> Path:
+    """Checkpoints of a random model at steps 1 and 2 in a run's `folder`; the last one's."""
+    tokenizer = tokenizer or ByteTokenizer()
+    model = random_model(tokenizer.vocab_size, **options)
+    for step in (1, 2):
+        checkpoint = folder / "checkpoints" / checkpoint_name(step)
+        save_checkpoint(checkpoint, model, {"step": step, "tokens": step})
+    tokenizer.save(folder / "checkpoints" / "tokenizer")
+    return checkpoint
