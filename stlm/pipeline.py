@@ -68,8 +68,8 @@ def published_inputs(study: Study, published: PublishedModel) -> list[str]:
 
 
 def report_inputs(study: Study) -> list[str]:
-    """The files that ``stlm report`` reads: the small results of every run, each item's scores, and the
-    study's contamination."""
+    """What ``stlm report`` reads: the small results of every run, each item's scores, the study's
+    contamination, and where the runs' text is from and how much it is."""
     names = ("curve.csv", "watch.csv", "train.json", "evaluation.json", "items.parquet")
     of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
     of_published = [
@@ -77,7 +77,9 @@ def report_inputs(study: Study) -> list[str]:
         for published in study.published.values()
         for name in ("evaluation.json", "items.parquet")
     ]
-    return [*of_runs, *of_published, f"{study.folder}/contamination.json"]
+    tokens = list(dict.fromkeys(str(run.tokens_folder) for run in study.runs.values()))
+    texts = [*(f"data/raw/{corpus}" for corpus in study.corpora), *tokens]
+    return [*of_runs, *of_published, f"{study.folder}/contamination.json", *texts]
 
 
 def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -145,7 +147,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
         # The whole file: any change in it is seen by this stage at least, whose command then finds out
         # whether dvc.yaml still lists the right runs.
         "params": [{f"params/{study.name}.yaml": None}],
-        "outs": [_in_git(f"{study.folder}/{name}") for name in ("tables", "plots", "training")],
+        "outs": [_in_git(f"{study.folder}/{name}") for name in ("tables", "plots", "training", "cards")],
         "metrics": [_in_git(f"{study.folder}/metrics.json")],
     }
     return stages

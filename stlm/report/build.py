@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
 from stlm.report.accuracies import accuracy_tables, main_mode, score
+from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
@@ -24,9 +25,9 @@ from stlm.study import Study
 
 
 def report(study: Study) -> None:
-    """Write results/<study>/{tables/,plots/,training/,metrics.json} from runs/* and contamination.json there.
+    """Write results/<study>/{tables/,plots/,training/,cards/,metrics.json} from what the stages before left.
 
-    Everything is read and compared before anything is written; each of the four replaces its predecessor
+    Everything is read and compared before anything is written; each of the five replaces its predecessor
     whole. Raises UserError naming a run's missing or broken file and the command that makes it.
     """
     results = read_results(study)
@@ -59,6 +60,8 @@ def report(study: Study) -> None:
             write_efficiency(folder, study, compared)
     with atomic_directory(study.folder / "training") as folder:
         write_training_pages(folder, study, results)
+    with atomic_directory(study.folder / "cards") as folder:
+        write_cards(folder, study, results, comparisons, contamination)
     collected = metrics(results)
     write_json(study.folder / "metrics.json", collected)
     print(summary(study, results, collected))

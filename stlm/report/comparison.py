@@ -190,7 +190,7 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
                 items, against = _read(results[name], checkpoint), base
             points[name][checkpoint] = {
                 key: _point(items, base_items if against else None, against, key)
-                for key in _scores(results[name].checkpoints[checkpoint])
+                for key in scores(results[name].checkpoints[checkpoint])
             }
             _check_recorded(results[name], checkpoint, points[name][checkpoint])
             chance = {b: float(own["chance"].mean()) for (b, _), own in items.items()} | chance
@@ -225,7 +225,7 @@ def _partners(
 def _read(result: RunResult, checkpoint: str) -> dict[tuple[str, str], pd.DataFrame]:
     """The items of each (benchmark, mode) that evaluation.json lists of the checkpoint."""
     items = by_mode(result.outcomes(checkpoint))
-    for benchmark, mode, _ in _scores(result.checkpoints[checkpoint]):
+    for benchmark, mode, _ in scores(result.checkpoints[checkpoint]):
         if (benchmark, mode) not in items:
             raise UserError(
                 f"{result.items_path} has no items of {benchmark} in {mode} mode at {checkpoint}: "
@@ -247,7 +247,8 @@ def _within(interval: Interval | None) -> Interval | None:
     return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
 
 
-def _scores(checkpoint: CheckpointResult) -> Iterable[Score]:
+def scores(checkpoint: CheckpointResult) -> Iterable[Score]:
+    """The scores that evaluation.json lists of a checkpoint."""
     for benchmark, scored in checkpoint.benchmarks.items():
         for mode, outcome in scored.modes.items():
             yield benchmark, mode, "acc"

@@ -154,13 +154,22 @@ def _columns(results: Mapping[str, RunResult]) -> dict[str, dict[str, dict[str, 
     seeds: dict[str, list[int]] = {name: [] for name in variants}
     for result in results.values():
         seeds[result.train.variant].append(result.train.seed)
-    trains = list(variants.values())
-    used = {
+    used = _used_by(list(variants.values()))
+    return {name: _settings(train, seeds[name], used) for name, train in variants.items()}
+
+
+def settings(train: TrainRecord) -> dict[str, dict[str, str]]:
+    """A run's own settings, as in Table 1: section (Size, Model, Data, Recipe) -> label -> value."""
+    return _settings(train, [train.seed], _used_by([train]))
+
+
+def _used_by(trains: Sequence[TrainRecord]) -> dict[str, list[str]]:
+    """Section of a record -> the keys that say what was trained."""
+    return {
         "model": _used([train.model for train in trains], ModelConfig),
         "training": _used([train.training for train in trains], TrainingConfig),
         "data": [key for key, value in DataConfig() if any(getattr(t.data, key) != value for t in trains)],
     }
-    return {name: _settings(train, seeds[name], used) for name, train in variants.items()}
 
 
 def _used(settings: Sequence[Mapping[str, Any]], schema: type[BaseModel]) -> list[str]:

@@ -81,6 +81,7 @@ class TrainRecord(BaseModel):
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
+    code: dict[str, str | None] = {}
 
 
 class Proportion(BaseModel):

@@ -49,6 +49,7 @@ def test_writes_every_table_and_plot(make_study):
         | {f"plots/{name}.{kind}" for name in plots for kind in ("svg", "png")}
         | {f"plots/data/{name}.csv" for name in plots}
         | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
+        | {f"cards/{run}.md" for run in study.runs}
         | {"tables/groups.csv", "tables/statistics.csv", "metrics.json", "contamination.json"}
     )
     for name in plots:

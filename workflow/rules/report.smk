@@ -23,6 +23,7 @@ rule report:
             category="Training",
             labels={"run": "{name}"},
         ),
+        cards=directory("results/{study}/cards"),
         metrics="results/{study}/metrics.json",
     log:
         "logs/{study}/report.log",

@@ -1,0 +1,321 @@
+"""The model card of a run (Mitchell et al. 2019): what it is made of and how, its results, and its limits.
+
+Markdown under YAML front matter, as the Hugging Face hub reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from stlm.evaluation.statistics import Interval
+from stlm.files import read_record, write_text
+from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
+from stlm.report.contamination import Contamination, contamination_note
+from stlm.report.hyperparameters import settings
+from stlm.report.names import benchmark_label, bounds, percent
+from stlm.report.results import (
+    CheckpointResult,
+    EvaluationRecord,
+    RunResult,
+    TrainRecord,
+    read_outcomes,
+    run_label,
+)
+from stlm.report.sources import Text, read_texts
+from stlm.report.table import Cell, Table, markdown
+from stlm.study import Study
+
+_CITATION = """\
+```bibtex
+@article{hillier2024super,
+  title   = {Super Tiny Language Models},
+  author  = {Hillier, Dylan and Guertler, Leon and Tan, Cheston and Agrawal, Palaash and Chen, Ruirui and
+             Cheng, Bobby},
+  journal = {arXiv preprint arXiv:2405.14159},
+  year    = {2024}
+}
+```"""
+_LIMITS = """\
+Made for research on very small language models: to compare techniques under equal conditions. Not for
+deployment, and not for advice, facts or decisions about people.
+
+- It continues text. It was not tuned to follow instructions or anyone's preferences, and nothing was done to
+  keep harmful text out.
+- What it says is often false, and repeats the views and prejudices of its training text.
+- It knows the languages and subjects of that text alone, and reads {context:,} tokens at most."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a checkpoint; None, or nothing in a collection, where no file says so.
+
+    `chance[benchmark]` is the expected accuracy of a blind choice, a fraction.
+    """
+
+    title: str
+    train: TrainRecord
+    step: int
+    tokens: int
+    result: CheckpointResult | None
+    accuracies: Mapping[Score, Accuracy]
+    chance: Mapping[str, float]
+    contamination: Contamination | None
+    texts: Sequence[Text]
+
+    def metadata(self, **more: Any) -> dict[str, Any]:
+        """The hub's metadata, `more` among it."""
+        repositories = [text.repository for text in self.texts if text.repository]
+        return {
+            "language": "en",
+            "license": "unknown",
+            **more,
+            "pipeline_tag": "text-generation",
+            "tags": ["stlm", "super-tiny-language-models"],
+            **({"datasets": repositories} if repositories else {}),
+            **({"model-index": [self._index()]} if self.result is not None else {}),
+        }
+
+    def markdown(self, use: str = "", **more: Any) -> str:
+        """The whole card, how to `use` the model second in it; `more` goes to the metadata at its top."""
+        head = yaml.safe_dump(self.metadata(**more), sort_keys=False, width=110, allow_unicode=True)
+        sections = {
+            **({"Use": use} if use else {}),
+            "Data": self._data(),
+            "Model": self._settings("Size", "Model"),
+            "Training": self._training(),
+            "Results": self._results(),
+            "Contamination": self._contamination(),
+            "Intended use and limits": _LIMITS.format(context=self.train.model["context"]),
+            "Licences": self._licences(),
+            "Citation": _CITATION,
+        }
+        body = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections.items())
+        return f"---\n{head}---\n\n# {self.title}\n\n{self._summary()}\n\n{body}\n"
+
+    def _summary(self) -> str:
+        counts = self.train.parameters
+        return (
+            f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings), "
+            f"trained on {self.tokens:,} tokens of {self.train.corpus}; step {self.step:,} of "
+            f"{self.train.steps:,}. Made with STLM, reference software for research on super tiny language "
+            "models."
+        )
+
+    def _data(self) -> str:
+        rows = []
+        for text in self.texts:
+            share = "" if text.share is None else f"\nshare {percent(text.share)}%"
+            cells = [text.name + share, text.licence or "not known here", text.origin or "not known here"]
+            for split in ("train", "val", "test"):
+                size = (text.splits or {}).get(split)
+                cells.append(
+                    f"{size.tokens:,} tokens\n{size.documents:,} documents\n{size.bytes / 1e6:,.1f} MB"
+                    if size
+                    else "–"
+                )
+            rows.append([Cell(cell) for cell in cells])
+        table = Table(
+            "data",
+            f"Text, tokenized by {self.train.tokenizer}",
+            ["corpus", "licence", "from", "train split", "validation split", "test split"],
+            rows,
+            [
+                "Sizes are of the whole splits, whatever part a run reads. Documents are in one split by the "
+                "hash of their text, or of their group (a book's title)."
+            ],
+            texts=3,
+        )
+        return markdown(table)
+
+    def _settings(self, *sections: str) -> str:
+        found = settings(self.train)
+        rows = [[Cell(key), Cell(value)] for section in sections for key, value in found[section].items()]
+        return markdown(Table("settings", " and ".join(sections), ["", ""], rows))
+
+    def _training(self) -> str:
+        train = self.train
+        where = [
+            train.device,
+            train.precision,
+            *(["compiled"] if train.compiled else []),
+            *([f"{train.processes} processes"] if train.processes > 1 else []),
+        ]
+        code = ", ".join(f"{name} {version}" for name, version in train.code.items() if version)
+        return (
+            f"{train.tokens:,} tokens in {train.steps:,} steps, about {train.flops:.2e} floating-point "
+            f"operations, {train.seconds:,.0f} s on {', '.join(where)}. Seed {train.seed}."
+            + (f" Program: {code}." if code else "")
+            + "\n\n"
+            + self._settings("Data", "Recipe")
+        )
+
+    def _results(self) -> str:
+        if self.result is None:
+            return "This checkpoint was not evaluated (`stlm evaluate`)."
+        own = self.result.perplexity
+        rows = []
+        for (benchmark, mode, metric), found in self.accuracies.items():
+            over = "–" if found.clustered is None else f"{bounds(*found.clustered)}\n{found.groups} groups"
+            chance = self.chance.get(benchmark)
+            cells = [
+                f"{benchmark_label(benchmark)} (version {self.result.benchmarks[benchmark].version})",
+                f"{mode}, {metric}",
+                f"{found.n:,}",
+                percent(found.value),
+                bounds(*found.interval),
+                over,
+                "–" if chance is None else percent(chance),
+            ]
+            rows.append([Cell(cell) for cell in cells])
+        header = ["benchmark", "mode, metric", "items", "accuracy", "95% interval", "over groups", "chance"]
+        notes = [
+            "In percent. Intervals: Wilson's, over items; over groups: cluster-robust, for other groups of "
+            "items like these. Neither says how much another seed would change the model. Modes: harness, "
+            "the prompts and continuations of the reference evaluation harness; paper, the probability of "
+            "the whole string."
+        ]
+        guessing = self._guessing()
+        if guessing:
+            notes.append(f"No better than guessing, by their widest interval: {', '.join(guessing)}.")
+        table = Table("results", "Zero-shot accuracy", header, rows, notes, texts=2)
+        return (
+            f"Test split of {self.train.corpus}: **{own.bits_per_byte:.4f} bits per byte**, character "
+            f"perplexity {own.char_perplexity:.4f}."
+        ) + (f"\n\n{markdown(table)}" if rows else "")
+
+    def _guessing(self) -> list[str]:
+        """The benchmarks none of whose accuracies is above chance, by the wider of their intervals."""
+        above: dict[str, bool] = {}
+        for (benchmark, _, _), found in self.accuracies.items():
+            if benchmark in self.chance:
+                low = min(found.interval.low, (found.clustered or found.interval).low)
+                above[benchmark] = above.get(benchmark, False) or low > self.chance[benchmark]
+        return [benchmark_label(benchmark) for benchmark, own in above.items() if not own]
+
+    def _contamination(self) -> str:
+        if self.contamination is None:
+            return "Not counted (`stlm contamination`)."
+        counted = {name: None for own in self.contamination.corpora.values() for name in own.benchmarks}
+        return contamination_note(self.contamination) or (
+            f"No item of {', '.join(map(benchmark_label, counted))} shares {max(self.contamination.sizes)} "
+            "words in sequence with the training text, or stands in it whole."
+        )
+
+    def _licences(self) -> str:
+        texts = "\n".join(f"- {text.name}: {text.licence or 'not known here'}" for text in self.texts)
+        return (
+            "The program that made this model is under Apache-2.0. The model itself has no licence yet: "
+            f"whoever publishes it chooses one that the terms of its training text allow.\n\n{texts}"
+        )
+
+    def _index(self) -> dict[str, Any]:
+        """The results as the hub's metadata holds them; accuracies are fractions."""
+        own = self.result.perplexity
+        results = [
+            _entry(
+                self.train.corpus, self.train.corpus, {"bits per byte": own.bits_per_byte}, "bits_per_byte"
+            ),
+        ]
+        for benchmark in dict.fromkeys(benchmark for benchmark, _, _ in self.accuracies):
+            named = {
+                f"{metric}, {mode} mode": found.value
+                for (name, mode, metric), found in self.accuracies.items()
+                if name == benchmark
+            }
+            results.append(_entry(benchmark_label(benchmark), benchmark, named, "accuracy"))
+        return {"name": self.title, "results": results}
+
+
+def _entry(name: str, kind: str, metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": name, "type": kind},
+        "metrics": [
+            {"type": metric, "name": own, "value": round(value, 4)} for own, value in metrics.items()
+        ],
+    }
+
+
+def write_cards(
+    folder: Path,
+    study: Study,
+    results: Mapping[str, RunResult],
+    comparisons: Comparisons,
+    contamination: Contamination,
+) -> None:
+    """Write `folder`/<run>.md for each run, of its last checkpoint."""
+    for name, result in results.items():
+        checkpoint, points = list(comparisons.points[name].items())[-1]
+        card = Card(
+            f"{run_label(result, results)} ({study.name}/{name})",
+            result.train,
+            result.last.step,
+            result.last.tokens,
+            result.checkpoints[checkpoint],
+            {key: point.accuracy for key, point in points.items()},
+            comparisons.chance,
+            _of_corpus(contamination, result.train.corpus),
+            read_texts(result.train.corpus, result.train.tokenizer),
+        )
+        write_text(folder / f"{name}.md", card.markdown(library_name="stlm"))
+
+
+def read_card(checkpoint: Path) -> Card | None:
+    """The card of a checkpoint's folder, from what a run leaves beside it; None where there is no train.json.
+
+    Raises UserError for a file that is damaged.
+    """
+    run = checkpoint.parent.parent
+    if not (run / "train.json").is_file():
+        return None
+    train = read_record(run / "train.json", TrainRecord)
+    own = read_record(checkpoint / "config.json", _Description)
+    result = None
+    if (run / "evaluation.json").is_file():
+        result = read_record(run / "evaluation.json", EvaluationRecord).checkpoints.get(checkpoint.name)
+    if result is not None and result.weights_sha256 != own.weights_sha256:
+        result = None  # of weights that are no longer there
+    accuracies: dict[Score, Accuracy] = {}
+    chance: dict[str, float] = {}
+    if result is not None and (run / "items.parquet").is_file():
+        items = by_mode(read_outcomes(run / "items.parquet", checkpoint.name))
+        accuracies = {key: accuracy(items[key[:2]], key[2]) for key in scores(result) if key[:2] in items}
+        chance = {benchmark: float(found["chance"].mean()) for (benchmark, _), found in items.items()}
+    elif result is not None:
+        for benchmark, mode, metric in scores(result):
+            found = getattr(result.benchmarks[benchmark].modes[mode], metric)
+            interval = Interval(found.low, found.high)
+            accuracies[benchmark, mode, metric] = Accuracy(found.value, found.n, interval, 0, None)
+    contamination = run.parent.parent / "contamination.json"
+    counted = read_record(contamination, Contamination) if contamination.is_file() else None
+    return Card(
+        f"{train.label} ({own.study}/{train.run})",
+        train,
+        own.step,
+        own.tokens,
+        result,
+        accuracies,
+        chance,
+        _of_corpus(counted, train.corpus) if counted else None,
+        read_texts(train.corpus, train.tokenizer),
+    )
+
+
+class _Description(BaseModel):
+    """What a checkpoint's config.json says of its run."""
+
+    study: str
+    step: int
+    tokens: int
+    weights_sha256: str
+
+
+def _of_corpus(contamination: Contamination, corpus: str) -> Contamination | None:
+    own = {name: found for name, found in contamination.corpora.items() if name == corpus}
+    return contamination.model_copy(update={"corpora": own}) if own else None
