@@ -11,17 +11,19 @@ import json
 from pathlib import Path
 
 import tokenizers
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save
 from tokenizers import decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from stlm.errors import UserError
 from stlm.files import atomic_directory, write_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import WEIGHTS, load_checkpoint
 
+GENERATION = "generation_config.json"
 # What a Llama has, and the key of `model` that says so.
 _LLAMA = {
     "positions": "rope",
@@ -34,12 +36,13 @@ _LLAMA = {
 }
 
 
-def export_llama(checkpoint: Path, folder: Path) -> None:
+def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
     """Write `checkpoint` (`.../checkpoints/step-N`, its tokenizer beside it) to `folder`, atomically.
 
     `AutoModelForCausalLM` and `AutoTokenizer` load the folder, in float32. Logits are the checkpoint's but
     for rounding; the tokenizer gives the same ids for any text, adds none, and takes the text `<|endoftext|>`
     for ordinary text (`split_special_tokens`), as ours does. The end-of-text token is both bos and eos.
+    `card` becomes README.md.
 
     Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
@@ -55,9 +58,12 @@ def export_llama(checkpoint: Path, folder: Path) -> None:
             f"{tokenizer.name} has {tokenizer.vocab_size} tokens"
         )
     content = tokenizer_json(tokenizer)
+    ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     with atomic_directory(folder) as temporary:
-        save_file(llama_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", llama_config(model.config, tokenizer.eot))
+        (temporary / WEIGHTS).write_bytes(save(llama_weights(model), metadata={"format": "pt"}))
+        write_json(temporary / "config.json", {**llama_config(model.config), **ends})
+        # Padding, which transformers asks for where prompts differ in length, is masked: any token will do.
+        write_json(temporary / GENERATION, {**ends, "pad_token_id": tokenizer.eot})
         (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
         write_json(
             temporary / "tokenizer_config.json",
@@ -72,10 +78,15 @@ def export_llama(checkpoint: Path, folder: Path) -> None:
                 "model_max_length": model.config.context,
             },
         )
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def llama_config(config: ModelConfig, eot: int) -> dict[str, object]:
-    """The content of `config.json`. The rotary wavelengths' base has two names, an old and a new one."""
+def llama_config(config: ModelConfig) -> dict[str, object]:
+    """The content of `config.json`, but for the ids of tokens.
+
+    The rotary wavelengths' base has two names, an old and a new one.
+    """
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -95,40 +106,47 @@ def llama_config(config: ModelConfig, eot: int) -> dict[str, object]:
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tied,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
         "torch_dtype": "float32",
     }
 
 
+@torch.inference_mode()
 def llama_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights under Llama's names; a tied head is not written, as `transformers` does not write it."""
-    config, state = model.config, model.state_dict()
+    """The weights under Llama's names; a tied head is not written, as `transformers` does not write it.
+
+    A layer's matrix is what its part of the model makes of the unit vectors, whatever it is made of. In
+    float32.
+    """
+    config = model.config
     query, key_value = config.width, config.kv_heads * config.head_width
     weights = {
-        "model.embed_tokens.weight": state["embedding.weight"],
-        "model.norm.weight": state["norm.weight"],
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.norm.weight,
     }
     if not config.tied:
-        weights["lm_head.weight"] = state["output.weight"]
-    for number in range(config.layers):
-        ours, theirs = f"blocks.{number}.", f"model.layers.{number}."
-        q, k, v = state[ours + "attention.qkv.weight"].split([query, key_value, key_value])
-        gate, up = state[ours + "ffn.gate_up.weight"].chunk(2)
+        weights["lm_head.weight"] = model.output.weight
+    for number, block in enumerate(model.blocks):
+        q, k, v = _matrix(block.attention.qkv).split([query, key_value, key_value])
+        gate, up = _matrix(block.ffn.gate_up).chunk(2)
         own = {
-            "input_layernorm": state[ours + "attention_norm.weight"],
+            "input_layernorm": block.attention_norm.weight,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": state[ours + "attention.out.weight"],
-            "post_attention_layernorm": state[ours + "ffn_norm.weight"],
+            "self_attn.o_proj": _matrix(block.attention.out),
+            "post_attention_layernorm": block.ffn_norm.weight,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": state[ours + "ffn.down.weight"],
+            "mlp.down_proj": _matrix(block.ffn.down),
         }
-        weights |= {f"{theirs}{name}.weight": tensor for name, tensor in own.items()}
+        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in own.items()}
     # Copies: the parts of a matrix share its memory, which the file format refuses.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """The matrix [outputs, inputs] of a linear map without a bias."""
+    return linear(torch.eye(linear.in_features)).T
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

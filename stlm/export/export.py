@@ -1,0 +1,52 @@
+"""`stlm export`: a run's checkpoint as a folder for other libraries, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stlm.errors import UserError
+from stlm.export.llama import GENERATION, export_llama
+from stlm.report.card import read_card
+from stlm.training.locate import find_checkpoint
+
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+inputs = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt", split_special_tokens=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8)[0]))
+```
+
+A document begins after the end-of-text token, as in training."""
+
+
+def export(run: str, folder: Path, force: bool = False) -> None:
+    """Write the checkpoint that `run` means (see `find_checkpoint`) to `folder`, as `export_llama` does.
+
+    README.md is its model card; without a train.json beside the checkpoint there is none. An empty folder is
+    filled; with `force`, one that holds an earlier export is replaced. Raises UserError for any other that is
+    there, and for a model that is no Llama.
+    """
+    checkpoint = find_checkpoint(run)
+    _check_target(folder, force)
+    card = read_card(checkpoint)
+    text = None
+    if card is not None:
+        text = card.markdown(library_name="transformers", use=_USE.format(folder=folder.name))
+    export_llama(checkpoint, folder, text)
+    print(f"wrote {folder}" + ("" if text else "; no model card, as no train.json is beside the checkpoint"))
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if folder.is_dir():
+        found = {path.name for path in folder.iterdir()}
+        if not found:
+            return
+        if GENERATION not in found:
+            raise UserError(f"{folder}: holds other files than an exported model; name another folder")
+        if not force:
+            raise UserError(f"{folder}: holds an exported model already; --force replaces it")
+    elif folder.exists():
+        raise UserError(f"{folder}: is a file; name a folder")
