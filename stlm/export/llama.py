@@ -114,17 +114,19 @@ def llama_config(config: ModelConfig) -> dict[str, object]:
 def llama_weights(model: Transformer) -> dict[str, Tensor]:
     """The weights under Llama's names; a tied head is not written, as `transformers` does not write it.
 
-    A layer's matrix is what its part of the model makes of the unit vectors, whatever it is made of. In
-    float32.
+    A layer's matrix is what its part of the model makes of the unit vectors: layers that share one get a copy
+    each, adapters are merged, factors multiplied, those of an embedding too.
     """
     config = model.config
     query, key_value = config.width, config.kv_heads * config.head_width
-    weights = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.norm.weight,
-    }
+    embedding_VD, head_VD = model.embedding.weight, model.output.weight
+    if model.embedding_up is not None:
+        embedding_VD = embedding_VD @ model.embedding_up
+    if model.output_down is not None:
+        head_VD = head_VD @ model.output_down.T
+    weights = {"model.embed_tokens.weight": embedding_VD, "model.norm.weight": model.norm.weight}
     if not config.tied:
-        weights["lm_head.weight"] = model.output.weight
+        weights["lm_head.weight"] = head_VD
     for number, block in enumerate(model.blocks):
         q, k, v = _matrix(block.attention.qkv).split([query, key_value, key_value])
         gate, up = _matrix(block.ffn.gate_up).chunk(2)

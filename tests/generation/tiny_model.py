@@ -23,6 +23,12 @@ OPTIONS = {
     "value embeddings": {"value_embeddings": 2},
     "soft cap, untied": {"logit_softcap": 4.0, "tied": False},
     "layernorm, gelu": {"norm": "layernorm", "ffn": "gelu"},
+    "shared layers, adapters": {
+        **{"layers": 4, "sharing": {"what": "all", "order": "groups", "group": 2}, "lora": {"rank": 3}},
+    },
+    "low rank": {"low_rank": {"ffn": 5, "attention": 6}},
+    "factorized embedding": {"embedding_rank": 9},
+    "factorized, untied": {"embedding_rank": 9, "tied": False},
     "fast recipe": {"ffn": "relu2", "qk_norm": True, "qkv_shift": True, "value_embeddings": 1},
 }
 
