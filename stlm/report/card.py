@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
+from stlm.model.config import ModelConfig, parameter_groups
 from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
 from stlm.report.contamination import Contamination, contamination_note
 from stlm.report.hyperparameters import settings
@@ -87,7 +88,7 @@ class Card:
         sections = {
             **({"Use": use} if use else {}),
             "Data": self._data(),
-            "Model": self._settings("Size", "Model"),
+            "Model": self._model(),
             "Training": self._training(),
             "Results": self._results(),
             "Contamination": self._contamination(),
@@ -132,6 +133,13 @@ class Card:
             texts=3,
         )
         return markdown(table)
+
+    def _model(self) -> str:
+        groups = parameter_groups(ModelConfig.model_validate(self.train.model))
+        rows = [[Cell(name), Cell(f"{number:,}")] for name, number in groups.items()]
+        notes = ["What layers share is counted once, where it is first used."]
+        table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
+        return f"{self._settings('Size', 'Model')}\n{markdown(table)}"
 
     def _settings(self, *sections: str) -> str:
         found = settings(self.train)
