@@ -203,6 +203,25 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
         return x.float() @ weight
 
 
+def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ...], list[nn.Parameter]]:
+    """The matrices of blocks, those of all layers together, by the rows of the matrices that each holds.
+
+    The key is empty for a parameter that is one matrix. Shared ones are there once.
+    """
+    key_value = config.kv_heads * config.head_width
+    joint = {
+        "attention.qkv": (config.width, key_value, key_value),
+        "ffn.gate_up": (config.ffn_width, config.ffn_width),
+    }
+    parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for name, parameter in blocks.named_parameters():
+        if parameter.dim() == 2:
+            rows = next((own for of, own in joint.items() if f".{of}." in name), ())
+            # Of a product's two factors, the one that reads is of one matrix: its rows are the rank.
+            parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
+    return parts
+
+
 class Transformer(nn.Module):
     """A decoder-only language model: token ids in, next-token logits out."""
 
@@ -272,23 +291,8 @@ class Transformer(nn.Module):
                 matrix.adapter.initialize()
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
-        """The blocks' matrices, those of all layers together, by the rows of the matrices that each holds.
-
-        The key is empty for a parameter that is one matrix. Shared ones are there once.
-        """
-        config = self.config
-        key_value = config.kv_heads * config.head_width
-        joint = {
-            "attention.qkv": (config.width, key_value, key_value),
-            "ffn.gate_up": (config.ffn_width, config.ffn_width),
-        }
-        parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for name, parameter in self.blocks.named_parameters():
-            if parameter.dim() == 2:
-                rows = next((own for of, own in joint.items() if f".{of}." in name), ())
-                # Of a product's two factors, the one that reads is of one matrix: its rows are the rank.
-                parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
-        return parts
+        """The blocks' matrices: see `block_matrices`."""
+        return block_matrices(self.blocks, self.config)
 
     def schedule_dropout(self, factor: float) -> None:
         """From now on drop with `factor`, between 0 and 1, times the configured probabilities."""
