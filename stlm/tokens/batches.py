@@ -201,19 +201,24 @@ class ValidationSet:
     The documents stand one after the other as in training, the end-of-text token before each, and are read
     in windows of `context` tokens that do not overlap. Each component of a mix gives its share of
     `max_tokens` in whole documents (at least one), the first in the order of a hash of their tokens, so that
-    the choice hardly changes when documents are added.
+    the choice hardly changes when documents are added. Tokenizers have orders of their own; of
+    `max_documents`, which takes the place of `max_tokens`, they choose the same.
 
     `n_tokens`, `n_bytes`, `n_chars` count the text of these documents: what the masked losses sum over.
     """
 
-    def __init__(self, folder: Path, context: int, max_tokens: int) -> None:
+    def __init__(self, folder: Path, context: int, max_tokens: int, max_documents: int | None = None) -> None:
         self.context = context
         components = read_split(folder, "val")
         total = sum(component.weight for component in components)
         chosen = [
             document
             for component in components
-            for document in _choose(component, max_tokens * component.weight / total)
+            for document in (
+                _choose(component, max_tokens * component.weight / total)
+                if max_documents is None
+                else _draw(component, max_documents * component.weight / total)
+            )
         ]
         self.n_tokens = sum(len(document.tokens) - 1 for document in chosen)
         self.n_bytes = sum(document.n_bytes for document in chosen)
@@ -247,3 +252,10 @@ def _choose(component: ComponentTokens, max_tokens: float) -> list[Document]:
         if tokens >= max_tokens:
             break
     return chosen
+
+
+def _draw(component: ComponentTokens, max_documents: float) -> list[Document]:
+    """So many documents, at least one, drawn by their places in the corpus."""
+    order = np.random.default_rng(0).permutation(len(component))
+    taken = set(order[: max(1, round(max_documents))].tolist())
+    return [document for place, document in enumerate(component) if place in taken]

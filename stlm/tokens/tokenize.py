@@ -26,12 +26,14 @@ from tqdm import tqdm
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, replace_directory, write_json
 from stlm.tokens.bpe import train_bpe
+from stlm.tokens.chunks import cuts_chunks, make_chunker
 from stlm.tokens.raw import RawComponent, raw_components
 from stlm.tokens.shards import SPLITS, Document, write_shard
 from stlm.tokens.survey import DROPPED, Survey, digest, survey
 from stlm.tokens.tokenizer import (
     DESCRIPTION,
     ByteTokenizer,
+    ChunkTokenizer,
     Tokenizer,
     bpe_vocab_size,
     gpt2_tokenizer,
@@ -55,11 +57,14 @@ def tokenize_corpus(
 ) -> dict[str, Any]:
     """Tokenize `data/raw/<corpus>/` into `out_folder`, which it replaces; the content of its meta.json.
 
-    `tokenizer_name`: gpt2 (from `vocabulary_folder`'s files), bytes, or bpe-N (trained on the train split).
+    `tokenizer_name`: gpt2 (from `vocabulary_folder`'s files), bytes, bpe-N (trained on the train split), or
+    words, spaces or stride-N: the chunks that the corpus has, whatever the split.
     Memory: about four shards of `shard_bytes`, and a few megabytes of text a worker (default: one a core).
     The output does not depend on `workers`. Raises `UserError` for bad input and a failing disk.
     """
-    if tokenizer_name not in ("gpt2", "bytes"):
+    if cuts_chunks(tokenizer_name):
+        make_chunker(tokenizer_name)
+    elif tokenizer_name not in ("gpt2", "bytes"):
         bpe_vocab_size(tokenizer_name)
     components = raw_components(raw_folder)
     partial = out_folder.parent / f".{out_folder.name}.partial"
@@ -177,6 +182,8 @@ def _tokenizer(
         tokenizer: Tokenizer = ByteTokenizer()
     elif name == "gpt2":
         tokenizer = gpt2_tokenizer(vocabulary_folder)
+    elif cuts_chunks(name):
+        tokenizer = ChunkTokenizer(name, _chunks(name, components, counts, progress))
     else:
         tokenizer = train_bpe(name, _training_texts(components, counts, progress))
     tokenizer.save(folder / "tokenizer")
@@ -203,6 +210,18 @@ def _training_texts(components: Sequence[RawComponent], counts: Survey, progress
                 if split == 0 and (rate >= 1 or int.from_bytes(digest(text)[8:], "little") < rate * 2**64):
                     bar.update(len(text))
                     yield text.decode()
+
+
+def _chunks(name: str, components: Sequence[RawComponent], counts: Survey, progress: bool) -> list[bytes]:
+    """The distinct chunks of all documents that are kept, sorted."""
+    chunker, chunks = make_chunker(name), set()
+    with tqdm(total=counts.text_bytes, desc="chunks", unit="B", unit_scale=True, disable=not progress) as bar:
+        for batch in _batches(components, counts):
+            for text, split in zip(batch.texts, batch.splits.tolist(), strict=True):
+                if split != DROPPED:
+                    chunks.update(chunker.split(text))
+            bar.update(sum(len(text or b"") for text in batch.texts))
+    return sorted(chunks)
 
 
 class _Batch(NamedTuple):

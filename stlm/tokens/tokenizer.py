@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, and bytes.
+"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, bytes, and chunks of bytes.
 
 All are byte-level, so every text that UTF-8 can hold comes back from `decode(encode(text))`. The end-of-text
 token has the last id and never comes out of `encode`, whatever the text says.
@@ -14,7 +14,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
 from stlm.files import atomic_path, read_record, write_json
+from stlm.tokens.chunks import Chunker, ChunkTable, Pieces, chunk_table, cuts_chunks, make_chunker
 
 EOT = "<|endoftext|>"
 DESCRIPTION = "tokenizer-name.json"
@@ -132,6 +133,62 @@ class BpeTokenizer(Tokenizer):
         return self._encoding.decode_bytes(ids)
 
 
+class ChunkTokenizer(Tokenizer):
+    """Chunks of bytes for byte-level models: `words`, `spaces` or `stride-N`, over those that a corpus has.
+
+    Ids number the corpus' distinct chunks in the order of their bytes: shards hold ids, models see bytes.
+    """
+
+    def __init__(self, name: str, chunks: Sequence[bytes]) -> None:
+        self.name, self.chunks = name, list(chunks)
+        self.eot = len(self.chunks)
+        self.vocab_size = self.eot + 1
+        self.chunker = make_chunker(name)
+        self._ids = {chunk: number for number, chunk in enumerate(self.chunks)}
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        lengths = bytes(map(len, self.chunks))
+        return {"chunks.bin": b"".join(self.chunks), "chunk-lengths.bin": lengths}
+
+    @classmethod
+    def of(cls, name: str, files: Mapping[str, bytes]) -> ChunkTokenizer:
+        """The tokenizer from the content of its files."""
+        content, ends = files["chunks.bin"], accumulate(files["chunk-lengths.bin"], initial=0)
+        return cls(name, [content[begin:end] for begin, end in pairwise(ends)])
+
+    def encode_array(self, text: str) -> np.ndarray:
+        chunks = self.chunker.split(text.encode())
+        try:
+            return np.fromiter(map(self._ids.__getitem__, chunks), self.dtype, len(chunks))
+        except KeyError as error:
+            raise UserError(
+                f"tokenizer {self.name}: the corpus that it was made of has no {error.args[0]!r}: its ids "
+                "serve that corpus alone; a byte-level model reads any text"
+            ) from None
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join([self.chunks[token] for token in ids])
+
+
+def chunker_of(tokenizer: Tokenizer) -> Chunker:
+    """Where a byte-level model cuts chunks: at a tokenizer's tokens, or as a chunk tokenizer does."""
+    if isinstance(tokenizer, ChunkTokenizer):
+        return tokenizer.chunker
+    tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
+    return Pieces(
+        tokenizer.name,
+        lambda content: [tokens[token] for token in tokenizer.encode(content.decode())],
+        max(map(len, tokens)),
+    )
+
+
+def tokens_table(tokenizer: Tokenizer) -> ChunkTable:
+    """The bytes of a tokenizer's ids as a byte-level model reads and writes them."""
+    chunks = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
+    return chunk_table(chunker_of(tokenizer), [*chunks, b""])
+
+
 class _Description(BaseModel):
     """What tokenizer-name.json says that is not known from the name."""
 
@@ -154,6 +211,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if name == "gpt2":
         return BpeTokenizer(name, _gpt2_ranks(files["encoder.json"]), files)
+    if cuts_chunks(name):
+        return ChunkTokenizer.of(name, files)
     bpe_vocab_size(name)
     return trained_tokenizer(name, files["tokenizer.json"])
 
@@ -177,8 +236,10 @@ def bpe_vocab_size(name: str) -> int:
     """The N of `bpe-N`; any other name is a `UserError`."""
     match = re.fullmatch(r"bpe-(\d+)", name)
     if not match:
-        hint = nearest(name, ["gpt2", "bytes", "bpe-4096"])
-        raise UserError(f"unknown tokenizer {name!r}: expected gpt2, bytes or bpe-N{hint}")
+        hint = nearest(name, ["gpt2", "bytes", "bpe-4096", "words", "spaces", "stride-4"])
+        raise UserError(
+            f"unknown tokenizer {name!r}: expected gpt2, bytes, bpe-N, words, spaces or stride-N{hint}"
+        )
     size = int(match[1])
     if size < 258:
         raise UserError(f"tokenizer {name!r}: N must be at least 258 (256 bytes, a merge, the end of text)")

@@ -8,7 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
 RECORD_KEYS = frozenset(
-    {"log_every", "save_every", "validate_every", "validation_tokens", "wandb", "watch_every"}
+    {
+        "log_every",
+        "save_every",
+        "validate_every",
+        "validation_documents",
+        "validation_tokens",
+        "wandb",
+        "watch_every",
+    }
 )
 
 
@@ -85,6 +93,14 @@ class TrainingConfig(BaseModel):
     )
     validation_tokens: int = Field(
         200_000, ge=1, description="Tokens of the validation split that a validation reads, whole documents."
+    )
+    # Left out of records where it changes nothing: runs made before it was there are equal.
+    validation_documents: int | None = Field(
+        None,
+        ge=1,
+        description="Documents of the validation split that a validation reads, instead of "
+        "`validation_tokens`: the same ones whatever the tokenizer.",
+        exclude_if=lambda value: value is None,
     )
     log_every: int = Field(10, ge=1, description="Steps between rows of curve.csv.")
     watch_every: int = Field(
