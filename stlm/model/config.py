@@ -6,7 +6,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stlm.model.byte_config import ByteConfig
 from stlm.model.reduction import PARTS, LoraConfig, LowRankConfig, SharingConfig
+
+# Bytes of a chunk where nobody knows yet: about those of a corpus' words or byte-pair tokens.
+CHUNK_BYTES = 4.5
 
 
 class ModelConfig(BaseModel):
@@ -100,6 +104,12 @@ class ModelConfig(BaseModel):
         "`width`; null: a table of vectors of `width`.",
         exclude_if=lambda value: value is None,
     )
+    bytes: ByteConfig | None = Field(
+        None,
+        description="Byte-level: chunks of bytes instead of tokens; see `model.bytes` and docs/bytes.md. "
+        "null: an embedding for each token.",
+        exclude_if=lambda value: value is None,
+    )
     vocab_size: int | None = Field(
         None, ge=2, description="Tokens in the vocabulary. Taken from the tokenizer; leave it out."
     )
@@ -130,7 +140,16 @@ class ModelConfig(BaseModel):
             )
         self._check_sharing()
         self._check_ranks()
+        self._check_bytes()
         return self
+
+    def _check_bytes(self) -> None:
+        """What acts on tables of tokens has nothing to act on."""
+        if self.bytes is None:
+            return
+        for key, without in (("value_embeddings", 0), ("logit_softcap", 0.0), ("embedding_rank", None)):
+            if getattr(self, key) != without:
+                raise ValueError(f"{key}: {getattr(self, key)}: a byte-level model (bytes) has none")
 
     def _check_sharing(self) -> None:
         if self.sharing is None:
@@ -172,6 +191,24 @@ class ModelConfig(BaseModel):
             "ffn": {**reads, "down": (width, self.ffn_width)},
         }
 
+    def byte_blocks(self, layers: int) -> ModelConfig:
+        """The blocks of a byte transformer: this model's in small, nothing shared, without dropout."""
+        return ModelConfig(
+            layers=layers,
+            width=self.bytes.width,
+            heads=self.bytes.heads,
+            kv_heads=self.bytes.heads,
+            ffn=self.ffn,
+            ffn_width=self.bytes.ffn_width,
+            positions="sinusoidal",
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            qkv_shift=self.qkv_shift,
+            zero_init=self.zero_init,
+            vocab_size=self.vocab_size,
+        )
+
     @property
     def homes(self) -> dict[str, tuple[int, ...]]:
         """For each part of a block and each layer, from 0: the first layer that uses the same matrices."""
@@ -188,8 +225,16 @@ class ModelConfig(BaseModel):
         return self.lora if self.lora and part in self.lora.parts else None
 
 
-# What counts as embedding: all that grows with the vocabulary or the context.
-EMBEDDING_GROUPS = ("token embedding", "positions", "value embeddings", "head")
+# What counts as embedding: all that grows with the vocabulary or the context, or stands in its place.
+EMBEDDING_GROUPS = (
+    "token embedding",
+    "byte embedding",
+    "byte encoder",
+    "positions",
+    "value embeddings",
+    "byte decoder",
+    "head",
+)
 
 
 class ParameterCounts(NamedTuple):
@@ -213,24 +258,61 @@ def parameter_groups(config: ModelConfig) -> dict[str, int]:
     qk_gains = 2 * config.head_width if config.qk_norm else 0
     shifts = config.width + 2 * key_value if config.qkv_shift else 0
     units = {part: len(set(homes)) for part, homes in config.homes.items()}
+    bytes_in, bytes_out = _byte_groups(config)
     groups = {
-        "token embedding": _table(config),
+        "token embedding": 0 if config.bytes else _table(config),
+        **bytes_in,
         "positions": config.context * config.width if config.positions == "learned" else 0,
         "value embeddings": config.value_embeddings * config.vocab_size * key_value,
         "attention": units["attention"] * _weights(config, "attention") + config.layers * shifts,
         "FFN": units["ffn"] * _weights(config, "ffn"),
         "adapters": config.layers * sum(_adapter_weights(config, part) for part in PARTS),
         "norms": config.layers * (2 * norm + qk_gains) + norm,
+        **bytes_out,
         "head": 0 if config.tied else _table(config),
     }
     return {name: count for name, count in groups.items() if count}
 
 
 def _table(config: ModelConfig) -> int:
-    """Weights between tokens and residual stream: of the embedding, or of the head."""
+    """Weights of the embedding, or of the head: between tokens and residual stream, or of bytes."""
+    if config.bytes is not None:
+        return config.vocab_size * config.bytes.width
     if config.embedding_rank is None:
         return config.vocab_size * config.width
     return config.embedding_rank * (config.vocab_size + config.width)
+
+
+def _byte_groups(config: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """What a byte-level model has before the core, and after it but for a head of its own."""
+    own = config.bytes
+    if own is None:
+        return {}, {}
+    encoder, decoder = (
+        parameter_counts(config.byte_blocks(layers)).non_embedding
+        for layers in (own.encoder_layers, own.decoder_layers)
+    )
+    scores = {"attention": 1, "query": config.heads}.get(own.pooling, 0)
+    encoder += own.width * (config.width + scores)
+    return (
+        {"byte embedding": _table(config), "byte encoder": encoder},
+        {"byte decoder": decoder + config.width * own.decoder_layers * own.width},
+    )
+
+
+def _byte_flops(config: ModelConfig, n_bytes: float) -> float:
+    """Training FLOPs of a chunk of so many bytes, but for the core's."""
+    own, n_symbols = config.bytes, n_bytes + 1
+    # A byte sees all of its chunk, a symbol half of it on average.
+    encoder = config.byte_blocks(own.encoder_layers).model_copy(update={"context": 2 * n_bytes})
+    decoder = config.byte_blocks(own.decoder_layers).model_copy(update={"context": n_symbols})
+    pooling = own.width * config.width * (n_bytes if own.pooling == "query" else 1)
+    conditions = config.width * own.decoder_layers * own.width
+    return (
+        n_bytes * (training_flops_per_token(encoder) - 6.0 * config.vocab_size * own.width)
+        + n_symbols * training_flops_per_token(decoder)
+        + 6.0 * (pooling + conditions)
+    )
 
 
 def _weights(config: ModelConfig, part: str) -> int:
@@ -255,14 +337,18 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(total, embedding, total - embedding)
 
 
-def training_flops_per_token(config: ModelConfig) -> float:
+def training_flops_per_token(config: ModelConfig, chunk_bytes: float = CHUNK_BYTES) -> float:
     """Floating-point operations a training token costs, forward and backward.
 
     Six for each weight and time that a token is multiplied with it: a shared one as often as it is used, the
     head's matrix included, embedding look-ups not; plus attention's two products over an average of half the
     context (Kaplan et al. 2020, appendix B; the causal half counted). The optimizer's own work is not in it.
+    Of a byte-level model a token is a chunk, of `chunk_bytes` on average, each counted as read and written.
     """
     products = config.layers * sum(_weights(config, part) + _adapter_weights(config, part) for part in PARTS)
+    if config.bytes is not None:
+        core = products + 2 * config.layers * (config.context / 2) * config.width
+        return 6.0 * core + _byte_flops(config, chunk_bytes)
     head = _table(config)
     # A factorized embedding is looked up, then multiplied.
     embedding = (config.embedding_rank or 0) * config.width

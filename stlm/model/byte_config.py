@@ -1,0 +1,47 @@
+"""The byte-level part of a model, as the section `bytes` of `model`. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ByteConfig(BaseModel):
+    """Bytes in, bytes out: what takes the place of embedding and head (paper, section 5.2)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int = Field(
+        64, ge=2, description="Byte dimension: of the byte embedding and both byte transformers."
+    )
+    heads: int = Field(2, ge=1, description="Attention heads of the byte transformers. Must divide `width`.")
+    ffn_width: int = Field(
+        192, ge=1, description="Hidden units of their feed-forward networks, which are of the kind `ffn`."
+    )
+    encoder_layers: int = Field(
+        2,
+        ge=1,
+        description="Blocks of the transformer within each chunk, which sees all of the chunk's bytes.",
+    )
+    decoder_layers: int = Field(
+        2, ge=1, description="Blocks of the transformer that writes a chunk, byte after byte."
+    )
+    pooling: Literal["mean", "attention", "last", "query"] = Field(
+        "mean",
+        description="How a chunk's bytes become one vector: their mean; their mean by learned weights; the "
+        "last byte; or what a learned query finds in them, with `model.heads` heads, at the core's width "
+        "(Byte2Word).",
+    )
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ByteConfig:
+        if self.width % self.heads:
+            fit = [h for h in range(1, self.width + 1) if self.width % h == 0]
+            near = min(fit, key=lambda h: abs(h - self.heads))
+            raise ValueError(
+                f"heads: {self.heads} does not divide width: {self.width} (nearest that does: {near})"
+            )
+        if self.width % 2:
+            raise ValueError(f"width: {self.width} is odd; positions in a chunk come in sine/cosine pairs")
+        return self
