@@ -61,6 +61,8 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
             f"{key} is no variant without a reference of its own{nearest(data.reference, variants)}"
         )
     reference = runs[run.reference]
+    if reference.model.bytes is not None:
+        raise UserError(f"{key} is byte-level; the difficulty of chunks is measured by a model of tokens")
     if reference.tokenizer != run.tokenizer:
         raise UserError(
             f"{key} has the tokenizer {reference.tokenizer}, the run {run.tokenizer}; they must be the same"

@@ -19,6 +19,7 @@ from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
+from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 from stlm.validation import parse_yaml, read_yaml, validate
@@ -71,7 +72,9 @@ class StudyFile(BaseModel):
     description: str = Field(description="What the study is for, in a line or two.")
     corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")
     tokenizer: str = Field(
-        description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus."
+        description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus. "
+        "Of byte-level models (`model.bytes`): where chunks are cut, at the tokens of `gpt2` or `bpe-N`, or "
+        "`words`, `spaces` or `stride-N`, every N bytes; see docs/bytes.md."
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
         (0,), min_length=1, description="Each variant is run once a seed."
@@ -291,14 +294,23 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def vocabulary_size(tokenizer: str) -> int:
-    """Tokens in the vocabulary of a tokenizer, by its name, the end-of-text token included."""
+    """Tokens in the vocabulary of a tokenizer, by its name, the end-of-text token included.
+
+    Of `words`, `spaces` and `stride-N`, which cut chunks of bytes: the symbols that chunks are written in.
+    """
     if tokenizer == "gpt2":
         return 50257
     if tokenizer == "bytes":
         return 257
+    if cuts_chunks(tokenizer):
+        make_chunker(tokenizer)
+        return SYMBOLS
     match = re.fullmatch(r"bpe-(\d+)", tokenizer)
     if not match:
-        raise UserError(f"tokenizer: {tokenizer!r} is none of gpt2, bytes, bpe-N (for example bpe-4096)")
+        raise UserError(
+            f"tokenizer: {tokenizer!r} is none of gpt2, bytes, bpe-N (for example bpe-4096), words, spaces, "
+            "stride-N (for example stride-4)"
+        )
     size = int(match[1])
     if size < 258:
         raise UserError(
@@ -307,25 +319,40 @@ def vocabulary_size(tokenizer: str) -> int:
     return size
 
 
+def _ids(tokenizer: str, byte_level: bool) -> int:
+    """The `vocab_size` of a model on a tokenizer; a ``UserError`` where the two do not fit."""
+    size = vocabulary_size(tokenizer)
+    if byte_level and tokenizer == "bytes":
+        raise UserError(
+            "tokenizer: 'bytes' cuts no chunks, which a byte-level model (model.bytes) needs; choose "
+            "stride-N, spaces, words, bpe-N or gpt2"
+        )
+    if not byte_level and cuts_chunks(tokenizer):
+        raise UserError(
+            f"tokenizer: {tokenizer!r} cuts chunks for byte-level models; set model.bytes ({{}} for its "
+            "defaults), or choose gpt2, bytes or bpe-N"
+        )
+    return SYMBOLS if byte_level else size
+
+
 def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
     variant = parsed.variants[name]
     where = f"variants.{name}"
     tokenizer = variant.tokenizer or parsed.tokenizer
-    try:
-        vocab_size = vocabulary_size(tokenizer)
-    except UserError as error:
-        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
     sections: dict[str, Any] = {}
     for section, model in (("model", ModelConfig), ("training", TrainingConfig), ("data", DataConfig)):
         base, own = raw.get(section) or {}, getattr(variant, section)
         # The baseline first: its mistakes are not the variant's.
         validate(model, base, file, section)
         sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
-        if section == "model" and sections[section].vocab_size not in (None, vocab_size):
-            raise UserError(
-                f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; "
-                "leave the key out"
-            )
+    try:
+        vocab_size = _ids(tokenizer, sections["model"].bytes is not None)
+    except UserError as error:
+        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
+    if sections["model"].vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
+        )
     stride = parsed.evaluation.perplexity.stride
     if stride is not None and stride > sections["model"].context:
         raise UserError(

@@ -22,6 +22,7 @@ from stlm.model.documents import Documents
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.tokens.shards import read_meta
+from stlm.tokens.tokenizer import load_tokenizer, tokens_table
 from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
 from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device
@@ -65,10 +66,14 @@ class Trainer:
         )
         # The end of text where attention stays within documents.
         self.eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
-        self.validation = ValidationSet(run.tokens_folder, context, self.config.validation_tokens)
+        self.validation = ValidationSet(
+            run.tokens_folder, context, self.config.validation_tokens, self.config.validation_documents
+        )
         self.check_vocabulary()
         torch.manual_seed(run.seed)
         self.model = build_model(run.model).to(self.device)
+        if run.model.bytes is not None:
+            self.model.use(tokens_table(load_tokenizer(run.tokens_folder / "tokenizer")))
         if self.start:
             self.start.give(self.model)
         self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
@@ -105,7 +110,9 @@ class Trainer:
         return Watch(self.model, every, self.eager_hidden, self.progress.watch)
 
     def check_vocabulary(self) -> None:
-        """Refuse token shards whose ids the model has no embedding for."""
+        """Refuse token shards whose ids the model has no embedding for; a byte-level one reads any."""
+        if self.run.model.bytes is not None:
+            return
         meta = read_json(self.run.tokens_folder / "meta.json")
         if meta["vocab_size"] != self.run.model.vocab_size:
             raise UserError(
@@ -333,7 +340,7 @@ class Trainer:
             "tokens": run.tokens,
             "seconds": round(self.progress.seconds, 1),
             "tokens_per_second": round(run.tokens / self.progress.seconds, 1),
-            "flops": run.tokens * training_flops_per_token(run.model),
+            "flops": run.tokens * training_flops_per_token(run.model, self.token_bytes()),
             "device": self.where.name,
             "precision": self.where.precision,
             "compiled": self.where.compiled,
@@ -350,6 +357,13 @@ class Trainer:
             "loss_spikes": self.watch.spikes.found,
             "code": code_version(),
         }
+
+    def token_bytes(self) -> float:
+        """Bytes of the train split's tokens on average, ends of text left out."""
+        components = read_json(self.run.tokens_folder / "meta.json")["components"].values()
+        splits = [component["splits"]["train"] for component in components]
+        tokens = sum(split["tokens"] - split["documents"] for split in splits)
+        return sum(split["bytes"] for split in splits) / tokens
 
     def fit(self, signals: StopSignals) -> None:
         """Train to the last step, saving, validating, recording and keeping checkpoints on the way.

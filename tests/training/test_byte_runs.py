@@ -1,0 +1,157 @@
+"""Byte-level runs train, resume, validate, watch and are evaluated as runs over tokens are."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_resume import assert_same, interruptible  # noqa: F401
+
+from stlm.errors import Interrupted
+from stlm.evaluation.byte_model import ByteModel, ChunkRequests
+from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.evaluate import evaluate_run
+from stlm.files import read_json
+from stlm.model.config import parameter_counts, training_flops_per_token
+from stlm.study import Run
+from stlm.tokens.batches import ValidationSet
+from stlm.tokens.chunks import SYMBOLS
+from stlm.tokens.config import DataConfig
+from stlm.tokens.shards import read_split
+from stlm.tokens.tokenize import tokenize_corpus
+from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.checkpoints import load_checkpoint
+from stlm.training.loop import Trainer, train
+
+BYTES = {"width": 16, "heads": 2, "ffn_width": 24}
+MUON = {"optimizer": "muon", "schedule": "wsd", "dropout_schedule": "triangular", "watch_every": 3}
+
+
+@pytest.fixture(scope="session")
+def chunked(tokens_folder) -> Path:
+    """data/tokens/tiny/ with chunks of three kinds."""
+    raw, folder = tokens_folder.parent.parent / "raw" / "tiny", tokens_folder.parent
+    for kind in ("words", "stride-4", "bpe-300"):
+        tokenize_corpus(raw, folder / kind, kind, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def make_byte_run(make_run, chunked):
+    """As `make_run`, of a byte-level model on chunks of a kind."""
+
+    def make(kind: str, name: str = "byte-run", model=None, **training) -> Run:
+        target = Path("data/tokens/tiny") / kind
+        if not target.exists():
+            target.symlink_to(chunked / kind)
+        run = make_run(name, {"vocab_size": SYMBOLS, "bytes": BYTES, **(model or {})}, **training)
+        return run.model_copy(update={"tokenizer": kind})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "data"),
+    [("words", {}, {}), ("bpe-300", MUON, {"attention": "within"}), ("stride-4", {"accumulation": 2}, {})],
+    ids=["words", "bpe-and-muon", "stride"],
+)
+def test_stopped_after_every_step_it_ends_the_same(kind, recipe, data, make_byte_run, monkeypatch):
+    plain, stopped = (
+        make_byte_run(kind, name, **recipe).model_copy(update={"data": DataConfig(**data)})
+        for name in ("plain", "stopped")
+    )
+    train(plain)
+    original = Trainer.step
+
+    def stopping(self):
+        original(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        for _ in range(12):
+            with pytest.raises(Interrupted):
+                train(stopped)
+    train(stopped)
+    assert_same(plain, stopped)
+
+
+def test_learns_validates_and_says_what_it_cost(make_byte_run):
+    run = make_byte_run(
+        "words", steps=60, validate_every=20, watch_every=20, validation_documents=4, batch_size=8
+    )
+    train(run)
+    said = read_json(run.folder / "train.json")
+    assert said["parameters"] == parameter_counts(run.model)._asdict()
+    meta = read_json(run.tokens_folder / "meta.json")["components"]["tiny"]["splits"]["train"]
+    size = meta["bytes"] / (meta["tokens"] - meta["documents"])
+    assert said["flops"] == pytest.approx(run.tokens * training_flops_per_token(run.model, size))
+    assert said["training"]["validation_documents"] == 4
+    with (run.folder / "curve.csv").open() as file:
+        bits = [float(row["val_bits_per_byte"]) for row in csv.DictReader(file) if row["val_bits_per_byte"]]
+    assert bits[-1] < 3 and bits[-1] < bits[0] - 0.5
+    with (run.folder / "watch.csv").open() as file:
+        layers = {row["layer"] for row in csv.DictReader(file)}
+    assert layers == {"embedding", "block 1", "head"}
+    # What validation says is what scoring the same documents says.
+    model, _ = load_checkpoint(run.folder / "checkpoints" / "step-0000060")
+    tokenizer = load_tokenizer(run.folder / "checkpoints" / "tokenizer")
+    validation = ValidationSet(run.tokens_folder, 10**6, 1, max_documents=4)
+    ((_, targets, mask),) = validation.batches(1)
+    assert mask.sum() == validation.n_tokens
+    texts = tokenizer.decode(targets[mask].tolist())
+    (component,) = read_split(run.tokens_folder, "val")
+    documents = [d.tokens[:-1] for d in component if tokenizer.decode(d.tokens) in texts]
+    assert sum(map(len, documents)) == validation.n_tokens
+    scores = ByteModel(model, ChunkRequests(tokenizer)).document_loglikelihoods(documents)
+    # Validation reads documents one after the other, here each by itself: near, not the same.
+    assert -sum(scores) / math.log(2) / validation.n_bytes == pytest.approx(bits[-1], abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["words", "bpe-300"])
+def test_is_evaluated_by_the_same_code(kind, make_byte_run, tmp_path):
+    run = make_byte_run(kind)
+    train(run)
+    pairs = [
+        {"sentence_good": f"{i} cats ran home.", "sentence_bad": bad, "UID": "p", "linguistics_term": "t"}
+        for i, bad in enumerate(["0 cats ran home.", "1 cat ran home.", "2 zyx-né home.", "3 cats home."])
+    ]
+    (tmp_path / "raw" / "synthetic_pairs").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "raw" / "synthetic_pairs" / "train.parquet")
+    config = EvaluationConfig(benchmarks={"synthetic_pairs": {}}, modes=["harness", "paper"])
+    evaluate_run(run, config, tmp_path / "raw")
+    written = read_json(run.folder / "evaluation.json")
+    measured = written["checkpoints"]["step-0000012"]["perplexity"]
+    test = read_json(run.tokens_folder / "meta.json")["components"]["tiny"]["splits"]["test"]
+    assert measured["bytes"] == test["bytes"] and 1 < measured["bits_per_byte"] < 8
+    assert written["precision"] == "float32" and written["tokenizer"]["name"] == kind
+    modes = written["checkpoints"]["step-0000012"]["benchmarks"]["synthetic_pairs"]["modes"]
+    # The first has two equal sentences: a tie.
+    assert all(own["acc"]["n"] == 4 and own["ties"] == 1 for own in modes.values()) and len(modes) == 2
+
+
+def test_matrices_of_the_byte_transformers_are_muons(make_byte_run):
+    trainer = Trainer(make_byte_run("words", optimizer="muon"))
+    blocks = [*trainer.model.blocks, *trainer.model.embedding.blocks, *trainer.model.decoder.blocks]
+    expected = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
+    found = {id(p) for group in trainer.optimizer.param_groups if group["matrices"] for p in group["params"]}
+    assert found == expected
+    parts = {tuple(group["parts"]) for group in trainer.optimizer.param_groups if group["matrices"]}
+    assert parts == {(), (32, 16, 16), (48, 48), (16, 16, 16), (24, 24)}
+
+
+def test_two_seeds_differ_and_the_loss_starts_at_all_symbols_alike(make_byte_run):
+    trainer = Trainer(make_byte_run("stride-4"))
+    (tokens,) = trainer.micro_batches(1, trainer.share)
+    loss = trainer.model.loss(tokens[:, :-1], tokens[:, 1:]).item()
+    symbols = trainer.model.embedding.table.begins_V.diff()[tokens[:, 1:]].double().mean().item()
+    assert loss / symbols == pytest.approx(math.log(257), rel=0.05)
+    other = Trainer(make_byte_run("stride-4").model_copy(update={"seed": 1}))
+    assert not torch.equal(trainer.model.embedding.weight, other.model.embedding.weight)
