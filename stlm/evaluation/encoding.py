@@ -38,6 +38,7 @@ class RequestEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.eot = tokenizer.eot
         self._eot = np.array([tokenizer.eot], dtype=np.int32)
         self._known: dict[str, np.ndarray] = {}
 

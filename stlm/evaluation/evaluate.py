@@ -23,6 +23,7 @@ from tqdm import tqdm
 from stlm.errors import UserError
 from stlm.evaluation import perplexity, scoring
 from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark, subset
+from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
@@ -58,7 +59,7 @@ class Material(NamedTuple):
     components: list[str]  # of the corpus, one a document
     documents_total: int
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
-    encoder: RequestEncoder
+    encoder: RequestEncoder | ChunkRequests
     digests: dict[str, Any]
 
     @property
@@ -150,14 +151,21 @@ def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
             f"{shards}: another tokenizer than {own}, with which the run was trained; "
             f"run: stlm train {run.study} {run.name}"
         )
-    encoder = RequestEncoder(load_tokenizer(own))
+    encoder = (RequestEncoder if run.model.bytes is None else ChunkRequests)(load_tokenizer(own))
     return gather_material(config, run.tokens_folder, raw, encoder, sha256(own / DESCRIPTION))
 
 
 def gather_material(
-    config: EvaluationConfig, tokens_folder: Path, raw: Path, encoder: RequestEncoder, tokenizer_sha256: str
+    config: EvaluationConfig,
+    tokens_folder: Path,
+    raw: Path,
+    encoder: RequestEncoder | ChunkRequests,
+    tokenizer_sha256: str,
 ) -> Material:
-    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files."""
+    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files.
+
+    A byte-level model is scored in float32: how far bfloat16 moves its options has not been measured.
+    """
     text = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
     benchmarks, digests = [], {}
     for name in config.benchmarks:
@@ -173,7 +181,7 @@ def gather_material(
     return Material(
         config=config,
         device=device,
-        precision=arithmetic(config, device),
+        precision="float32" if isinstance(encoder, ChunkRequests) else arithmetic(config, device),
         documents=text.documents,
         components=text.components,
         documents_total=text.total,
@@ -219,7 +227,7 @@ def evaluate_checkpoint(
     """The checkpoint's part of `evaluation.json`, and the rows of its options; `label` names it in bars."""
     transformer, description = load_checkpoint(folder)
     tokenizer = material.encoder.tokenizer
-    if transformer.config.vocab_size != tokenizer.vocab_size:
+    if transformer.config.bytes is None and transformer.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; delete the run's results and train again"
@@ -236,9 +244,11 @@ def score_model(
     `name` is the checkpoint's, `label` stands in progress bars.
     """
     config = material.config
-    model = TokenModel(
-        transformer, material.encoder, material.device, material.precision, config.batch_tokens
-    )
+    encoder = material.encoder
+    if isinstance(encoder, ChunkRequests):
+        model = ByteModel(transformer, encoder, material.device, config.batch_tokens)
+    else:
+        model = TokenModel(transformer, encoder, material.device, material.precision, config.batch_tokens)
     stride = config.perplexity.stride or max(1, model.context // 2)
     windows = sum(1 + max(0, math.ceil((len(d.tokens) - model.context) / stride)) for d in material.documents)
     with _bar(f"{label} perplexity", "window", windows) as progress:

@@ -87,6 +87,11 @@ class StlmLM(TemplateLM):
             self._device = torch.device("cpu")
         folder = find_checkpoint(run)
         transformer, self.description = load_checkpoint(folder)
+        if transformer.config.bytes is not None:
+            raise UserError(
+                f"run={run}: a byte-level model, and the harness scores tokens; expected a model over tokens "
+                "(stlm evaluate scores both)"
+            )
         self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
         size = int(batch_size) if str(batch_size).isdigit() else 1
         self.batch_size = size if size > 1 else _GENERATED_AT_ONCE

@@ -91,10 +91,9 @@ class TokenModel:
                 f"evaluation.perplexity.stride: {stride} does not lie between 1 and the model's context of "
                 f"{self.context} tokens: some tokens would be left out"
             )
-        eot = self.encoder.tokenizer.eot
         forwards, owners = [], []
         for owner, document in enumerate(documents):
-            tokens = np.insert(np.asarray(document, dtype=np.int32), 0, eot)
+            tokens = np.insert(np.asarray(document, dtype=np.int32), 0, self.encoder.eot)
             for window in windows(tokens, self.context, stride):
                 forwards.append(window)
                 owners.append(owner)
@@ -129,9 +128,10 @@ class TokenModel:
             rows = _alone(shared.forwards)
         found = self._run(shared.forwards, rows, lambda done: progress(int(waiting[done].sum())), greedy)
         found = shared.restore(found)
-        first = self._first_token() if any(part.starts_document for part in parts) else None
+        begin = [e.tokens[0] for e, part in zip(encoded, parts, strict=True) if part.starts_document]
+        first = iter(self._first_tokens(np.array(begin, np.int64)).tolist() if begin else ())
         scores = []
-        for part, tokens in zip(parts, (e.tokens for e in encoded), strict=True):
+        for part in parts:
             total, best = 0.0, True
             if part.forward >= 0:
                 forward, own_P2 = forwards[part.forward], found[part.forward]
@@ -142,8 +142,9 @@ class TokenModel:
                 total = float(inner_P2[:, 0].sum() + final_2[0])
                 best = bool(final_2[1] and inner_P2[:, 1].all())
             if part.starts_document:
-                total += float(first[tokens[0], 0])
-                best = best and bool(first[tokens[0], 1])
+                logprob, is_best = next(first)
+                total += logprob
+                best = best and bool(is_best)
             scores.append(Score(total, part.n_tokens, part.truncated, best if greedy else None))
         return scores
 
@@ -188,12 +189,12 @@ class TokenModel:
             parts.append(_Part(number, start, final, starts_document, n_tokens + starts_document, cut > 0))
         return forwards, parts
 
-    def _first_token(self) -> np.ndarray:
-        """[V, 2]: each token's log-probability as a document's first, and whether it is the most probable."""
-        logits_V = self.precise.next_logits([[self.encoder.tokenizer.eot]])[0].double().cpu()
+    def _first_tokens(self, tokens_F: np.ndarray) -> np.ndarray:
+        """[F, 2]: each token's log-probability as a document's first, and whether it is the most probable."""
+        logits_V = self.precise.next_logits([[self.encoder.eot]])[0].double().cpu()
         best_V = torch.zeros_like(logits_V)
         best_V[logits_V.argmax()] = 1
-        return torch.stack([torch.log_softmax(logits_V, dim=0), best_V], dim=1).numpy()
+        return torch.stack([torch.log_softmax(logits_V, dim=0), best_V], dim=1).numpy()[tokens_F]
 
     def _run(
         self,
@@ -243,14 +244,19 @@ class TokenModel:
             segments = Segments(batch[0].positions, batch[0].segments, self.device) if several else None
             with self._arithmetic():
                 hidden_ND = self.transformer.hidden(tokens, segments, rows)
-            return self._pick(hidden_ND, picked, targets, greedy)
+            return self._pick(hidden_ND, tokens.flatten()[rows], picked, targets, greedy)
 
     def _arithmetic(self):
         half = self.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
-    def _pick(self, hidden_ND: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool) -> np.ndarray:
-        """[P, 2]: log P(target) after the residual vector picked; with `greedy`, whether it is the best."""
+    def _pick(
+        self, hidden_ND: Tensor, read_N: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool
+    ) -> np.ndarray:
+        """[P, 2]: log P(target) after the residual vector picked; with `greedy`, whether it is the best.
+
+        `read_N` are the tokens that the vectors were made of last.
+        """
         # In float32 whatever the precision: its error would stay in the difference of two options whole,
         # while those of a vocabulary's other logits average out. First, as a head may give views of what it
         # gets, which are overwritten next.
