@@ -33,6 +33,7 @@ _LLAMA = {
     "qkv_shift": False,
     "logit_softcap": 0.0,
     "value_embeddings": 0,
+    "bytes": None,
 }
 
 

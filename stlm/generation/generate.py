@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stlm.errors import Interrupted, UserError
+from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
@@ -29,7 +30,8 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
     Raises UserError for a file that is missing or damaged.
     """
     model, _ = load_checkpoint(checkpoint, device)
-    return TokenGenerator(model, load_tokenizer(checkpoint.parent / "tokenizer"), cached)
+    kind = TokenGenerator if model.config.bytes is None else ByteGenerator
+    return kind(model, load_tokenizer(checkpoint.parent / "tokenizer"), cached)
 
 
 def continuation(
