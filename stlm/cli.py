@@ -190,7 +190,8 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def document(options: argparse.Namespace) -> None:
-    """Write the generated documentation: params/README.md, results in README.md, plots and sizes in docs/."""
+    """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
+    from stlm.byte_page import write_bytes_page
     from stlm.documentation import write_params_readme, write_readme_results
     from stlm.report.schedules import write_schedule_plots
     from stlm.sizes import write_sizes_page
@@ -199,6 +200,7 @@ def document(options: argparse.Namespace) -> None:
     print(f"wrote {write_readme_results()}")
     print(f"wrote {write_schedule_plots()}")
     print(f"wrote {write_sizes_page()}")
+    print(f"wrote {write_bytes_page()}")
 
 
 def _whole_number(least: int):
@@ -271,7 +273,11 @@ def parser() -> argparse.ArgumentParser:
     verb(
         tokenize,
         ("corpus", "a corpus or mix in params/corpora.yaml"),
-        ("tokenizer", "gpt2, bytes, or bpe-N: a byte-pair vocabulary of N tokens trained on the corpus"),
+        (
+            "tokenizer",
+            "gpt2, bytes, bpe-N: a byte-pair vocabulary of N tokens trained on the corpus; or for byte-level "
+            "models words, spaces, stride-N",
+        ),
     )
     verb(train, of_study, of_run, overridable=True)
     of_model = ("run", "a run of the study, or a model under its key `published`")

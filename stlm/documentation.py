@@ -23,6 +23,7 @@ from stlm.corpora.config import (
 from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
+from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
 from stlm.study import PARAMS, Published, StudyFile, Variant
@@ -68,6 +69,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`model.sharing`", "Norms, gains, shifts and adapters are each layer's own.", SharingConfig),
     ("`model.lora`", "Each layer adds (alpha / rank) x A B to its products; B starts at zero.", LoraConfig),
     ("`model.low_rank`", "U V starts with the variance of the matrix that it stands for.", LowRankConfig),
+    ("`model.bytes`", "What takes the place of embedding and head; see docs/bytes.md.", ByteConfig),
     ("`training`", "The recipe.", TrainingConfig),
     ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
