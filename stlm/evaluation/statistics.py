@@ -8,7 +8,7 @@ the same interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +41,17 @@ class SeedTest(NamedTuple):
     difference: float
     interval: Interval
     p: float
+
+
+class SeedNoise(NamedTuple):
+    """How far a run's figure is moved by its seed: standard deviation, and its degrees of freedom."""
+
+    sd: float
+    dof: int
+
+    def half_width(self, seeds: int) -> float:
+        """Half of the 95% interval of a difference between two models' means over `seeds` seeds of both."""
+        return float(stdtrit(self.dof, 1 - _TAIL)) * self.sd * math.sqrt(2 / seeds)
 
 
 def wilson(correct: float, n: int) -> Interval:
@@ -157,6 +168,26 @@ def paired_t(differences: Sequence[float]) -> SeedTest:
     t = abs(mean) / error if error else (math.inf if mean else 0.0)
     p = 2 * float(stdtr(n - 1, -t))
     return SeedTest(mean, Interval(mean - half, mean + half), p)
+
+
+def seed_noise(values: Mapping[str, Mapping[int, float]]) -> SeedNoise | None:
+    """The noise of seeds in `values[model][seed]`; None where no model has two seeds in common with another.
+
+    Randomized blocks (Fisher 1935): a figure is its model's mean, plus what its seed (the order of the data)
+    does to all models alike, plus noise, of one size for all models. All models together tell that size from
+    two seeds each, where the differences of one pair of models would have a single degree of freedom.
+    """
+    cells = [(model, seed, value) for model, own in values.items() for seed, value in own.items()]
+    seeds = list(dict.fromkeys(seed for _, seed, _ in cells))
+    design = np.array(
+        [[model == m for m in values] + [seed == s for s in seeds[1:]] for model, seed, _ in cells], float
+    )
+    figures = np.array([value for _, _, value in cells])
+    dof = len(cells) - int(np.linalg.matrix_rank(design)) if cells else 0
+    if not dof:
+        return None
+    residuals = figures - design @ np.linalg.lstsq(design, figures, rcond=None)[0]
+    return SeedNoise(math.sqrt(float(residuals @ residuals) / dof), dof)
 
 
 def _group_sums(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

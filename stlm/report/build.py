@@ -11,7 +11,10 @@ from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
+from stlm.report.curves import read_variants
 from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
+from stlm.report.equal_cost import equal_costs
+from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
@@ -36,10 +39,13 @@ def report(study: Study) -> None:
     comparisons.disturbing.extend(published_alike(results[study.baseline], published))
     contamination = read_contamination(study)
     note = contamination_note(contamination)
-    compared = efficiencies(study, results)
+    variants = read_variants(study, results)
+    compared = efficiencies(variants) if variants else []
+    costs = equal_costs(variants) if variants else None
     tables = [
         table1(study, results),
         *filter(None, [variants_table(study, results)]),
+        *([equal_cost_table(study, costs)] if costs else []),
         *([efficiency_table(study, compared)] if compared else []),
         *(
             replace(table, notes=[*table.notes, *filter(None, [note])])
@@ -58,6 +64,8 @@ def report(study: Study) -> None:
         write_plots(folder, study, results, comparisons)
         if compared:
             write_efficiency(folder, study, compared)
+        if costs:
+            write_equal_cost(folder, study, costs)
     with atomic_directory(study.folder / "training") as folder:
         write_training_pages(folder, study, results)
     with atomic_directory(study.folder / "cards") as folder:

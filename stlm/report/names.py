@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _BENCHMARKS = {
     "blimp": "BLiMP",
     "hellaswag": "HellaSwag",
@@ -45,3 +47,37 @@ def count(number: float) -> str:
         if abs(number) >= factor:
             return f"{number / factor:.4g}{letter}"
     return f"{number:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """418 s, 14 min, 3.2 h."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def cost_text(cost: str, value: float) -> str:
+    """A cost of training with its unit, where it is not plain: 1.024M tokens, 8.86e+12 FLOPs, 150 s."""
+    if cost == "seconds":
+        return duration(value)
+    return f"{count(value)} tokens" if cost == "tokens" else f"{value:.2e} FLOPs"
+
+
+def seeds_label(label: str, seeds: int) -> str:
+    """A variant's name, and how many seeds its figures are a mean of."""
+    return f"{label}, mean of {seeds} seeds" if seeds > 1 else label
+
+
+def difference_text(value: float, digits: int = 3) -> str:
+    """+0.057, −0.057 with a real minus, 0.000."""
+    text = f"{value:+.{digits}f}"
+    return (text if float(text) else text[1:]).replace("-", "−")
+
+
+def some(labels: Sequence[str], most: int = 3) -> str:
+    """Labels in a line: A and B; A, B, C and 9 others. Those with commas in them are parted by semicolons."""
+    between = "; " if any("," in label for label in labels) else ", "
+    if len(labels) <= most:
+        return " and ".join(filter(None, [between.join(labels[:-1]), labels[-1]]))
+    left = len(labels) - most
+    return f"{between.join(labels[:most])} and {left} other{'s'[: left > 1]}"

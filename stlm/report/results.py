@@ -54,6 +54,14 @@ class LossSpike(BaseModel):
     recovered_after: int | None
 
 
+class StartRecord(BaseModel):
+    """The run whose last weights a run started from, and what they had cost."""
+
+    run: str
+    tokens: int
+    flops: float
+
+
 class TrainRecord(BaseModel):
     """train.json: what was trained, with which settings, and how long it took.
 
@@ -78,6 +86,7 @@ class TrainRecord(BaseModel):
     training: dict[str, Any]
     data: DataConfig = DataConfig()
     loss_spikes: list[LossSpike] | None = None
+    start: StartRecord | None = None
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
@@ -112,6 +121,8 @@ class BenchmarkResult(BaseModel):
 class Perplexity(BaseModel):
     bits_per_byte: float
     char_perplexity: float
+    tokens: int | None = None
+    bytes: int | None = None
     components: dict[str, Perplexity] = {}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -22,6 +23,23 @@ _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 HUMAN = {"color": "#999999", "linewidth": 3.0, "solid_capstyle": "butt"}
 # A position that runs are held against: what guessing scores, no difference.
 CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
+# The costs of a training, wherever they are drawn together.
+COST_LOOKS = {
+    "parameters": {"color": "#009E73", "marker": "D"},
+    "tokens": {"color": "#0072B2", "marker": "o"},
+    "flops": {"color": "#CC79A7", "marker": "^"},
+    "seconds": {"color": "#D55E00", "marker": "s"},
+}
+# Where parameters are (stlm.model.config.parameter_groups); a group not named here is grey.
+_GROUPS = {
+    "token embedding": "#0072B2",
+    "positions": "#56B4E9",
+    "value embeddings": "#7B6BB0",
+    "attention": "#E69F00",
+    "FFN": "#009E73",
+    "adapters": "#CC79A7",
+    "head": "#D55E00",
+}
 
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -56,6 +74,16 @@ def styles(results: Mapping[str, RunResult]) -> dict[str, dict[str, object]]:
     return {name: by_variant[result.train.variant] for name, result in results.items()}
 
 
+def tint(colour: str, strength: float) -> str:
+    """`colour` mixed with white: 0 is white, 1 the colour itself."""
+    return to_hex([1 - strength * (1 - channel) for channel in to_rgb(colour)])
+
+
+def group_colour(group: str, strength: float = 0.3) -> str:
+    """The colour of a group of parameters, light enough to write on."""
+    return tint(_GROUPS.get(group, "#888888"), strength)
+
+
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers as people write them on a logarithmic axis of values, not powers of ten."""
     low, high = axes.get_ylim()
@@ -66,13 +94,29 @@ def plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def variant_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Make the vertical axis a list of names from the top, with a band behind every second."""
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    for row in range(1, len(labels), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
+
+
 @contextmanager
 def figure(
-    folder: Path, name: str, title: str, width: float, height: float, png: bool = True
+    folder: Path,
+    name: str,
+    title: str,
+    width: float,
+    height: float,
+    png: bool = True,
+    layout: str | None = "constrained",
 ) -> Iterator[Figure]:
     """A figure (inches) to draw on, saved as `folder`/`name`.svg and .png when the block ends well."""
     with matplotlib.rc_context(_RC):
-        drawing = Figure(figsize=(width, height), layout="constrained")
+        drawing = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(drawing)
         yield drawing
         # No date and no version: the same numbers give the same bytes.

@@ -20,6 +20,7 @@ from stlm.evaluation.statistics import (
     holm,
     mcnemar_exact,
     paired_t,
+    seed_noise,
     wilson,
 )
 
@@ -155,6 +156,32 @@ def test_paired_t_of_equal_differences_and_of_one():
     assert paired_t([0.25, 0.25, 0.25]).p == 0
     with pytest.raises(ValueError, match="two differences"):
         paired_t([0.1])
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_the_noise_of_seeds_equals_a_least_squares_fit_of_models_and_seeds(missing):
+    """With all cells, the interval of a difference is that of the fit's contrast, too."""
+    rng = np.random.default_rng(missing)
+    cells = [(model, seed) for model in "abcd" for seed in range(3)]
+    cells = [cells[place] for place in sorted(rng.permutation(len(cells))[missing:])]
+    figures = rng.standard_normal(len(cells)) + 5 * np.array([seed for _, seed in cells])
+    design = [[model == own for own in "abcd"] + [seed == own for own in (1, 2)] for model, seed in cells]
+    fit = OLS(figures, np.array(design, float)).fit()
+    values: dict[str, dict[int, float]] = {}
+    for (model, seed), figure in zip(cells, figures, strict=True):
+        values.setdefault(model, {})[seed] = figure
+    noise = seed_noise(values)
+    assert noise == pytest.approx((fit.mse_resid**0.5, fit.df_resid))
+    if not missing:
+        low, high = fit.t_test([-1, 1, 0, 0, 0, 0]).conf_int()[0]
+        assert 2 * noise.half_width(3) == pytest.approx(high - low)
+
+
+def test_the_noise_of_seeds_is_unknown_from_one_seed_or_one_model():
+    assert seed_noise({"a": {0: 1.0}, "b": {0: 2.0}}) is None
+    assert seed_noise({"a": {0: 1.0, 1: 2.0}}) is None, "what the seeds do to all is not noise"
+    assert seed_noise({}) is None
+    assert seed_noise({"a": {0: 1.0, 1: 3.0}, "b": {0: 2.0, 1: 4.0}}) == pytest.approx((0.0, 1))
 
 
 def equal_models(rng: np.random.Generator, items: int) -> np.ndarray:

@@ -1,33 +1,19 @@
-"""Tokens and time to the baseline's loss, on curves made by hand."""
+"""Tokens, FLOPs and time to the baseline's loss, on curves made by hand."""
 
 import csv
-import json
 
 import numpy as np
-import pandas as pd
 import pytest
+from hand_made import set_curve, set_train
 
 from stlm.report.build import report
+from stlm.report.curves import read_variants
 from stlm.report.efficiency import crossing, efficiencies, efficiency_table
 from stlm.report.results import read_results
-from stlm.report.table import markdown
 from stlm.tokens.config import DataConfig
 
 VARIANTS = {"baseline": ("Baseline", {}), "fast": ("Fast", {}), "slow": ("Slow", {"layers": 3})}
 BASE = {"tokens": [100, 200, 300, 400], "seconds": [10, 20, 30, 40], "bits": [4.0, 3.0, 2.5, 2.25]}
-
-
-def set_curve(study, run: str, tokens, seconds, bits) -> None:
-    rows = {"step": tokens, "tokens": tokens, "seconds": seconds, "val_bits_per_byte": bits}
-    fixed = dict.fromkeys(("learning_rate", "train_loss", "grad_norm", "tokens_per_second"), 1.0)
-    curve = pd.DataFrame(rows | {"val_loss": bits, "val_char_perplexity": 2.0 ** np.array(bits)} | fixed)
-    blank = pd.DataFrame({"step": [50], "tokens": [50], "seconds": [5], **fixed})
-    pd.concat([blank, curve]).sort_values("step").to_csv(study.runs[run].folder / "curve.csv", index=False)
-
-
-def set_train(study, run: str, **keys) -> None:
-    path = study.runs[run].folder / "train.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 @pytest.fixture
@@ -40,8 +26,12 @@ def study(make_study):
     return made
 
 
+def compared(study) -> list:
+    return efficiencies(read_variants(study, read_results(study)))
+
+
 def found(study) -> dict:
-    return {own.train.variant: own for own in efficiencies(study, read_results(study))}
+    return {own.variant.train.variant: own for own in compared(study)}
 
 
 def test_where_a_curve_is_at_a_value():
@@ -54,48 +44,45 @@ def test_where_a_curve_is_at_a_value():
     assert crossing(x, values, 5.0) == crossing(x, values, 9.0) == 10
 
 
-def test_tokens_and_time_to_the_baselines_loss_and_equal_budgets(study):
+def test_what_leads_to_the_baselines_loss(study):
     own = found(study)
     assert list(own) == ["baseline", "fast", "slow"]
     base, fast, slow = own.values()
-    assert (base.tokens_to, base.seconds_to) == (400, 40)
-    assert (fast.tokens_to, fast.seconds_to) == (220, 14)
-    assert (slow.tokens_to, slow.seconds_to) == (None, None)
-    # The fewest tokens of all are 320; the baseline takes 40 seconds.
-    assert base.at_tokens == pytest.approx(2.5 - 0.2 * 0.25)
-    assert fast.at_tokens == pytest.approx(1.875)
-    assert slow.at_tokens == 2.5
-    assert base.at_seconds == 2.25
-    assert (fast.at_seconds, fast.ended_sooner) == (1.75, True)
-    assert (slow.at_seconds, slow.ended_sooner) == (pytest.approx(4.5 - 2 * 20 / 64), False)
+    assert (base.needed["tokens"], base.needed["seconds"]) == (400, 40)
+    assert (fast.needed["tokens"], fast.needed["seconds"]) == (220, 14)
+    assert set(slow.needed.values()) == {None}
+    per_token = study.runs["fast"].flops / study.runs["fast"].tokens
+    assert fast.needed["flops"] == pytest.approx(220 * per_token)
 
 
 def test_the_baselines_own_is_its_whole_training_though_it_was_there_before(study):
     set_curve(study, "baseline", [100, 200, 300, 400], [10, 20, 30, 40], [4.0, 2.0, 2.5, 2.25])
-    assert found(study)["baseline"].tokens_to == 400
+    assert found(study)["baseline"].needed["tokens"] == 400
 
 
 def test_the_table_says_what_was_reached(study):
     set_train(study, "fast", loss_spikes=[])
-    table = efficiency_table(study, efficiencies(study, read_results(study)))
-    rows = {row[0].text: [cell.text for cell in row[4:]] for row in table.rows}
-    assert rows["Fast"] == ["220\n0.55 ×", "14 s\n0.35 ×", "1.875\n−0.575", "1.750‡\n−0.500", "0"]
-    assert rows["Slow"][:2] == ["not reached", "not reached"]
-    assert rows["Baseline"] == ["400\n1.00 ×", "40 s\n1.00 ×", "2.450", "2.250", "0"]
+    table = efficiency_table(study, compared(study))
+    rows = {row[0].text: [cell.text for cell in row] for row in table.rows}
+    per_token = study.runs["fast"].flops / study.runs["fast"].tokens
+    fast = ["220 tokens\n0.55 ×", f"{220 * per_token:.2e} FLOPs\n0.55 ×", "14 s\n0.35 ×", "0"]
+    assert rows["Fast"][4:] == fast
+    assert rows["Slow"][4:7] == ["not reached"] * 3
+    assert rows["Baseline"][2].split("\n")[::2] == ["400 tokens", "40 s"]
+    assert rows["Baseline"][4].endswith("\n1.00 ×")
     records = {record["variant"]: record for record in table.records}
-    assert (records["fast"]["tokens_ratio"], records["fast"]["seconds_ratio"]) == (0.55, 0.35)
+    assert [records["fast"][f"{cost}_ratio"] for cost in ("tokens", "flops", "seconds")] == [0.55, 0.55, 0.35]
     assert records["slow"]["tokens_ratio"] is None
-    assert "‡ Its training ended sooner" in markdown(table)
 
 
 @pytest.mark.parametrize("keys", [{"device": "NVIDIA"}, {"threads": 1}, {"processes": 2}])
 def test_times_of_another_machine_are_not_compared(study, keys):
     set_train(study, "fast", **keys)
     own = found(study)["fast"]
-    assert own.tokens_to == 220 and own.at_tokens is not None
-    assert own.seconds_to is None and own.at_seconds is None
-    table = efficiency_table(study, efficiencies(study, read_results(study)))
-    assert next(row for row in table.rows if row[0].text == "Fast")[5].text == "–"
+    assert own.needed["tokens"] == 220 and own.needed["flops"] is not None
+    assert own.needed["seconds"] is None
+    table = efficiency_table(study, compared(study))
+    assert next(row for row in table.rows if row[0].text == "Fast")[6].text == "–"
     note = next(note for note in table.notes if note.startswith("Times do not compare"))
     assert "Fast (" in note and "Slow" not in note
 
@@ -106,20 +93,19 @@ def test_other_text_is_not_compared(study):
     changed = study.model_copy(update={"runs": study.runs | {"fast": other}})
     set_train(study, "fast", corpus="other")
     own = found(changed)["fast"]
-    assert not own.same_text
-    assert (own.tokens_to, own.at_tokens, own.seconds_to, own.at_seconds) == (None,) * 4
-    assert found(changed)["baseline"].at_tokens == pytest.approx(2.45), "the fewest of those that compare"
-    table = efficiency_table(changed, efficiencies(changed, read_results(changed)))
-    assert any("Validated on other text" in note and note.endswith("Fast.") for note in table.notes)
+    assert own.variant.beside is None
+    assert set(own.needed.values()) == {None}
+    table = efficiency_table(changed, compared(changed))
+    assert any("On other text" in note and note.endswith("Fast.") for note in table.notes)
 
 
 def test_runs_validated_on_what_they_never_saw_are_named(study):
-    before = efficiency_table(study, efficiencies(study, read_results(study)))
+    before = efficiency_table(study, compared(study))
     within = DataConfig(attention="within")
     runs = {**study.runs, "fast": study.runs["fast"].model_copy(update={"data": within})}
     set_train(study, "fast", data=within.model_dump(mode="json"))
     changed = study.model_copy(update={"runs": runs})
-    table = efficiency_table(changed, efficiencies(changed, read_results(changed)))
+    table = efficiency_table(changed, compared(changed))
     (note,) = set(table.notes) - set(before.notes)
     assert note.startswith("Trained with attention within documents") and note.endswith("text: Fast.")
     assert table.records == before.records, "the figures stay"
@@ -134,16 +120,16 @@ def test_seeds_are_averaged(make_study):
         bits = [np.interp(t, [100, 200, 300], [4.0, 2.0, 1.0]) - lower for t in tokens]
         set_curve(study, f"fast-s{seed}", tokens, [t / 10 + seed for t in tokens], bits)
     base, fast = found(study).values()
-    assert (base.seeds, fast.seeds) == (2, 2)
-    assert base.curve.bits[-1] == 2.0
+    assert (base.variant.seeds, fast.variant.seeds) == (2, 2)
+    assert base.variant.curve.bits[-1] == 2.0
     # The mean of the seeds is 1.75 at 200 tokens and 3.75 at 100: 2.0 is an eighth of the way back.
-    assert fast.tokens_to == pytest.approx(187.5)
-    assert fast.seconds_to == pytest.approx(18.75 + 0.5)
+    assert fast.needed["tokens"] == pytest.approx(187.5)
+    assert fast.needed["seconds"] == pytest.approx(18.75 + 0.5)
 
 
 def test_nothing_to_compare(make_study):
     alone = make_study({"baseline": ("Baseline", {})}, benchmarks={})
-    assert efficiencies(alone, read_results(alone)) == []
+    assert read_variants(alone, read_results(alone)) == []
 
 
 def test_a_variant_never_validated_is_left_out(study):
@@ -158,5 +144,5 @@ def test_the_report_has_the_table_and_the_plot(study):
     data = list(csv.DictReader((study.folder / "plots/data/efficiency.csv").open()))
     assert [(row["variant"], row["value"]) for row in data] == [("fast", "0.55"), ("slow", "")]
     svg = (study.folder / "plots/efficiency.svg").read_text()
-    for text in ("Fast", "Slow", "not reached by its end", "time, ended sooner"):
+    for text in ("Fast", "Slow", "tokens", "FLOPs", "time", "not reached by its end"):
         assert text in svg

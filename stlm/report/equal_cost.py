@@ -1,0 +1,156 @@
+"""Variants beside the baseline at equal parameters, training tokens, training FLOPs and training time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Literal
+
+import numpy as np
+
+from stlm.evaluation.statistics import SeedNoise, seed_noise
+from stlm.report.curves import COSTS, Cost, Variant
+from stlm.training.config import RECORD_KEYS
+
+# Trainings whose costs differ by less than this ended at the same cost; models, at the same size.
+SAME_COST, SAME_SIZE = 0.01, 0.03
+Kind = Literal["finished", "on the way", "ended sooner", "matched", "between sizes"]
+# What makes a model of the baseline's family larger or smaller, and nothing else of it.
+_SIZE_KEYS = {"layers", "width", "heads", "kv_heads", "ffn_width"}
+# What a size may need for itself, at equal steps and tokens.
+_TUNED_KEYS = {"learning_rate", "matrix_learning_rate", "min_learning_rate", "batch_size", "accumulation"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Bits per byte by seed of a variant, and of the baseline (or its family) at an equal cost.
+
+    `share`: that cost as a part of the baseline's. `kind`, of costs: both trainings `finished` there; the
+    variant is `on the way` of a longer one; or it `ended sooner` than the baseline, which is on the way. Of
+    parameters: `matched` by a model of that size, or `between sizes`.
+    """
+
+    values: Mapping[int, float]
+    references: Mapping[int, float]
+    kind: Kind
+    share: float = 1.0
+
+    @property
+    def value(self) -> float:
+        """The variant's mean over its seeds."""
+        return mean(self.values.values())
+
+    @property
+    def differences(self) -> list[float]:
+        """The variant's less the baseline's, seed by seed."""
+        return [
+            value - self.references[seed] for seed, value in self.values.items() if seed in self.references
+        ]
+
+    @property
+    def difference(self) -> float:
+        """The mean of the differences."""
+        return mean(self.differences)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant, and what compares it with the baseline at each equal cost; None: nothing does.
+
+    `family`: it is the baseline in another size, and says what parameters are worth.
+    """
+
+    variant: Variant
+    at: Mapping[Cost, Pair | None]
+    parameters: Pair | None
+    family: bool
+
+    @property
+    def pairs(self) -> dict[str, Pair | None]:
+        """What compares it at equal parameters and at each equal cost, by its name."""
+        return {"parameters": self.parameters, **self.at}
+
+
+@dataclass(frozen=True)
+class EqualCosts:
+    """A row a variant, the baseline first; `noise` is None where there is one seed."""
+
+    rows: Sequence[Row]
+    noise: SeedNoise | None
+
+    @property
+    def base(self) -> Variant:
+        """The baseline."""
+        return self.rows[0].variant
+
+    def half_width(self, pair: Pair) -> float | None:
+        """Half of the 95% interval of the pair's difference."""
+        return None if self.noise is None else self.noise.half_width(len(pair.differences))
+
+
+def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
+    """Compare `variants`, of which the first is the baseline."""
+    base = variants[0]
+    family = [own for own in variants if own is base or _of_family(own, base)]
+    rows = []
+    for own in variants:
+        at = {cost: _pair(own, cost) if own is not base and own.compares(cost) else None for cost in COSTS}
+        in_family = any(own is member for member in family)
+        sized = None if in_family or own.beside is None else _of_size(own, family)
+        rows.append(Row(own, at, sized, in_family))
+    compared = {own.train.variant: own.beside.last for own in variants if own.beside is not None}
+    return EqualCosts(rows, seed_noise(compared))
+
+
+def _pair(own: Variant, cost: Cost) -> Pair | None:
+    """Both at the baseline's whole cost, or at the variant's where it ended sooner."""
+    curve, base = own.beside, own.reference
+    share = curve.end(cost) / base.end(cost)
+    if abs(share - 1) <= SAME_COST:
+        return Pair(curve.last, base.last, "finished")
+    kind: Kind = "on the way" if share > 1 else "ended sooner"
+    place = min(curve.end(cost), base.end(cost))
+    values, references = curve.at(cost, place), base.at(cost, place)
+    return None if values is None or references is None else Pair(values, references, kind, min(share, 1.0))
+
+
+def _of_family(own: Variant, baseline: Variant) -> bool:
+    """Whether it is the baseline in another size, trained as the baseline is."""
+    train, base = own.train, baseline.train
+
+    def rest(settings: Mapping[str, object], without: set[str]) -> dict[str, object]:
+        return {key: value for key, value in settings.items() if key not in without}
+
+    recipe = _TUNED_KEYS | RECORD_KEYS
+    return (
+        own.beside is not None
+        and not own.shifted
+        and train.model != base.model
+        and rest(train.model, _SIZE_KEYS) == rest(base.model, _SIZE_KEYS)
+        and rest(train.training, recipe) == rest(base.training, recipe)
+        and (train.tokens, train.corpus, train.data) == (base.tokens, base.corpus, base.data)
+    )
+
+
+def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
+    """The variant beside the family at its number of parameters, all at the end of their training.
+
+    A member of nearly that size stands for itself; else the family's curve between the two next sizes, a
+    straight line in the logarithms of parameters and of bits per byte; beyond the family: None.
+    """
+    size = own.train.parameters.total
+    members = sorted(family, key=lambda member: member.train.parameters.total)
+    sizes = [member.train.parameters.total for member in members]
+    bits = [member.test if own.shifted else member.beside.last for member in members]
+    nearest = min(range(len(sizes)), key=lambda place: abs(sizes[place] - size))
+    if abs(size / sizes[nearest] - 1) <= SAME_SIZE:
+        return Pair(own.beside.last, bits[nearest], "matched")
+    if not sizes[0] < size < sizes[-1]:
+        return None
+    between = {
+        seed: float(np.exp(np.interp(np.log(size), np.log(sizes), np.log([one[seed] for one in bits]))))
+        for seed in bits[0]
+        if all(seed in one for one in bits)
+    }
+    return Pair(own.beside.last, between, "between sizes")

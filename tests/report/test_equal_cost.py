@@ -1,0 +1,208 @@
+"""Comparisons at equal parameters, tokens, FLOPs and time, on curves made by hand."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from hand_made import set_curve, set_test, set_train
+
+from stlm.report.build import report
+from stlm.report.curves import read_variants
+from stlm.report.equal_cost import equal_costs
+from stlm.report.equal_cost_views import equal_cost_table
+from stlm.report.results import read_results
+from stlm.report.table import markdown
+
+BASE = {"tokens": [100, 200, 300, 400], "seconds": [10, 20, 30, 40], "bits": [4.0, 3.0, 2.5, 2.25]}
+GELU = {"ffn": "gelu", "ffn_width": 96}  # of the size of the baseline's SwiGLU of 64
+
+
+@pytest.fixture
+def study(make_study):
+    made = make_study(
+        {"baseline": ("Baseline", {}), "fast": ("Fast", GELU), "slow": ("Slow", {"layers": 3})}, benchmarks={}
+    )
+    set_curve(made, "baseline", **BASE)
+    set_curve(made, "fast", [100, 200, 240, 400], [6, 12, 16, 32], [3.5, 2.5, 2.0, 1.75])
+    set_curve(made, "slow", [100, 320], [20, 84], [4.5, 2.5])
+    return made
+
+
+def costs(study):
+    return equal_costs(read_variants(study, read_results(study)))
+
+
+def rows(study) -> dict:
+    return {row.variant.train.variant: row for row in costs(study).rows}
+
+
+def test_a_training_of_the_same_cost_is_compared_at_its_end(study):
+    pair = rows(study)["fast"].at["tokens"]
+    assert (pair.kind, pair.share) == ("finished", 1.0)
+    assert pair.difference == pytest.approx(1.75 - 2.25)
+
+
+def test_a_cheaper_one_is_compared_where_it_ends_with_the_baseline_on_its_way(study):
+    pair = rows(study)["fast"].at["seconds"]
+    assert (pair.kind, pair.share) == ("ended sooner", 0.8)
+    assert pair.difference == pytest.approx(1.75 - (2.5 - 0.2 * 0.25)), "the baseline after 32 of 40 seconds"
+
+
+def test_a_dearer_one_is_compared_on_its_way(study):
+    pair = rows(study)["slow"].at["seconds"]
+    assert pair.kind == "on the way"
+    assert pair.value == pytest.approx(4.5 - 2 * 20 / 64), "after 40 of its 84 seconds"
+    assert pair.difference == pytest.approx(4.5 - 2 * 20 / 64 - 2.25)
+
+
+def test_flops_are_counted_by_the_token(study):
+    per_token = {name: run.flops / run.tokens for name, run in study.runs.items()}
+    whole, own = 400 * per_token["baseline"], 320 * per_token["slow"]
+    assert own > whole, "three layers for two"
+    pair = rows(study)["slow"].at["flops"]
+    tokens = whole / per_token["slow"]
+    assert pair.kind == "on the way"
+    assert pair.value == pytest.approx(4.5 - 2 * (tokens - 100) / 220)
+
+
+def test_nothing_is_extrapolated(study):
+    """Slow's first validation is after 20 seconds, the baseline's only one after 15."""
+    set_curve(study, "baseline", [150], [15], [3.5])
+    own = rows(study)
+    assert own["slow"].at["seconds"] is None
+    assert own["fast"].at["seconds"].kind == "on the way"
+
+
+def test_a_model_of_the_baselines_size_is_compared_at_equal_parameters(study):
+    own = rows(study)
+    assert study.runs["fast"].parameters == study.runs["baseline"].parameters
+    assert own["fast"].parameters.kind == "matched"
+    assert own["fast"].parameters.difference == pytest.approx(-0.5)
+    assert own["slow"].family and own["slow"].parameters is None
+    assert not own["fast"].family
+
+
+FAMILY = {
+    "baseline": ("Baseline", {}),
+    "large": ("Large", {"layers": 4, "width": 96, "ffn_width": 128}),
+    "between": ("Between", {"positions": "learned", "layers": 4}),
+    "huge": ("Huge", {"positions": "learned", "layers": 6, "width": 96}),
+}
+ENDS = {"baseline": 2.0, "large": 1.6, "between": 1.9, "huge": 1.5}
+
+
+def test_sizes_of_the_baseline_say_what_parameters_are_worth(make_study):
+    study = make_study(FAMILY, seeds=(0, 1), benchmarks={})
+    for name, run in study.runs.items():
+        end = ENDS[run.variant] + 0.1 * run.seed
+        set_curve(study, name, [100, 400], [10, 40], [4.0, end])
+    own = rows(study)
+    size = {variant: study.runs[f"{variant}-s0"].parameters.total for variant in FAMILY}
+    assert size["baseline"] < size["between"] < size["large"] < size["huge"]
+    share = math.log(size["between"] / size["baseline"]) / math.log(size["large"] / size["baseline"])
+    expected = [2.0 ** (1 - share) * 1.6**share, 2.1 ** (1 - share) * 1.7**share]
+    pair = own["between"].parameters
+    assert pair.kind == "between sizes"
+    assert list(pair.references.values()) == pytest.approx(expected)
+    assert pair.difference == pytest.approx(np.mean([1.9 - expected[0], 2.0 - expected[1]]))
+    assert own["huge"].parameters is None, "beyond the largest size"
+    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
+
+
+@pytest.mark.parametrize("keys", [{"weight_decay": 0.2}, {"steps": 100}])
+def test_another_recipe_is_no_size_of_the_baseline(study, keys):
+    """Slow differs in a size alone; with another recipe the difference is not one of parameters."""
+    run = study.runs["slow"]
+    changed = run.model_copy(update={"training": run.training.model_copy(update=keys)})
+    set_train(study, "slow", training=changed.training.model_dump(mode="json"))
+    changed = study.model_copy(update={"runs": study.runs | {"slow": changed}})
+    assert not rows(changed)["slow"].family
+
+
+def test_a_learning_rate_of_its_own_is_still_the_baseline_in_another_size(study):
+    run = study.runs["slow"]
+    changed = run.model_copy(update={"training": run.training.model_copy(update={"learning_rate": 1e-5})})
+    set_train(study, "slow", training=changed.training.model_dump(mode="json"))
+    assert rows(study.model_copy(update={"runs": study.runs | {"slow": changed}}))["slow"].family
+
+
+def test_differences_are_paired_by_seed(make_study):
+    """Seeds move both alike: the difference has little noise, though the values differ much."""
+    study = make_study(
+        {"baseline": ("Baseline", {}), "better": ("Better", GELU)}, seeds=(0, 1), benchmarks={}
+    )
+    for seed, level in ((0, 2.0), (1, 3.0)):
+        set_curve(study, f"baseline-s{seed}", [100, 400], [10, 40], [4.0, level])
+        set_curve(study, f"better-s{seed}", [100, 400], [10, 40], [4.0, level - 0.3 - 0.002 * seed])
+    found = costs(study)
+    pair = found.rows[1].at["tokens"]
+    assert pair.differences == pytest.approx([-0.3, -0.302])
+    # Two models and seeds: a residual of a quarter of 0.002 in each cell, one degree of freedom.
+    assert found.noise == pytest.approx((0.001, 1))
+    assert found.half_width(pair) == pytest.approx(12.7062 * 0.001, rel=1e-4)
+    cells = {row[0].text: row for row in equal_cost_table(study, found).rows}
+    assert cells["Better"][4].text == "2.199\n−0.301 ±0.013" and cells["Better"][4].bold_line == 1
+    assert cells["Better"][2].text.endswith("sd 0.706, 2 seeds")
+
+
+def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
+    whole = study.runs["baseline"]
+    set_train(study, "baseline", tokens=400, seconds=40, flops=400 * whole.flops / whole.tokens)
+    set_train(study, "fast", start={"run": "baseline", "tokens": 400, "flops": 1e9})
+    pair = rows(study)["fast"].at["tokens"]
+    assert pair is None, "its first validation is after 500 tokens"
+    set_curve(study, "baseline", [100, 600], [10, 60], [4.0, 2.0])
+    own = rows(study)["fast"]
+    assert own.at["tokens"].kind == own.at["flops"].kind == "on the way"
+    assert own.at["tokens"].value == own.at["flops"].value == pytest.approx(2.5), "200 tokens of its own"
+    assert own.at["seconds"].value == pytest.approx(1.75 + 0.25 * 12 / 16), "20 of its own 32 seconds"
+
+
+def test_another_tokenizer_is_compared_by_the_test_text(study):
+    """Its validation text is another; both were measured on 1,000 bytes of test text."""
+    other = study.runs["fast"].model_copy(update={"tokenizer": "bytes"})
+    changed = study.model_copy(update={"runs": study.runs | {"fast": other}})
+    set_train(study, "fast", tokenizer="bytes")
+    set_curve(study, "fast", [100, 200], [20, 50], [3.0, 2.0])
+    for run, bits, tokens in (("baseline", 2.5, 400), ("fast", 2.4, 200)):
+        set_test(study, run, bits_per_byte=bits, tokens=tokens, bytes=1000)
+    row = rows(changed)["fast"]
+    pair = row.at["tokens"]
+    assert pair.kind == "finished", "200 tokens, each of which holds as much as two"
+    assert pair.difference == pytest.approx(2.4 - 2.5)
+    assert row.at["seconds"].difference == pytest.approx(2.4 + (10 / 30) * 1.0 - 2.5), (
+        "after 40 of 50 seconds"
+    )
+    assert row.parameters.difference == pytest.approx(2.4 - 2.5)
+    table = equal_cost_table(changed, costs(changed))
+    assert any("compared by test text" in note and note.endswith("Fast.") for note in table.notes)
+
+
+def test_the_table_says_how_each_figure_was_read(study):
+    table = equal_cost_table(study, costs(study))
+    cells = {row[0].text: [cell.text for cell in row] for row in table.rows}
+    assert cells["Fast"][3:5] == ["1.750\n−0.500", "1.750\n−0.500"]
+    assert cells["Fast"][6] == "not reached\n−0.700\nat its end, 0.80 ×"
+    assert cells["Slow"][6] == "3.875\n+1.625\non the way"
+    assert cells["Slow"][3] == "a size of\nthe baseline"
+    assert cells["Baseline"][2:] == ["2.250"] * 5
+    assert table.header[4].endswith("(400 tokens)") and table.header[6].endswith("(40 s)")
+    text = markdown(table)
+    assert "On the way: a point" in text and "Not reached: its training" in text and "One seed:" in text
+    fast = next(record for record in table.records if record["variant"] == "fast")
+    assert (fast["seconds_kind"], fast["seconds_share"]) == ("ended sooner", 0.8)
+    assert (fast["tokens_difference"], fast["tokens_half_width"]) == (-0.5, None)
+
+
+def test_the_report_draws_what_the_table_has(study):
+    report(study)
+    data = list(csv.DictReader((study.folder / "plots/data/equal-cost.csv").open()))
+    assert [(row["variant"], row["cost"]) for row in data] == [
+        *(("fast", cost) for cost in ("parameters", "tokens", "flops", "seconds")),
+        *(("slow", cost) for cost in ("tokens", "flops", "seconds")),
+    ]
+    assert data[1]["value"] == "-0.5"
+    svg = (study.folder / "plots/equal-cost.svg").read_text()
+    for text in ("equal training FLOPs", "equal parameters", "on the way of a longer training", "Fast"):
+        assert text in svg
