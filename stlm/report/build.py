@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
 from stlm.report.accuracies import accuracy_tables, main_mode, score
+from stlm.report.architecture import write_architectures
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
@@ -18,6 +19,8 @@ from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
+from stlm.report.parameters import write_parameters
+from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_published, read_results, run_label
@@ -66,6 +69,9 @@ def report(study: Study) -> None:
             write_efficiency(folder, study, compared)
         if costs:
             write_equal_cost(folder, study, costs)
+        write_architectures(folder, study, results)
+        write_parameters(folder, study, results)
+        write_pareto(folder, study, results)
     with atomic_directory(study.folder / "training") as folder:
         write_training_pages(folder, study, results)
     with atomic_directory(study.folder / "cards") as folder:

@@ -1,0 +1,134 @@
+"""What parameters buy: the Pareto plot of parameters and bits per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from stlm.files import write_text
+from stlm.report.equal_cost import SAME_SIZE
+from stlm.report.labels import label_points
+from stlm.report.names import count
+from stlm.report.results import RunResult
+from stlm.report.style import figure, heading, styles
+from stlm.report.table import csv_text
+from stlm.study import Study
+
+_FRONT = {"color": "#999999", "linewidth": 1.3, "zorder": 1}
+
+
+class _Point(NamedTuple):
+    """A variant: its run's look, sizes, and bits per byte of each seed."""
+
+    variant: str
+    label: str
+    look: Mapping[str, object]
+    total: int
+    non_embedding: int
+    bits: list[float]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.bits)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of `points` (size, bits) no other is as small and as good as: their places, by size."""
+    best, found = float("inf"), []
+    for place in sorted(range(len(points)), key=lambda own: points[own]):
+        if points[place][1] < best:
+            best = points[place][1]
+            found.append(place)
+    return found
+
+
+def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+    """Write `folder`/pareto.{svg,png} and data/pareto.csv; nothing where all variants are of one size."""
+    points = _points(study, results)
+    sizes = [point.total for point in points]
+    if len(points) < 2 or max(sizes) <= (1 + SAME_SIZE) * min(sizes):
+        return
+    on_front = {points[place].variant for place in front([(own.total, own.mean) for own in points])}
+    records = [
+        {"variant": own.variant, "parameters": own.total, "non_embedding": own.non_embedding}
+        | {"seeds": len(own.bits), "front": own.variant in on_front, "value": round(own.mean, 5)}
+        for own in points
+    ]
+    write_text(folder / "data" / "pareto.csv", csv_text(records))
+    title = f"Parameters and bits per byte (test), study {study.name}"
+    with figure(folder, "pareto", title, 11, 4.4 + 0.12 * len(points)) as drawing:
+        panels = drawing.subplots(1, 2, sharey=True)
+        for axes, name, size in zip(
+            panels, ("all parameters", "without embedding and head"), ("total", "non_embedding"), strict=True
+        ):
+            axes.set_title(name, loc="left")
+            _draw(axes, [(getattr(own, size), own) for own in points])
+        panels[0].set_ylabel("bits per byte: lower is better")
+        heading(drawing, title)
+        drawing.legend(handles=_legend(points), loc="outside lower center", ncols=3)
+        for axes, size in zip(panels, ("total", "non_embedding"), strict=True):
+            places = [(getattr(own, size), own.mean) for own in points]
+            spans = [(min(own.bits), max(own.bits)) for own in points]
+            label_points(drawing, axes, places, [own.label for own in points], spans)
+
+
+def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
+    """A point a variant of the baseline's corpus: bits per byte compare on one text alone."""
+    looks, points = styles(results), {}
+    for name, result in results.items():
+        train = result.train
+        if train.corpus != results[study.baseline].train.corpus:
+            continue
+        own = points.setdefault(
+            train.variant,
+            _Point(
+                train.variant,
+                train.label,
+                looks[name],
+                train.parameters.total,
+                train.parameters.non_embedding,
+                [],
+            ),
+        )
+        own.bits.append(result.last.perplexity.bits_per_byte)
+    return list(points.values())
+
+
+def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
+    edge = [points[place] for place in front([(size, own.mean) for size, own in points])]
+    axes.step([size for size, _ in edge], [own.mean for _, own in edge], where="post", **_FRONT)
+    for size, own in points:
+        colour = own.look["color"]
+        if len(own.bits) > 1:
+            axes.plot([size] * len(own.bits), own.bits, "_", color=colour, markersize=9, zorder=2)
+            axes.plot([size] * 2, [min(own.bits), max(own.bits)], color=colour, linewidth=1, zorder=2)
+        axes.plot([size], [own.mean], own.look["marker"], color=colour, markersize=7, zorder=3)
+    sizes, bits = [size for size, _ in points], [value for _, own in points for value in own.bits]
+    axes.set_xscale("log")
+    stretch = (max(sizes) / min(sizes)) ** 0.18
+    axes.set_xlim(min(sizes) / stretch / 1.06, max(sizes) * stretch * 1.06)
+    margin = 0.08 * (np.ptp(bits) or 0.1)
+    axes.set_ylim(min(bits) - margin, max(bits) + margin)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 5 else range(1, 10), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("parameters")
+
+
+def _legend(points: Sequence[_Point]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=_FRONT["color"], linewidth=1.3, label="front: none is smaller and as good")
+    ]
+    if any(len(own.bits) > 1 for own in points):
+        grey = {"color": "#444444", "linestyle": "none"}
+        handles.append(Line2D([], [], marker="o", markersize=7, label="mean of the seeds", **grey))
+        handles.append(Line2D([], [], marker="_", markersize=9, label="a seed", **grey))
+    return handles

@@ -1,0 +1,90 @@
+"""The Pareto plot; names that hide nothing."""
+
+import csv
+import json
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+
+from stlm.report.labels import label_points
+from stlm.report.pareto import front, write_pareto
+from stlm.report.results import read_results
+
+SIZES = {
+    "baseline": ("Baseline", {}),
+    "wide": ("Wide", {"width": 96}),
+    "poor": ("Poor", {"width": 96, "layers": 3}),
+    "copy": ("Copy", {"dropout": 0.0}),
+}
+
+
+def rows(path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_the_front_is_what_nothing_smaller_is_as_good_as():
+    rng = np.random.default_rng(0)
+    points = [
+        (int(size), float(bits)) for size, bits in zip(rng.integers(1, 20, 60), rng.random(60), strict=True)
+    ]
+    best = [
+        place
+        for place, (size, bits) in enumerate(points)
+        if not any((other[0] <= size and other[1] <= bits) and other != (size, bits) for other in points)
+    ]
+    assert sorted(front(points)) == best
+    assert [points[place][0] for place in front(points)] == sorted(points[place][0] for place in best)
+
+
+def test_the_pareto_plot_has_a_point_a_variant(make_study, tmp_path):
+    study = make_study(SIZES, seeds=(0, 1), benchmarks={})
+    (tmp_path / "data").mkdir()
+    write_pareto(tmp_path, study, read_results(study))
+    found = {row["variant"]: row for row in rows(tmp_path / "data" / "pareto.csv")}
+    assert list(found) == list(SIZES)
+    assert int(found["poor"]["parameters"]) == study.runs["poor-s0"].parameters.total
+    records = [
+        json.loads((study.runs[f"wide-s{seed}"].folder / "evaluation.json").read_text()) for seed in (0, 1)
+    ]
+    bits = [list(record["checkpoints"].values())[-1]["perplexity"]["bits_per_byte"] for record in records]
+    assert float(found["wide"]["value"]) == round(sum(bits) / 2, 5)
+    svg = (tmp_path / "pareto.svg").read_text()
+    assert svg.count(">Poor<") == 2, "in both panels"
+
+
+def test_variants_of_one_size_have_no_pareto_plot(make_study, tmp_path):
+    study = make_study({"baseline": ("Baseline", {}), "copy": ("Copy", {"dropout": 0.0})}, benchmarks={})
+    write_pareto(tmp_path, study, read_results(study))
+    assert not list(tmp_path.glob("pareto*"))
+
+
+def test_names_stand_clear_of_each_other_and_of_the_marks():
+    """Twelve marks in a heap, as variants of one size are, in a plot with room for their names."""
+    drawing = Figure(figsize=(6, 5), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.subplots()
+    rng = np.random.default_rng(1)
+    points = [(1 + 0.02 * x, y) for x, y in rng.random((12, 2))]
+    axes.plot(*zip(*points, strict=True), "o", markersize=7)
+    axes.set_xlim(0.8, 1.2)
+    names = [f"variant {place}" for place in range(12)]
+    label_points(drawing, axes, points, names, [(y, y) for _, y in points])
+    drawing.draw_without_rendering()
+    renderer = drawing.canvas.get_renderer()
+    texts = {own.get_text(): own for own in axes.texts if isinstance(own, Annotation)}
+    assert set(texts) == set(names)
+    boxes = [text_box(own, renderer) for own in texts.values()]
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
+        for point in points:
+            assert not box.contains(*axes.transData.transform(point))
+
+
+def text_box(own: Annotation, renderer):
+    """The box of the text alone, without its line."""
+    line, own.arrow_patch = own.arrow_patch, None
+    box = own.get_window_extent(renderer)
+    own.arrow_patch = line
+    return box
