@@ -193,11 +193,13 @@ def document(options: argparse.Namespace) -> None:
     """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
     from stlm.byte_page import write_bytes_page
     from stlm.documentation import write_params_readme, write_readme_results
+    from stlm.report.findings import write_findings
     from stlm.report.schedules import write_schedule_plots
     from stlm.sizes import write_sizes_page
 
     print(f"wrote {write_params_readme()}")
     print(f"wrote {write_readme_results()}")
+    print(f"wrote {write_findings()}")
     print(f"wrote {write_schedule_plots()}")
     print(f"wrote {write_sizes_page()}")
     print(f"wrote {write_bytes_page()}")

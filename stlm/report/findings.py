@@ -1,0 +1,194 @@
+"""docs/findings.md: a table of each study's committed results, put into the page that people write."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from stlm.errors import UserError
+from stlm.evaluation.statistics import SeedNoise, seed_noise
+from stlm.files import read_json, read_record, write_text
+from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
+from stlm.report.results import EvaluationRecord, TrainRecord
+from stlm.report.table import Cell, Table, markdown
+
+FINDINGS = Path("docs/findings.md")
+_BENCHMARK, _MODE = "blimp", "harness"
+# What a block shows: the study in short, or a table of its report by name.
+_SHORT = "in short"
+_BEGIN = "<!-- {what}: written by `stlm document` from results/{study}/ -->\n"
+_END = "<!-- /table -->\n"
+_BLOCK = re.compile(_BEGIN.format(what="([a-z0-9 -]+)", study="([a-z0-9_-]+)") + "(.*?)" + _END, re.DOTALL)
+
+
+@dataclass
+class _Variant:
+    """A variant's first record, and by seed: bits per byte on test text, accuracy, and its difference."""
+
+    train: TrainRecord
+    bits: dict[int, float] = field(default_factory=dict)
+    accuracy: dict[int, float] = field(default_factory=dict)
+    items: int = 0
+    paired: dict[str, str] = field(default_factory=dict)
+
+
+def studies_with_results(root: Path) -> list[str]:
+    """Names of the studies whose report is in results/, in alphabetical order."""
+    return sorted(path.parent.name for path in (root / "results").glob("*/metrics.json"))
+
+
+def findings_page(root: Path = Path()) -> str:
+    """The page with its tables as results/ has them; a study that it lacks is begun at its end.
+
+    Raises UserError for a table of a study that has no results: what was not run is not in the findings.
+    """
+    text = (root / FINDINGS).read_text(encoding="utf-8")
+    there = studies_with_results(root)
+    named = [match[2] for match in _BLOCK.finditer(text)]
+    absent = [study for study in named if study not in there]
+    if absent:
+        raise UserError(
+            f"{FINDINGS}: has a table of {', '.join(absent)}, but results/{absent[0]}/metrics.json is "
+            "missing: run the study, or take its section out"
+        )
+    page = _BLOCK.sub(lambda match: _block(root, match[2], match[1]), text)
+    for study in there:
+        if study not in named:
+            page += f"\n## `{study}`\n\n{_block(root, study)}"
+    return page
+
+
+def write_findings(root: Path = Path()) -> Path:
+    """Put the tables of results/ into docs/findings.md; its path."""
+    write_text(root / FINDINGS, findings_page(root))
+    return FINDINGS
+
+
+def _block(root: Path, study: str, what: str = _SHORT) -> str:
+    folder = root / "results" / study
+    path = folder / "tables" / f"{what}.md"
+    if what == _SHORT:
+        table = markdown(findings_table(study, folder))
+    elif path.is_file():
+        table = path.read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"{FINDINGS}: shows {path.relative_to(root)}, which is missing: run `stlm report {study}`"
+        )
+    return f"{_BEGIN.format(what=what, study=study)}{table}{_END}"
+
+
+def findings_table(study: str, folder: Path) -> Table:
+    """A row a variant of the study whose results are in `folder`, the baseline first."""
+    variants = _read(folder)
+    base = next(iter(variants.values()))
+    bits = seed_noise({name: own.bits for name, own in variants.items()})
+    accuracy = seed_noise({name: own.accuracy for name, own in variants.items()})
+    scored = any(own.accuracy for own in variants.values())
+    rows = []
+    for own in variants.values():
+        train = own.train
+        row = [
+            Cell(train.label),
+            Cell(count(train.parameters.total)),
+            Cell(f"{train.flops + (train.start.flops if train.start else 0):.2e}"),
+            Cell(count(train.tokens + (train.start.tokens if train.start else 0))),
+            Cell(str(len(own.bits))),
+            Cell(_mean(own.bits, 1, 3)),
+            Cell("" if own is base else _difference(own.bits, base.bits, bits, 1, 3)),
+        ]
+        if scored:
+            row += [
+                Cell(_mean(own.accuracy, 100, 1)),
+                Cell("" if own is base else _accuracy(own, base, accuracy)),
+            ]
+        rows.append(row)
+    header = ["", "parameters", "training FLOPs", "tokens", "seeds", "bits per byte (test)"]
+    header.append(f"difference from {base.train.label}")
+    if scored:
+        header += [f"{benchmark_label(_BENCHMARK)} (%, n = {base.items:,})", "difference (points)"]
+    return Table(
+        name="findings",
+        title=f"Study {study}",
+        header=header,
+        rows=rows,
+        notes=_notes(bits, accuracy, max(len(own.bits) for own in variants.values()), scored),
+    )
+
+
+def _read(folder: Path) -> dict[str, _Variant]:
+    """Variants in the report's order, from the files of their runs."""
+    with (folder / "tables" / "statistics.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "run"]
+    paired = {
+        row["run"]: row
+        for row in rows  # the last checkpoint's come last
+        if (row["benchmark"], row["metric"]) == (_BENCHMARK, "acc") and row["mode"] == _MODE
+    }
+    variants: dict[str, _Variant] = {}
+    for run in read_json(folder / "metrics.json"):
+        train = read_record(folder / "runs" / run / "train.json", TrainRecord)
+        record = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord)
+        last = max(record.checkpoints.values(), key=lambda checkpoint: checkpoint.step)
+        own = variants.setdefault(train.variant, _Variant(train))
+        own.bits[train.seed] = last.perplexity.bits_per_byte
+        modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}
+        if _MODE in modes:
+            scored = modes[_MODE].acc
+            own.accuracy[train.seed], own.items, own.paired = scored.value, scored.n, paired.get(run, {})
+    return variants
+
+
+def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
+    if not values:
+        return "–"
+    text = f"{scale * mean(values.values()):.{digits}f}"
+    return text + (f" ± {scale * stdev(values.values()):.{digits}f}" if len(values) > 1 else "")
+
+
+def _difference(
+    own: Mapping[int, float], base: Mapping[int, float], noise: SeedNoise | None, scale: float, digits: int
+) -> str:
+    """The mean over common seeds, with its 95% interval where the noise of seeds is known."""
+    differences = [scale * (value - base[seed]) for seed, value in own.items() if seed in base]
+    if not differences:
+        return "–"
+    value = mean(differences)
+    if noise is None:
+        return difference_text(value, digits)
+    half = scale * noise.half_width(len(differences))
+    interval = f"[{difference_text(value - half, digits)}, {difference_text(value + half, digits)}]"
+    return f"{difference_text(value, digits)} {interval}"
+
+
+def _accuracy(own: _Variant, base: _Variant, noise: SeedNoise | None) -> str:
+    """Over seeds where there are several; else over items, as the report tested it."""
+    if noise is not None or not own.paired.get("difference"):
+        return _difference(own.accuracy, base.accuracy, noise, 100, 1)
+    value, low, high = (float(own.paired[f"difference{end}"]) / 100 for end in ("", "_low", "_high"))
+    sign = "*" if own.paired["p_holm"] and float(own.paired["p_holm"]) < 0.05 else ""
+    return f"{percent(value, signed=True)}{sign} {bounds(low, high, signed=True)}"
+
+
+def _notes(bits: SeedNoise | None, accuracy: SeedNoise | None, seeds: int, scored: bool) -> list[str]:
+    if bits is None:
+        notes = [
+            "One seed: how far another would move these figures is not known from this study. Bits per byte "
+            "are of the test split, after the last step."
+        ]
+        if scored:
+            notes.append(
+                "Intervals of accuracies are over items, at 95%; *: p < 0.05, McNemar's exact test after "
+                "Holm's correction for all of the study's tests. They do not speak for another seed."
+            )
+        return notes
+    return [
+        f"±: standard deviation over the {seeds} seeds. In brackets 95% intervals of differences, paired by "
+        f"seed, from the noise of the seeds of all variants together (standard deviation {bits.sd:.4f} bits "
+        f"per byte{f', {100 * accuracy.sd:.1f} points' if accuracy else ''}; {bits.dof} degrees of freedom), "
+        "not adjusted for their number. Bits per byte are of the test split, after the last step."
+    ]
