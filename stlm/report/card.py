@@ -49,7 +49,7 @@ deployment, and not for advice, facts or decisions about people.
 - It continues text. It was not tuned to follow instructions or anyone's preferences, and nothing was done to
   keep harmful text out.
 - What it says is often false, and repeats the views and prejudices of its training text.
-- It knows the languages and subjects of that text alone, and reads {context:,} tokens at most."""
+- It knows the languages and subjects of that text alone, and reads {context} at most."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,25 @@ class Card:
             "Training": self._training(),
             "Results": self._results(),
             "Contamination": self._contamination(),
-            "Intended use and limits": _LIMITS.format(context=self.train.model["context"]),
+            "Intended use and limits": _LIMITS.format(
+                context=f"{self.train.model['context']:,} {self._unit}"
+            ),
             "Licences": self._licences(),
             "Citation": _CITATION,
         }
         body = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections.items())
         return f"---\n{head}---\n\n# {self.title}\n\n{self._summary()}\n\n{body}\n"
 
+    @property
+    def _unit(self) -> str:
+        """What the model reads a position: byte-level ones, chunks of bytes."""
+        return "chunks" if self.train.model.get("bytes") else "tokens"
+
     def _summary(self) -> str:
         counts = self.train.parameters
         return (
             f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings), "
-            f"trained on {self.tokens:,} tokens of {self.train.corpus}; step {self.step:,} of "
+            f"trained on {self.tokens:,} {self._unit} of {self.train.corpus}; step {self.step:,} of "
             f"{self.train.steps:,}. Made with STLM, reference software for research on super tiny language "
             "models."
         )
@@ -116,7 +123,7 @@ class Card:
             for split in ("train", "val", "test"):
                 size = (text.splits or {}).get(split)
                 cells.append(
-                    f"{size.tokens:,} tokens\n{size.documents:,} documents\n{size.bytes / 1e6:,.1f} MB"
+                    f"{size.tokens:,} {self._unit}\n{size.documents:,} documents\n{size.bytes / 1e6:,.1f} MB"
                     if size
                     else "–"
                 )
@@ -156,7 +163,7 @@ class Card:
         ]
         code = ", ".join(f"{name} {version}" for name, version in train.code.items() if version)
         return (
-            f"{train.tokens:,} tokens in {train.steps:,} steps, about {train.flops:.2e} floating-point "
+            f"{train.tokens:,} {self._unit} in {train.steps:,} steps, about {train.flops:.2e} floating-point "
             f"operations, {train.seconds:,.0f} s on {', '.join(where)}. Seed {train.seed}."
             + (f" Program: {code}." if code else "")
             + "\n\n"
