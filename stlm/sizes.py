@@ -71,6 +71,8 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, float]:
 
 def family(sizes: Mapping[str, float], vocab_size: int, context: int = 512) -> dict[str, ModelConfig]:
     """The baseline of each size, by name. Raises ``UserError`` for a size that the rule cannot give."""
+    if context < 2:
+        raise UserError(f"--context: {context} tokens leave nothing to predict from; expected 2 or more")
     try:
         return {name: propose(parameters, vocab_size, context) for name, parameters in sizes.items()}
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stlm.cli import main
 from stlm.errors import UserError
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig, parameter_counts
@@ -46,6 +47,8 @@ def test_a_size_that_no_shape_has_is_refused():
         family({"1M": 1e6}, 50257)
     with pytest.raises(UserError, match=r"'20 M' is no number of parameters"):
         parse_sizes(["20 M"])
+    with pytest.raises(UserError, match=r"--context: 1 tokens leave nothing"):
+        family({"1M": 1e6}, 4096, context=1)
     assert parse_sizes(["20M", "1.5e6", "500k"]) == {"20M": 20e6, "1.5e6": 1.5e6, "500k": 5e5}
 
 
@@ -68,6 +71,17 @@ def test_the_tables_figures_are_those_of_models():
     held += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     assert sum(t.numel() * t.element_size() for t in held) == TRAINING_BYTES * unshared
     assert text_table(models).count("\n") == len(rows(models))
+
+
+def test_the_verb_prints_what_was_asked_for(capsys):
+    assert main(["sizes", "4M", "--tokenizer", "bpe-4096", "--context", "256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [
+        *("4M", "baseline", "4", "x", "256", "4,065,536", "1,048,576", "26%", "3,016,960", "3,016,960"),
+        *("26.0M", "16", "MB", "8", "MB", "65", "MB"),
+    ]
+    assert main(["sizes"]) == 0
+    assert capsys.readouterr().out.count("baseline") == len(FAMILY)
 
 
 def test_the_page_is_the_familys(root):
