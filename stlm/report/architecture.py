@@ -25,12 +25,13 @@ Span = tuple[float, float]
 _UNDRAWN = {"dropout", "attention_dropout", "norm_eps", "rope_theta", "zero_init"}
 _WIDTH, _LEFT, _RIGHT = 9.0, 0.95, 4.05
 _PANEL = 4.95
-_GAP, _TITLE = 0.2, 0.62
+_GAP, _THIN, _TITLE = 0.2, 0.28, 0.62
 # Widths of a block's networks, and of adapters beside them; the height of the drawing of heads.
 _BRANCH, _ADAPTER, _HEADS = _WIDTH - 0.4 - _PANEL - 0.6, 0.75, 0.55
 _INK, _GREY = "#222222", "#666666"
 _SETS = ("#56B4E9", "#F0E442", "#7B6BB0", "#D55E00", "#0072B2", "#8c8c8c")
 _FFNS = {"swiglu": "SwiGLU", "gelu": "GELU", "relu2": "squared ReLU"}
+_BYTE_UNITS = ("chunks of bytes", "next chunk, byte by byte")
 _NETWORKS = {"attention": "attention", "ffn": "FFN"}
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 
@@ -101,30 +102,55 @@ def draw_architecture(folder: Path, name: str, label: str, config: ModelConfig) 
 
 def _below(config: ModelConfig, groups: Mapping[str, int]) -> list[Box]:
     """What a token meets before the first layer, from the bottom."""
+    width, positions = config.width, config.positions
+    boxes = _embedding(config, groups) if config.bytes is None else _byte_encoder(config, groups)
+    if positions != "rope":
+        number = f"{groups['positions']:,}" if positions == "learned" else "none"
+        shape = f"{config.context} × {width}"
+        boxes.append(Box(f"+ {positions} positions", shape, number, group_colour("positions")))
+    return boxes
+
+
+def _embedding(config: ModelConfig, groups: Mapping[str, int]) -> list[Box]:
     vocabulary, width, rank = config.vocab_size, config.width, config.embedding_rank
     shape = f"{vocabulary:,} × {width}" if rank is None else f"{vocabulary:,} × {rank}, then {rank} × {width}"
     title = "token embedding" if rank is None else "factorized embedding"
     colour = group_colour("token embedding")
-    boxes = [Box(title, shape, f"{groups['token embedding']:,}", colour, name="embedding")]
-    if config.positions != "rope":
-        learned = config.positions == "learned"
-        number = f"{groups['positions']:,}" if learned else "none"
-        title = f"+ {config.positions} positions"
-        boxes.append(Box(title, f"{config.context} × {width}", number, group_colour("positions")))
-    return boxes
+    return [Box(title, shape, f"{groups['token embedding']:,}", colour, name="embedding")]
+
+
+def _byte_encoder(config: ModelConfig, groups: Mapping[str, int]) -> list[Box]:
+    own, colour = config.bytes, group_colour("byte encoder")
+    embedding = group_colour("byte embedding")
+    shape, number = f"{config.vocab_size} × {own.width}", f"{groups['byte embedding']:,}"
+    return [
+        Box("byte embedding", shape, number, embedding, name="embedding"),
+        Box("chunk encoder", _byte_blocks(config, own.encoder_layers), f"{groups['byte encoder']:,}", colour),
+        Box(f"{own.pooling} pooling, {own.width} → {config.width} a chunk", "", "", colour, _THIN),
+    ]
+
+
+def _byte_blocks(config: ModelConfig, layers: int) -> str:
+    own = config.bytes
+    return f"{layers} layer{'s'[: layers > 1]} of {own.width}, {own.heads} heads, FFN {own.ffn_width}"
 
 
 def _above(config: ModelConfig, groups: Mapping[str, int]) -> list[Box]:
     """What a token meets after the last layer."""
-    vocabulary, width, rank = config.vocab_size, config.width, config.embedding_rank
-    shape = f"{width} × {vocabulary:,}" if rank is None else f"{width} × {rank}, then {rank} × {vocabulary:,}"
+    width, rank, embedding = config.width, config.embedding_rank, "token embedding"
+    boxes = [Box(f"final {_NORMS[config.norm]}", "", "", group_colour("norms"), _THIN)]
+    if config.bytes is not None:
+        width, embedding, layers = config.bytes.width, "byte embedding", config.bytes.decoder_layers
+        number, colour = f"{groups['byte decoder']:,}", group_colour("byte decoder")
+        boxes.append(Box("byte decoder", _byte_blocks(config, layers), number, colour))
+    vocabulary = f"{config.vocab_size:,}"
+    shape = f"{width} × {vocabulary}" if rank is None else f"{width} × {rank}, then {rank} × {vocabulary}"
     if config.logit_softcap:
         shape += f", capped at {config.logit_softcap:g}"
     number = "same matrix" if config.tied else f"{groups['head']:,}"
-    colour = group_colour("token embedding" if config.tied else "head")
     return [
-        Box(f"final {_NORMS[config.norm]}", "", "", group_colour("norms"), height=0.28),
-        Box("head", shape, number, colour, name="head"),
+        *boxes,
+        Box("head", shape, number, group_colour(embedding if config.tied else "head"), name="head"),
     ]
 
 
@@ -135,7 +161,8 @@ def _column(
     middle = (_LEFT + _RIGHT) / 2
     places: dict[str, Span] = {}
     y = low + 0.48
-    _text(axes, middle, low + 0.18, f"tokens, {config.context} at most", colour=_GREY)
+    units, following = ("tokens", "next token") if config.bytes is None else _BYTE_UNITS
+    _text(axes, middle, low + 0.18, f"{units}, {config.context} at most", colour=_GREY)
 
     def stack(boxes: Sequence[Box]) -> None:
         nonlocal y
@@ -152,7 +179,7 @@ def _column(
     y = core + config.layers * row + _GAP
     stack(above)
     _arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
-    _text(axes, middle, y + 0.12, "next token", colour=_GREY)
+    _text(axes, middle, y + 0.12, following, colour=_GREY)
     return places, core
 
 

@@ -63,7 +63,7 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
     ]
     write_text(folder / "data" / "pareto.csv", csv_text(records))
     title = f"Parameters and bits per byte (test), study {study.name}"
-    with figure(folder, "pareto", title, 11, 4.4 + 0.12 * len(points)) as drawing:
+    with figure(folder, "pareto", title, 11, 4.4 + 0.16 * len(points)) as drawing:
         panels = drawing.subplots(1, 2, sharey=True)
         for axes, name, size in zip(
             panels, ("all parameters", "without embedding and head"), ("total", "non_embedding"), strict=True
@@ -112,7 +112,7 @@ def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
         axes.plot([size], [own.mean], own.look["marker"], color=colour, markersize=7, zorder=3)
     sizes, bits = [size for size, _ in points], [value for _, own in points for value in own.bits]
     axes.set_xscale("log")
-    stretch = (max(sizes) / min(sizes)) ** 0.18
+    stretch = (max(sizes) / min(sizes)) ** 0.28
     axes.set_xlim(min(sizes) / stretch / 1.06, max(sizes) * stretch * 1.06)
     margin = 0.08 * (np.ptp(bits) or 0.1)
     axes.set_ylim(min(bits) - margin, max(bits) + margin)

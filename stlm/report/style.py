@@ -33,11 +33,14 @@ COST_LOOKS = {
 # Where parameters are (stlm.model.config.parameter_groups); a group not named here is grey.
 _GROUPS = {
     "token embedding": "#0072B2",
+    "byte embedding": "#0072B2",
+    "byte encoder": "#F0E442",
     "positions": "#56B4E9",
     "value embeddings": "#7B6BB0",
     "attention": "#E69F00",
     "FFN": "#009E73",
     "adapters": "#CC79A7",
+    "byte decoder": "#A0522D",
     "head": "#D55E00",
 }
 

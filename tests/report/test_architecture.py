@@ -11,10 +11,13 @@ from stlm.report.results import read_results
 SMALL = ModelConfig(layers=4, width=64, heads=4, kv_heads=2, ffn_width=96, context=64, vocab_size=512)
 
 
+def small(**differs) -> ModelConfig:
+    return ModelConfig.model_validate(SMALL.model_dump() | differs)
+
+
 def drawn(folder, **differs) -> list[str]:
     """The texts of the diagram of SMALL with the keys given."""
-    config = ModelConfig.model_validate(SMALL.model_dump() | differs)
-    draw_architecture(folder, "model", "Small", config)
+    draw_architecture(folder, "model", "Small", small(**differs))
     root = ElementTree.parse(folder / "model.svg").getroot()
     return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
@@ -54,6 +57,22 @@ def test_low_ranks_are_named(tmp_path):
     texts = drawn(tmp_path, embedding_rank=16, low_rank={"ffn": 8})
     assert "factorized embedding" in texts and "512 × 16, then 16 × 64" in texts
     assert "rank 8" in texts
+
+
+def test_a_byte_level_model_is_drawn_around_its_core(tmp_path):
+    differs = {"bytes": {"width": 32, "heads": 2, "pooling": "query"}, "vocab_size": 258}
+    texts, groups = drawn(tmp_path, **differs), parameter_groups(small(**differs))
+    order = [
+        "byte embedding",
+        "chunk encoder",
+        "query pooling, 32 → 64 a chunk",
+        "byte decoder",
+        "head",
+    ]
+    assert [text for text in texts if text in order] == order, "from the bottom up"
+    for group in ("byte embedding", "byte encoder", "byte decoder"):
+        assert f"{groups[group]:,}" in texts
+    assert "32 × 258" in texts and "tied: one matrix" in texts and "next chunk, byte by byte" in texts
 
 
 def test_variants_of_one_architecture_share_a_diagram(make_study):
