@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from stlm.model.config import ModelConfig, training_flops_per_token
 from stlm.report.results import RunResult, TrainRecord
 from stlm.study import Study
 
@@ -58,16 +59,18 @@ class Curve:
 class Variant:
     """A variant that was validated, and how it compares with the baseline.
 
-    `train`: its first seed's record. `curve`: on its validation text. `beside` and `reference`: its curve
-    and the baseline's on the same text, None where there is none; `shifted`: only test text is the same, and
-    both are shifted to end at their values on it, which `test` has by seed. `same_machine`: on the baseline's
-    device, with its number of threads and processes, so that seconds compare. `spikes`: loss spikes of all
-    seeds; None where no one looked.
+    `train`: its first seed's record. `curve`: on its validation text. `beside` and `reference`: its curve and
+    the baseline's on the same text, None where there is none; tokens are those of the baseline's tokenizer
+    that hold as much text. `shifted`: only test text is the same, and both are shifted to end at their values
+    on it, which `test` has by seed. `same_machine`: on the baseline's device, with its number of threads and
+    processes, so that seconds compare. `spikes`: loss spikes of all seeds; None where no one looked.
     """
 
     train: TrainRecord
     curve: Curve
     test: Mapping[int, float]
+    flops_per_token: float
+    same_tokens: bool
     beside: Curve | None
     reference: Curve | None
     shifted: bool
@@ -105,7 +108,7 @@ def read_curve(
         before = _spent(result, results)
         if shifted:
             bits += result.last.perplexity.bits_per_byte - bits[-1]
-        flops = before["flops"] + tokens * (result.train.flops / result.train.tokens)
+        flops = before["flops"] + tokens * flops_per_token(result)
         tokens = token * (before["tokens"] + tokens)
         points[result.train.seed] = np.stack([tokens, flops, before["seconds"] + seconds, bits])
     tokens = next(iter(points.values()))[0]
@@ -121,7 +124,19 @@ def _spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[str, flo
         return dict.fromkeys(COSTS, 0.0)
     origin = results[result.train.start.run]
     before, train = _spent(origin, results), origin.train
-    return {cost: before[cost] + getattr(train, cost) for cost in COSTS}
+    spent = {
+        "tokens": train.tokens,
+        "flops": train.tokens * flops_per_token(origin),
+        "seconds": train.seconds,
+    }
+    return {cost: before[cost] + spent[cost] for cost in COSTS}
+
+
+def flops_per_token(result: RunResult) -> float:
+    """Training FLOPs of a token, or of a chunk of bytes of the mean length in the test text."""
+    if result.train.model.get("bytes") and (length := _bytes_per_token(result)):
+        return training_flops_per_token(ModelConfig.model_validate(result.train.model), length)
+    return result.train.flops / result.train.tokens
 
 
 def read_variants(study: Study, results: Mapping[str, RunResult]) -> list[Variant]:
@@ -142,19 +157,22 @@ def _variant(
     curve: Curve, own: Sequence[RunResult], base: Sequence[RunResult], results: Mapping[str, RunResult]
 ) -> Variant:
     train = own[0].train
+    same_tokens = train.tokenizer == base[0].train.tokenizer
+    lengths = _bytes_per_token(own[0]), _bytes_per_token(base[0])
+    token = 1.0 if same_tokens else lengths[0] / lengths[1] if all(lengths) else None
+    validation = _same_validation(train, base[0].train)
+    shifted = not validation and _same_test(own[0], base[0])
     beside = reference = None
-    shifted = not _same_validation(train, base[0].train) and _same_test(own[0], base[0])
-    if shifted:
-        # Tokens of another length count for the text that they hold.
-        token = _bytes_per_token(own[0]) / _bytes_per_token(base[0])
-        beside, reference = read_curve(own, results, True, token), read_curve(base, results, True)
-    elif _same_validation(train, base[0].train):
-        beside, reference = curve, read_curve(base, results)
+    if token is not None and (validation or shifted):
+        beside = read_curve(own, results, shifted, token)
+        reference = read_curve(base, results, shifted)
     spikes = [result.train.loss_spikes for result in own]
     return Variant(
         train=train,
         curve=curve,
         test={result.train.seed: result.last.perplexity.bits_per_byte for result in own},
+        flops_per_token=flops_per_token(own[0]),
+        same_tokens=same_tokens,
         beside=beside if reference is not None else None,
         reference=reference,
         shifted=shifted,
@@ -164,20 +182,26 @@ def _variant(
 
 
 def _same_validation(train: TrainRecord, base: TrainRecord) -> bool:
-    """Whether both were validated on the same documents."""
-    tokens = "validation_tokens"
-    same = (train.corpus, train.tokenizer) == (base.corpus, base.tokenizer)
-    return same and train.training.get(tokens) == base.training.get(tokens)
+    """Whether both were validated on the same documents: tokens choose them by the tokenizer."""
+    documents, tokens = (
+        (train.training.get(key), base.training.get(key))
+        for key in ("validation_documents", "validation_tokens")
+    )
+    if train.corpus != base.corpus or documents[0] != documents[1]:
+        return False
+    return documents[0] is not None or (train.tokenizer == base.tokenizer and tokens[0] == tokens[1])
 
 
 def _same_test(own: RunResult, base: RunResult) -> bool:
-    """Whether both were measured on the same test text, though with other tokenizers."""
+    """Whether both were measured on the same test text, whatever their tokenizers."""
     size = base.last.perplexity.bytes
     return own.train.corpus == base.train.corpus and size is not None and own.last.perplexity.bytes == size
 
 
-def _bytes_per_token(result: RunResult) -> float:
-    return result.last.perplexity.bytes / result.last.perplexity.tokens
+def _bytes_per_token(result: RunResult) -> float | None:
+    """Mean bytes of a token, or of a chunk, in the test text; None: written by an earlier version."""
+    measured = result.last.perplexity
+    return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
 
 
 def _machine(train: TrainRecord) -> tuple[str, int | None, int]:

@@ -119,12 +119,17 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
     base, notes = variants[0], []
     if any(own.seeds > 1 for own in variants):
         notes.append("Where a variant has several seeds: the mean of their curves.")
-    shifted = [own.train.label for own in variants if own.shifted]
+    other_tokens = [own.train.label for own in variants if own.beside is not None and not own.same_tokens]
+    if other_tokens:
+        notes.append(
+            "Of another tokenizer, or in chunks of bytes, and compared at the tokens of the baseline's "
+            f"tokenizer that hold as much text: {', '.join(other_tokens)}."
+        )
+    shifted = [own.train.label for own in variants if own.shifted and own.beside is not None]
     if shifted:
         notes.append(
-            "Validated on other text than the baseline (another tokenizer or number of validation tokens), "
-            "and compared by test text: both curves are shifted to end at their values on it, and "
-            f"tokens are those of the baseline's tokenizer that hold as much text: {', '.join(shifted)}."
+            "Validated on other text than the baseline, and compared by test text: both curves are shifted "
+            f"to end at their values on it: {', '.join(shifted)}."
         )
     started = [own.train.label for own in variants if own.train.start is not None]
     if started:
@@ -143,8 +148,8 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
             f"them, which they never saw; compare these by test text: {', '.join(within)}."
         )
     notes.append(
-        "FLOPs are counted from the shapes, exactly; times are of training alone, without validation, and "
-        "compare where nothing else kept the machine busy."
+        "FLOPs are counted from the shapes, and for chunks of bytes with their mean length; times are of "
+        "training alone, without validation, and compare where nothing else kept the machine busy."
     )
     elsewhere = [f"{own.train.label} ({_place(own.train)})" for own in variants if not own.same_machine]
     if elsewhere:

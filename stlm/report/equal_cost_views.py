@@ -38,7 +38,7 @@ def equal_cost_table(study: Study, found: EqualCosts) -> Table:
         rows.append(
             [
                 Cell(own.train.label),
-                Cell(f"{count(own.train.parameters.total)}\n{own.train.flops / own.train.tokens:.2e}"),
+                Cell(f"{count(own.train.parameters.total)}\n{own.flops_per_token:.2e}"),
                 Cell(f"{mean(bits):.3f}{spread}"),
                 *(_cell(row, name, pair, found) for name, pair in row.pairs.items()),
             ]

@@ -13,10 +13,16 @@ import pytest
 from docutils.core import publish_parts
 
 from stlm.errors import UserError
+from stlm.model.byte_config import ByteConfig
+from stlm.model.reduction import LoraConfig, SharingConfig
 from stlm.report.build import report
 
 ONE = {"baseline": ("Baseline", {})}
 TWO = ONE | {"sincos": ("SinCos PE", {"positions": "sinusoidal"})}
+REDUCED = ONE | {
+    "shared": ("Shared", {"sharing": SharingConfig(what="ffn"), "lora": LoraConfig(rank=4)}),
+    "bytes": ("Bytes", {"bytes": ByteConfig(width=16, heads=2), "vocab_size": 258}),
+}
 PNG = b"\x89PNG\r\n\x1a\n"
 CAPTIONS = Path(__file__).parents[2] / "workflow" / "report"
 
@@ -123,9 +129,10 @@ def test_plot_data_are_the_curves_with_the_value_last(make_study):
         {"variants": TWO, "seeds": (0, 1)},
         {"variants": TWO, "benchmarks": {}},
         {"variants": {f"v{i}": (f"Variant {i}", {}) for i in range(12)}, "benchmarks": {"blimp": 30}},
+        {"variants": REDUCED, "seeds": (0, 1), "benchmarks": {"blimp": 20}},
         {"variants": {"baseline": ("A label as long as a sentence, and_$odd & <b>", {})}},
     ],
-    ids=["one run", "one checkpoint", "seeds", "no benchmark", "many runs", "long label"],
+    ids=["one run", "one checkpoint", "seeds", "no benchmark", "many runs", "reduced", "long label"],
 )
 def test_studies_of_any_shape(make_study, shape):
     study = make_study(**shape)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hand_made import set_curve, set_test, set_train
 
-from stlm.report.build import report
+from stlm.model.byte_config import ByteConfig
+from stlm.model.config import training_flops_per_token
 from stlm.report.curves import read_variants
 from stlm.report.equal_cost import equal_costs
-from stlm.report.equal_cost_views import equal_cost_table
+from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
 from stlm.report.results import read_results
 from stlm.report.table import markdown
 
@@ -179,6 +180,36 @@ def test_another_tokenizer_is_compared_by_the_test_text(study):
     assert any("compared by test text" in note and note.endswith("Fast.") for note in table.notes)
 
 
+def test_bytes_in_chunks_are_compared_on_the_same_validation_text(study):
+    """Documents are chosen whatever the tokenizer; tokens count for the text that they hold."""
+    runs = dict(study.runs)
+    for name, tokenizer in (("baseline", "bpe-512"), ("fast", "words")):
+        training = runs[name].training.model_copy(update={"validation_documents": 3})
+        runs[name] = runs[name].model_copy(update={"training": training, "tokenizer": tokenizer})
+        set_train(study, name, training=training.model_dump(mode="json"), tokenizer=tokenizer)
+    set_test(study, "baseline", tokens=400, bytes=1000)
+    set_test(study, "fast", tokens=200, bytes=1000, bits_per_byte=9.0)
+    set_curve(study, "fast", [100, 300], [20, 50], [3.0, 2.0])
+    changed = study.model_copy(update={"runs": runs})
+    pair = rows(changed)["fast"].at["tokens"]
+    assert (pair.kind, pair.value) == ("on the way", 2.5), "200 tokens of it, on validation text"
+    table = equal_cost_table(changed, costs(changed))
+    assert any("tokenizer that hold as much text" in note and note.endswith("Fast.") for note in table.notes)
+    assert not any("by test text" in note for note in table.notes)
+
+
+def test_flops_of_chunks_are_of_their_length(study):
+    bytes_ = ByteConfig(width=16, heads=2)
+    model = study.runs["fast"].model.model_copy(update={"bytes": bytes_, "vocab_size": 258})
+    runs = study.runs | {"fast": study.runs["fast"].model_copy(update={"model": model})}
+    set_train(study, "fast", model=model.model_dump(mode="json"))
+    set_test(study, "fast", tokens=100, bytes=900)
+    changed = study.model_copy(update={"runs": runs})
+    found = {own.train.variant: own for own in read_variants(changed, read_results(changed))}
+    assert found["fast"].flops_per_token == training_flops_per_token(model, 9.0)
+    assert found["fast"].curve.end("flops") == pytest.approx(400 * training_flops_per_token(model, 9.0))
+
+
 def test_the_table_says_how_each_figure_was_read(study):
     table = equal_cost_table(study, costs(study))
     cells = {row[0].text: [cell.text for cell in row] for row in table.rows}
@@ -195,14 +226,15 @@ def test_the_table_says_how_each_figure_was_read(study):
     assert (fast["tokens_difference"], fast["tokens_half_width"]) == (-0.5, None)
 
 
-def test_the_report_draws_what_the_table_has(study):
-    report(study)
-    data = list(csv.DictReader((study.folder / "plots/data/equal-cost.csv").open()))
+def test_the_plot_draws_what_the_table_has(study, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_equal_cost(tmp_path, study, costs(study))
+    data = list(csv.DictReader((tmp_path / "data/equal-cost.csv").open()))
     assert [(row["variant"], row["cost"]) for row in data] == [
         *(("fast", cost) for cost in ("parameters", "tokens", "flops", "seconds")),
         *(("slow", cost) for cost in ("tokens", "flops", "seconds")),
     ]
     assert data[1]["value"] == "-0.5"
-    svg = (study.folder / "plots/equal-cost.svg").read_text()
+    svg = (tmp_path / "equal-cost.svg").read_text()
     for text in ("equal training FLOPs", "equal parameters", "on the way of a longer training", "Fast"):
         assert text in svg
