@@ -44,6 +44,7 @@ _LABELS = {
     "zero_init": "zero-initialized projections",
     "logit_softcap": "logit soft cap",
     "tied": "tied embedding and head",
+    "lora": "LoRA",
     "vocab_size": "vocabulary",
     "batch_size": "micro-batch (sequences)",
     "accumulation": "accumulation (micro-batches)",
@@ -231,7 +232,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(own)}" for key, own in value.items()) or "–"
+        return ", ".join(f"{key} {_value(own)}" for key, own in value.items() if own is not None) or "–"
     if isinstance(value, list | tuple) and not value:
         return "–"
     if isinstance(value, list | tuple):

@@ -2,6 +2,7 @@
 
 import json
 
+from stlm.model.reduction import LoraConfig, SharingConfig
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.results import read_results
 from stlm.report.table import Section
@@ -83,6 +84,14 @@ def test_variants_are_listed_by_what_differs(make_study):
     assert rows["DropoutFree"] == "dropout: 0 (baseline: 0.1)"
     record = {"variant": "dropout-free", "hyper_parameter": "dropout", "baseline": "0.1", "value": "0"}
     assert record in table.records
+
+
+def test_sections_of_the_model_show_what_is_set(make_study):
+    sharing, lora = SharingConfig(what="all", order="cyclic", units=2), LoraConfig(rank=4)
+    variants = {"baseline": ("Baseline", {}), "shared": ("Shared", {"sharing": sharing, "lora": lora})}
+    study = make_study(variants, benchmarks={})
+    shared = variants_table(study, read_results(study)).rows[1][1].text.split("\n")
+    assert shared == ["sharing: what all, order cyclic, units 2", "LoRA: rank 4, what all"]
 
 
 def test_one_variant_differs_from_nothing(make_study):
