@@ -68,7 +68,9 @@ def cost_table(root: Path = Path()) -> str:
     for variant in dict.fromkeys(run.variant for run in study.runs.values()):
         run = next(run for run in study.runs.values() if run.variant == variant)
         own = _bits(study, variant, metrics)
-        differences = [own[seed] - base[seed] for seed in own]
+        differences = [own[seed] - base[seed] for seed in own if seed in base]
+        if not differences:
+            continue  # not among the runs that there are
         by_seed = ", ".join(f"{difference:+.3f}" for difference in differences)
         lines.append(
             f"| {run.label} | {_millions(run.parameters.total)} | {_millions(run.parameters.embedding)} | "
@@ -80,7 +82,7 @@ def cost_table(root: Path = Path()) -> str:
 def _bits(study: Study, variant: str, metrics: dict[str, dict[str, float]]) -> dict[int, float]:
     """Test bits per byte of a variant by seed."""
     runs = [run for run in study.runs.values() if run.variant == variant]
-    return {run.seed: metrics[run.name]["test_bits_per_byte"] for run in runs}
+    return {run.seed: metrics[run.name]["test_bits_per_byte"] for run in runs if run.name in metrics}
 
 
 def bytes_page(root: Path = Path()) -> str:

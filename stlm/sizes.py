@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from stlm.errors import UserError
 from stlm.files import write_text
@@ -84,8 +87,7 @@ def rows(models: Mapping[str, ModelConfig]) -> list[tuple[str, ...]]:
     found = []
     for name, model in models.items():
         for label, keys in VARIANTS.items():
-            rank = keys.get("embedding_rank")
-            if rank is None or rank < model.width:
+            with suppress(ValidationError):  # ranks and groups that are too large for the size
                 own = ModelConfig.model_validate({**model.model_dump(), **keys})
                 found.append((f"{name} {label}", *_cells(own)))
     return found

@@ -18,7 +18,14 @@ from stlm.checks import check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.config import EvaluationConfig
-from stlm.model.config import ModelConfig, ParameterCounts, parameter_counts, training_flops_per_token
+from stlm.files import read_json
+from stlm.model.config import (
+    CHUNK_BYTES,
+    ModelConfig,
+    ParameterCounts,
+    parameter_counts,
+    training_flops_per_token,
+)
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
@@ -168,7 +175,25 @@ class Run(BaseModel):
     @property
     def flops(self) -> float:
         """Estimated floating-point operations of the whole training."""
-        return self.tokens * training_flops_per_token(self.model)
+        return self.tokens * self.flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized."""
+        if self.model.bytes is None:
+            return training_flops_per_token(self.model)
+        kind = self.tokenizer.partition("-")[0]
+        return training_flops_per_token(self.model, self._chunk_bytes, kind not in ("spaces", "stride"))
+
+    @property
+    def _chunk_bytes(self) -> float:
+        """Mean bytes of a chunk of the train split, ends of text left out; a guess before tokenizing."""
+        path = self.tokens_folder / "meta.json"
+        if not path.is_file():
+            return CHUNK_BYTES
+        splits = [component["splits"]["train"] for component in read_json(path)["components"].values()]
+        chunks = sum(split["tokens"] - split["documents"] for split in splits)
+        return sum(split["bytes"] for split in splits) / chunks
 
 
 class PublishedModel(Published):

@@ -241,5 +241,7 @@ def _choose(logits_BV: Tensor, sampling: dict[str, Any]) -> Tensor:
     temperature = float(sampling.get("temperature") or (1.0 if sampling.get("do_sample") else 0.0))
     if not sampling.get("do_sample") or temperature <= 0:
         temperature = 0.0
-    own = Sampling(temperature, int(sampling.get("top_k") or 0) or None, float(sampling.get("top_p") or 1.0))
+    own = Sampling(
+        temperature, max(0, int(sampling.get("top_k") or 0)) or None, float(sampling.get("top_p") or 1.0)
+    )
     return own.choose(logits_BV)

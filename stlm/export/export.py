@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stlm.errors import UserError
-from stlm.export.llama import GENERATION, export_llama
+from stlm.export.llama import FILES, GENERATION, export_llama
 from stlm.report.card import read_card
 from stlm.training.locate import find_checkpoint
 
@@ -44,7 +44,7 @@ def _check_target(folder: Path, force: bool) -> None:
         found = {path.name for path in folder.iterdir()}
         if not found:
             return
-        if GENERATION not in found:
+        if GENERATION not in found or not found <= FILES:
             raise UserError(f"{folder}: holds other files than an exported model; name another folder")
         if not force:
             raise UserError(f"{folder}: holds an exported model already; --force replaces it")

@@ -24,6 +24,8 @@ from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
 from stlm.training.checkpoints import WEIGHTS, load_checkpoint
 
 GENERATION = "generation_config.json"
+# All that a folder of ours has.
+FILES = {WEIGHTS, GENERATION, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
 # What a Llama has, and the key of `model` that says so.
 _LLAMA = {
     "positions": "rope",

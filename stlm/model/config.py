@@ -300,9 +300,9 @@ def _byte_groups(config: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
     )
 
 
-def _byte_flops(config: ModelConfig, n_bytes: float) -> float:
-    """Training FLOPs of a chunk of so many bytes, but for the core's."""
-    own, n_symbols = config.bytes, n_bytes + 1
+def _byte_flops(config: ModelConfig, n_bytes: float, n_symbols: float) -> float:
+    """Training FLOPs of a chunk of so many bytes, written in so many symbols, but for the core's."""
+    own = config.bytes
     # A byte sees all of its chunk, a symbol half of it on average.
     encoder = config.byte_blocks(own.encoder_layers).model_copy(update={"context": 2 * n_bytes})
     decoder = config.byte_blocks(own.decoder_layers).model_copy(update={"context": n_symbols})
@@ -337,18 +337,21 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(total, embedding, total - embedding)
 
 
-def training_flops_per_token(config: ModelConfig, chunk_bytes: float = CHUNK_BYTES) -> float:
+def training_flops_per_token(
+    config: ModelConfig, chunk_bytes: float = CHUNK_BYTES, ends_written: bool = True
+) -> float:
     """Floating-point operations a training token costs, forward and backward.
 
     Six for each weight and time that a token is multiplied with it: a shared one as often as it is used, the
     head's matrix included, embedding look-ups not; plus attention's two products over an average of half the
     context (Kaplan et al. 2020, appendix B; the causal half counted). The optimizer's own work is not in it.
-    Of a byte-level model a token is a chunk, of `chunk_bytes` on average, each counted as read and written.
+    Of a byte-level model a token is a chunk, of `chunk_bytes` on average, each counted as read and written,
+    with a symbol for its end where that does not follow from the bytes.
     """
     products = config.layers * sum(_weights(config, part) + _adapter_weights(config, part) for part in PARTS)
     if config.bytes is not None:
         core = products + 2 * config.layers * (config.context / 2) * config.width
-        return 6.0 * core + _byte_flops(config, chunk_bytes)
+        return 6.0 * core + _byte_flops(config, chunk_bytes, chunk_bytes + ends_written)
     head = _table(config)
     # A factorized embedding is looked up, then multiplied.
     embedding = (config.embedding_rank or 0) * config.width

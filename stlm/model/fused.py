@@ -32,7 +32,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
         # The norm is one pass, a mean of squares two.
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        exact = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square_()
         inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, gain_D)
@@ -43,10 +44,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, inverse, gain_D = ctx.saved_tensors
         D = len(gain_D)
-        product_ND = (dy * normal).view(-1, D)
-        along = (product_ND @ gain_D).div_(-D).view(inverse.shape)
-        dx = (dy * gain_D).addcmul_(normal, along).mul_(inverse)
-        return dx.to(dy.dtype), product_ND.sum(dim=0), None
+        product_ND = (dy * normal).reshape(-1, D)
+        along = (product_ND @ gain_D.to(product_ND.dtype)).div_(-D).view(inverse.shape)
+        dx = (dy.to(normal.dtype) * gain_D).addcmul_(normal, along).mul_(inverse)
+        return dx.to(dy.dtype), product_ND.sum(dim=0).to(gain_D.dtype), None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

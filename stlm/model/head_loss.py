@@ -72,7 +72,7 @@ class _HeadLoss(torch.autograd.Function):
         gradients = ctx.saved_tensors
         # To ask for the value keeps a GPU waiting and breaks a graph; a CPU has it, most often it is 1.
         if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss != 1:
-            gradients = [None if own is None else own.mul_(dloss) for own in gradients]
+            gradients = [None if own is None else own * dloss for own in gradients]
         return *gradients, None, None, None
 
 

@@ -110,9 +110,10 @@ class Card:
         counts = self.train.parameters
         return (
             f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings), "
-            f"trained on {self.tokens:,} {self._unit} of {self.train.corpus}; step {self.step:,} of "
-            f"{self.train.steps:,}. Made with STLM, reference software for research on super tiny language "
-            "models."
+            f"trained on {self.tokens:,} {self._unit} of {self.train.corpus}"
+            + (f" after those of {self.train.start.run}" if self.train.start else "")
+            + f"; step {self.step:,} of {self.train.steps:,}. "
+            "Made with STLM, reference software for research on super tiny language models."
         )
 
     def _data(self) -> str:
@@ -165,9 +166,23 @@ class Card:
         return (
             f"{train.tokens:,} {self._unit} in {train.steps:,} steps, about {train.flops:.2e} floating-point "
             f"operations, {train.seconds:,.0f} s on {', '.join(where)}. Seed {train.seed}."
+            + self._origin()
             + (f" Program: {code}." if code else "")
             + "\n\n"
             + self._settings("Data", "Recipe")
+        )
+
+    def _origin(self) -> str:
+        """What was trained before, where the run began with another's weights."""
+        start = self.train.start
+        if start is None:
+            return ""
+        cut = start.truncation
+        return (
+            f" It began with the last weights of the run {start.run}, which {start.tokens:,} {self._unit} "
+            f"and about {start.flops:.2e} floating-point operations had gone into"
+            + (f", cut to lower ranks ({percent(cut.relative_error)}% of their norm lost)" if cut else "")
+            + "."
         )
 
     def _results(self) -> str:

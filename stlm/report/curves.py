@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from stlm.model.config import ModelConfig, training_flops_per_token
 from stlm.report.results import RunResult, TrainRecord
 from stlm.study import Study
 
@@ -133,9 +132,7 @@ def _spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[str, flo
 
 
 def flops_per_token(result: RunResult) -> float:
-    """Training FLOPs of a token, or of a chunk of bytes of the mean length in the test text."""
-    if result.train.model.get("bytes") and (length := _bytes_per_token(result)):
-        return training_flops_per_token(ModelConfig.model_validate(result.train.model), length)
+    """Training FLOPs of a token, or of a chunk of bytes."""
     return result.train.flops / result.train.tokens
 
 

@@ -196,6 +196,7 @@ def _settings(
             "of these embedding": f"{train.parameters.embedding:,}",
             "of these the rest": f"{train.parameters.non_embedding:,}",
             "training FLOPs": f"{train.flops:.2e}",
+            **({"of the run it starts from": f"{train.start.flops:.2e}"} if train.start else {}),
         },
         "Model": _labelled(train.model, used["model"]),
         "Data": {

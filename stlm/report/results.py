@@ -54,12 +54,19 @@ class LossSpike(BaseModel):
     recovered_after: int | None
 
 
+class Truncation(BaseModel):
+    """What cutting matrices to lower ranks lost, of all their Frobenius norm together."""
+
+    relative_error: float
+
+
 class StartRecord(BaseModel):
     """The run whose last weights a run started from, and what they had cost."""
 
     run: str
     tokens: int
     flops: float
+    truncation: Truncation | None = None
 
 
 class TrainRecord(BaseModel):

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -148,8 +148,9 @@ def processes() -> Iterator[Group]:
         yield group
     except Interrupted as stop:
         _end_undisturbed()
-        group.wait()
-        dist.destroy_process_group()
+        with suppress(LostPeer):  # it ended first; the state is saved
+            group.wait()
+            dist.destroy_process_group()
         if group.leads:
             raise
         raise SystemExit(stop.status) from None

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stlm.errors import Interrupted, UserError
 from stlm.files import disk_errors, read_json, remove_leftovers
 from stlm.model.build import build_model
-from stlm.model.config import training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
@@ -340,7 +339,7 @@ class Trainer:
             "tokens": run.tokens,
             "seconds": round(self.progress.seconds, 1),
             "tokens_per_second": round(run.tokens / self.progress.seconds, 1),
-            "flops": run.tokens * training_flops_per_token(run.model, self.token_bytes()),
+            "flops": run.flops,
             "device": self.where.name,
             "precision": self.where.precision,
             "compiled": self.where.compiled,
@@ -357,13 +356,6 @@ class Trainer:
             "loss_spikes": self.watch.spikes.found,
             "code": code_version(),
         }
-
-    def token_bytes(self) -> float:
-        """Bytes of the train split's tokens on average, ends of text left out."""
-        components = read_json(self.run.tokens_folder / "meta.json")["components"].values()
-        splits = [component["splits"]["train"] for component in components]
-        tokens = sum(split["tokens"] - split["documents"] for split in splits)
-        return sum(split["bytes"] for split in splits) / tokens
 
     def fit(self, signals: StopSignals) -> None:
         """Train to the last step, saving, validating, recording and keeping checkpoints on the way.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stlm.files import read_json
-from stlm.model.config import ModelConfig, training_flops_per_token
+from stlm.model.config import ModelConfig
 from stlm.model.inherit import inherit
 from stlm.model.transformer import Transformer
 from stlm.study import Run
@@ -21,6 +21,7 @@ class Start:
         self.checkpoint = last_checkpoint(run, run.origin)
         description = read_json(self.checkpoint / "config.json")
         tokens = description["tokens"]
+        origin = run.model_copy(update={"model": ModelConfig.model_validate(description["model"])})
         # The text goes on where that run stopped.
         self.rows = tokens // run.model.context
         self.record: dict[str, Any] = {
@@ -28,7 +29,7 @@ class Start:
             "weights_sha256": description["weights_sha256"],
             "step": description["step"],
             "tokens": tokens,
-            "flops": tokens * training_flops_per_token(ModelConfig.model_validate(description["model"])),
+            "flops": tokens * origin.flops_per_token,
         }
 
     @property

@@ -159,6 +159,8 @@ def test_what_is_there_is_not_overwritten(run: Path, capsys) -> None:
     # Never what is no export, the run's own folders among it.
     for folder in ("results", str(run), str(run / "checkpoints" / "step-0000005")):
         assert "holds other files than an exported model" in refused(folder, "--force")
+    Path("model/notes.txt").write_text("mine")
+    assert "holds other files than an exported model" in refused("model", "--force")
     Path("file").write_text("")
     assert "file: is a file; name a folder" in refused("file", "--force")
     assert (run / "checkpoints" / "step-0000005" / "config.json").is_file()

@@ -84,6 +84,12 @@ def test_the_verb_prints_what_was_asked_for(capsys):
     assert capsys.readouterr().out.count("baseline") == len(FAMILY)
 
 
+def test_a_size_shows_the_variants_that_it_can_have(capsys):
+    assert main(["sizes", "700k", "--tokenizer", "bpe-4096"]) == 0
+    table = capsys.readouterr().out
+    assert "700k all shared (ALBERT)" in table and "in pairs" not in table, "one layer has no pair"
+
+
 def test_the_page_is_the_familys(root):
     page = (root / SIZES_PAGE).read_text(encoding="utf-8")
     assert page == sizes_page(), "docs/sizes.md is out of date: run `stlm document`"

@@ -32,6 +32,16 @@ def test_rms_norm_is_torchs(shape):
         torch.testing.assert_close(own, reference)
 
 
+def test_rms_norm_of_other_layouts_and_types():
+    torch.manual_seed(0)
+    norm = RMSNorm(8, eps=1e-5).double()
+    x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: norm(x.transpose(0, 1)).transpose(0, 1), (x,))
+    half = RMSNorm(8, eps=1e-5).bfloat16()
+    half(torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert half.weight.grad.dtype == torch.bfloat16
+
+
 def test_rms_norm_of_zeros_has_finite_gradients():
     x = torch.zeros(2, 8, requires_grad=True)
     _, (gradient,) = gradients(RMSNorm(8, eps=1e-5), x)

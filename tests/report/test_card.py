@@ -107,3 +107,14 @@ def test_contamination_is_told(make_study, write_contamination) -> None:
     assert "No item of BLiMP shares 13 words in sequence" in cards(study)["baseline"]
     write_contamination(study, {"blimp": 40}, found=6)
     assert "BLiMP 6 of 40" in cards(study)["baseline"]
+
+
+def test_what_a_run_began_with_is_told(make_study) -> None:
+    study = make_study(TWO, benchmarks={"blimp": 200})
+    path = study.runs["sincos"].folder / "train.json"
+    before = {"run": "baseline", "tokens": 123_456, "flops": 7.5e12, "truncation": {"relative_error": 0.125}}
+    write_json(path, {**json.loads(path.read_text()), "start": before})
+    found = cards(study)
+    assert "after those of baseline" in found["sincos"]
+    assert "123,456 tokens and about 7.50e+12" in found["sincos"] and "12.5% of their norm" in found["sincos"]
+    assert "began with" not in found["baseline"]

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hand_made import set_curve, set_test, set_train
 
-from stlm.model.byte_config import ByteConfig
-from stlm.model.config import training_flops_per_token
 from stlm.report.curves import read_variants
 from stlm.report.equal_cost import equal_costs
 from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
@@ -196,18 +194,6 @@ def test_bytes_in_chunks_are_compared_on_the_same_validation_text(study):
     table = equal_cost_table(changed, costs(changed))
     assert any("tokenizer that hold as much text" in note and note.endswith("Fast.") for note in table.notes)
     assert not any("by test text" in note for note in table.notes)
-
-
-def test_flops_of_chunks_are_of_their_length(study):
-    bytes_ = ByteConfig(width=16, heads=2)
-    model = study.runs["fast"].model.model_copy(update={"bytes": bytes_, "vocab_size": 258})
-    runs = study.runs | {"fast": study.runs["fast"].model_copy(update={"model": model})}
-    set_train(study, "fast", model=model.model_dump(mode="json"))
-    set_test(study, "fast", tokens=100, bytes=900)
-    changed = study.model_copy(update={"runs": runs})
-    found = {own.train.variant: own for own in read_variants(changed, read_results(changed))}
-    assert found["fast"].flops_per_token == training_flops_per_token(model, 9.0)
-    assert found["fast"].curve.end("flops") == pytest.approx(400 * training_flops_per_token(model, 9.0))
 
 
 def test_the_table_says_how_each_figure_was_read(study):

@@ -83,6 +83,18 @@ def test_stopped_after_every_step_it_ends_the_same(kind, recipe, data, make_byte
     assert_same(plain, stopped)
 
 
+def test_an_end_that_follows_from_the_bytes_costs_nothing(make_byte_run):
+    words, stride = make_byte_run("words", "words"), make_byte_run("stride-4", "stride")
+    meta = read_json(words.tokens_folder / "meta.json")["components"]["tiny"]["splits"]["train"]
+    size = meta["bytes"] / (meta["tokens"] - meta["documents"])
+    assert words.flops_per_token == training_flops_per_token(words.model, size)
+    near_four = read_json(stride.tokens_folder / "meta.json")["components"]["tiny"]["splits"]["train"]
+    size = near_four["bytes"] / (near_four["tokens"] - near_four["documents"])
+    assert 3.5 < size <= 4, "a document's last chunk may be shorter"
+    assert stride.flops_per_token == training_flops_per_token(stride.model, size, ends_written=False)
+    assert stride.flops_per_token < training_flops_per_token(stride.model, size)
+
+
 def test_learns_validates_and_says_what_it_cost(make_byte_run):
     run = make_byte_run(
         "words", steps=60, validate_every=20, watch_every=20, validation_documents=4, batch_size=8
