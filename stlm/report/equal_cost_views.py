@@ -63,7 +63,9 @@ def _cell(row: Row, name: str, pair: Pair | None, found: EqualCosts) -> Cell:
     if own is found.base:
         return Cell(f"{mean(own.curve.last.values()):.3f}")
     if pair is None:
-        return Cell("a size of\nthe baseline" if name == "parameters" and row.family else "–")
+        if name == "parameters":
+            return Cell("a size of\nthe baseline" if row.family else "–")
+        return Cell("before its first\nvalidation" if own.compares(name) else "–")
     half = found.half_width(pair)
     text = difference_text(pair.difference) + ("" if half is None else f" ±{half:.3f}")
     certain = half is not None and abs(pair.difference) > half and pair.kind in ("finished", "matched")

@@ -62,6 +62,7 @@ def label_points(
             ha=side,
             va="center",
             zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
             annotation_clip=False,
             arrowprops=line if math.hypot(*chosen) > _LEADER else None,
         ).set_in_layout(False)

@@ -33,7 +33,7 @@ COST_LOOKS = {
 # Where parameters are (stlm.model.config.parameter_groups); a group not named here is grey.
 _GROUPS = {
     "token embedding": "#0072B2",
-    "byte embedding": "#0072B2",
+    "byte embedding": "#332288",
     "byte encoder": "#F0E442",
     "positions": "#56B4E9",
     "value embeddings": "#7B6BB0",

@@ -70,6 +70,8 @@ def test_nothing_is_extrapolated(study):
     set_curve(study, "baseline", [150], [15], [3.5])
     own = rows(study)
     assert own["slow"].at["seconds"] is None
+    cells = {row[0].text: row for row in equal_cost_table(study, costs(study)).rows}
+    assert cells["Slow"][6].text == "before its first\nvalidation"
     assert own["fast"].at["seconds"].kind == "on the way"
 
 
