@@ -171,6 +171,9 @@ def _accuracy(own: _Variant, base: _Variant, noise: SeedNoise | None) -> str:
         return _difference(own.accuracy, base.accuracy, noise, 100, 1)
     value, low, high = (float(own.paired[f"difference{end}"]) / 100 for end in ("", "_low", "_high"))
     sign = "*" if own.paired["p_holm"] and float(own.paired["p_holm"]) < 0.05 else ""
+    groups = [own.paired.get(f"difference_clustered_{end}") for end in ("low", "high")]
+    if sign and all(groups) and float(groups[0]) <= 0 <= float(groups[1]):
+        sign = "†"
     return f"{percent(value, signed=True)}{sign} {bounds(low, high, signed=True)}"
 
 
@@ -183,7 +186,9 @@ def _notes(bits: SeedNoise | None, accuracy: SeedNoise | None, seeds: int, score
         if scored:
             notes.append(
                 "Intervals of accuracies are over items, at 95%; *: p < 0.05, McNemar's exact test after "
-                "Holm's correction for all of the study's tests. They do not speak for another seed."
+                "Holm's correction for the tests of its mode in the study; †: so too, but not shown for "
+                "other paradigms, as an interval over whole ones includes zero. They do not speak for "
+                "another seed."
             )
         return notes
     return [
