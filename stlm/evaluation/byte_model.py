@@ -2,8 +2,9 @@
 
 A request's text is cut into chunks whole. log P(continuation | context) sums over the symbols after the
 context's last byte, given those before: bytes and, where it is a symbol, the end of the chunk that holds that
-byte. So a context may end inside a chunk; nothing is cut anew there, and with `words`, `spaces` and strides
-the sum is the logarithm of P(context continuation ...) / P(context ...), of texts that begin so. As for
+byte. So a context may end inside a chunk; nothing is cut anew there. With `spaces` and strides the sum is the
+logarithm of P(context continuation ...) / P(context ...), of texts that begin so. With `words` the end of the
+continuation's last chunk, which is a symbol, counts: of texts that begin so and have a boundary there. As for
 tokens, the context's trailing white space counts as the continuation's. A context within the first chunk
 follows an end of text, since nothing else stands before it.
 
