@@ -22,6 +22,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
 from stlm.model.head_loss import head_loss
 from stlm.model.packed_chunks import Packing, Table, Written
+from stlm.model.projection import INITIAL_STD
 from stlm.model.transformer import NORMS, Block, Transformer, block_matrices, sinusoidal_table
 from stlm.tokens.chunks import END, END_OF_TEXT, SYMBOLS, ChunkTable
 
@@ -174,21 +175,36 @@ class ByteTransformer(Transformer):
         self.embedding = ChunkEncoder(config)
         self.output = None
         self.decoder = ByteDecoder(config)
+        self._initialize_bytes()
+
+    def _initialize_bytes(self) -> None:
+        """Normal, for outputs as large as the inputs, whatever the width: 0.02 is for wide models.
+
+        The projections into the residual stream are as the core's, relative to that. Chunks' vectors start as
+        small as tokens' embeddings do, so that the core starts as it does on tokens.
+        """
         for part in (self.embedding, self.decoder):
             for name, parameter in part.named_parameters():
                 if parameter.dim() == 2:
                     scale = 1.0
                     if name.endswith(("attention.out.weight", "ffn.down.weight")):
-                        scale = 0.0 if config.zero_init else 1 / math.sqrt(2 * len(part.blocks))
-                    nn.init.normal_(parameter, std=0.02 * scale)
+                        scale = 0.0 if self.config.zero_init else 1 / math.sqrt(2 * len(part.blocks))
+                    elif name in ("pool.up.weight", "pool.value.weight"):
+                        scale = INITIAL_STD
+                    nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]))
 
     def use(self, table: ChunkTable) -> None:
         """From now on tokens are the chunks of `table`."""
         self.embedding.fill(table)
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
-        """The blocks' matrices as `Transformer` gives them, and those of both byte transformers' blocks."""
+        """The blocks' matrices as `Transformer` gives them, those of both byte transformers, and what maps
+        between them and the core."""
         parts = super().matrix_parts()
+        width, condition = self.config.bytes.width, self.decoder.condition.weight
+        parts.setdefault((width,) * (len(condition) // width), []).append(condition)
+        pool = self.embedding.pool
+        parts.setdefault((), []).append((pool.value if hasattr(pool, "value") else pool.up).weight)
         for part in (self.embedding, self.decoder):
             for rows, own in block_matrices(part.blocks, self.config.byte_blocks(1)).items():
                 parts.setdefault(rows, []).extend(own)
