@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_distributed import assert_near, finish, torchrun
 from test_resume import assert_same, interruptible  # noqa: F401
 
 from stlm.errors import Interrupted
@@ -93,6 +94,18 @@ def test_an_end_that_follows_from_the_bytes_costs_nothing(make_byte_run):
     assert 3.5 < size <= 4, "a document's last chunk may be shorter"
     assert stride.flops_per_token == training_flops_per_token(stride.model, size, ends_written=False)
     assert stride.flops_per_token < training_flops_per_token(stride.model, size)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(make_byte_run):
+    """A chunk weighs the same in whichever process it is."""
+    sizes = {"model": {"dropout": 0.0}, "steps": 20, "checkpoints": [5]}
+    one, two = (make_byte_run("words", name, **sizes) for name in ("one", "two"))
+    train(one)
+    process = torchrun(two, 2)
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert_near(one, two)
 
 
 def test_learns_validates_and_says_what_it_cost(make_byte_run):
