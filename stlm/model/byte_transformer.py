@@ -73,11 +73,11 @@ class QueryPooling(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.score = nn.Linear(config.bytes.width, config.heads, bias=False)
-        self.value = nn.Linear(config.bytes.width, config.width, bias=False)
+        self.up = nn.Linear(config.bytes.width, config.width, bias=False)
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
         score_TH = self.score(x_TW)
-        value_THE = self.value(x_TW).unflatten(1, (score_TH.shape[1], -1))
+        value_THE = self.up(x_TW).unflatten(1, (score_TH.shape[1], -1))
         pooled = [
             (value_CLHE * score_CLH.softmax(dim=1)[..., None]).sum(dim=1)
             for score_CLH, value_CLHE in zip(packing.split(score_TH), packing.split(value_THE), strict=True)
@@ -189,7 +189,7 @@ class ByteTransformer(Transformer):
                     scale = 1.0
                     if name.endswith(("attention.out.weight", "ffn.down.weight")):
                         scale = 0.0 if self.config.zero_init else 1 / math.sqrt(2 * len(part.blocks))
-                    elif name in ("pool.up.weight", "pool.value.weight"):
+                    elif name == "pool.up.weight":
                         scale = INITIAL_STD
                     nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]))
 
@@ -203,8 +203,7 @@ class ByteTransformer(Transformer):
         parts = super().matrix_parts()
         width, condition = self.config.bytes.width, self.decoder.condition.weight
         parts.setdefault((width,) * (len(condition) // width), []).append(condition)
-        pool = self.embedding.pool
-        parts.setdefault((), []).append((pool.value if hasattr(pool, "value") else pool.up).weight)
+        parts.setdefault((), []).append(self.embedding.pool.up.weight)
         for part in (self.embedding, self.decoder):
             for rows, own in block_matrices(part.blocks, self.config.byte_blocks(1)).items():
                 parts.setdefault(rows, []).extend(own)
