@@ -33,7 +33,7 @@ outputs = {{
     "evaluate": [run / "items.parquet", run / "evaluation.json"],
     "contamination": [f"results/{{names[0]}}/contaminat{{end}}" for end in ("ed-items.parquet", "ion.json")],
     "report": [f"results/{{names[0]}}/{{part}}" for part in
-               ("tables/", "plots/", "training/", "metrics.json")],
+               ("tables/", "plots/", "training/", "cards/", "metrics.json")],
 }}[verb]
 for output in map(str, outputs):
     Path(output).mkdir(parents=True) if output.endswith("/") else Path(output).write_text(verb)
