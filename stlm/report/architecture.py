@@ -349,7 +349,7 @@ def _square(axes: Axes, x: float, y: float, side: float, colour: str) -> None:
 def _notes(config: ModelConfig, groups: Mapping[str, int]) -> list[str]:
     """Groups that no box counts, and what colours and numbers mean."""
     names = {"adapters": "each layer's own adapters"}
-    rest = [name for name in ("value embeddings", "adapters", "norms") if name in groups]
+    rest = [name for name in ("value embeddings", "adapters", "shifts", "norms") if name in groups]
     notes = ["also " + ", ".join(f"{names.get(name, name)}: {groups[name]:,}" for name in rest)]
     if any(len(set(homes)) < len(homes) for homes in config.homes.values()):
         notes.append("same colour and number: same weights")

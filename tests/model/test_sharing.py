@@ -96,6 +96,8 @@ def test_parameters_and_flops_are_those_counted_by_torch(options):
             part = "adapters"
         elif "norm" in name or "gain" in name:
             part = "norms"
+        elif name.endswith(".shift"):
+            part = "shifts"
         elif not name.startswith("blocks."):
             first = name.split(".")[0]
             part = {"value_embeddings": "value embeddings", "positions": "positions"}.get(first)
