@@ -15,7 +15,8 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
-    from stlm.study import Run, StudyFile
+    from stlm.study import Run
+    from stlm.study_file import StudyFile
 
 
 def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]) -> None:

@@ -26,7 +26,8 @@ from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
-from stlm.study import PARAMS, Published, StudyFile, Variant
+from stlm.study import PARAMS
+from stlm.study_file import Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from stlm.checks import check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
@@ -26,6 +26,7 @@ from stlm.model.config import (
     parameter_counts,
     training_flops_per_token,
 )
+from stlm.study_file import Published, StudyFile
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
@@ -35,84 +36,6 @@ PARAMS = Path("params")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 _NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class Variant(BaseModel):
-    """A model variant: what differs from the study's baseline."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    label: str | None = Field(None, description="Name in tables and plots; default: the variant's key.")
-    paper_row: str | None = Field(
-        None, description="The row of the paper's tables that this variant repeats."
-    )
-    corpus: str | None = Field(None, description="Corpus, where it differs.")
-    tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
-    model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
-    training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
-    data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")
-
-
-class Published(BaseModel):
-    """A published model, scored as the study's runs are and shown beside them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    folder: str = Field(
-        min_length=1,
-        description="Local folder in the format of transformers: config.json, *.safetensors, the tokenizer.",
-    )
-    label: str | None = Field(None, description="Name in tables; default: the entry's key.")
-    parameters: str | None = Field(
-        None, description="Size as tables show it, for example 1.1B; default: the parameters counted."
-    )
-    context: int | None = Field(
-        None, ge=2, description="Longest sequence given to it, in tokens; default: the model's own."
-    )
-
-
-class StudyFile(BaseModel):
-    """The keys of ``params/<study>.yaml``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    description: str = Field(description="What the study is for, in a line or two.")
-    corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")
-    tokenizer: str = Field(
-        description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus. "
-        "Of byte-level models (`model.bytes`): where chunks are cut, at the tokens of `gpt2` or `bpe-N`, or "
-        "`words`, `spaces` or `stride-N`, every N bytes; see docs/bytes.md."
-    )
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (0,), min_length=1, description="Each variant is run once a seed."
-    )
-    baseline: str = Field("baseline", description="The variant that the others are compared with.")
-    model: dict[str, Any] = Field(default_factory=dict, description="The baseline's model; see `model`.")
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="The baseline's recipe; see `training`."
-    )
-    data: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Mix, order, repetition and packing of the baseline's training text; see `data`.",
-    )
-    evaluation: EvaluationConfig = Field(
-        default_factory=EvaluationConfig, description="What is scored and how; see `evaluation`."
-    )
-    variants: dict[str, Variant] = Field(
-        min_length=1, description="The runs: name -> differences from the baseline; see `variants`."
-    )
-    published: dict[str, Published] = Field(
-        default_factory=dict,
-        description="Models of other people, scored on the same benchmarks and on the baseline's test text: "
-        "name -> where it is; see `published`.",
-    )
-
-    @field_validator("variants", mode="before")
-    @classmethod
-    def _empty_is_no_difference(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: {} if own is None else own for name, own in value.items()}
-        return value
 
 
 class Run(BaseModel):
