@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from stlm.model.config import ModelConfig, parameter_groups
 from stlm.report.names import count, some
 from stlm.report.results import RunResult
+from stlm.report.shapes import INK, Box, draw_arrow, draw_box, draw_plus, draw_square, draw_text
 from stlm.report.style import figure, group_colour, heading, tint
 from stlm.study import Study
 
@@ -28,24 +29,12 @@ _PANEL = 4.95
 _GAP, _THIN, _TITLE = 0.2, 0.28, 0.62
 # Widths of a block's networks, and of adapters beside them; the height of the drawing of heads.
 _BRANCH, _ADAPTER, _HEADS = _WIDTH - 0.4 - _PANEL - 0.6, 0.75, 0.55
-_INK, _GREY = "#222222", "#666666"
+_GREY = "#666666"
 _SETS = ("#56B4E9", "#F0E442", "#7B6BB0", "#D55E00", "#0072B2", "#8c8c8c")
 _FFNS = {"swiglu": "SwiGLU", "gelu": "GELU", "relu2": "squared ReLU"}
 _BYTE_UNITS = ("chunks of bytes", "next chunk, byte by byte")
 _NETWORKS = {"attention": "attention", "ffn": "FFN"}
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of the left column; `number`: its parameters in words."""
-
-    title: str
-    detail: str
-    number: str
-    colour: str
-    height: float = 0.52
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ def draw_architecture(folder: Path, name: str, label: str, config: ModelConfig) 
             _tie(axes, places["embedding"], places["head"])
         low = max(0.0, column - panel) / 2
         for line, note in enumerate(reversed(notes)):
-            _text(axes, _PANEL + 0.1, low + 0.18 + 0.2 * line, note, size=9, colour=_GREY, side="left")
+            draw_text(axes, _PANEL + 0.1, low + 0.18 + 0.2 * line, note, size=9, colour=_GREY, side="left")
         bottom = core + (config.layers // 2) * row
         _panel(axes, config, parts, low + 0.35 + 0.2 * len(notes), (bottom, bottom + row))
         heading(drawing, title)
@@ -162,24 +151,24 @@ def _column(
     places: dict[str, Span] = {}
     y = low + 0.48
     units, following = ("tokens", "next token") if config.bytes is None else _BYTE_UNITS
-    _text(axes, middle, low + 0.18, f"{units}, {config.context} at most", colour=_GREY)
+    draw_text(axes, middle, low + 0.18, f"{units}, {config.context} at most", colour=_GREY)
 
     def stack(boxes: Sequence[Box]) -> None:
         nonlocal y
         for box in boxes:
-            _arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
-            _box(axes, _LEFT, y, _RIGHT - _LEFT, box)
+            draw_arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
+            draw_box(axes, _LEFT, y, _RIGHT - _LEFT, box)
             places[box.name] = (y, y + box.height)
             y += box.height + _GAP
 
     stack(below)
     core = y
-    _arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
+    draw_arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
     _layers(axes, config, y, row)
     y = core + config.layers * row + _GAP
     stack(above)
-    _arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
-    _text(axes, middle, y + 0.12, following, colour=_GREY)
+    draw_arrow(axes, (middle, y - _GAP + 0.02), (middle, y))
+    draw_text(axes, middle, y + 0.12, following, colour=_GREY)
     return places, core
 
 
@@ -198,17 +187,17 @@ def _layers(axes: Axes, config: ModelConfig, bottom: float, row: float) -> None:
             axes.add_patch(Rectangle((x, y), half, row, facecolor=colour, edgecolor="white", linewidth=1.2))
             if row >= 0.14:
                 text = f"{name} {number}" if number else name
-                _text(axes, x + (half - (0.45 if adapters else 0)) / 2, y + row / 2, text, size=size)
+                draw_text(axes, x + (half - (0.45 if adapters else 0)) / 2, y + row / 2, text, size=size)
             if adapters:
                 tab = (x + half - 0.47, y + 0.025)
                 colour = group_colour("adapters")
                 axes.add_patch(Rectangle(tab, 0.45, row - 0.05, facecolor=colour, edgecolor="none"))
                 if row >= 0.14:
-                    _text(axes, tab[0] + 0.225, y + row / 2, "LoRA", size=size - 1)
+                    draw_text(axes, tab[0] + 0.225, y + row / 2, "LoRA", size=size - 1)
     for layer in range(config.layers):
         if config.layers <= 16 or layer in (0, config.layers - 1):
             y = bottom + (layer + 0.5) * row
-            _text(axes, _LEFT - 0.08, y, str(layer + 1), size=size, colour=_GREY, side="right")
+            draw_text(axes, _LEFT - 0.08, y, str(layer + 1), size=size, colour=_GREY, side="right")
 
 
 def _tie(axes: Axes, embedding: Span, head: Span) -> None:
@@ -278,28 +267,28 @@ def _panel(axes: Axes, config: ModelConfig, parts: Mapping[str, _Part], bottom: 
     axes.plot([_RIGHT, _RIGHT], layer, color="#999999", linewidth=2, zorder=3)
 
     stream, left = _PANEL + 0.3, _PANEL + 0.6
-    axes.plot([stream, stream], [bottom - 0.2, top], color=_INK, linewidth=1.4, zorder=1)
-    _arrow(axes, (stream, top), (stream, top + 0.22))
+    axes.plot([stream, stream], [bottom - 0.2, top], color=INK, linewidth=1.4, zorder=1)
+    draw_arrow(axes, (stream, top), (stream, top + 0.22))
     y = bottom + 0.15
     for key, part in parts.items():
         middle = left + part.width / 2
-        _arrow(axes, (stream, y + 0.13), (left, y + 0.13))
-        _box(axes, left, y, _BRANCH, Box(_NORMS[config.norm], "", "", group_colour("norms"), height=0.26))
+        draw_arrow(axes, (stream, y + 0.13), (left, y + 0.13))
+        draw_box(axes, left, y, _BRANCH, Box(_NORMS[config.norm], "", "", group_colour("norms"), height=0.26))
         y += 0.26 + 0.16
-        _arrow(axes, (middle, y - 0.16), (middle, y))
+        draw_arrow(axes, (middle, y - 0.16), (middle, y))
         _network(axes, left, y, part)
         if key == "attention":
             _heads(axes, config, middle, y + 0.17, part.width - 0.3)
         if adapters := config.adapters(key):
             x = left + part.width + 0.2
-            _text(axes, x - 0.1, y + part.height / 2, "+", size=13)
-            _box(axes, x, y, _ADAPTER, Box("", "", "", group_colour("adapters"), part.height))
+            draw_text(axes, x - 0.1, y + part.height / 2, "+", size=13)
+            draw_box(axes, x, y, _ADAPTER, Box("", "", "", group_colour("adapters"), part.height))
             for line, text in enumerate(("LoRA", f"rank {adapters.rank}")):
-                _text(axes, x + _ADAPTER / 2, y + part.height / 2 + 0.1 - 0.2 * line, text, size=9)
+                draw_text(axes, x + _ADAPTER / 2, y + part.height / 2 + 0.1 - 0.2 * line, text, size=9)
         y += part.height + 0.2
-        axes.plot([middle, middle], [y - 0.2, y], color=_INK, linewidth=1.1, zorder=1)
-        _arrow(axes, (middle, y), (stream + 0.08, y))
-        _plus(axes, stream, y)
+        axes.plot([middle, middle], [y - 0.2, y], color=INK, linewidth=1.1, zorder=1)
+        draw_arrow(axes, (middle, y), (stream + 0.08, y))
+        draw_plus(axes, stream, y)
         y += 0.28
 
 
@@ -316,11 +305,11 @@ def _shared_number(total: int, homes: Sequence[int]) -> str:
 
 
 def _network(axes: Axes, x: float, y: float, part: _Part) -> None:
-    _box(axes, x, y, part.width, Box("", "", "", group_colour(part.name), part.height))
+    draw_box(axes, x, y, part.width, Box("", "", "", group_colour(part.name), part.height))
     top = y + part.height - 0.19
-    _text(axes, x + 0.12, top, part.name, size=11, side="left", weight="bold")
+    draw_text(axes, x + 0.12, top, part.name, size=11, side="left", weight="bold")
     for line, text in enumerate(part.lines, start=1):
-        _text(axes, x + 0.12, top - 0.04 - 0.2 * line, text, size=9, side="left")
+        draw_text(axes, x + 0.12, top - 0.04 - 0.2 * line, text, size=9, side="left")
 
 
 def _heads(axes: Axes, config: ModelConfig, middle: float, y: float, width: float) -> None:
@@ -334,16 +323,9 @@ def _heads(axes: Axes, config: ModelConfig, middle: float, y: float, width: floa
         for head in range(group):
             centre = x + (head + 0.5) * slot
             axes.plot([below, centre], [y + side / 2, y + 0.28], color=_GREY, linewidth=0.8, zorder=2)
-            _square(axes, centre, y + 0.28, side, "#E69F00")
-        _square(axes, below, y, side, "#8c5a00")
+            draw_square(axes, centre, y + 0.28, side, "#E69F00")
+        draw_square(axes, below, y, side, "#8c5a00")
         x += group * slot + between
-
-
-def _square(axes: Axes, x: float, y: float, side: float, colour: str) -> None:
-    """A square centred at x, its lower edge at y."""
-    axes.add_patch(
-        Rectangle((x - side / 2, y - side / 2), side, side, facecolor=colour, edgecolor="none", zorder=3)
-    )
 
 
 def _notes(config: ModelConfig, groups: Mapping[str, int]) -> list[str]:
@@ -354,54 +336,3 @@ def _notes(config: ModelConfig, groups: Mapping[str, int]) -> list[str]:
     if any(len(set(homes)) < len(homes) for homes in config.homes.values()):
         notes.append("same colour and number: same weights")
     return notes
-
-
-def _box(axes: Axes, x: float, y: float, width: float, box: Box) -> None:
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            box.height,
-            boxstyle="round,pad=0,rounding_size=0.07",
-            facecolor=box.colour,
-            edgecolor="#888888",
-            linewidth=1,
-            zorder=2,
-        )
-    )
-    if box.detail:
-        _text(axes, x + 0.12, y + box.height / 2 + 0.1, box.title, side="left", weight="bold")
-        _text(axes, x + 0.12, y + box.height / 2 - 0.11, box.detail, size=9, side="left")
-    elif box.title:
-        _text(axes, x + width / 2, y + box.height / 2, box.title)
-    if box.number:
-        _text(axes, x + width - 0.12, y + box.height / 2 + 0.1, box.number, size=9, side="right")
-
-
-def _text(
-    axes: Axes, x: float, y: float, text: str, size: float = 10, colour: str = _INK, side: str = "center",
-    weight: str = "normal",
-) -> None:  # fmt: skip
-    axes.text(x, y, text, ha=side, va="center", fontsize=size, color=colour, fontweight=weight, zorder=5)
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=9,
-            linewidth=1.1,
-            color=_INK,
-            zorder=4,
-            shrinkA=0,
-            shrinkB=0,
-        )
-    )
-
-
-def _plus(axes: Axes, x: float, y: float) -> None:
-    axes.add_patch(Circle((x, y), 0.09, facecolor="white", edgecolor=_INK, linewidth=1.2, zorder=4))
-    axes.plot([x - 0.05, x + 0.05], [y, y], color=_INK, linewidth=1.2, zorder=5)
-    axes.plot([x, x], [y - 0.05, y + 0.05], color=_INK, linewidth=1.2, zorder=5)

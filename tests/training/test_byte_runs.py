@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_distributed import assert_near, finish, torchrun
-from test_resume import assert_same, interruptible  # noqa: F401
+from test_resume import assert_same, interruptible, train_stopping_always  # noqa: F401
 
-from stlm.errors import Interrupted
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
@@ -69,17 +66,7 @@ def test_stopped_after_every_step_it_ends_the_same(kind, recipe, data, make_byte
         for name in ("plain", "stopped")
     )
     train(plain)
-    original = Trainer.step
-
-    def stopping(self):
-        original(self)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        for _ in range(12):
-            with pytest.raises(Interrupted):
-                train(stopped)
+    train_stopping_always(stopped, monkeypatch)
     train(stopped)
     assert_same(plain, stopped)
 

@@ -94,6 +94,21 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(number, step, make_r
     assert_same(plain, stopped)
 
 
+def train_stopping_always(run, monkeypatch):
+    """Train a run of 12 steps that is stopped after each of them."""
+    original = Trainer.step
+
+    def stopping(self):
+        original(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        for _ in range(12):
+            with pytest.raises(Interrupted):
+                train(run)
+
+
 RICH = {
     "optimizer": "muon",
     "schedule": "wsd",
@@ -119,17 +134,7 @@ def test_stopped_after_every_step_it_ends_the_same(recipe, data, make_run, monke
         for run in (make_run("plain", **sizes), make_run("stopped", **sizes))
     )
     train(plain)
-    original = Trainer.step
-
-    def stopping(self):
-        original(self)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        for _ in range(12):
-            with pytest.raises(Interrupted):
-                train(stopped)
+    train_stopping_always(stopped, monkeypatch)
     train(stopped)
     assert_same(plain, stopped)
 
