@@ -154,11 +154,12 @@ class ByteDecoder(nn.Module):
         # Each place reads the symbol before its own; at a chunk's first place that is an end of chunk.
         before_T = F.pad(written.symbols_T[:-1], (1, 0)).masked_fill(packing.place_T == 0, END)
         y_TW = look_up(before_T, packing.place_T)
-        conditions_NX = self.condition(x_ND[packing.order_N])
+        # Looked up, not indexed: on a CPU an index's gradient is added number by number.
+        conditions_NX = self.condition(F.embedding(packing.order_N, x_ND))
         for condition_NW, block in zip(
             conditions_NX.chunk(len(self.blocks), dim=1), self.blocks, strict=True
         ):
-            y_TW = y_TW + condition_NW[packing.chunk_T]
+            y_TW = y_TW + F.embedding(packing.chunk_T, condition_NW)
             y_TW = block(y_TW[None], None, packing)[0]
         return self.norm(y_TW)
 
