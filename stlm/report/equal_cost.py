@@ -18,8 +18,13 @@ SAME_COST, SAME_SIZE = 0.01, 0.03
 Kind = Literal["finished", "on the way", "ended sooner", "matched", "between sizes"]
 # What makes a model of the baseline's family larger or smaller, and nothing else of it.
 _SIZE_KEYS = {"layers", "width", "heads", "kv_heads", "ffn_width"}
-# What a size may need for itself, at equal steps and tokens.
-_TUNED_KEYS = {"learning_rate", "matrix_learning_rate", "min_learning_rate", "batch_size", "accumulation"}
+# What a size may need for itself, at equal tokens.
+_TUNED_KEYS = {
+    *("learning_rate", "matrix_learning_rate", "min_learning_rate"),
+    *("batch_size", "accumulation", "steps", "warmup_steps"),
+}
+# What a training's budget is counted in: two are of one budget where either is equal.
+_BUDGETS: tuple[Cost, ...] = ("tokens", "flops")
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,20 @@ class Pair:
 
     `share`: that cost as a part of the baseline's. `kind`, of costs: both trainings `finished` there; the
     variant is `on the way` of a longer one; or it `ended sooner` than the baseline, which is on the way. Of
-    parameters: `matched` by a model of that size, or `between sizes`.
+    parameters: `matched` by a model of that size, or `between sizes`. `budget`, of parameters: the variant's
+    training FLOPs as a multiple of that model's, where neither these nor the tokens are equal; else None.
     """
 
     values: Mapping[int, float]
     references: Mapping[int, float]
     kind: Kind
     share: float = 1.0
+    budget: float | None = None
+
+    @property
+    def like_for_like(self) -> bool:
+        """Whether both trainings are finished, at a cost that is the same."""
+        return self.kind in ("finished", "matched") and self.budget is None
 
     @property
     def value(self) -> float:
@@ -116,7 +128,7 @@ def _pair(own: Variant, cost: Cost) -> Pair | None:
 
 
 def _of_family(own: Variant, baseline: Variant) -> bool:
-    """Whether it is the baseline in another size, trained as the baseline is."""
+    """Whether it is the baseline in another size, trained as the baseline is, on as many tokens."""
     train, base = own.train, baseline.train
 
     def rest(settings: Mapping[str, object], without: set[str]) -> dict[str, object]:
@@ -129,6 +141,7 @@ def _of_family(own: Variant, baseline: Variant) -> bool:
         and train.model != base.model
         and rest(train.model, _SIZE_KEYS) == rest(base.model, _SIZE_KEYS)
         and rest(train.training, recipe) == rest(base.training, recipe)
+        and own.same_tokens
         and (train.tokens, train.corpus, train.data) == (base.tokens, base.corpus, base.data)
     )
 
@@ -145,12 +158,22 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     bits = [member.test if own.shifted else member.beside.last for member in members]
     nearest = min(range(len(sizes)), key=lambda place: abs(sizes[place] - size))
     if abs(size / sizes[nearest] - 1) <= SAME_SIZE:
-        return Pair(own.beside.last, bits[nearest], "matched")
+        ends = {cost: members[nearest].beside.end(cost) for cost in _BUDGETS}
+        return Pair(own.beside.last, bits[nearest], "matched", budget=_other_budget(own, ends))
     if not sizes[0] < size < sizes[-1]:
         return None
-    between = {
-        seed: float(np.exp(np.interp(np.log(size), np.log(sizes), np.log([one[seed] for one in bits]))))
-        for seed in bits[0]
-        if all(seed in one for one in bits)
-    }
-    return Pair(own.beside.last, between, "between sizes")
+
+    def between(values: Sequence[float]) -> float:
+        return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(values))))
+
+    common = [seed for seed in bits[0] if all(seed in one for one in bits)]
+    references = {seed: between([one[seed] for one in bits]) for seed in common}
+    ends = {cost: between([member.beside.end(cost) for member in members]) for cost in _BUDGETS}
+    return Pair(own.beside.last, references, "between sizes", budget=_other_budget(own, ends))
+
+
+def _other_budget(own: Variant, ends: Mapping[Cost, float]) -> float | None:
+    """Its training FLOPs as a multiple of those of `ends`; None where they, or the tokens, are equal."""
+    shares = {cost: own.beside.end(cost) / end for cost, end in ends.items()}
+    equal = any(abs(share - 1) <= SAME_COST for share in shares.values())
+    return None if equal else shares["flops"]

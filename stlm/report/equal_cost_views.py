@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from stlm.files import write_text
 from stlm.report.curves import COSTS
 from stlm.report.efficiency import comparison_notes
-from stlm.report.equal_cost import SAME_SIZE, EqualCosts, Kind, Pair, Row
+from stlm.report.equal_cost import SAME_SIZE, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
 from stlm.report.table import Cell, Table, csv_text
@@ -68,16 +68,19 @@ def _cell(row: Row, name: str, pair: Pair | None, found: EqualCosts) -> Cell:
         return Cell("before its first\nvalidation" if own.compares(name) else "–")
     half = found.half_width(pair)
     text = difference_text(pair.difference) + ("" if half is None else f" ±{half:.3f}")
-    certain = half is not None and abs(pair.difference) > half and pair.kind in ("finished", "matched")
+    certain = half is not None and abs(pair.difference) > half and pair.like_for_like
     if pair.kind == "ended sooner":
         return Cell(f"not reached\n{text}\nat its end, {pair.share:.2f} ×")
     remark = {"on the way": "\non the way", "between sizes": "\nbetween sizes"}.get(pair.kind, "")
+    if pair.budget is not None:
+        remark += f"\nother budget:\n{pair.budget:.2f} × the FLOPs"
     return Cell(f"{pair.value:.3f}\n{text}{remark}", bold_line=1 if certain else None)
 
 
 def _notes(found: EqualCosts) -> list[str]:
     base = found.base
-    kinds = {pair.kind for row in found.rows for pair in row.pairs.values() if pair is not None}
+    pairs = [pair for row in found.rows for pair in row.pairs.values() if pair is not None]
+    kinds = {pair.kind for pair in pairs}
     notes = [
         f"In each column the value of a variant where it has cost what all of {base.train.label}'s training "
         "cost (in brackets), and the difference from the baseline there. Values between validations are on a "
@@ -105,6 +108,16 @@ def _notes(found: EqualCosts) -> list[str]:
             f"Equal parameters: where they are the baseline's within {SAME_SIZE:.0%}, at the end of both "
             "trainings. The study has no other size of the baseline for variants of other sizes."
         )
+    if "between sizes" in kinds:
+        notes.append(
+            "Between sizes: loss falls ever more slowly as a model grows, so that this line lies above what "
+            "a model of that size would reach, which favours the variant beside it."
+        )
+    if any(pair.budget is not None for pair in pairs):
+        notes.append(
+            "Other budget: of equal parameters, but trained on other numbers of tokens and of FLOPs than the "
+            "size beside it, with so many times its FLOPs in all; the difference is one of training, too."
+        )
     if found.noise is None:
         notes.append("One seed: how far another would move these figures is not known.")
     else:
@@ -112,7 +125,7 @@ def _notes(found: EqualCosts) -> list[str]:
             "±: 95% interval of the mean difference over seeds, from the noise of the seeds of all variants "
             f"together at the end of training (randomized blocks: standard deviation {found.noise.sd:.4f}, "
             f"{found.noise.dof} degrees of freedom), not adjusted for the number of differences. Bold: zero "
-            "is outside, and both trainings are finished."
+            "is outside, both trainings are finished, and what they are compared at is equal for both."
         )
     return notes + comparison_notes([row.variant for row in found.rows])
 
@@ -138,9 +151,15 @@ def _record(row: Row, found: EqualCosts) -> dict[str, object]:
             f"{name}_share": None if pair is None else round(pair.share, 4),
             f"{name}_bits_per_byte": None if pair is None else round(pair.value, 5),
             f"{name}_difference": None if pair is None else round(pair.difference, 5),
-            f"{name}_half_width": None if half is None else round(half, 5),
+            f"{name}_half_width": _rounded(half, 5),
         }
+        if name == "parameters":
+            record["parameters_budget"] = _rounded(pair.budget if pair else None, 4)
     return record
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
@@ -178,33 +197,40 @@ def _draw(axes: Axes, place: int, pair: Pair, half: float | None, look: Mapping[
         )
         seeds = pair.differences
         axes.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9, markeredgewidth=1.3, zorder=3)
-    marker = {"marker": "o", "markersize": 7, "color": colour, **_FILLS[pair.kind]}
+    marker = {"marker": "o", "markersize": 7, "color": colour, **_FILLS[_look(pair)]}
     axes.plot([pair.difference], [place], linestyle="none", zorder=4, **marker)
 
 
-_FILLS: dict[Kind, dict[str, object]] = {
+def _look(pair: Pair) -> str:
+    """Which mark of `_FILLS` a pair has."""
+    if pair.budget is not None:
+        return "other budget"
+    return "finished" if pair.kind == "matched" else pair.kind
+
+
+_FILLS: dict[str, dict[str, object]] = {
     "finished": {},
-    "matched": {},
     "between sizes": {"fillstyle": "left", "markerfacecoloralt": "white"},
+    "other budget": {"markerfacecolor": "white", "marker": "s"},
     "on the way": {"markerfacecolor": "white"},
     "ended sooner": {"markerfacecolor": "white", "marker": "<"},
 }
-_MEANINGS: dict[Kind, str] = {
+_MEANINGS: dict[str, str] = {
     "finished": "both trainings finished there",
     "between sizes": "beside a line between two sizes",
+    "other budget": "equal parameters, but another training budget",
     "on the way": "the variant on the way of a longer training",
     "ended sooner": "ended sooner: the baseline on the way",
 }
 
 
 def _legend(rows: Sequence[Row], found: EqualCosts) -> list[Line2D]:
-    kinds = {pair.kind for row in rows for pair in row.pairs.values() if pair is not None}
-    kinds = {"finished" if kind == "matched" else kind for kind in kinds}
+    looks = {_look(pair) for row in rows for pair in row.pairs.values() if pair is not None}
     grey = {"color": "#444444", "linestyle": "none", "markersize": 7}
     handles = [
-        Line2D([], [], label=text, **({"marker": "o"} | grey | _FILLS[kind]))
-        for kind, text in _MEANINGS.items()
-        if kind in kinds
+        Line2D([], [], label=text, **({"marker": "o"} | grey | _FILLS[look]))
+        for look, text in _MEANINGS.items()
+        if look in looks
     ]
     if found.noise is not None:
         handles.append(
@@ -224,7 +250,7 @@ def _data(rows: Sequence[Row], found: EqualCosts) -> list[dict[str, object]]:
             half, value = found.half_width(pair), pair.difference
             records.append(
                 {"variant": row.variant.train.variant, "cost": name, "kind": pair.kind}
-                | {"share": round(pair.share, 4)}
+                | {"share": round(pair.share, 4), "budget": _rounded(pair.budget, 4)}
                 | {"low": None if half is None else round(value - half, 5)}
                 | {"high": None if half is None else round(value + half, 5), "value": round(value, 5)}
             )

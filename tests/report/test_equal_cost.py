@@ -111,21 +111,101 @@ def test_sizes_of_the_baseline_say_what_parameters_are_worth(make_study):
     assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
 
 
+def test_the_line_between_sizes_is_said_to_favour_the_variant(make_study):
+    """A loss with a part that no size removes is convex in these logarithms: a chord is above it."""
+    study = make_study(FAMILY, benchmarks={})
+    true = {name: 1.5 + 50 * run.parameters.total**-0.4 for name, run in study.runs.items()}
+    for name in FAMILY:
+        set_curve(study, name, [100, 400], [10, 40], [4.0, true[name]])
+    assert rows(study)["between"].parameters.difference < 0, "though it is as good as its size"
+    assert any("favours the variant" in note for note in equal_cost_table(study, costs(study)).notes)
+
+
+def test_without_a_line_between_sizes_nothing_is_said_of_one(study):
+    assert not any("favours" in note for note in equal_cost_table(study, costs(study)).notes)
+
+
+def retrain(study, name: str, **keys):
+    """The study with other keys of training for the run `name`, and its record to match."""
+    run = study.runs[name]
+    run = run.model_copy(update={"training": run.training.model_copy(update=keys)})
+    training = run.training.model_dump(mode="json")
+    set_train(study, name, training=training, tokens=run.tokens, flops=run.flops)
+    return study.model_copy(update={"runs": study.runs | {name: run}})
+
+
 @pytest.mark.parametrize("keys", [{"weight_decay": 0.2}, {"steps": 100}])
 def test_another_recipe_is_no_size_of_the_baseline(study, keys):
     """Slow differs in a size alone; with another recipe the difference is not one of parameters."""
-    run = study.runs["slow"]
-    changed = run.model_copy(update={"training": run.training.model_copy(update=keys)})
-    set_train(study, "slow", training=changed.training.model_dump(mode="json"))
-    changed = study.model_copy(update={"runs": study.runs | {"slow": changed}})
-    assert not rows(changed)["slow"].family
+    assert not rows(retrain(study, "slow", **keys))["slow"].family
 
 
-def test_a_learning_rate_of_its_own_is_still_the_baseline_in_another_size(study):
-    run = study.runs["slow"]
-    changed = run.model_copy(update={"training": run.training.model_copy(update={"learning_rate": 1e-5})})
-    set_train(study, "slow", training=changed.training.model_dump(mode="json"))
-    assert rows(study.model_copy(update={"runs": study.runs | {"slow": changed}}))["slow"].family
+@pytest.mark.parametrize("keys", [{"learning_rate": 1e-5}, {"steps": 100, "batch_size": 16}])
+def test_a_recipe_of_its_own_on_as_many_tokens_is_still_the_baseline_in_another_size(study, keys):
+    assert rows(retrain(study, "slow", **keys))["slow"].family
+
+
+def test_a_size_with_more_steps_is_beside_the_family_and_no_part_of_it(make_study):
+    study = make_study(FAMILY | {"longer": ("Longer", FAMILY["large"][1])}, benchmarks={})
+    for name in FAMILY:
+        set_curve(study, name, [100, 400], [10, 40], [4.0, ENDS[name]])
+    study = retrain(study, "longer", steps=400)
+    set_curve(study, "longer", [100, 800], [10, 80], [4.0, 1.0])
+    own = rows(study)
+    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
+    pair = own["longer"].parameters
+    assert (pair.kind, pair.budget) == ("matched", 2.0)
+    assert pair.references == {0: 1.6}
+
+
+def two_seeds(make_study, tokens: int):
+    """Better by 0.3 with next to no noise, after `tokens` for the baseline's 400."""
+    variants = {"baseline": ("Baseline", {}), "better": ("Better", GELU)}
+    study = make_study(variants, seeds=(0, 1), benchmarks={})
+    for seed in (0, 1):
+        set_curve(study, f"baseline-s{seed}", [100, 400], [10, 40], [4.0, 2.0 + seed])
+        set_curve(study, f"better-s{seed}", [100, tokens], [10, 40], [4.0, 1.7 + 0.998 * seed])
+    return study
+
+
+@pytest.mark.parametrize(("tokens", "bold"), [(400, True), (402, True), (440, False), (200, False)])
+def test_equal_parameters_with_another_training_budget_are_never_bold(make_study, tokens, bold):
+    study = two_seeds(make_study, tokens)
+    found = costs(study)
+    pair = found.rows[1].parameters
+    table = equal_cost_table(study, found)
+    (cell,) = [row[3] for row in table.rows if row[0].text == "Better"]
+    assert abs(pair.difference) > found.half_width(pair)
+    assert pair.kind == "matched" and cell.bold_line == (1 if bold else None)
+    assert any(note.startswith("Other budget") for note in table.notes) != bold
+    share = tokens / 400
+    assert ("other budget" in cell.text) != bold
+    if not bold:
+        assert pair.budget == pytest.approx(share)
+        assert cell.text.endswith(f"\nother budget:\n{share:.2f} × the FLOPs")
+    (record,) = [own for own in table.records if own["variant"] == "better"]
+    assert record["parameters_budget"] == (None if bold else pytest.approx(share))
+
+
+def test_equal_flops_are_an_equal_budget_at_equal_parameters(make_study):
+    """Half of the tokens, at twice the FLOPs each."""
+    study = two_seeds(make_study, 200)
+    assert costs(study).rows[1].parameters.budget == pytest.approx(0.5)
+    for seed in (0, 1):
+        set_train(study, f"better-s{seed}", flops=2 * study.runs[f"better-s{seed}"].flops)
+    assert costs(study).rows[1].parameters.budget is None
+
+
+def test_between_sizes_another_training_budget_is_marked(make_study):
+    study = make_study(FAMILY, benchmarks={})
+    for name in FAMILY:
+        set_curve(study, name, [100, 800 if name == "between" else 400], [10, 40], [4.0, ENDS[name]])
+    pair = rows(study)["between"].parameters
+    per_token = {name: study.runs[name].flops / study.runs[name].tokens for name in FAMILY}
+    low, high = (2 * per_token["between"] / per_token[name] for name in ("large", "baseline"))
+    assert pair.kind == "between sizes" and low < pair.budget < high
+    cells = {row[0].text: row[3].text for row in equal_cost_table(study, costs(study)).rows}
+    assert f"between sizes\nother budget:\n{pair.budget:.2f} × the FLOPs" in cells["Between"]
 
 
 def test_differences_are_paired_by_seed(make_study):
@@ -158,6 +238,7 @@ def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
     assert own.at["tokens"].kind == own.at["flops"].kind == "on the way"
     assert own.at["tokens"].value == own.at["flops"].value == pytest.approx(2.5), "200 tokens of its own"
     assert own.at["seconds"].value == pytest.approx(1.75 + 0.25 * 12 / 16), "20 of its own 32 seconds"
+    assert own.parameters.budget == pytest.approx(800 / 600), "all of the start counts"
 
 
 def test_another_tokenizer_is_compared_by_the_test_text(study):
@@ -214,6 +295,16 @@ def test_the_table_says_how_each_figure_was_read(study):
     assert (fast["tokens_difference"], fast["tokens_half_width"]) == (-0.5, None)
 
 
+def test_the_plot_marks_another_training_budget(make_study, tmp_path):
+    study = two_seeds(make_study, 800)
+    (tmp_path / "data").mkdir()
+    write_equal_cost(tmp_path, study, costs(study))
+    data = list(csv.DictReader((tmp_path / "data/equal-cost.csv").open()))
+    assert {row["cost"]: row["budget"] for row in data if row["budget"]} == {"parameters": "2.0"}
+    assert list(data[0])[-1] == "value"
+    assert "another training budget" in (tmp_path / "equal-cost.svg").read_text()
+
+
 def test_the_plot_draws_what_the_table_has(study, tmp_path):
     (tmp_path / "data").mkdir()
     write_equal_cost(tmp_path, study, costs(study))
@@ -223,6 +314,7 @@ def test_the_plot_draws_what_the_table_has(study, tmp_path):
         *(("slow", cost) for cost in ("tokens", "flops", "seconds")),
     ]
     assert data[1]["value"] == "-0.5"
+    assert "another training budget" not in (tmp_path / "equal-cost.svg").read_text()
     svg = (tmp_path / "equal-cost.svg").read_text()
     for text in ("equal training FLOPs", "equal parameters", "on the way of a longer training", "Fast"):
         assert text in svg
