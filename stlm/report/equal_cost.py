@@ -13,8 +13,10 @@ from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.report.curves import COSTS, Cost, Variant
 from stlm.training.config import RECORD_KEYS
 
-# Trainings whose costs differ by less than this ended at the same cost; models, at the same size.
+# Trainings whose tokens or FLOPs differ by no more than this ended at one cost; models are of one size.
 SAME_COST, SAME_SIZE = 0.01, 0.03
+# Seconds of the same work differ from run to run by more than 1%.
+SAME_TIME = 0.05
 Kind = Literal["finished", "on the way", "ended sooner", "matched", "between sizes"]
 # What makes a model of the baseline's family larger or smaller, and nothing else of it.
 _SIZE_KEYS = {"layers", "width", "heads", "kv_heads", "ffn_width"}
@@ -119,7 +121,7 @@ def _pair(own: Variant, cost: Cost) -> Pair | None:
     """Both at the baseline's whole cost, or at the variant's where it ended sooner."""
     curve, base = own.beside, own.reference
     share = curve.end(cost) / base.end(cost)
-    if abs(share - 1) <= SAME_COST:
+    if abs(share - 1) <= (SAME_TIME if cost == "seconds" else SAME_COST):
         return Pair(curve.last, base.last, "finished")
     kind: Kind = "on the way" if share > 1 else "ended sooner"
     place = min(curve.end(cost), base.end(cost))

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from stlm.files import write_text
 from stlm.report.curves import COSTS
 from stlm.report.efficiency import comparison_notes
-from stlm.report.equal_cost import SAME_SIZE, EqualCosts, Pair, Row
+from stlm.report.equal_cost import SAME_COST, SAME_SIZE, SAME_TIME, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
 from stlm.report.table import Cell, Table, csv_text
@@ -84,7 +84,8 @@ def _notes(found: EqualCosts) -> list[str]:
     notes = [
         f"In each column the value of a variant where it has cost what all of {base.train.label}'s training "
         "cost (in brackets), and the difference from the baseline there. Values between validations are on a "
-        "straight line; nothing is extrapolated."
+        "straight line; nothing is extrapolated. Costs are equal where tokens or FLOPs are within "
+        f"{SAME_COST:.0%}; times, which vary where the work does not, within {SAME_TIME:.0%}."
     ]
     if "on the way" in kinds:
         notes.append(

@@ -55,6 +55,24 @@ def test_a_dearer_one_is_compared_on_its_way(study):
     assert pair.difference == pytest.approx(4.5 - 2 * 20 / 64 - 2.25)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "kind"), [(41, "finished"), (39, "finished"), (43, "on the way"), (37, "ended sooner")]
+)
+def test_times_that_differ_by_noise_alone_are_equal(study, seconds, kind):
+    set_curve(study, "fast", [100, 400], [10, seconds], [3.5, 1.75])
+    own = rows(study)["fast"]
+    assert own.at["seconds"].kind == kind
+    assert own.at["tokens"].kind == "finished"
+    assert any("within 5%" in note for note in equal_cost_table(study, costs(study)).notes)
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(402, "finished"), (410, "on the way"), (390, "ended sooner")])
+def test_tokens_and_flops_have_no_noise(study, tokens, kind):
+    set_curve(study, "fast", [100, tokens], [10, 40], [3.5, 1.75])
+    own = rows(study)["fast"]
+    assert own.at["tokens"].kind == own.at["flops"].kind == kind
+
+
 def test_flops_are_counted_by_the_token(study):
     per_token = {name: run.flops / run.tokens for name, run in study.runs.items()}
     whole, own = 400 * per_token["baseline"], 320 * per_token["slow"]
