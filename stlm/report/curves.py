@@ -104,7 +104,7 @@ def read_curve(
         if not len(rows):
             return None
         tokens, seconds, bits = rows.to_numpy(float).T
-        before = _spent(result, results)
+        before = _before(result, results)
         if shifted:
             bits += result.last.perplexity.bits_per_byte - bits[-1]
         flops = before["flops"] + tokens * flops_per_token(result)
@@ -117,18 +117,17 @@ def read_curve(
     return Curve(tokens, flops, seconds, bits, {seed: (one[0], one[3]) for seed, one in points.items()})
 
 
-def _spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[str, float]:
+def spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
+    """What a run's weights have cost: its training, and that of the weights that it started from."""
+    train, before = result.train, _before(result, results)
+    own: dict[Cost, float] = {"tokens": train.tokens, "flops": train.flops, "seconds": train.seconds}
+    return {cost: before[cost] + own[cost] for cost in COSTS}
+
+
+def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
     """What was spent on the weights that a run started from."""
-    if result.train.start is None:
-        return dict.fromkeys(COSTS, 0.0)
-    origin = results[result.train.start.run]
-    before, train = _spent(origin, results), origin.train
-    spent = {
-        "tokens": train.tokens,
-        "flops": train.tokens * flops_per_token(origin),
-        "seconds": train.seconds,
-    }
-    return {cost: before[cost] + spent[cost] for cost in COSTS}
+    start = result.train.start
+    return dict.fromkeys(COSTS, 0.0) if start is None else spent(results[start.run], results)
 
 
 def flops_per_token(result: RunResult) -> float:
@@ -154,9 +153,7 @@ def _variant(
     curve: Curve, own: Sequence[RunResult], base: Sequence[RunResult], results: Mapping[str, RunResult]
 ) -> Variant:
     train = own[0].train
-    same_tokens = train.tokenizer == base[0].train.tokenizer
-    lengths = _bytes_per_token(own[0]), _bytes_per_token(base[0])
-    token = 1.0 if same_tokens else lengths[0] / lengths[1] if all(lengths) else None
+    token = token_length(own[0], base[0])
     validation = _same_validation(train, base[0].train)
     shifted = not validation and _same_test(own[0], base[0])
     beside = reference = None
@@ -169,7 +166,7 @@ def _variant(
         curve=curve,
         test={result.train.seed: result.last.perplexity.bits_per_byte for result in own},
         flops_per_token=flops_per_token(own[0]),
-        same_tokens=same_tokens,
+        same_tokens=train.tokenizer == base[0].train.tokenizer,
         beside=beside if reference is not None else None,
         reference=reference,
         shifted=shifted,
@@ -193,6 +190,14 @@ def _same_test(own: RunResult, base: RunResult) -> bool:
     """Whether both were measured on the same test text, whatever their tokenizers."""
     size = base.last.perplexity.bytes
     return own.train.corpus == base.train.corpus and size is not None and own.last.perplexity.bytes == size
+
+
+def token_length(own: RunResult, base: RunResult) -> float | None:
+    """How many of `base`'s tokens hold as much text as one of `own`'s; None where no one counted."""
+    if own.train.tokenizer == base.train.tokenizer:
+        return 1.0
+    lengths = _bytes_per_token(own), _bytes_per_token(base)
+    return lengths[0] / lengths[1] if all(lengths) else None
 
 
 def _bytes_per_token(result: RunResult) -> float | None:

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from stlm.files import write_text
-from stlm.report.equal_cost import SAME_SIZE
+from stlm.report.curves import spent, token_length
+from stlm.report.equal_cost import SAME_COST, SAME_SIZE
 from stlm.report.labels import label_points
 from stlm.report.names import count
 from stlm.report.results import RunResult
@@ -22,16 +23,23 @@ from stlm.report.table import csv_text
 from stlm.study import Study
 
 _FRONT = {"color": "#999999", "linewidth": 1.3, "zorder": 1}
+_HOLLOW = {"markerfacecolor": "white"}
 
 
 class _Point(NamedTuple):
-    """A variant: its run's look, sizes, and bits per byte of each seed."""
+    """A variant: its run's look, sizes, costs with those of a start, and bits per byte of each seed.
+
+    `same_tokens`: trained on as many tokens as the baseline, and comparable by its size.
+    """
 
     variant: str
     label: str
     look: Mapping[str, object]
     total: int
     non_embedding: int
+    tokens: float
+    flops: float
+    same_tokens: bool
     bits: list[float]
 
     @property
@@ -55,9 +63,11 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
     sizes = [point.total for point in points]
     if len(points) < 2 or max(sizes) <= (1 + SAME_SIZE) * min(sizes):
         return
-    on_front = {points[place].variant for place in front([(own.total, own.mean) for own in points])}
+    equal = [own for own in points if own.same_tokens]
+    on_front = {equal[place].variant for place in front([(own.total, own.mean) for own in equal])}
     records = [
         {"variant": own.variant, "parameters": own.total, "non_embedding": own.non_embedding}
+        | {"tokens": round(own.tokens), "flops": round(own.flops), "same_tokens": own.same_tokens}
         | {"seeds": len(own.bits), "front": own.variant in on_front, "value": round(own.mean, 5)}
         for own in points
     ]
@@ -81,35 +91,41 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
 
 def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
     """A point a variant of the baseline's corpus: bits per byte compare on one text alone."""
-    looks, points = styles(results), {}
+    looks, base = styles(results), results[study.baseline]
+    points: dict[str, _Point] = {}
     for name, result in results.items():
         train = result.train
-        if train.corpus != results[study.baseline].train.corpus:
+        if train.corpus != base.train.corpus:
             continue
-        own = points.setdefault(
-            train.variant,
-            _Point(
-                train.variant,
-                train.label,
-                looks[name],
-                train.parameters.total,
-                train.parameters.non_embedding,
-                [],
-            ),
-        )
-        own.bits.append(result.last.perplexity.bits_per_byte)
+        if train.variant not in points:
+            cost, token = spent(result, results), token_length(result, base)
+            share = None if token is None else token * cost["tokens"] / spent(base, results)["tokens"]
+            points[train.variant] = _Point(
+                variant=train.variant,
+                label=train.label,
+                look=looks[name],
+                total=train.parameters.total,
+                non_embedding=train.parameters.non_embedding,
+                tokens=cost["tokens"],
+                flops=cost["flops"],
+                same_tokens=share is not None and abs(share - 1) <= SAME_COST,
+                bits=[],
+            )
+        points[train.variant].bits.append(result.last.perplexity.bits_per_byte)
     return list(points.values())
 
 
 def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
-    edge = [points[place] for place in front([(size, own.mean) for size, own in points])]
-    axes.step([size for size, _ in edge], [own.mean for _, own in edge], where="post", **_FRONT)
+    equal = [(size, own.mean) for size, own in points if own.same_tokens]
+    edge = [equal[place] for place in front(equal)]
+    axes.step([size for size, _ in edge], [bits for _, bits in edge], where="post", **_FRONT)
     for size, own in points:
         colour = own.look["color"]
         if len(own.bits) > 1:
             axes.plot([size] * len(own.bits), own.bits, "_", color=colour, markersize=9, zorder=2)
             axes.plot([size] * 2, [min(own.bits), max(own.bits)], color=colour, linewidth=1, zorder=2)
-        axes.plot([size], [own.mean], own.look["marker"], color=colour, markersize=7, zorder=3)
+        fill = {} if own.same_tokens else _HOLLOW
+        axes.plot([size], [own.mean], own.look["marker"], color=colour, markersize=7, zorder=3, **fill)
     sizes, bits = [size for size, _ in points], [value for _, own in points for value in own.bits]
     axes.set_xscale("log")
     stretch = (max(sizes) / min(sizes)) ** 0.28
@@ -124,11 +140,14 @@ def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
 
 
 def _legend(points: Sequence[_Point]) -> list[Line2D]:
-    handles = [
-        Line2D([], [], color=_FRONT["color"], linewidth=1.3, label="front: none is smaller and as good")
-    ]
+    others = not all(own.same_tokens for own in points)
+    text = "front: none on as many training tokens" if others else "front: none"
+    handles = [Line2D([], [], color=_FRONT["color"], linewidth=1.3, label=f"{text} is smaller and as good")]
+    grey = {"color": "#444444", "linestyle": "none"}
+    if others:
+        text = "trained on more or fewer tokens than the baseline: not on the front"
+        handles.append(Line2D([], [], marker="o", markersize=7, label=text, **grey, **_HOLLOW))
     if any(len(own.bits) > 1 for own in points):
-        grey = {"color": "#444444", "linestyle": "none"}
         handles.append(Line2D([], [], marker="o", markersize=7, label="mean of the seeds", **grey))
         handles.append(Line2D([], [], marker="_", markersize=9, label="a seed", **grey))
     return handles

@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+from hand_made import set_test, set_train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
@@ -52,6 +53,56 @@ def test_the_pareto_plot_has_a_point_a_variant(make_study, tmp_path):
     assert float(found["wide"]["value"]) == round(sum(bits) / 2, 5)
     svg = (tmp_path / "pareto.svg").read_text()
     assert svg.count(">Poor<") == 2, "in both panels"
+
+
+def front_of(study, folder) -> dict[str, dict[str, str]]:
+    (folder / "data").mkdir(exist_ok=True)
+    write_pareto(folder, study, read_results(study))
+    return {row["variant"]: row for row in rows(folder / "data" / "pareto.csv")}
+
+
+OTHER = "trained on more or fewer tokens"
+
+
+def test_a_variant_on_other_tokens_neither_is_on_the_front_nor_bends_it(make_study, tmp_path):
+    """Continued is the baseline and more steps, long a smaller model with as many again: both are better."""
+    variants = SIZES | {"continued": ("Continued", {}), "long": ("Long", {"width": 32})}
+    study = make_study(variants, benchmarks={}, skills={"continued": 0.9, "long": 0.95})
+    base, long = study.runs["baseline"], study.runs["long"]
+    start = {"run": "baseline", "tokens": base.tokens, "flops": base.flops}
+    set_train(study, "continued", start=start, tokens=base.tokens // 4, flops=base.flops / 4)
+    set_train(study, "long", tokens=2 * long.tokens, flops=2 * long.flops)
+    found = front_of(study, tmp_path)
+    assert min(float(row["value"]) for row in found.values()) == float(found["long"]["value"])
+    on_front = {name: row["front"] for name, row in found.items()}
+    assert on_front["baseline"] == "True" and on_front["continued"] == on_front["long"] == "False"
+    whole = {"tokens": 1.25 * base.tokens, "flops": 1.25 * base.flops}
+    assert {key: float(found["continued"][key]) for key in whole} == whole, "with what its start cost"
+    assert [name for name, row in found.items() if row["same_tokens"] == "False"] == ["continued", "long"]
+    svg = (tmp_path / "pareto.svg").read_text()
+    assert OTHER in svg and "on as many training tokens" in svg
+
+
+def test_tokens_are_equal_within_one_percent(make_study, tmp_path):
+    study = make_study(SIZES, benchmarks={})
+    for name, share in (("wide", 1.009), ("poor", 1.02)):
+        set_train(study, name, tokens=round(share * study.runs[name].tokens))
+    found = front_of(study, tmp_path)
+    assert [found[name]["same_tokens"] for name in ("wide", "poor")] == ["True", "False"]
+
+
+def test_chunks_of_bytes_count_for_the_text_that_they_hold(make_study, tmp_path):
+    study = make_study(SIZES, benchmarks={})
+    wide = study.runs["wide"].model_copy(update={"tokenizer": "words"})
+    study = study.model_copy(update={"runs": study.runs | {"wide": wide}})
+    set_train(study, "wide", tokenizer="words")
+    assert front_of(study, tmp_path)["wide"]["same_tokens"] == "False", "no one counted its bytes"
+    set_test(study, "baseline", tokens=400, bytes=1000)
+    set_test(study, "wide", tokens=200, bytes=1000)
+    assert front_of(study, tmp_path)["wide"]["same_tokens"] == "False", "as many, of twice the length"
+    set_train(study, "wide", tokens=wide.tokens // 2)
+    assert front_of(study, tmp_path)["wide"]["same_tokens"] == "True"
+    assert OTHER not in (tmp_path / "pareto.svg").read_text()
 
 
 def test_variants_of_one_size_have_no_pareto_plot(make_study, tmp_path):
