@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
 from stlm.errors import UserError
+from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import read_json, write_text
 from stlm.model.config import ModelConfig, parameter_counts
-from stlm.study import Study, load_study, vocabulary_size
+from stlm.report.curves import machine
+from stlm.report.names import difference_text
+from stlm.report.results import TrainRecord, read_committed
+from stlm.study import load_study, vocabulary_size
 from stlm.tokens.chunks import SYMBOLS
 
 PAGE = Path("docs/bytes.md")
@@ -44,7 +49,9 @@ def parameters_table(root: Path = Path()) -> str:
         tied = parameter_counts(ModelConfig(**{**plain, "tied": True})).embedding
         for width, heads in _DIMENSIONS:
             own = {"width": width, "heads": heads, "ffn_width": 3 * width}
-            count = parameter_counts(ModelConfig(**{**plain, "vocab_size": SYMBOLS, "bytes": own})).embedding
+            # Untied, as in the studies: an output of their own costs bytes little and is worth it.
+            bytes_ = ModelConfig(**{**plain, "vocab_size": SYMBOLS, "tied": False, "bytes": own})
+            count = parameter_counts(bytes_).embedding
             lines.append(
                 f"| `{study}`: {core.layers} x {core.width}, {tokenizer} | {_millions(untied)} | "
                 f"{_millions(tied)} | {width} | {_millions(count)} | {1 - count / tied:.1%} | "
@@ -54,35 +61,87 @@ def parameters_table(root: Path = Path()) -> str:
 
 
 def cost_table(root: Path = Path()) -> str:
-    """Bits per byte of the study's variants beside its baseline, means over the seeds."""
-    study, path = load_study(STUDY, root=root), root / "results" / STUDY / "metrics.json"
-    if not path.is_file():
+    """What the study's variants cost, and their bits per byte beside the baseline's, means over the seeds.
+
+    Raises UserError naming a file of a run that is missing or broken.
+    """
+    folder = root / "results" / STUDY
+    if not (folder / "metrics.json").is_file():
         return f"The study has not run yet: `make all STUDY={STUDY}`.\n"
-    metrics = read_json(path)
+    variants: dict[str, _Variant] = {}
+    for run in read_json(folder / "metrics.json"):  # the baseline's first
+        train, last = read_committed(folder / "runs" / run)
+        own = variants.setdefault(train.variant, _Variant())
+        own.trains.append(train)
+        own.chunk_bytes.append(last.perplexity.bytes / last.perplexity.tokens)
+        own.bits[train.seed] = last.perplexity.bits_per_byte
+    base = next(iter(variants.values()))
+    noise = seed_noise({name: own.bits for name, own in variants.items()})
     lines = [
-        "| variant | parameters | in the place of embedding and head | bits per byte (test) | difference | "
-        "by seed |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| variant | parameters | in the place of embedding and head | text read (MB) | training FLOPs | "
+        "training time | bits per byte (test) | difference | by seed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *(f"| {' | '.join(_cost_cells(own, base, noise))} |" for own in variants.values()),
     ]
-    base = _bits(study, study.runs[study.baseline].variant, metrics)
-    for variant in dict.fromkeys(run.variant for run in study.runs.values()):
-        run = next(run for run in study.runs.values() if run.variant == variant)
-        own = _bits(study, variant, metrics)
-        differences = [own[seed] - base[seed] for seed in own if seed in base]
-        if not differences:
-            continue  # not among the runs that there are
-        by_seed = ", ".join(f"{difference:+.3f}" for difference in differences)
-        lines.append(
-            f"| {run.label} | {_millions(run.parameters.total)} | {_millions(run.parameters.embedding)} | "
-            f"{mean(own.values()):.3f} | {mean(differences):+.3f} | {by_seed} |"
+    return "\n".join([*lines, "", *_cost_notes(base, noise)]) + "\n"
+
+
+@dataclass
+class _Variant:
+    """A variant's records and mean bytes of a chunk, a seed each, and its bits per byte by seed."""
+
+    trains: list[TrainRecord] = field(default_factory=list)
+    chunk_bytes: list[float] = field(default_factory=list)
+    bits: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> float:
+        """Bytes of text read."""
+        return mean(
+            train.tokens * length for train, length in zip(self.trains, self.chunk_bytes, strict=True)
         )
-    return "\n".join(lines) + "\n"
+
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return mean(train.seconds for train in self.trains)
 
 
-def _bits(study: Study, variant: str, metrics: dict[str, dict[str, float]]) -> dict[int, float]:
-    """Test bits per byte of a variant by seed."""
-    runs = [run for run in study.runs.values() if run.variant == variant]
-    return {run.seed: metrics[run.name]["test_bits_per_byte"] for run in runs if run.name in metrics}
+def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[str]:
+    train = own.trains[0]
+    comparable = all(machine(other) == machine(base.trains[0]) for other in own.trains)
+    differences = [value - base.bits[seed] for seed, value in own.bits.items()]
+    half = "" if noise is None else f" ±{noise.half_width(len(differences)):.3f}"
+    return [
+        train.label,
+        _millions(train.parameters.total),
+        _millions(train.parameters.embedding),
+        f"{own.text / 1e6:.2f}",
+        f"{mean(train.flops for train in own.trains):.2e}",
+        f"{own.seconds / base.seconds:.2f} ×" if comparable else "–",
+        f"{mean(own.bits.values()):.3f}",
+        "" if own is base else f"{difference_text(mean(differences))}{half}",
+        "" if own is base else ", ".join(map(difference_text, differences)),
+    ]
+
+
+def _cost_notes(base: _Variant, noise: SeedNoise | None) -> list[str]:
+    notes = [
+        "Text read: the tokens or chunks of training, by the mean length of those of the test text. Training",
+        f"time: a ratio to that of {base.trains[0].label}.",
+    ]
+    if noise is not None:
+        notes += [
+            "±: 95% interval of the mean difference over seeds, from the noise of the seeds of all variants",
+            f"together (standard deviation {noise.sd:.4f}, {noise.dof} degrees of freedom), not adjusted for",
+            "the number of differences.",
+        ]
+    return [
+        *notes,
+        "",
+        "At equal steps, kinds of chunks read different amounts of text and see contexts of different length",
+        "in bytes: judge where chunks are cut with that in mind.",
+    ]
 
 
 def bytes_page(root: Path = Path()) -> str:

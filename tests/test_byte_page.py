@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 
 import pytest
+from scipy import stats
 
 from stlm.byte_page import PAGE, bytes_page, cost_table, parameters_table
 from stlm.errors import UserError
@@ -29,15 +31,93 @@ def test_parameters_are_those_of_the_papers_embedding(root):
     assert "| 51.46M | 25.73M |" in row
 
 
-def test_cost_is_the_mean_of_the_seeds_differences(root, project):
-    study = load_study("bytes")
-    bits = {run.name: 2.0 + 0.1 * run.seed + 0.01 * len(run.variant) for run in study.runs.values()}
-    bits = {name: {"test_bits_per_byte": value} for name, value in bits.items()}
-    write_json(project / "results" / "bytes" / "metrics.json", bits)
-    first, *others = cost_table().splitlines()[2:]
-    assert "| 2.130 | +0.000 | +0.000, +0.000 |" in first
-    assert any("| 2.100 | -0.030 | -0.030, -0.030 |" in line for line in others)  # `bytes`
-    assert len(others) + 1 == len({run.variant for run in study.runs.values()})
+def test_bytes_have_an_output_of_their_own_as_in_the_study(root):
+    """The page and the study count the same model: 0.27M parameters, and 0.25M were it tied."""
+    (row,) = [line for line in parameters_table(root).splitlines() if "`bytes`" in line and "| 64 |" in line]
+    assert f"| {load_study('bytes', root=root).runs['bytes-s0'].parameters.embedding / 1e6:.2f}M |" in row
+
+
+def write_results(project, seeds=(0, 1), slow: str = "") -> None:
+    """Of every run of the study, as the stages leave them in git; those of `slow` on another machine."""
+    runs = [run for run in load_study("bytes").runs.values() if run.seed in seeds]
+    for run in runs:
+        bits = 2.0 + 0.1 * run.seed + 0.01 * len(run.variant) + 0.02 * (run.name == "bytes-s1")
+        record = run.model_dump(mode="json") | {"run": run.name, "parameters": run.parameters._asdict()}
+        record |= {"steps": run.training.steps, "tokens": run.tokens, "flops": run.flops, "checkpoints": []}
+        record |= {
+            "seconds": 100 if run.variant == "baseline" else 160 + 20 * run.seed,
+            "precision": "bfloat16",
+        }
+        record |= {"device": "cpu", "threads": 8 if run.variant == slow else 2}
+        write_json(project / run.folder / "train.json", record)
+        tokens = 800 if run.tokenizer == "words" else 1000
+        perplexity = {"bits_per_byte": bits, "char_perplexity": 4.0, "tokens": tokens, "bytes": 4000}
+        last = {"step": 1000, "tokens": run.tokens, "weights_sha256": "", "perplexity": perplexity}
+        early = last | {"step": 500, "perplexity": perplexity | {"bits_per_byte": 9.0}}
+        checkpoints = {"step-1000": last | {"benchmarks": {}}, "step-0500": early | {"benchmarks": {}}}
+        write_json(project / run.folder / "evaluation.json", {"checkpoints": checkpoints})
+    write_json(project / "results" / "bytes" / "metrics.json", {run.name: {} for run in runs})
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_cost_is_what_was_read_computed_and_waited_for_beside_the_difference(project):
+    write_results(project)
+    table, study = cost_table(), load_study("bytes")
+    found = cells(table)
+    assert len(found["variant"]) <= 8, "nine columns with the names"
+    labels = {run.variant: run.label for run in study.runs.values()}
+    assert list(found)[2:] == list(labels.values())
+    tokens = study.runs["baseline-s0"].tokens
+    base, own = found[labels["baseline"]], found[labels["bytes"]]
+    assert base[2:] == [
+        f"{4 * tokens / 1e6:.2f}",
+        f"{study.runs['baseline-s0'].flops:.2e}",
+        "1.00 ×",
+        "2.130",
+        "",
+        "",
+    ]
+    # Two seeds of V variants, of which one cell is 0.02 from the pattern.
+    count = len(labels)
+    half = float(stats.t.ppf(0.975, count - 1)) * 0.02 / math.sqrt(2 * count)
+    assert own[3:] == [
+        f"{study.runs['bytes-s0'].flops:.2e}",
+        "1.70 ×",
+        "2.110",
+        f"−0.020 ±{half:.3f}",
+        "−0.030, −0.010",
+    ]
+    words = found[labels["words"]]
+    assert words[2] == f"{5 * tokens / 1e6:.2f}", "chunks of five bytes for four"
+    assert f"{count - 1} degrees of freedom" in table
+    assert "different amounts of text" in table
+
+
+def test_one_seed_has_no_interval(project):
+    write_results(project, seeds=(0,))
+    assert "±" not in cost_table()
+
+
+def test_times_of_another_machine_are_not_compared(project):
+    write_results(project, slow="words")
+    found = cells(cost_table())
+    labels = {run.variant: run.label for run in load_study("bytes").runs.values()}
+    assert (found[labels["words"]][4], found[labels["bytes"]][4]) == ("–", "1.70 ×")
+
+
+def test_a_run_without_its_records_is_an_error(project):
+    write_results(project)
+    (project / "results/bytes/runs/words-s1/evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"words-s1/evaluation\.json"):
+        cost_table()
+
+
+def test_a_study_that_has_not_run_has_no_cost(project):
+    assert cost_table().startswith("The study has not run yet")
 
 
 def test_a_page_without_its_marks_is_an_error(root, project):

@@ -170,7 +170,7 @@ def _variant(
         beside=beside if reference is not None else None,
         reference=reference,
         shifted=shifted,
-        same_machine=all(_machine(result.train) == _machine(base[0].train) for result in own),
+        same_machine=all(machine(result.train) == machine(base[0].train) for result in own),
         spikes=None if None in spikes else sum(len(seen) for seen in spikes),
     )
 
@@ -206,5 +206,6 @@ def _bytes_per_token(result: RunResult) -> float | None:
     return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
 
 
-def _machine(train: TrainRecord) -> tuple[str, int | None, int]:
+def machine(train: TrainRecord) -> tuple[str, int | None, int]:
+    """What must be equal for seconds to compare: the device, its threads, the processes."""
     return train.device, train.threads, train.processes

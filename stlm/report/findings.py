@@ -11,9 +11,9 @@ from statistics import mean, stdev
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
-from stlm.files import read_json, read_record, write_text
+from stlm.files import read_json, write_text
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
-from stlm.report.results import EvaluationRecord, TrainRecord
+from stlm.report.results import TrainRecord, read_committed
 from stlm.report.table import Cell, Table, markdown
 
 FINDINGS = Path("docs/findings.md")
@@ -131,9 +131,7 @@ def _read(folder: Path) -> dict[str, _Variant]:
     }
     variants: dict[str, _Variant] = {}
     for run in read_json(folder / "metrics.json"):
-        train = read_record(folder / "runs" / run / "train.json", TrainRecord)
-        record = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord)
-        last = max(record.checkpoints.values(), key=lambda checkpoint: checkpoint.step)
+        train, last = read_committed(folder / "runs" / run)
         own = variants.setdefault(train.variant, _Variant(train))
         own.bits[train.seed] = last.perplexity.bits_per_byte
         modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}
