@@ -158,6 +158,19 @@ class ModelConfig(BaseModel):
             found = getattr(self.sharing, key)
             if found is not None and found > self.layers:
                 raise ValueError(f"sharing.{key}: {found} is more than the model has layers: {self.layers}")
+        if len(set(self.sharing.homes(self.layers))) < self.layers:
+            return
+        if self.layers == 1:
+            raise ValueError("sharing: one layer has none to share with; leave sharing out")
+        if self.sharing.order == "cyclic":
+            raise ValueError(
+                f"sharing.units: {self.sharing.units} for {self.layers} layers shares nothing (at most "
+                f"{self.layers - 1} does)"
+            )
+        raise ValueError(
+            f"sharing.order: sandwich leaves {self.layers} layers nothing to share, as the first and the last "
+            "are their own (it needs layers: 4; order: one shares all)"
+        )
 
     def _check_ranks(self) -> None:
         """A factor as large as the matrix is no factorization."""

@@ -200,6 +200,15 @@ def test_shared_layers_are_one_graph_with_the_eager_loss():
             {"sharing": {"what": "ffn", "order": "cyclic", "units": 6}},
             "sharing.units: 6 is more than the model has layers: 5",
         ),
+        (
+            {"sharing": {"what": "all", "order": "cyclic", "units": 5}},
+            r"sharing.units: 5 for 5 layers shares nothing \(at most 4 does\)",
+        ),
+        (
+            {"layers": 3, "sharing": {"what": "all", "order": "sandwich"}},
+            "sharing.order: sandwich leaves 3 layers nothing to share.*it needs layers: 4",
+        ),
+        ({"layers": 1, "sharing": {"what": "ffn"}}, "sharing: one layer has none to share with; leave"),
         ({"low_rank": {}}, "give a rank: ffn, attention or both"),
         ({"low_rank": {"ffn": 32}}, "low_rank.ffn: 32 is no lower rank; it must be below 32"),
         ({"lora": {"rank": 40}}, "lora.rank"),
@@ -208,7 +217,7 @@ def test_shared_layers_are_one_graph_with_the_eager_loss():
 )
 def test_impossible_reductions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**TINY, **options)
+        ModelConfig(**{**TINY, **options})
 
 
 def test_a_config_without_them_is_recorded_as_before():

@@ -87,11 +87,11 @@ def test_variants_are_listed_by_what_differs(make_study):
 
 
 def test_sections_of_the_model_show_what_is_set(make_study):
-    sharing, lora = SharingConfig(what="all", order="cyclic", units=2), LoraConfig(rank=4)
+    sharing, lora = SharingConfig(what="all", order="groups", group=2), LoraConfig(rank=4)
     variants = {"baseline": ("Baseline", {}), "shared": ("Shared", {"sharing": sharing, "lora": lora})}
     study = make_study(variants, benchmarks={})
     shared = variants_table(study, read_results(study)).rows[1][1].text.split("\n")
-    assert shared == ["sharing: what all, order cyclic, units 2", "LoRA: rank 4, what all"]
+    assert shared == ["sharing: what all, order groups, group 2", "LoRA: rank 4, what all"]
 
 
 def test_one_variant_differs_from_nothing(make_study):
