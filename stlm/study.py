@@ -301,6 +301,9 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         raise UserError(
             f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
         )
+    # Again, as some of its checks need the vocabulary.
+    known = _merge(raw.get("model") or {}, variant.model) | {"vocab_size": vocab_size}
+    model = validate(ModelConfig, known, file, f"{where}.model" if variant.model else "model")
     stride = parsed.evaluation.perplexity.stride
     if stride is not None and stride > sections["model"].context:
         raise UserError(
@@ -316,7 +319,7 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         seed=seed,
         corpus=variant.corpus or parsed.corpus,
         tokenizer=tokenizer,
-        model=sections["model"].model_copy(update={"vocab_size": vocab_size}),
+        model=model,
         training=sections["training"],
         data=sections["data"],
     )

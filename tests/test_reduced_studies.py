@@ -112,3 +112,10 @@ def test_what_a_run_starts_from_is_trained_first_in_both_engines(project):
 def test_a_start_that_does_not_fit_is_refused(overrides, expected, project):
     with pytest.raises(UserError, match=expected):
         load_study("sharing", overrides)
+
+
+def test_a_rank_that_saves_nothing_with_the_tokenizers_vocabulary_is_refused(project):
+    with pytest.raises(
+        UserError, match=r"variants.factorized.model.embedding_rank: 125 .*\(4,096 x 128\).*at most 124"
+    ):
+        load_study("sharing", ["variants.factorized.model.embedding_rank=125"])

@@ -168,22 +168,29 @@ class ModelConfig(BaseModel):
                 f"{self.layers - 1} does)"
             )
         raise ValueError(
-            f"sharing.order: sandwich leaves {self.layers} layers nothing to share, as the first and the last "
-            "are their own (it needs layers: 4; order: one shares all)"
+            f"sharing.order: sandwich leaves {self.layers} layers nothing to share, as the first and the "
+            "last are their own (it needs layers: 4; order: one shares all)"
         )
 
     def _check_ranks(self) -> None:
-        """A factor as large as the matrix is no factorization."""
-        ranks = {"embedding_rank": (self.embedding_rank, self.width)}
-        for part in PARTS:
-            largest = min(min(shape) for shape in self.matrices[part].values())
-            if self.low_rank:
-                ranks[f"low_rank.{part}"] = getattr(self.low_rank, part), largest
-            if self.lora and part in self.lora.parts:
-                ranks[f"lora.rank (of {part})"] = self.lora.rank, largest
-        for key, (rank, below) in ranks.items():
-            if rank is not None and rank >= below:
-                raise ValueError(f"{key}: {rank} is no lower rank; it must be below {below}")
+        """Factors as large as the matrix are no reduction, nor is an adapter of full rank."""
+        if self.embedding_rank is not None:
+            rank, vocabulary = self.embedding_rank, self.vocab_size
+            if rank >= self.width:
+                raise ValueError(f"embedding_rank: {rank} is no lower rank; it must be below {self.width}")
+            # Before the tokenizer is known, there is nothing to compare with.
+            if vocabulary is not None:
+                _check_saves("embedding_rank", rank, "a table", (vocabulary, self.width))
+        for part, matrices in self.matrices.items():
+            for name, shape in matrices.items():
+                rank = self.rank(part)
+                if rank is not None:
+                    _check_saves(f"low_rank.{part}", rank, name, shape)
+                if self.lora and part in self.lora.parts and self.lora.rank >= min(shape):
+                    raise ValueError(
+                        f"lora.rank: {self.lora.rank} is no lower rank in {part}; it must be below "
+                        f"{min(shape)}"
+                    )
 
     @property
     def head_width(self) -> int:
@@ -236,6 +243,17 @@ class ModelConfig(BaseModel):
     def adapters(self, part: str) -> LoraConfig | None:
         """The adapters of a part's matrices."""
         return self.lora if self.lora and part in self.lora.parts else None
+
+
+def _check_saves(key: str, rank: int, name: str, shape: tuple[int, int]) -> None:
+    """Raises ValueError where two factors of that rank have as many weights as the matrix, or more."""
+    rows, columns = shape
+    if rank * (rows + columns) >= rows * columns:
+        most = (rows * columns - 1) // (rows + columns)
+        raise ValueError(
+            f"{key}: {rank} saves nothing in {name} ({rows:,} x {columns:,}), whose two factors would have "
+            f"{rank * (rows + columns):,} weights, not {rows * columns:,}; it must be at most {most}"
+        )
 
 
 # What counts as embedding: all that grows with the vocabulary or the context, or stands in its place.

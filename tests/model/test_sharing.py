@@ -210,14 +210,30 @@ def test_shared_layers_are_one_graph_with_the_eager_loss():
         ),
         ({"layers": 1, "sharing": {"what": "ffn"}}, "sharing: one layer has none to share with; leave"),
         ({"low_rank": {}}, "give a rank: ffn, attention or both"),
-        ({"low_rank": {"ffn": 32}}, "low_rank.ffn: 32 is no lower rank; it must be below 32"),
+        (
+            {"low_rank": {"ffn": 20}},
+            r"low_rank.ffn: 20 saves nothing in down \(32 x 48\).* 1,600 weights, not 1,536; .*most 19",
+        ),
+        (
+            {"low_rank": {"attention": 16}},
+            r"low_rank.attention: 16 saves nothing in out \(32 x 32\).*at most 15",
+        ),
         ({"lora": {"rank": 40}}, "lora.rank"),
-        ({"embedding_rank": 32}, "embedding_rank: 32 is no lower rank"),
+        ({"embedding_rank": 32}, "embedding_rank: 32 is no lower rank; it must be below 32"),
+        ({"embedding_rank": 21}, r"embedding_rank: 21 saves nothing in a table \(61 x 32\).*at most 20"),
     ],
 )
 def test_impossible_reductions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**TINY, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"low_rank": {"ffn": 19, "attention": 15}}, {"embedding_rank": 20, "tied": False}], ids=str
+)
+def test_the_largest_rank_saves(options):
+    plain = ModelConfig(**{**TINY, **options, "low_rank": None, "embedding_rank": None})
+    assert parameter_counts(ModelConfig(**TINY, **options)).total < parameter_counts(plain).total
 
 
 def test_a_config_without_them_is_recorded_as_before():
