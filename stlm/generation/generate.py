@@ -22,6 +22,8 @@ from stlm.training.locate import find_checkpoint
 
 # Between samples.
 _RULE = "---"
+# Of torch's random numbers.
+_SEEDS = 2**64
 
 
 def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
@@ -90,8 +92,10 @@ def generate(
     """Print `prompt` and its continuations by a run's checkpoint (see `find_checkpoint`) as they are drawn.
 
     Sample i is drawn with `seed` + i. What of the prompt does not fit the context is told on stderr. Raises
-    UserError for a checkpoint or device that is not there, Interrupted at ctrl-C.
+    UserError for a seed that is too large, a checkpoint or a device that is not there; Interrupted at ctrl-C.
     """
+    if seed + samples > _SEEDS:
+        raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
     try:
         generator = load_generator(find_checkpoint(run), choose_device(device), cached)
         for number in range(samples):

@@ -50,7 +50,10 @@ class Sampling:
 
     def logits(self, logits_V: Tensor) -> Tensor:
         """Logits [..., V] of the distribution that is drawn from, minus infinity for what is left out."""
-        logits_V = logits_V / self.temperature
+        # Relative to the largest, which stays 0 however small the temperature is; it is never so small that
+        # its reciprocal, which a GPU multiplies with, is infinite.
+        temperature = max(self.temperature, torch.finfo(logits_V.dtype).tiny)
+        logits_V = (logits_V - logits_V.amax(dim=-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits_V.shape[-1]:
             kth_1 = logits_V.topk(self.top_k).values[..., -1:]
             logits_V = logits_V.masked_fill(logits_V < kth_1, -torch.inf)

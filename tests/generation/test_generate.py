@@ -105,6 +105,12 @@ def test_samples_have_seeds_that_follow_one_another(said) -> None:
     assert three == "---\n".join(alone) and len(set(alone)) == 3
 
 
+def test_the_largest_seed_and_the_smallest_temperature(said) -> None:
+    greedy = said("toy/first", "the cat", "--tokens", "9", "--temperature", "0")[0]
+    coldest = ("--temperature", "1e-310", "--seed", str(2**64 - 2), "--samples", "2")
+    assert said("toy/first", "the cat", "--tokens", "9", *coldest)[0] == f"{greedy}---\n{greedy}"
+
+
 def test_a_prompt_longer_than_the_context_is_told(said) -> None:
     text, told, status = said("toy/first", "zq" * 30, "--tokens", "4")
     # 60 tokens and the end of text before them, of which 13 are read.
@@ -122,6 +128,14 @@ def test_a_prompt_longer_than_the_context_is_told(said) -> None:
             r"toy/first@7: results/toy/runs/first has no checkpoint of step 7 \(found: 1, 2\)",
         ),
         (("toy/first", "a", "--top-p", "0"), "top-p: 0.0: expected a number above 0"),
+        (
+            ("toy/first", "a", "--seed", str(2**64)),
+            "--seed: 18446744073709551616: expected at most 18446744073709551615, with --samples 1",
+        ),
+        (
+            ("toy/first", "a", "--seed", str(2**64 - 2), "--samples", "3"),
+            "at most 18446744073709551613, with",
+        ),
         (("toy/first", "a", "--device", "tpu"), "--device tpu: expected cpu, cuda or cuda:N"),
         (("toy/first", "a", "--device", "cuda:99"), r"--device cuda:99: torch finds \d+ CUDA"),
         (("toy/first", "a\udcff"), r"lone surrogate \('\\udcff' at character 1\)"),

@@ -33,7 +33,11 @@ SAMPLINGS = [
 
 
 def rows(number: int = 60, symbols: int = 40) -> torch.Tensor:
-    return torch.randn(number, symbols, generator=torch.Generator().manual_seed(3)).double() * 2.5
+    """Logits, from the thirtieth row on with symbols that are forbidden, as a byte-level model's rules do."""
+    logits_BV = torch.randn(number, symbols, generator=torch.Generator().manual_seed(3)).double() * 2.5
+    logits_BV[30:45, ::3] = -torch.inf
+    logits_BV[45:, 2:] = -torch.inf  # fewer are left than any top-k but 1 takes
+    return logits_BV
 
 
 def distribution(logits: list[float], sampling: Sampling) -> list[float]:
@@ -80,6 +84,19 @@ def test_symbols_tied_with_the_kth_stay() -> None:
     logits_V = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0])
     assert Sampling(top_k=3).logits(logits_V).isfinite().tolist() == [True] * 5
     assert Sampling(top_k=2).logits(logits_V).isfinite().tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_smallest_temperature_takes_the_most_probable_and_the_largest_any(dtype: torch.dtype) -> None:
+    logits_V = torch.tensor([-3.0, 4.0, -torch.inf, 4.0, 3.9], dtype=dtype)
+    for temperature in (1e-310, 5e-324, 1e-40):
+        found = Sampling(temperature).logits(logits_V).softmax(-1)
+        assert found.tolist() == [0, 0.5, 0, 0.5, 0]
+    hot = Sampling(1e30).logits(logits_V).softmax(-1)
+    torch.testing.assert_close(hot, torch.tensor([0.25, 0.25, 0, 0.25, 0.25], dtype=dtype))
+    numbers = torch.Generator().manual_seed(0)
+    drawn = {int(Sampling(1.7e308).choose(logits_V, numbers)) for _ in range(60)}
+    assert drawn == {0, 1, 3, 4}
 
 
 def test_draws_follow_the_distribution() -> None:
