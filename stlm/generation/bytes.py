@@ -22,7 +22,7 @@ class ByteGenerator:
     the byte decoder reads the open one anew for each symbol. What is written is the same without a cache.
     """
 
-    eot = END_OF_TEXT
+    eot, unit = END_OF_TEXT, "bytes"
 
     def __init__(self, transformer: ByteTransformer, tokenizer: Tokenizer, cached: bool = True) -> None:
         self._transformer, self._chunker = transformer.eval(), chunker_of(tokenizer)
@@ -36,7 +36,7 @@ class ByteGenerator:
 
     @property
     def forgotten(self) -> int:
-        """See `TextGenerator`; bytes."""
+        """See `TextGenerator`; ends of chunks, which are no text, do not count."""
         return sum(map(len, self._chunks[: self._begin]))
 
     def start(self, prompt: str) -> Tensor:

@@ -105,7 +105,7 @@ def generate(
             elif generator.forgotten:
                 print(
                     f"the prompt is longer than the model's context: its first {generator.forgotten:,} "
-                    "tokens are not read",
+                    f"{generator.unit} are not read",
                     file=sys.stderr,
                 )
             print(prompt, end="", flush=True)

@@ -24,6 +24,11 @@ class TextGenerator(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What `forgotten` counts, in the plural, for people."""
+        ...
+
+    @property
     def forgotten(self) -> int:
         """Symbols at the beginning of the text that the model sees no longer: its context is full."""
         ...

@@ -19,6 +19,8 @@ class TokenGenerator:
     until the window moves; the tokens are the same without.
     """
 
+    unit = "tokens"
+
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, cached: bool = True) -> None:
         self.eot = tokenizer.eot
         self._transformer, self._tokenizer = transformer.eval(), tokenizer

@@ -9,6 +9,7 @@ from stlm.errors import UserError
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.interface import Request
 from stlm.generation.bytes import ByteGenerator
+from stlm.generation.sampling import Sampling
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.tokens.bpe import train_bpe
@@ -36,11 +37,11 @@ def make_model(context: int, **options: object):
 
 
 def write(generator: ByteGenerator, prompt: str, length: int, seed: int) -> list[int]:
-    """Symbols drawn by the model's own probabilities."""
+    """Symbols drawn by the model's own probabilities, but for the least probable ones."""
     drawn, logits_S = [], generator.start(prompt)
     numbers = torch.Generator().manual_seed(seed)
     for _ in range(length):
-        symbol = int(torch.multinomial(logits_S.softmax(-1), 1, generator=numbers))
+        symbol = int(Sampling(top_k=200, top_p=0.99).choose(logits_S, numbers))
         if symbol == generator.eot:
             break
         drawn.append(symbol)

@@ -15,9 +15,11 @@ import torch
 from tiny_model import save_run
 
 from stlm.cli import main
-from stlm.generation.generate import continuation
+from stlm.generation.generate import continuation, load_generator
 from stlm.generation.sampling import Sampling
 from stlm.tokens.bpe import train_bpe
+from stlm.tokens.chunks import END
+from stlm.tokens.tokenizer import ChunkTokenizer
 
 GREEDY = Sampling(temperature=0)
 EOT = 256
@@ -27,7 +29,7 @@ MARK = 257  # a symbol that is no text
 class Script:
     """A generator that says the symbols of a list, one after the other, whatever it is given."""
 
-    eot, forgotten = EOT, 0
+    eot, unit, forgotten = EOT, "symbols", 0
 
     def __init__(self, *symbols: int) -> None:
         self.symbols, self.given = list(symbols), []
@@ -117,6 +119,51 @@ def test_a_prompt_longer_than_the_context_is_told(said) -> None:
     assert "longer than the model's context: its first 47 tokens are not read" in told
     assert status == 0 and text.startswith("zq" * 30)
     assert said("toy/first", "zq", "--tokens", "40")[1] == ""
+
+
+@pytest.fixture(scope="module")
+def byte_run(run: Path) -> Path:
+    folder = run.with_name("bytes")
+    own = {"width": 16, "heads": 2, "ffn_width": 24}
+    save_run(folder, ChunkTokenizer("words", [b"the", b" cat"]), bytes=own, tied=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 3, "top_p": 0.9}, {"top_k": 40, "min_p": 0.02}, {"temperature": 1.0, "top_p": 0.99}],
+    ids=str,
+)
+def test_a_byte_level_model_writes_bytes(said, byte_run: Path, options: dict[str, float]) -> None:
+    """With the cache and without, and what is drawn symbol by symbol from its logits."""
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    asked = ("toy/bytes", "the né", "--tokens", "90", "--samples", "2", "--seed", "1", *flags)
+    text, told, status = said(*asked)
+    assert (status, told) == (0, "")
+    assert said(*asked, "--no-cache")[0] == text
+
+    sampling, expected = Sampling(**{"temperature": 0.8, **options}), []
+    for seed in (1, 2):
+        generator = load_generator(byte_run / "checkpoints" / "step-0000002", torch.device("cpu"), False)
+        numbers, content = torch.Generator().manual_seed(seed), b""
+        logits_S = generator.start("the né")
+        while len(content) < 90:
+            symbol = int(sampling.choose(logits_S, numbers))
+            assert logits_S[symbol] > -torch.inf, "the rules of words"
+            if symbol == generator.eot:
+                break
+            content += b"" if symbol == END else bytes([symbol])
+            logits_S = generator.next(symbol)
+        expected.append("the né" + content.decode(errors="replace") + "\n")
+    assert text == "---\n".join(expected)
+    # Of characters that came in two steps.
+    assert "top_k" in options or any("\x80" <= letter < "\ufffd" for letter in text.replace("né", ""))
+
+
+def test_what_a_byte_level_model_forgets_of_a_prompt_is_told_in_bytes(said, byte_run: Path) -> None:
+    told = said("toy/bytes", "the cat " * 20, "--tokens", "1")[1]
+    # Of 40 closed words, the last 9 are read; the space at the end is a word begun.
+    assert f"its first {len('the cat ' * 15 + 'the')} bytes are not read" in told
 
 
 @pytest.mark.parametrize(

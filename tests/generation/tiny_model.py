@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
+from stlm.tokens.chunks import SYMBOLS
 from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 
@@ -37,7 +39,7 @@ def random_model(vocab_size: int = 257, **options: object) -> Transformer:
     """A model whose next token depends on all of its parts: none of them is left at zero or one."""
     size = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 40, "context": CONTEXT}
     torch.manual_seed(1)
-    model = Transformer(ModelConfig(vocab_size=vocab_size, **(size | options)))
+    model = build_model(ModelConfig(vocab_size=vocab_size, **(size | options)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # A bias before the head as large as the rest would have one token win always.
@@ -48,7 +50,7 @@ def random_model(vocab_size: int = 257, **options: object) -> Transformer:
 def save_run(folder: Path, tokenizer: Tokenizer | None = None, **options: object) -> Path:
     """Checkpoints of a random model at steps 1 and 2 in a run's `folder`; the last one's."""
     tokenizer = tokenizer or ByteTokenizer()
-    model = random_model(tokenizer.vocab_size, **options)
+    model = random_model(SYMBOLS if "bytes" in options else tokenizer.vocab_size, **options)
     for step in (1, 2):
         checkpoint = folder / "checkpoints" / checkpoint_name(step)
         save_checkpoint(checkpoint, model, {"step": step, "tokens": step})
