@@ -35,7 +35,6 @@ _LLAMA = {
     "qkv_shift": False,
     "logit_softcap": 0.0,
     "value_embeddings": 0,
-    "bytes": None,
 }
 
 
@@ -50,6 +49,8 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
     Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
     model, _ = load_checkpoint(checkpoint)
+    if model.config.bytes is not None:
+        raise UserError(f"{checkpoint}: model.bytes: a byte-level model is no Llama, which reads tokens")
     for key, needed in _LLAMA.items():
         found = getattr(model.config, key)
         if found != needed:

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stlm.errors import UserError
 from stlm.export.llama import export_llama
+from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
-from stlm.model.transformer import Transformer
 from stlm.tokens.bpe import train_bpe
+from stlm.tokens.chunks import SYMBOLS
 from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
 
@@ -49,7 +50,7 @@ def checkpoint(folder: Path, tokenizer: Tokenizer, **model: object) -> Path:
     """A random model of that tokenizer, with norms that are not all ones, as a run's checkpoint."""
     torch.manual_seed(1)
     config = {"layers": 2, "width": 48, "heads": 6, "kv_heads": 2, "ffn_width": 40, "context": 64} | model
-    transformer = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **config))
+    transformer = build_model(ModelConfig(**{"vocab_size": tokenizer.vocab_size, **config}))
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 2 else 1.0))
@@ -131,6 +132,10 @@ def test_ids_of_gpt2(tmp_path: Path, mirror: Path) -> None:
         ({"qkv_shift": True}, r"model\.qkv_shift: True.*\(False\)"),
         ({"logit_softcap": 30.0}, r"model\.logit_softcap: 30\.0.*\(0\.0\)"),
         ({"value_embeddings": 2}, r"model\.value_embeddings: 2.*\(0\)"),
+        (
+            {"bytes": {"width": 16}, "vocab_size": SYMBOLS},
+            r"step-0000007: model\.bytes: a byte-level model is no Llama, which reads tokens$",
+        ),
     ],
 )
 def test_what_is_no_llama_is_refused(tmp_path: Path, bpe: Tokenizer, model: dict, message: str) -> None:
