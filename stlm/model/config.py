@@ -324,12 +324,16 @@ def _byte_groups(config: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
         parameter_counts(config.byte_blocks(layers)).non_embedding
         for layers in (own.encoder_layers, own.decoder_layers)
     )
-    scores = {"attention": 1, "query": config.heads}.get(own.pooling, 0)
-    encoder += own.width * (config.width + scores)
+    encoder += own.width * (config.width + _pooling_scores(config))
     return (
         {"byte embedding": _table(config), "byte encoder": encoder},
         {"byte decoder": decoder + config.width * own.decoder_layers * own.width},
     )
+
+
+def _pooling_scores(config: ModelConfig) -> int:
+    """Scores that a pooling gives each byte."""
+    return {"attention": 1, "query": config.heads}.get(config.bytes.pooling, 0)
 
 
 def _byte_flops(config: ModelConfig, n_bytes: float, n_symbols: float) -> float:
@@ -338,7 +342,9 @@ def _byte_flops(config: ModelConfig, n_bytes: float, n_symbols: float) -> float:
     # A byte sees all of its chunk, a symbol half of it on average.
     encoder = config.byte_blocks(own.encoder_layers).model_copy(update={"context": 2 * n_bytes})
     decoder = config.byte_blocks(own.decoder_layers).model_copy(update={"context": n_symbols})
-    pooling = own.width * config.width * (n_bytes if own.pooling == "query" else 1)
+    pooling = own.width * (
+        config.width * (n_bytes if own.pooling == "query" else 1) + n_bytes * _pooling_scores(config)
+    )
     conditions = config.width * own.decoder_layers * own.width
     return (
         n_bytes * (training_flops_per_token(encoder) - 6.0 * config.vocab_size * own.width)
@@ -377,8 +383,9 @@ def training_flops_per_token(
     Six for each weight and time that a token is multiplied with it: a shared one as often as it is used, the
     head's matrix included, embedding look-ups not; plus attention's two products over an average of half the
     context (Kaplan et al. 2020, appendix B; the causal half counted). The optimizer's own work is not in it.
-    Of a byte-level model a token is a chunk, of `chunk_bytes` on average, each counted as read and written,
-    with a symbol for its end where that does not follow from the bytes.
+    Of a byte-level model a token is a chunk, each counted as read and written, with a symbol for its end
+    where that does not follow from the bytes. All are taken to be of their mean length, `chunk_bytes`:
+    attention within chunks of different lengths costs more, as it goes with the mean of their squares.
     """
     products = config.layers * sum(_weights(config, part) + _adapter_weights(config, part) for part in PARTS)
     if config.bytes is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from stlm.model.build import build_model
 from stlm.model.byte_transformer import POOLINGS, ByteTransformer
-from stlm.model.config import ModelConfig
+from stlm.model.config import ModelConfig, parameter_groups, training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.packed_chunks import Packing
 from stlm.tokens.chunks import SYMBOLS, Chunker, Pieces, Spaces, Stride, Words, chunk_table
@@ -185,6 +187,58 @@ def test_validation_counts_the_text_alone():
     # After "e" the text ends, which is said with "e"; then it is certain.
     assert with_ends[-2] > text[-2] and with_ends[-1] == 0 == text[-1]
     torch.testing.assert_close(with_ends[:-2], text[:-2])
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its place in the model."""
+    if name.startswith("embedding."):
+        return "byte embedding" if name == "embedding.bytes.weight" else "byte encoder"
+    if name.startswith("decoder."):
+        return "head" if name == "decoder.output.weight" else "byte decoder"
+    if name == "positions.weight":
+        return "positions"
+    of = next(
+        (own for own in ("norm", "gain", "shift", "attention", "ffn") if own in name.split(".", 1)[1]), ""
+    )
+    return {"shift": "shifts", "attention": "attention", "ffn": "FFN"}.get(of, "norms")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ffn": "gelu", "norm": "layernorm", "positions": "learned", "qk_norm": True, "qkv_shift": True}],
+    ids=["plain", "optional parts"],
+)
+def test_parameters_are_those_of_the_model_group_by_group(options, tied, pooling):
+    model = strong({"pooling": pooling, "encoder_layers": 1, "decoder_layers": 3}, tied=tied, **options)
+    found = Counter()
+    for name, parameter in model.named_parameters():
+        found[group_of(name)] += parameter.numel()
+    assert parameter_groups(model.config) == found
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_torch_counts(tied, pooling):
+    """Of different chunks of one length, each read once and written once."""
+    own = {"pooling": pooling, "encoder_layers": 1, "decoder_layers": 3}
+    model = strong(own, tied=tied, context=8).train()
+    words = [bytes(letters) for letters in itertools.permutations(b"abcdef", 4)][:18]
+    model.use(chunk_table(Words(), words))
+    numbers_BL = torch.arange(18).view(2, 9)
+    with FlopCounterMode(display=False) as counter:
+        x_ND = model.hidden(numbers_BL[:, :-1]).flatten(0, 1)
+        given = x_ND, numbers_BL[:, 1:].flatten(), numbers_BL[:, :-1].flatten()
+        model.log_probabilities(*given)[0].sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(count for operation, count in counts.items() if "bmm" in str(operation))
+    # Of a chunk: two products, six FLOPs each with the backward pass, layers x positions x positions x width.
+    read, written, core = (6 * 2 * size for size in (1 * 4 * 4 * 16, 3 * 5 * 5 * 16, 2 * 8 * 32))
+    assert attention / 16 == read + written + core
+    # Torch counts what is masked, too: half of what the decoder and the core attend to.
+    rest = training_flops_per_token(model.config, chunk_bytes=4) - read - written / 2 - core / 2
+    assert (sum(counts.values()) - attention) / 16 == rest
 
 
 @pytest.mark.parametrize(
