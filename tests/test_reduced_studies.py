@@ -1,10 +1,13 @@
-"""The studies of fewer parameters: rows match as their comments say; what a run starts from is checked."""
+"""The studies of fewer parameters and of bytes: rows match as their comments say; where runs start from."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
 from stlm.errors import UserError
+from stlm.files import write_json
 from stlm.model.family import FAMILY, propose
 from stlm.pipeline import dvc_stages, train_inputs
 from stlm.study import load_study
@@ -29,6 +32,11 @@ SIZES = {
         ("groups", "cyclic"),
         ("ffn", "low-rank", "svd"),
     ],
+    "bytes": [
+        ("baseline", "bytes-params"),
+        ("bytes", "words", "spaces", "stride-4", "attention", "last", "query"),
+    ],
+    "paper_bytes": [("baseline", "bytes-deep"), ("bytes", "query", "stride-4")],
 }
 FLOPS = {
     "sharing": [
@@ -44,11 +52,25 @@ FLOPS = {
         ("size-10m", "size-1m-flops2", "size-4m-flops2"),
     ],
     "paper_sizes": [("size-50m", "size-10m-flops", "size-100m-flops")],
+    "bytes": [("baseline", "bytes-flops", "words-flops"), ("bytes", "last", "attention")],
+    "paper_bytes": [("bytes", "query")],
 }
+# Mean bytes of a chunk of the train split of gutenberg_children.
+CHUNKS = {"bpe-4096": 3.473, "words": 4.623, "spaces": 5.330, "stride-4": 4.0}
+
+
+@pytest.fixture
+def cut(project):
+    """The project with what tells, once the corpus is cut into chunks, how long they are."""
+    corpus = "gutenberg_children"
+    for tokenizer, size in CHUNKS.items():
+        split = {"bytes": round(1e6 * size), "tokens": 1_000_100, "documents": 100}
+        meta = {"components": {corpus: {"splits": {"train": split}}}}
+        write_json(project / "data" / "tokens" / corpus / tokenizer / "meta.json", meta)
 
 
 @pytest.mark.parametrize("name", FLOPS)
-def test_matched_rows_match(name, project):
+def test_matched_rows_match(name, cut):
     """Within 2% in parameters, 1% in FLOPs; all else than what is said to differ is equal."""
     runs = load_study(name, ["seeds=[0]"]).runs
     for group in SIZES.get(name, []):
@@ -57,9 +79,32 @@ def test_matched_rows_match(name, project):
     for group in FLOPS[name]:
         totals = [runs[variant].flops for variant in group]
         assert max(totals) / min(totals) < 1.01, dict(zip(group, totals, strict=True))
-    tokens = {run.tokens for run in runs.values() if "flops" not in run.name and run.origin is None}
-    assert len(tokens) == 1
-    assert len(runs) <= 20
+    others = [run for run in runs.values() if not re.search("-(flops|time)", run.name) and run.origin is None]
+    assert len({run.tokens for run in others}) == 1
+
+
+def test_bytes_cost_what_the_comments_say(cut):
+    """Beside the baseline: parameters, those in the place of embedding and head, training FLOPs."""
+    said = {
+        "bytes": {"bytes": (0.81, None, 1.30)},
+        "paper_bytes": {
+            "bytes": (None, 0.013, None),
+            "dimension-128": (None, 0.043, None),
+            "bytes-deep": (0.98, 0.013, 1.04),
+        },
+    }
+    for name, rows in said.items():
+        runs = load_study(name, ["seeds=[0]"]).runs
+        plain = runs["baseline"]
+        for variant, expected in rows.items():
+            own = runs[variant]
+            found = (
+                own.parameters.total / plain.parameters.total,
+                own.parameters.embedding / plain.parameters.embedding,
+                own.flops / plain.flops,
+            )
+            for ratio, wanted in zip(found, expected, strict=True):
+                assert wanted is None or ratio == pytest.approx(wanted, abs=0.006), (name, variant, found)
 
 
 def test_sizes_are_the_rules(project):
@@ -72,7 +117,9 @@ def test_sizes_are_the_rules(project):
             found, rule = runs[variant].model, propose(size, vocab_size)
             for key in ("layers", "width", "heads", "kv_heads", "ffn_width"):
                 assert getattr(found, key) == getattr(rule, key), (variant, key)
-            assert runs[f"{variant}-flops"].model == found if f"{variant}-flops" in runs else True
+        # Rows of the same FLOPs are these models, trained for longer or shorter.
+        longer = [run for variant, run in runs.items() if "-flops" in variant]
+        assert longer and all(run.model == runs[run.variant.split("-flops")[0]].model for run in longer)
 
 
 def test_what_a_run_starts_from_is_trained_first_in_both_engines(project):
