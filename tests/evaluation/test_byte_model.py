@@ -147,18 +147,17 @@ def test_what_does_not_fit_is_cut_from_the_left_by_chunks(kind):
     tokenizer, model = make_tokenizer(kind), make_model(context=8)
     scorer = ByteModel(model, ChunkRequests(tokenizer))
     chunker = chunker_of(tokenizer)
-    # A period, and from the first space on whole chunks, for all kinds.
-    context = "One dog, né Rex, sleeps. Two dogs, too"
-    (score,) = scorer.loglikelihoods([Request(context, ". And Rex.")])
-    chunks = chunker.split((context + ". And Rex.").encode())
-    assert score.truncated == (len(chunks) > 9)
-    model.use(chunk_table(chunker, chunks[-9:]))
-    numbers = torch.arange(min(9, len(chunks)))
-    with torch.no_grad():
-        x_ND = model.hidden(numbers[None, :-1])[0]
-        own = model.log_probabilities(x_ND, numbers[1:], numbers[:-1])[0]
-    # More than the continuation, less than the whole of what fits.
-    assert own.sum().item() - 1e-4 <= score.logprob < 0
+    # The continuation has fewer than nine chunks, whatever their kind.
+    context, continuation = "One dog, né Rex, sleeps. Two dogs, too", ". A cat."
+    (score,) = scorer.loglikelihoods([Request(context, continuation)])
+    chunks = chunker.split((context + continuation).encode())
+    assert len(chunks) > 9 and score.truncated
+    kept = b"".join(chunks[-9:])
+    assert chunker.split(kept) == chunks[-9:], "alone, they are cut alike"
+    # The first chunk that is left is read, and nothing before it.
+    symbols = continued(model, tokenizer, Request(kept.decode().removesuffix(continuation), continuation))
+    assert bytes(own.symbol for own in symbols if own.symbol != END) == continuation.encode()
+    assert score.logprob == pytest.approx(sum(own.logprob for own in symbols), abs=2e-4)
 
 
 def test_documents_read_in_windows_are_scored_once(kind):
