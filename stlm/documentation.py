@@ -69,7 +69,12 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`model`", "The transformer.", ModelConfig),
     ("`model.sharing`", "Norms, gains, shifts and adapters are each layer's own.", SharingConfig),
     ("`model.lora`", "Each layer adds (alpha / rank) x A B to its products; B starts at zero.", LoraConfig),
-    ("`model.low_rank`", "U V starts with the variance of the matrix that it stands for.", LowRankConfig),
+    (
+        "`model.low_rank`",
+        "U V starts with the variance of the matrix that it stands for, and must have fewer weights. A "
+        "matrix's own rank comes before that of its network.",
+        LowRankConfig,
+    ),
     ("`model.bytes`", "What takes the place of embedding and head; see docs/bytes.md.", ByteConfig),
     ("`training`", "The recipe.", TrainingConfig),
     ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),

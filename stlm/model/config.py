@@ -100,8 +100,8 @@ class ModelConfig(BaseModel):
         None,
         ge=1,
         description="Factorized embedding (ALBERT, Lan et al. 2020): a table of vectors of this length, and "
-        "a matrix from there to `width`; a tied head uses both, an untied one has its own two. Below "
-        "`width`; null: a table of vectors of `width`.",
+        "a matrix from there to `width`; a tied head uses both, an untied one has its own two. Must save "
+        "weights; null: a table of vectors of `width`.",
         exclude_if=lambda value: value is None,
     )
     bytes: ByteConfig | None = Field(
@@ -183,9 +183,9 @@ class ModelConfig(BaseModel):
                 _check_saves("embedding_rank", rank, "a table", (vocabulary, self.width))
         for part, matrices in self.matrices.items():
             for name, shape in matrices.items():
-                rank = self.rank(part)
+                rank = self.rank(part, name)
                 if rank is not None:
-                    _check_saves(f"low_rank.{part}", rank, name, shape)
+                    _check_saves(f"low_rank.{self.low_rank.key(part, name)}", rank, name, shape)
                 if self.lora and part in self.lora.parts and self.lora.rank >= min(shape):
                     raise ValueError(
                         f"lora.rank: {self.lora.rank} is no lower rank in {part}; it must be below "
@@ -236,9 +236,10 @@ class ModelConfig(BaseModel):
         shared = self.sharing.parts if self.sharing else ()
         return {part: self.sharing.homes(self.layers) if part in shared else own for part in PARTS}
 
-    def rank(self, part: str) -> int | None:
-        """The rank of a part's matrices, attention's or the ffn's; None: full."""
-        return getattr(self.low_rank, part) if self.low_rank else None
+    def rank(self, part: str, name: str) -> int | None:
+        """The rank of a part's matrix, of attention's or the ffn's `matrices`; None: full."""
+        key = self.low_rank.key(part, name) if self.low_rank else None
+        return None if key is None else getattr(self.low_rank, key)
 
     def adapters(self, part: str) -> LoraConfig | None:
         """The adapters of a part's matrices."""
@@ -355,9 +356,11 @@ def _byte_flops(config: ModelConfig, n_bytes: float, n_symbols: float) -> float:
 
 def _weights(config: ModelConfig, part: str) -> int:
     """Weights that a token is multiplied with in a part of a block."""
-    rank = config.rank(part)
-    shapes = config.matrices[part].values()
-    return sum(rows * columns if rank is None else rank * (rows + columns) for rows, columns in shapes)
+    total = 0
+    for name, (rows, columns) in config.matrices[part].items():
+        rank = config.rank(part, name)
+        total += rows * columns if rank is None else rank * (rows + columns)
+    return total
 
 
 def _adapter_weights(config: ModelConfig, part: str) -> int:

@@ -87,7 +87,7 @@ class LowRank(nn.Module):
 def projection(config: ModelConfig, part: str, name: str) -> Dense | LowRank:
     """The matrix `name` of a block's `part`, as `config` wants it; not yet initialized."""
     outputs, inputs = config.matrices[part][name]
-    rank, lora = config.rank(part), config.adapters(part)
+    rank, lora = config.rank(part, name), config.adapters(part)
     own = Dense(inputs, outputs) if rank is None else LowRank(inputs, outputs, rank)
     if lora is not None:
         own.adapter = Adapter(inputs, outputs, lora.rank, lora.scale)

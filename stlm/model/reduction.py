@@ -87,7 +87,10 @@ class LoraConfig(BaseModel):
 
 
 class LowRankConfig(BaseModel):
-    """Matrices W as products U V of a rank, started so that U V has the variance of W."""
+    """Matrices W as products U V of a rank, started so that U V has the variance of W.
+
+    A matrix's own rank, where given, comes before that of its network.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -99,9 +102,40 @@ class LowRankConfig(BaseModel):
         ge=1,
         description="Rank of attention's: query, key and value as one, and the output's; null: full.",
     )
+    # Left out of records where they are not given, as before they were there.
+    qkv: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of query, key and value as one; null: `attention`'s.",
+        exclude_if=lambda value: value is None,
+    )
+    out: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of attention's output; null: `attention`'s.",
+        exclude_if=lambda value: value is None,
+    )
+    up: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of the matrix into the hidden units, gate and up as one; null: `ffn`'s.",
+        exclude_if=lambda value: value is None,
+    )
+    down: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of the matrix from the hidden units; null: `ffn`'s.",
+        exclude_if=lambda value: value is None,
+    )
 
     @model_validator(mode="after")
     def _some(self) -> LowRankConfig:
-        if self.ffn is None and self.attention is None:
-            raise ValueError("give a rank: ffn, attention or both")
+        keys = type(self).model_fields
+        if all(getattr(self, key) is None for key in keys):
+            raise ValueError(f"give a rank: {', '.join(keys)}")
         return self
+
+    def key(self, part: str, name: str) -> str | None:
+        """The key with the rank of a part's matrix, its own or the part's; None: full."""
+        own = name.removeprefix("gate_")
+        return next((key for key in (own, part) if getattr(self, key) is not None), None)

@@ -219,9 +219,9 @@ def _attention_lines(config: ModelConfig) -> list[str]:
         "RoPE": config.positions == "rope",
         "QK-norm": config.qk_norm,
         "QKV shift": config.qkv_shift,
-        f"rank {config.rank('attention')}": config.rank("attention"),
     }
-    lines = [heads, ", ".join(name for name, used in parts.items() if used)]
+    used = [name for name, has in parts.items() if has]
+    lines = [heads, ", ".join([*used, *_ranks(config, "attention")])]
     if config.value_embeddings:
         lines.append(f"values + an embedding of the token, last {config.value_embeddings} layers")
     return [line for line in lines if line]
@@ -229,7 +229,16 @@ def _attention_lines(config: ModelConfig) -> list[str]:
 
 def _ffn_lines(config: ModelConfig) -> list[str]:
     lines = [f"{_FFNS[config.ffn]}, {config.width} → {config.ffn_width:,} → {config.width}"]
-    return [*lines, *([f"rank {config.rank('ffn')}"] if config.rank("ffn") else [])]
+    ranks = _ranks(config, "ffn")
+    return [*lines, ", ".join(ranks)] if ranks else lines
+
+
+def _ranks(config: ModelConfig, part: str) -> list[str]:
+    """The low ranks of a part's matrices: one for all, or each one's."""
+    ranks = {name.removeprefix("gate_"): config.rank(part, name) for name in config.matrices[part]}
+    if len(set(ranks.values())) == 1:
+        return [f"rank {rank}" for rank in set(ranks.values()) if rank]
+    return [f"{name} of rank {rank}" for name, rank in ranks.items() if rank]
 
 
 def _parts(config: ModelConfig, groups: Mapping[str, int]) -> dict[str, _Part]:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig
+from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.inherit import inherit
 from stlm.model.projection import Dense, LowRank, factorize, projections
 
@@ -39,6 +39,45 @@ def test_products_of_factors_start_with_the_variance_of_a_dense_matrix():
         assert product.std().item() == pytest.approx(of.weight.std().item(), rel=0.05), name
         # Balanced, as Khodak et al. 2021 have them.
         assert own.left.weight.norm().item() == pytest.approx(own.right.weight.norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("low_rank", "ranks"),
+    [
+        ({"qkv": 9}, {"attention.qkv": 9}),
+        ({"out": 5, "up": 6}, {"attention.out": 5, "ffn.gate_up": 6}),
+        ({"ffn": 8, "down": 3}, {"ffn.gate_up": 8, "ffn.down": 3}),
+        ({"attention": 4, "qkv": 7, "down": 2}, {"attention.qkv": 7, "attention.out": 4, "ffn.down": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ffn", ["swiglu", "relu2"])
+def test_the_named_matrices_alone_are_factorized(low_rank, ranks, ffn):
+    torch.manual_seed(0)
+    config = ModelConfig(**TINY, ffn=ffn, low_rank=low_rank)
+    model = build_model(config)
+    found = {
+        name.split(".", 2)[2]: own.right.out_features
+        for name, own in projections(model)
+        if isinstance(own, LowRank)
+    }
+    assert found == {name if ffn == "swiglu" else name.replace("gate_", ""): r for name, r in ranks.items()}
+    counts = parameter_counts(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.total < parameter_counts(ModelConfig(**TINY, ffn=ffn)).total
+    # A cut of trained weights leaves the other matrices as they are.
+    source = build_model(ModelConfig(**TINY, ffn=ffn))
+    cut = {name.split(".", 2)[2] for name in inherit(model, source).by_matrix}
+    assert cut == found.keys()
+    whole = dict(source.named_parameters())
+    assert all(torch.equal(p, whole[name]) for name, p in model.named_parameters() if name in whole)
+
+
+def test_ranks_of_networks_are_recorded_as_before():
+    config = ModelConfig(**TINY, low_rank={"ffn": 6})
+    assert config.model_dump()["low_rank"] == {"ffn": 6, "attention": None}
+    named = ModelConfig(**TINY, low_rank={"down": 6})
+    assert ModelConfig.model_validate(named.model_dump()) == named != config
 
 
 def test_factors_of_zero_products_can_learn():

@@ -38,6 +38,7 @@ REDUCED = [
         "qk_norm": True,
     },
     {"low_rank": {"ffn": 6}},
+    {"low_rank": {"ffn": 6, "down": 9, "qkv": 4}},
     {"low_rank": {"attention": 5, "ffn": 7}, "ffn": "relu2"},
     {"embedding_rank": 8},
     {"embedding_rank": 8, "tied": False, "value_embeddings": 1},
@@ -209,7 +210,11 @@ def test_shared_layers_are_one_graph_with_the_eager_loss():
             "sharing.order: sandwich leaves 3 layers nothing to share.*it needs layers: 4",
         ),
         ({"layers": 1, "sharing": {"what": "ffn"}}, "sharing: one layer has none to share with; leave"),
-        ({"low_rank": {}}, "give a rank: ffn, attention or both"),
+        ({"low_rank": {}}, "give a rank: ffn, attention, qkv, out, up, down"),
+        (
+            {"low_rank": {"ffn": 4, "up": 24}},
+            r"low_rank.up: 24 saves nothing in gate_up \(96 x 32\).*most 23",
+        ),
         (
             {"low_rank": {"ffn": 20}},
             r"low_rank.ffn: 20 saves nothing in down \(32 x 48\).* 1,600 weights, not 1,536; .*most 19",

@@ -57,6 +57,8 @@ def test_low_ranks_are_named(tmp_path):
     texts = drawn(tmp_path, embedding_rank=16, low_rank={"ffn": 8})
     assert "factorized embedding" in texts and "512 × 16, then 16 × 64" in texts
     assert "rank 8" in texts
+    texts = drawn(tmp_path, low_rank={"ffn": 8, "down": 9, "qkv": 7})
+    assert "up of rank 8, down of rank 9" in texts and "RoPE, qkv of rank 7" in texts
 
 
 def test_a_byte_level_model_is_drawn_around_its_core(tmp_path):
