@@ -14,6 +14,7 @@ from stlm.errors import UserError
 from stlm.files import write_text
 from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
+from stlm.tokens.chunks import SYMBOLS
 
 SIZES_PAGE = Path("docs") / "sizes.md"
 
@@ -153,13 +154,14 @@ def _share(models: Mapping[str, ModelConfig]) -> str:
     small = next(iter(models.values()))
     table = parameter_counts(small).embedding
     factorized = parameter_counts(small.model_copy(update={"embedding_rank": 64})).embedding
-    bytes_table = parameter_counts(small.model_copy(update={"vocab_size": 257})).embedding
+    byte_level = {**small.model_dump(), "vocab_size": SYMBOLS, "bytes": {}}
+    in_its_place = parameter_counts(ModelConfig.model_validate(byte_level)).embedding
     said = (
         "The embedding grows with the width, the layers with its square and their number: it is "
         f"{', '.join(shares)}, so that sharing layers saves little where models are smallest. There the "
         f"table itself must shrink: in the smallest model it falls from {table / 1e6:.1f}M parameters to "
-        f"{factorized / 1e6:.1f}M where it is factorized to 64, to {bytes_table / 1e6:.2f}M where tokens are "
-        "bytes."
+        f"{factorized / 1e6:.1f}M where it is factorized to 64; what a [byte-level model](bytes.md) has in "
+        f"the place of embedding and head takes {in_its_place / 1e6:.2f}M."
     )
     return textwrap.fill(said, width=110, break_on_hyphens=False) + "\n"
 
