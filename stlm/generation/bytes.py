@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stlm.errors import UserError
 from stlm.generation.tokens import window_begin
 from stlm.model.byte_transformer import ByteTransformer
 from stlm.model.cache import Cache
 from stlm.tokens.chunks import CERTAIN, END, END_OF_TEXT, chunk_table
-from stlm.tokens.tokenizer import Tokenizer, chunker_of
+from stlm.tokens.tokenizer import Tokenizer, chunker_of, utf8
 
 
 class ByteGenerator:
@@ -41,14 +40,7 @@ class ByteGenerator:
 
     def start(self, prompt: str) -> Tensor:
         """See `TextGenerator`."""
-        try:
-            content = prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the prompt has a lone surrogate ({prompt[error.start]!a} at character {error.start}), "
-                "which UTF-8 cannot hold"
-            ) from None
-        chunks = self._chunker.split(content)
+        chunks = self._chunker.split(utf8(prompt))
         self._chunks, self._open = [b"", *chunks[:-1]], b"".join(chunks[-1:])
         self._begin, self._hidden_D = 0, None
         if self._cache is not None:

@@ -7,6 +7,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+def check_divides(key: str, found: int, of: str, whole: int) -> None:
+    """Raises ValueError where one key's number does not divide another's."""
+    if whole % found:
+        fit = [number for number in range(1, whole + 1) if whole % number == 0]
+        near = min(fit, key=lambda number: abs(number - found))
+        raise ValueError(f"{key}: {found} does not divide {of}: {whole} (nearest that does: {near})")
+
+
 class ByteConfig(BaseModel):
     """Bytes in, bytes out: what takes the place of embedding and head (paper, section 5.2)."""
 
@@ -36,12 +44,7 @@ class ByteConfig(BaseModel):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ByteConfig:
-        if self.width % self.heads:
-            fit = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            near = min(fit, key=lambda h: abs(h - self.heads))
-            raise ValueError(
-                f"heads: {self.heads} does not divide width: {self.width} (nearest that does: {near})"
-            )
+        check_divides("heads", self.heads, "width", self.width)
         if self.width % 2:
             raise ValueError(f"width: {self.width} is odd; positions in a chunk come in sine/cosine pairs")
         return self

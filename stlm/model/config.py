@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stlm.model.byte_config import ByteConfig
+from stlm.model.byte_config import ByteConfig, check_divides
 from stlm.model.reduction import PARTS, LoraConfig, LowRankConfig, SharingConfig
 
 # Bytes of a chunk where nobody knows yet: about those of a corpus' words or byte-pair tokens.
@@ -116,18 +116,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
-        if self.width % self.heads:
-            fit = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            near = min(fit, key=lambda h: abs(h - self.heads))
-            raise ValueError(
-                f"heads: {self.heads} does not divide width: {self.width} (nearest that does: {near})"
-            )
-        if self.heads % self.kv_heads:
-            fit = [h for h in range(1, self.heads + 1) if self.heads % h == 0]
-            near = min(fit, key=lambda h: abs(h - self.kv_heads))
-            raise ValueError(
-                f"kv_heads: {self.kv_heads} does not divide heads: {self.heads} (nearest that does: {near})"
-            )
+        check_divides("heads", self.heads, "width", self.width)
+        check_divides("kv_heads", self.kv_heads, "heads", self.heads)
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(
                 f"positions: rope rotates pairs, so width / heads must be even; it is {self.head_width}"

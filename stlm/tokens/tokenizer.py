@@ -66,12 +66,7 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; nothing is added. A lone surrogate is a `UserError`: UTF-8 cannot hold it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"cannot tokenize a lone surrogate ({text[error.start]!a} at character {error.start})"
-            ) from None
+        utf8(text)
         return self.encode_array(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -90,6 +85,17 @@ class Tokenizer(ABC):
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
         description = {"name": self.name, "vocab_size": self.vocab_size, "eot": self.eot, "sha256": digests}
         write_json(folder / DESCRIPTION, description)
+
+
+def utf8(text: str) -> bytes:
+    """A text's bytes. Raises UserError for a lone surrogate, which UTF-8 cannot hold."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text has a lone surrogate ({text[error.start]!a} at character {error.start}), which UTF-8 "
+            "cannot hold"
+        ) from None
 
 
 class ByteTokenizer(Tokenizer):

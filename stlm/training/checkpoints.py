@@ -20,9 +20,9 @@ from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.study import Run
+from stlm.training.locate import WEIGHTS
 
 FORMAT = 1
-WEIGHTS = "model.safetensors"
 
 
 @cache
