@@ -7,7 +7,13 @@ them. All sides continue the same eight tokens, one text at a time, in float32, 
 many threads, and take turns; of several rounds the fastest counts. `stlm` and `stlm, no cache` always take
 the most probable token, as `generate` of transformers does here (with its own cache); `stlm, sampled` draws
 with top-k, top-p and min-p. The end of a text ends none of them. That all greedy sides say the same is
-checked. Writes results/benchmarks/generation.json.
+checked.
+
+Then bytes a second of byte-level models with the cores of the studies bytes and desk, with and without the
+cache, beside models of tokens with the same core, a token counted as the bytes that it has on average in that
+corpus. Chunks end every four bytes, so that how many there are does not depend on the weights.
+
+Writes results/benchmarks/generation.json.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +36,23 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from stlm.export.llama import llama_config, llama_weights  # noqa: E402
 from stlm.files import write_json  # noqa: E402
+from stlm.generation.bytes import ByteGenerator  # noqa: E402
 from stlm.generation.sampling import Sampling  # noqa: E402
 from stlm.generation.tokens import TokenGenerator  # noqa: E402
+from stlm.model.build import build_model  # noqa: E402
 from stlm.model.config import ModelConfig, parameter_counts  # noqa: E402
 from stlm.model.transformer import Transformer  # noqa: E402
 from stlm.study import load_study  # noqa: E402
-from stlm.tokens.tokenizer import ByteTokenizer  # noqa: E402
+from stlm.tokens.chunks import SYMBOLS  # noqa: E402
+from stlm.tokens.tokenizer import ByteTokenizer, ChunkTokenizer  # noqa: E402
 
 RESULT = Path("results/benchmarks/generation.json")
 # With the end of text before it, eight tokens.
 PROMPT = "Once up"
 GREEDY = Sampling(temperature=0)
 SAMPLED = Sampling(temperature=0.8, top_k=200, top_p=0.95, min_p=0.01)
+# Of bpe-4096 on gutenberg_children, the tokenizer and corpus of both studies.
+BYTES_A_TOKEN = 3.47
 
 
 def say(generator: TokenGenerator, tokens: int, sampling: Sampling) -> list[int]:
@@ -84,18 +96,34 @@ def sides(config: ModelConfig, tokens: int) -> dict[str, Callable[[], list[int]]
     }
 
 
-def measure(config: ModelConfig, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of each side, in turns."""
-    ways = sides(config, tokens)
-    said = {name: way() for name, way in ways.items()}  # warms up
-    for name in ("stlm, no cache", "transformers"):
-        assert said[name] == said["stlm"], f"{name} says something else than stlm"
+def baseline(study: str) -> ModelConfig:
+    """The model of a study's row `baseline`."""
+    return load_study(study, ["seeds=[0]"]).runs["baseline"].model
+
+
+def timed(ways: dict[str, Callable[[], list[int]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             begin = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def rounded(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Every time, in milliseconds' steps."""
+    return {name: [round(one, 3) for one in times] for name, times in seconds.items()}
+
+
+def measure(config: ModelConfig, tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of each side."""
+    ways = sides(config, tokens)
+    said = {name: way() for name, way in ways.items()}  # warms up
+    for name in ("stlm, no cache", "transformers"):
+        assert said[name] == said["stlm"], f"{name} says something else than stlm"
+    seconds = timed(ways, rounds)
     speed = {name: round(tokens / min(times), 1) for name, times in seconds.items()}
     return {
         "parameters": parameter_counts(config).total,
@@ -103,7 +131,48 @@ def measure(config: ModelConfig, tokens: int, rounds: int) -> dict[str, Any]:
         "tokens a second": speed,
         "times as fast as no cache": round(speed["stlm"] / speed["stlm, no cache"], 2),
         "times as fast as transformers": round(speed["stlm"] / speed["transformers"], 2),
-        "all seconds": {name: [round(one, 3) for one in times] for name, times in seconds.items()},
+        "all seconds": rounded(seconds),
+    }
+
+
+def say_bytes(generator: ByteGenerator, length: int) -> list[int]:
+    """So many bytes after the prompt, the most probable ones; the end of a text, the last symbol, is none."""
+    said: list[int] = []
+    logits_S = generator.start(PROMPT)
+    while True:
+        said.append(int(GREEDY.choose(logits_S[: generator.eot])))
+        if len(said) == length:
+            return said
+        logits_S = generator.next(said[-1])
+
+
+def measure_bytes(core: ModelConfig, tokens: int, rounds: int) -> dict[str, Any]:
+    """Bytes a second of a byte-level model and of a model of tokens with the same core."""
+    config = ModelConfig.model_validate(
+        {**core.model_dump(), "vocab_size": SYMBOLS, "tied": False, "bytes": {}}
+    )
+    torch.manual_seed(0)
+    plain, model = build_model(core), build_model(config)
+    length = round(tokens * BYTES_A_TOKEN)
+    ways: dict[str, Callable[[], list[int]]] = {}
+    for end, cached in (("", True), (", no cache", False)):
+        of_tokens = TokenGenerator(plain, ByteTokenizer(), cached)
+        of_bytes = ByteGenerator(model, ChunkTokenizer("stride-4", []), cached)
+        ways[f"tokens{end}"] = partial(say, of_tokens, tokens, GREEDY)
+        ways[f"bytes{end}"] = partial(say_bytes, of_bytes, length)
+    said = {name: way() for name, way in ways.items()}  # warms up
+    for name in ("tokens", "bytes"):
+        assert said[name] == said[f"{name}, no cache"], f"{name} without the cache are others"
+    seconds = timed(ways, rounds)
+    speed = {name: round(tokens * BYTES_A_TOKEN / min(times), 1) for name, times in seconds.items()}
+    return {
+        "parameters": {"tokens": parameter_counts(core).total, "bytes": parameter_counts(config).total},
+        "bytes": length,
+        "bytes a token": BYTES_A_TOKEN,
+        "bytes a second": speed,
+        "times as fast as no cache": round(speed["bytes"] / speed["bytes, no cache"], 2),
+        "times as fast as tokens": round(speed["bytes"] / speed["tokens"], 2),
+        "all seconds": rounded(seconds),
     }
 
 
@@ -113,12 +182,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="added to the prompt; default: 128")
     parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts; default: 3")
     options = parser.parse_args()
-    shapes = {}
-    for name in ("desk", "paper"):
-        study = load_study(name)
-        shapes[f"{name}/{study.baseline}"] = study.runs[study.baseline].model
+    limits = options.tokens, options.rounds
     result = {
-        "models": {name: measure(own, options.tokens, options.rounds) for name, own in shapes.items()},
+        "models": {f"{name}/baseline": measure(baseline(name), *limits) for name in ("desk", "paper")},
+        "byte-level": {
+            f"{name}/baseline": measure_bytes(baseline(name), *limits) for name in ("bytes", "desk")
+        },
         "sampling": str(SAMPLED),
         "machine": machine(),
     }
