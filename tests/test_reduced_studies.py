@@ -16,8 +16,8 @@ from stlm.study import load_study
 SIZES = {
     "sharing": [
         ("baseline", "ffn-wide", "ffn-wide-flops", "all-wide", "all-wide-flops"),
-        ("groups", "cyclic", "sandwich", "low-rank", "low-rank-flops", "svd"),
-        ("all", "small"),
+        ("groups", "cyclic", "sandwich", "low-rank", "low-rank-flops", "svd", "mid", "mid-flops"),
+        ("all", "small", "small-flops"),
     ],
     "paper_sharing": [
         (
@@ -41,7 +41,7 @@ SIZES = {
 FLOPS = {
     "sharing": [
         ("baseline", "ffn", "all", "groups", "cyclic", "sandwich", "untied"),
-        ("baseline", "ffn-wide-flops", "all-wide-flops", "low-rank-flops"),
+        ("baseline", "ffn-wide-flops", "all-wide-flops", "low-rank-flops", "mid-flops", "small-flops"),
     ],
     "paper_sharing": [
         ("baseline", "ffn", "all", "groups", "cyclic", "sandwich", "untied"),

@@ -72,18 +72,22 @@ class Pair:
 class Row:
     """A variant, and what compares it with the baseline at each equal cost; None: nothing does.
 
-    `family`: it is the baseline in another size, and says what parameters are worth.
+    `parameters`: beside the baseline's sizes on as many tokens. `both`: beside its sizes at as many training
+    FLOPs, where it has cost as many. `family`, `equal_flops`: it is one of these sizes, and says what
+    parameters are worth.
     """
 
     variant: Variant
     at: Mapping[Cost, Pair | None]
     parameters: Pair | None
+    both: Pair | None
     family: bool
+    equal_flops: bool
 
     @property
     def pairs(self) -> dict[str, Pair | None]:
         """What compares it at equal parameters and at each equal cost, by its name."""
-        return {"parameters": self.parameters, **self.at}
+        return {"parameters": self.parameters, "both": self.both, **self.at}
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,17 @@ class EqualCosts:
 def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
     """Compare `variants`, of which the first is the baseline."""
     base = variants[0]
-    family = [own for own in variants if own is base or _of_family(own, base)]
+    family = [own for own in variants if own is base or _is_size(own, base, "tokens")]
+    sizes = [own for own in variants if own is base or _is_size(own, base, "flops")]
     rows = []
     for own in variants:
         at = {cost: _pair(own, cost) if own is not base and own.compares(cost) else None for cost in COSTS}
-        in_family = any(own is member for member in family)
+        in_family, in_sizes = (any(own is member for member in members) for members in (family, sizes))
         sized = None if in_family or own.beside is None else _of_size(own, family)
-        rows.append(Row(own, at, sized, in_family))
+        both = None
+        if len(sizes) > 1 and not in_sizes and at["flops"] is not None and at["flops"].kind == "finished":
+            both = _of_size(own, sizes)
+        rows.append(Row(own, at, sized, both, in_family, in_sizes))
     compared = {own.train.variant: own.beside.last for own in variants if own.beside is not None}
     return EqualCosts(rows, seed_noise(compared))
 
@@ -129,8 +137,8 @@ def _pair(own: Variant, cost: Cost) -> Pair | None:
     return None if values is None or references is None else Pair(values, references, kind, min(share, 1.0))
 
 
-def _of_family(own: Variant, baseline: Variant) -> bool:
-    """Whether it is the baseline in another size, trained as the baseline is, on as many tokens."""
+def _is_size(own: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
+    """Whether it is the baseline in another size, trained as the baseline is, at the same cost."""
     train, base = own.train, baseline.train
 
     def rest(settings: Mapping[str, object], without: set[str]) -> dict[str, object]:
@@ -144,7 +152,8 @@ def _of_family(own: Variant, baseline: Variant) -> bool:
         and rest(train.model, _SIZE_KEYS) == rest(base.model, _SIZE_KEYS)
         and rest(train.training, recipe) == rest(base.training, recipe)
         and own.same_tokens
-        and (train.tokens, train.corpus, train.data) == (base.tokens, base.corpus, base.data)
+        and abs(getattr(train, cost) / getattr(base, cost) - 1) <= SAME_COST
+        and (train.corpus, train.data) == (base.corpus, base.data)
     )
 
 

@@ -21,6 +21,7 @@ from stlm.study import Study
 
 _NAMES: dict[str, str] = {
     "parameters": "parameters",
+    "both": "parameters and FLOPs",
     "tokens": "training tokens",
     "flops": "training FLOPs",
     "seconds": "training time",
@@ -30,6 +31,7 @@ _NAMES: dict[str, str] = {
 def equal_cost_table(study: Study, found: EqualCosts) -> Table:
     """A row a variant: its size and last value, and its value beside the baseline's at each equal cost."""
     base = found.base
+    names = _columns(found)
     rows, records = [], []
     for row in found.rows:
         own = row.variant
@@ -40,14 +42,13 @@ def equal_cost_table(study: Study, found: EqualCosts) -> Table:
                 Cell(own.train.label),
                 Cell(f"{count(own.train.parameters.total)}\n{own.flops_per_token:.2e}"),
                 Cell(f"{mean(bits):.3f}{spread}"),
-                *(_cell(row, name, pair, found) for name, pair in row.pairs.items()),
+                *(_cell(row, name, row.pairs[name], found) for name in names),
             ]
         )
         records.append(_record(row, found))
-    header = [f"at equal\n{name}" for name in _NAMES.values()]
-    header[0] += f"\n({count(base.train.parameters.total)})"
-    for place, cost in enumerate(COSTS, start=1):
-        header[place] += f"\n({cost_text(cost, base.curve.end(cost)).removesuffix(' FLOPs')})"
+    amounts = {"parameters": count(base.train.parameters.total), "both": "both"}
+    amounts |= {cost: cost_text(cost, base.curve.end(cost)).removesuffix(" FLOPs") for cost in COSTS}
+    header = [f"at equal\n{_NAMES[name]}\n({amounts[name]})" for name in names]
     return Table(
         name="equal-cost",
         title=f"Validation bits per byte beside {base.train.label} at equal cost, study {study.name}",
@@ -58,13 +59,19 @@ def equal_cost_table(study: Study, found: EqualCosts) -> Table:
     )
 
 
+def _columns(found: EqualCosts) -> list[str]:
+    """What there is to compare at: both parameters and FLOPs where the study has sizes for it."""
+    return [name for name in _NAMES if name != "both" or any(row.both for row in found.rows)]
+
+
 def _cell(row: Row, name: str, pair: Pair | None, found: EqualCosts) -> Cell:
     own = row.variant
     if own is found.base:
         return Cell(f"{mean(own.curve.last.values()):.3f}")
     if pair is None:
-        if name == "parameters":
-            return Cell("a size of\nthe baseline" if row.family else "–")
+        if name in ("parameters", "both"):
+            member = row.family if name == "parameters" else row.equal_flops
+            return Cell("a size of\nthe baseline" if member else "–")
         return Cell("before its first\nvalidation" if own.compares(name) else "–")
     half = found.half_width(pair)
     text = difference_text(pair.difference) + ("" if half is None else f" ±{half:.3f}")
@@ -108,6 +115,12 @@ def _notes(found: EqualCosts) -> list[str]:
         notes.append(
             f"Equal parameters: where they are the baseline's within {SAME_SIZE:.0%}, at the end of both "
             "trainings. The study has no other size of the baseline for variants of other sizes."
+        )
+    if "both" in _columns(found):
+        equal = ", ".join(row.variant.train.label for row in found.rows if row.equal_flops)
+        notes.append(
+            f"Equal parameters and FLOPs: so too, beside the baseline in its sizes ({equal}), each with as "
+            "many steps as cost its training FLOPs; for variants that have cost as many."
         )
     if "between sizes" in kinds:
         notes.append(

@@ -26,6 +26,7 @@ CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
 # The costs of a training, wherever they are drawn together.
 COST_LOOKS = {
     "parameters": {"color": "#009E73", "marker": "D"},
+    "both": {"color": "#56B4E9", "marker": "v"},
     "tokens": {"color": "#0072B2", "marker": "o"},
     "flops": {"color": "#CC79A7", "marker": "^"},
     "seconds": {"color": "#D55E00", "marker": "s"},

@@ -176,6 +176,39 @@ def test_a_size_with_more_steps_is_beside_the_family_and_no_part_of_it(make_stud
     assert pair.references == {0: 1.6}
 
 
+def test_at_equal_parameters_and_flops_sizes_are_those_that_cost_as_much(make_study):
+    """Large costs more on as many tokens, short as much on fewer; equal is of their size."""
+    size = FAMILY["large"][1]
+    variants = {"baseline": FAMILY["baseline"], "large": ("Large", size), "short": ("Short", size)}
+    study = make_study(variants | {"equal": ("Equal", size | {"positions": "learned"})}, benchmarks={})
+    per_token = {name: run.flops / run.tokens for name, run in study.runs.items()}
+    set_curve(study, "baseline", **BASE)
+    set_curve(study, "large", [100, 400], [10, 40], [4.0, 1.6])
+    study = retrain(study, "short", steps=100)
+    set_train(study, "short", flops=study.runs["baseline"].flops)
+    for name, end in (("short", 1.9), ("equal", 1.8)):
+        set_curve(study, name, [10, 400 * per_token["baseline"] / per_token[name]], [10, 40], [4.0, end])
+    own = rows(study)
+    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
+    assert [name for name, row in own.items() if row.equal_flops] == ["baseline", "short"]
+    pair = own["equal"].both
+    assert (pair.kind, pair.references, pair.budget) == ("matched", {0: 1.9}, None)
+    assert pair.difference == pytest.approx(-0.1)
+    assert own["equal"].parameters.budget == pytest.approx(
+        per_token["baseline"] / per_token["large"], rel=0.02
+    )
+    assert own["large"].both is None, "its training cost more"
+    table = equal_cost_table(study, costs(study))
+    assert "parameters and FLOPs" in table.header[4]
+    cells = {row[0].text: row[4].text for row in table.rows}
+    assert cells["Equal"] == "1.800\n−0.100" and cells["Large"] == "–"
+    assert cells["Short"] == "a size of\nthe baseline"
+
+
+def test_without_such_sizes_there_is_no_such_column(study):
+    assert not any("parameters and FLOPs" in text for text in equal_cost_table(study, costs(study)).header)
+
+
 def two_seeds(make_study, tokens: int):
     """Better by 0.3 with next to no noise, after `tokens` for the baseline's 400."""
     variants = {"baseline": ("Baseline", {}), "better": ("Better", GELU)}
