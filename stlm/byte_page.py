@@ -109,8 +109,8 @@ class _Variant:
 
 def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[str]:
     train = own.trains[0]
-    comparable = all(machine(other) == machine(base.trains[0]) for other in own.trains)
-    differences = [value - base.bits[seed] for seed, value in own.bits.items()]
+    comparable = len({machine(one) for one in (*base.trains, *own.trains)}) == 1
+    differences = [value - base.bits[seed] for seed, value in own.bits.items() if seed in base.bits]
     half = "" if noise is None else f" ±{noise.half_width(len(differences)):.3f}"
     return [
         train.label,
@@ -127,8 +127,8 @@ def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[
 
 def _cost_notes(base: _Variant, noise: SeedNoise | None) -> list[str]:
     notes = [
-        "Text read: the tokens or chunks of training, by the mean length of those of the test text. Training",
-        f"time: a ratio to that of {base.trains[0].label}.",
+        "Text read: the tokens or chunks of training times the mean length of those of the test text.",
+        f"Training time: a ratio to that of {base.trains[0].label}.",
     ]
     if noise is not None:
         notes += [

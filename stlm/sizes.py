@@ -154,7 +154,7 @@ def _share(models: Mapping[str, ModelConfig]) -> str:
     small = next(iter(models.values()))
     table = parameter_counts(small).embedding
     factorized = parameter_counts(small.model_copy(update={"embedding_rank": 64})).embedding
-    byte_level = {**small.model_dump(), "vocab_size": SYMBOLS, "bytes": {}}
+    byte_level = {**small.model_dump(), "vocab_size": SYMBOLS, "bytes": {}, "tied": False}
     in_its_place = parameter_counts(ModelConfig.model_validate(byte_level)).embedding
     said = (
         "The embedding grows with the width, the layers with its square and their number: it is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.model.family import FAMILY, propose
 from stlm.pipeline import dvc_stages, train_inputs
+from stlm.report.equal_cost import is_size
 from stlm.study import load_study
 
 # Study -> groups of variants with equal parameters, and with equal FLOPs of the whole training.
@@ -105,6 +107,28 @@ def test_bytes_cost_what_the_comments_say(cut):
             )
             for ratio, wanted in zip(found, expected, strict=True):
                 assert wanted is None or ratio == pytest.approx(wanted, abs=0.006), (name, variant, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "cost", "expected"),
+    [
+        ("sharing", "tokens", {"mid", "small"}),
+        ("sharing", "flops", {"mid-flops", "small-flops"}),
+        ("sizes", "tokens", {"size-1m", "size-10m"}),
+        ("sizes", "flops", {"size-1m-flops", "size-10m-flops"}),
+    ],
+)
+def test_reports_take_the_rows_that_are_sizes_of_the_baseline_for_such(name, cost, expected, project):
+    study = load_study(name, ["seeds=[0]"])
+
+    def record(run):
+        settings = {key: getattr(run, key).model_dump(mode="json") for key in ("model", "training")}
+        train = SimpleNamespace(**settings, tokens=run.tokens, flops=run.flops, corpus=run.corpus, data=None)
+        return SimpleNamespace(train=train, beside=True, shifted=False, same_tokens=True)
+
+    records = {run.variant: record(run) for run in study.runs.values()}
+    base = records[study.runs[study.baseline].variant]
+    assert {variant for variant, own in records.items() if is_size(own, base, cost)} == expected
 
 
 def test_sizes_are_the_rules(project):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,20 +35,21 @@ class Pair:
 
     `share`: that cost as a part of the baseline's. `kind`, of costs: both trainings `finished` there; the
     variant is `on the way` of a longer one; or it `ended sooner` than the baseline, which is on the way. Of
-    parameters: `matched` by a model of that size, or `between sizes`. `budget`, of parameters: the variant's
-    training FLOPs as a multiple of that model's, where neither these nor the tokens are equal; else None.
+    parameters: `matched` by a model of that size, or `between sizes`; `flops`: the variant's training FLOPs
+    as a multiple of that model's; `same_budget`: these or the tokens are equal.
     """
 
     values: Mapping[int, float]
     references: Mapping[int, float]
     kind: Kind
     share: float = 1.0
-    budget: float | None = None
+    flops: float = 1.0
+    same_budget: bool = True
 
     @property
     def like_for_like(self) -> bool:
         """Whether both trainings are finished, at a cost that is the same."""
-        return self.kind in ("finished", "matched") and self.budget is None
+        return self.kind in ("finished", "matched") and self.same_budget
 
     @property
     def value(self) -> float:
@@ -72,9 +73,9 @@ class Pair:
 class Row:
     """A variant, and what compares it with the baseline at each equal cost; None: nothing does.
 
-    `parameters`: beside the baseline's sizes on as many tokens. `both`: beside its sizes at as many training
-    FLOPs, where it has cost as many. `family`, `equal_flops`: it is one of these sizes, and says what
-    parameters are worth.
+    `parameters`: beside the baseline's sizes on as many tokens as the baseline. `both`: beside its sizes at
+    as many training FLOPs, where the variant has cost as many. `family`, `equal_flops`: it is one of these
+    sizes, and says what parameters are worth.
     """
 
     variant: Variant
@@ -110,8 +111,8 @@ class EqualCosts:
 def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
     """Compare `variants`, of which the first is the baseline."""
     base = variants[0]
-    family = [own for own in variants if own is base or _is_size(own, base, "tokens")]
-    sizes = [own for own in variants if own is base or _is_size(own, base, "flops")]
+    family = [own for own in variants if own is base or is_size(own, base, "tokens")]
+    sizes = [own for own in variants if own is base or is_size(own, base, "flops")]
     rows = []
     for own in variants:
         at = {cost: _pair(own, cost) if own is not base and own.compares(cost) else None for cost in COSTS}
@@ -120,6 +121,8 @@ def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
         both = None
         if len(sizes) > 1 and not in_sizes and at["flops"] is not None and at["flops"].kind == "finished":
             both = _of_size(own, sizes)
+        if both is not None:  # each within a tolerance of the baseline's FLOPs, so at most two apart
+            both = replace(both, flops=1.0, same_budget=True)
         rows.append(Row(own, at, sized, both, in_family, in_sizes))
     compared = {own.train.variant: own.beside.last for own in variants if own.beside is not None}
     return EqualCosts(rows, seed_noise(compared))
@@ -129,7 +132,8 @@ def _pair(own: Variant, cost: Cost) -> Pair | None:
     """Both at the baseline's whole cost, or at the variant's where it ended sooner."""
     curve, base = own.beside, own.reference
     share = curve.end(cost) / base.end(cost)
-    if abs(share - 1) <= (SAME_TIME if cost == "seconds" else SAME_COST):
+    same_work = abs(curve.end("flops") / base.end("flops") - 1) <= SAME_COST
+    if abs(share - 1) <= (SAME_TIME if cost == "seconds" and same_work else SAME_COST):
         return Pair(curve.last, base.last, "finished")
     kind: Kind = "on the way" if share > 1 else "ended sooner"
     place = min(curve.end(cost), base.end(cost))
@@ -137,7 +141,7 @@ def _pair(own: Variant, cost: Cost) -> Pair | None:
     return None if values is None or references is None else Pair(values, references, kind, min(share, 1.0))
 
 
-def _is_size(own: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
+def is_size(own: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
     """Whether it is the baseline in another size, trained as the baseline is, at the same cost."""
     train, base = own.train, baseline.train
 
@@ -170,7 +174,7 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     nearest = min(range(len(sizes)), key=lambda place: abs(sizes[place] - size))
     if abs(size / sizes[nearest] - 1) <= SAME_SIZE:
         ends = {cost: members[nearest].beside.end(cost) for cost in _BUDGETS}
-        return Pair(own.beside.last, bits[nearest], "matched", budget=_other_budget(own, ends))
+        return Pair(own.beside.last, bits[nearest], "matched", **_budget(own, ends))
     if not sizes[0] < size < sizes[-1]:
         return None
 
@@ -180,11 +184,11 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     common = [seed for seed in bits[0] if all(seed in one for one in bits)]
     references = {seed: between([one[seed] for one in bits]) for seed in common}
     ends = {cost: between([member.beside.end(cost) for member in members]) for cost in _BUDGETS}
-    return Pair(own.beside.last, references, "between sizes", budget=_other_budget(own, ends))
+    return Pair(own.beside.last, references, "between sizes", **_budget(own, ends))
 
 
-def _other_budget(own: Variant, ends: Mapping[Cost, float]) -> float | None:
-    """Its training FLOPs as a multiple of those of `ends`; None where they, or the tokens, are equal."""
+def _budget(own: Variant, ends: Mapping[Cost, float]) -> dict[str, Any]:
+    """A pair's `flops` and `same_budget` beside a training that has cost `ends`."""
     shares = {cost: own.beside.end(cost) / end for cost, end in ends.items()}
     equal = any(abs(share - 1) <= SAME_COST for share in shares.values())
-    return None if equal else shares["flops"]
+    return {"flops": shares["flops"], "same_budget": equal}

@@ -46,8 +46,9 @@ def equal_cost_table(study: Study, found: EqualCosts) -> Table:
             ]
         )
         records.append(_record(row, found))
-    amounts = {"parameters": count(base.train.parameters.total), "both": "both"}
-    amounts |= {cost: cost_text(cost, base.curve.end(cost)).removesuffix(" FLOPs") for cost in COSTS}
+    amounts = {cost: cost_text(cost, base.curve.end(cost)).removesuffix(" FLOPs") for cost in COSTS}
+    amounts["parameters"] = count(base.train.parameters.total)
+    amounts["both"] = f"{amounts['parameters']}, {amounts['flops']}"
     header = [f"at equal\n{_NAMES[name]}\n({amounts[name]})" for name in names]
     return Table(
         name="equal-cost",
@@ -79,8 +80,10 @@ def _cell(row: Row, name: str, pair: Pair | None, found: EqualCosts) -> Cell:
     if pair.kind == "ended sooner":
         return Cell(f"not reached\n{text}\nat its end, {pair.share:.2f} ×")
     remark = {"on the way": "\non the way", "between sizes": "\nbetween sizes"}.get(pair.kind, "")
-    if pair.budget is not None:
-        remark += f"\nother budget:\n{pair.budget:.2f} × the FLOPs"
+    if not pair.same_budget:
+        remark += "\nother budget:"
+    if not pair.same_budget or abs(pair.flops - 1) > SAME_COST:
+        remark += f"\n{pair.flops:.2f} × the FLOPs"
     return Cell(f"{pair.value:.3f}\n{text}{remark}", bold_line=1 if certain else None)
 
 
@@ -89,10 +92,11 @@ def _notes(found: EqualCosts) -> list[str]:
     pairs = [pair for row in found.rows for pair in row.pairs.values() if pair is not None]
     kinds = {pair.kind for pair in pairs}
     notes = [
-        f"In each column the value of a variant where it has cost what all of {base.train.label}'s training "
-        "cost (in brackets), and the difference from the baseline there. Values between validations are on a "
-        "straight line; nothing is extrapolated. Costs are equal where tokens or FLOPs are within "
-        f"{SAME_COST:.0%}; times, which vary where the work does not, within {SAME_TIME:.0%}."
+        "In the columns of tokens, FLOPs and time, the value of a variant where it has cost what all of "
+        f"{base.train.label}'s training cost (in brackets), and the difference from the baseline there. "
+        "Values between validations are on a straight line; nothing is extrapolated. Costs are equal where "
+        f"tokens or FLOPs are within {SAME_COST:.0%}; times of as many FLOPs, which vary though the work "
+        f"does not, within {SAME_TIME:.0%}."
     ]
     if "on the way" in kinds:
         notes.append(
@@ -104,34 +108,7 @@ def _notes(found: EqualCosts) -> list[str]:
             "Not reached: its training ended at that part of the baseline's cost. The difference is from the "
             "baseline there, a point on the way: a baseline planned for that cost would have ended lower."
         )
-    sizes = [row.variant.train.label for row in found.rows if row.family]
-    if len(sizes) > 1:
-        notes.append(
-            f"Equal parameters: beside the baseline in its sizes ({', '.join(sizes)}), all at the end of "
-            f"their training: the size that is equal within {SAME_SIZE:.0%}, or a straight line between the "
-            "two next, in the logarithms of parameters and of bits per byte."
-        )
-    else:
-        notes.append(
-            f"Equal parameters: where they are the baseline's within {SAME_SIZE:.0%}, at the end of both "
-            "trainings. The study has no other size of the baseline for variants of other sizes."
-        )
-    if "both" in _columns(found):
-        equal = ", ".join(row.variant.train.label for row in found.rows if row.equal_flops)
-        notes.append(
-            f"Equal parameters and FLOPs: so too, beside the baseline in its sizes ({equal}), each with as "
-            "many steps as cost its training FLOPs; for variants that have cost as many."
-        )
-    if "between sizes" in kinds:
-        notes.append(
-            "Between sizes: loss falls ever more slowly as a model grows, so that this line lies above what "
-            "a model of that size would reach, which favours the variant beside it."
-        )
-    if any(pair.budget is not None for pair in pairs):
-        notes.append(
-            "Other budget: of equal parameters, but trained on other numbers of tokens and of FLOPs than the "
-            "size beside it, with so many times its FLOPs in all; the difference is one of training, too."
-        )
+    notes += _size_notes(found, pairs)
     if found.noise is None:
         notes.append("One seed: how far another would move these figures is not known.")
     else:
@@ -142,6 +119,41 @@ def _notes(found: EqualCosts) -> list[str]:
             "is outside, both trainings are finished, and what they are compared at is equal for both."
         )
     return notes + comparison_notes([row.variant for row in found.rows])
+
+
+def _size_notes(found: EqualCosts, pairs: Sequence[Pair]) -> list[str]:
+    """What the columns of parameters compare with."""
+    family, equal = (
+        "; ".join(row.variant.train.label for row in found.rows if getattr(row, kind))
+        for kind in ("family", "equal_flops")
+    )
+    if sum(row.family for row in found.rows) > 1:
+        notes = [
+            f"Equal parameters: beside the baseline in its sizes ({family}), trained on as many tokens, all "
+            f"at the end of their training: the size that is equal within {SAME_SIZE:.0%}, or a straight "
+            "line between the two next, in the logarithms of parameters and of bits per byte."
+        ]
+    else:
+        notes = [
+            f"Equal parameters: where they are the baseline's within {SAME_SIZE:.0%}, at the end of both "
+            "trainings. The study has no other size of the baseline for variants of other sizes."
+        ]
+    if "both" in _columns(found):
+        notes.append(
+            f"Equal parameters and FLOPs: so too, beside the baseline in its sizes ({equal}), each trained "
+            "for as many FLOPs as the baseline; for variants that were so, too."
+        )
+    if any(pair.kind == "between sizes" for pair in pairs):
+        notes.append(
+            "Between sizes: such curves are convex, so that a straight line lies above them, noise aside, "
+            "which favours the variant beside it."
+        )
+    if any(abs(pair.flops - 1) > SAME_COST for pair in pairs):
+        notes.append(
+            "× the FLOPs: what the variant's training cost, of what that of the size beside it did. Other "
+            "budget: the tokens differ, too, so that the difference is partly one of training."
+        )
+    return notes
 
 
 def _record(row: Row, found: EqualCosts) -> dict[str, object]:
@@ -168,7 +180,7 @@ def _record(row: Row, found: EqualCosts) -> dict[str, object]:
             f"{name}_half_width": _rounded(half, 5),
         }
         if name == "parameters":
-            record["parameters_budget"] = _rounded(pair.budget if pair else None, 4)
+            record["parameters_flops"] = None if pair is None else round(pair.flops, 4)
     return record
 
 
@@ -217,7 +229,7 @@ def _draw(axes: Axes, place: int, pair: Pair, half: float | None, look: Mapping[
 
 def _look(pair: Pair) -> str:
     """Which mark of `_FILLS` a pair has."""
-    if pair.budget is not None:
+    if not pair.same_budget:
         return "other budget"
     return "finished" if pair.kind == "matched" else pair.kind
 
@@ -264,7 +276,7 @@ def _data(rows: Sequence[Row], found: EqualCosts) -> list[dict[str, object]]:
             half, value = found.half_width(pair), pair.difference
             records.append(
                 {"variant": row.variant.train.variant, "cost": name, "kind": pair.kind}
-                | {"share": round(pair.share, 4), "budget": _rounded(pair.budget, 4)}
+                | {"share": round(pair.share, 4), "flops": round(pair.flops, 4)}
                 | {"low": None if half is None else round(value - half, 5)}
                 | {"high": None if half is None else round(value + half, 5), "value": round(value, 5)}
             )

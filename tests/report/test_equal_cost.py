@@ -172,7 +172,7 @@ def test_a_size_with_more_steps_is_beside_the_family_and_no_part_of_it(make_stud
     own = rows(study)
     assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
     pair = own["longer"].parameters
-    assert (pair.kind, pair.budget) == ("matched", 2.0)
+    assert (pair.kind, pair.flops, pair.same_budget) == ("matched", 2.0, False)
     assert pair.references == {0: 1.6}
 
 
@@ -192,9 +192,9 @@ def test_at_equal_parameters_and_flops_sizes_are_those_that_cost_as_much(make_st
     assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
     assert [name for name, row in own.items() if row.equal_flops] == ["baseline", "short"]
     pair = own["equal"].both
-    assert (pair.kind, pair.references, pair.budget) == ("matched", {0: 1.9}, None)
+    assert (pair.kind, pair.references, pair.same_budget) == ("matched", {0: 1.9}, True)
     assert pair.difference == pytest.approx(-0.1)
-    assert own["equal"].parameters.budget == pytest.approx(
+    assert own["equal"].parameters.flops == pytest.approx(
         per_token["baseline"] / per_token["large"], rel=0.02
     )
     assert own["large"].both is None, "its training cost more"
@@ -228,23 +228,23 @@ def test_equal_parameters_with_another_training_budget_are_never_bold(make_study
     (cell,) = [row[3] for row in table.rows if row[0].text == "Better"]
     assert abs(pair.difference) > found.half_width(pair)
     assert pair.kind == "matched" and cell.bold_line == (1 if bold else None)
-    assert any(note.startswith("Other budget") for note in table.notes) != bold
+    assert any("Other budget" in note for note in table.notes) != bold
     share = tokens / 400
     assert ("other budget" in cell.text) != bold
     if not bold:
-        assert pair.budget == pytest.approx(share)
+        assert pair.flops == pytest.approx(share)
         assert cell.text.endswith(f"\nother budget:\n{share:.2f} × the FLOPs")
     (record,) = [own for own in table.records if own["variant"] == "better"]
-    assert record["parameters_budget"] == (None if bold else pytest.approx(share))
+    assert record["parameters_flops"] == pytest.approx(share, abs=1e-4)
 
 
 def test_equal_flops_are_an_equal_budget_at_equal_parameters(make_study):
     """Half of the tokens, at twice the FLOPs each."""
     study = two_seeds(make_study, 200)
-    assert costs(study).rows[1].parameters.budget == pytest.approx(0.5)
+    assert not costs(study).rows[1].parameters.same_budget
     for seed in (0, 1):
         set_train(study, f"better-s{seed}", flops=2 * study.runs[f"better-s{seed}"].flops)
-    assert costs(study).rows[1].parameters.budget is None
+    assert costs(study).rows[1].parameters.same_budget
 
 
 def test_between_sizes_another_training_budget_is_marked(make_study):
@@ -254,9 +254,9 @@ def test_between_sizes_another_training_budget_is_marked(make_study):
     pair = rows(study)["between"].parameters
     per_token = {name: study.runs[name].flops / study.runs[name].tokens for name in FAMILY}
     low, high = (2 * per_token["between"] / per_token[name] for name in ("large", "baseline"))
-    assert pair.kind == "between sizes" and low < pair.budget < high
+    assert pair.kind == "between sizes" and low < pair.flops < high
     cells = {row[0].text: row[3].text for row in equal_cost_table(study, costs(study)).rows}
-    assert f"between sizes\nother budget:\n{pair.budget:.2f} × the FLOPs" in cells["Between"]
+    assert f"between sizes\nother budget:\n{pair.flops:.2f} × the FLOPs" in cells["Between"]
 
 
 def test_differences_are_paired_by_seed(make_study):
@@ -289,7 +289,7 @@ def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
     assert own.at["tokens"].kind == own.at["flops"].kind == "on the way"
     assert own.at["tokens"].value == own.at["flops"].value == pytest.approx(2.5), "200 tokens of its own"
     assert own.at["seconds"].value == pytest.approx(1.75 + 0.25 * 12 / 16), "20 of its own 32 seconds"
-    assert own.parameters.budget == pytest.approx(800 / 600), "all of the start counts"
+    assert own.parameters.flops == pytest.approx(800 / 600), "all of the start counts"
 
 
 def test_another_tokenizer_is_compared_by_the_test_text(study):
@@ -351,7 +351,7 @@ def test_the_plot_marks_another_training_budget(make_study, tmp_path):
     (tmp_path / "data").mkdir()
     write_equal_cost(tmp_path, study, costs(study))
     data = list(csv.DictReader((tmp_path / "data/equal-cost.csv").open()))
-    assert {row["cost"]: row["budget"] for row in data if row["budget"]} == {"parameters": "2.0"}
+    assert {row["cost"]: row["flops"] for row in data if row["flops"] != "1.0"} == {"parameters": "2.0"}
     assert list(data[0])[-1] == "value"
     assert "another training budget" in (tmp_path / "equal-cost.svg").read_text()
 
