@@ -199,7 +199,7 @@ def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
     with figure(folder, "equal-cost", title, 3.4 + 2.1 * len(panels), 1.9 + 0.3 * len(rows)) as drawing:
         grid = drawing.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, name in zip(grid, panels, strict=True):
-            axes.set_title(f"equal {_NAMES[name]}", loc="left")
+            axes.set_title(f"equal {_NAMES[name]}".replace(" and ", "\nand "), loc="left")
             axes.axvline(0, zorder=1, **CHANCE)
             for place, row in enumerate(rows):
                 if (pair := row.pairs[name]) is not None:
