@@ -51,7 +51,6 @@ FLOPS = {
     ],
     "sizes": [
         ("size-4m", "size-1m-flops", "size-10m-flops"),
-        ("size-10m", "size-1m-flops2", "size-4m-flops2"),
     ],
     "paper_sizes": [("size-50m", "size-10m-flops", "size-100m-flops")],
     "bytes": [("baseline", "bytes-flops", "words-flops"), ("bytes", "last", "attention")],
