@@ -8,11 +8,12 @@ from statistics import mean
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
-from stlm.files import read_json, write_text
+from stlm.files import write_text
 from stlm.model.config import ModelConfig, parameter_counts
+from stlm.report.committed import read_committed
 from stlm.report.curves import machine
 from stlm.report.names import difference_text
-from stlm.report.results import TrainRecord, read_committed
+from stlm.report.results import TrainRecord
 from stlm.study import load_study, vocabulary_size
 from stlm.tokens.chunks import SYMBOLS
 
@@ -69,8 +70,7 @@ def cost_table(root: Path = Path()) -> str:
     if not (folder / "metrics.json").is_file():
         return f"The study has not run yet: `make all STUDY={STUDY}`.\n"
     variants: dict[str, _Variant] = {}
-    for run in read_json(folder / "metrics.json"):  # the baseline's first
-        train, last = read_committed(folder / "runs" / run)
+    for _, train, last in read_committed(folder):  # the baseline's first
         own = variants.setdefault(train.variant, _Variant())
         own.trains.append(train)
         own.chunk_bytes.append(last.perplexity.bytes / last.perplexity.tokens)

@@ -11,9 +11,10 @@ from statistics import mean, stdev
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
-from stlm.files import read_json, write_text
+from stlm.files import write_text
+from stlm.report.committed import read_committed
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
-from stlm.report.results import TrainRecord, read_committed
+from stlm.report.results import TrainRecord
 from stlm.report.table import Cell, Table, markdown
 
 FINDINGS = Path("docs/findings.md")
@@ -130,8 +131,7 @@ def _read(folder: Path) -> dict[str, _Variant]:
         if (row["benchmark"], row["metric"]) == (_BENCHMARK, "acc") and row["mode"] == _MODE
     }
     variants: dict[str, _Variant] = {}
-    for run in read_json(folder / "metrics.json"):
-        train, last = read_committed(folder / "runs" / run)
+    for run, train, last in read_committed(folder):
         own = variants.setdefault(train.variant, _Variant(train))
         own.bits[train.seed] = last.perplexity.bits_per_byte
         modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}

@@ -286,16 +286,6 @@ def read_results(study: Study) -> dict[str, RunResult]:
     return results
 
 
-def read_committed(folder: Path) -> tuple[TrainRecord, CheckpointResult]:
-    """Of a run's folder, train.json and the last checkpoint of evaluation.json: what git keeps of both.
-
-    Raises UserError naming a file that is missing or broken.
-    """
-    train = read_record(folder / "train.json", TrainRecord)
-    checkpoints = read_record(folder / "evaluation.json", EvaluationRecord).checkpoints
-    return train, max(checkpoints.values(), key=lambda checkpoint: checkpoint.step)
-
-
 def read_published(study: Study) -> dict[str, PublishedResult]:
     """Every published model of the study by name, in the study's order.
 

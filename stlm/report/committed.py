@@ -1,0 +1,21 @@
+"""What git keeps of a study's runs, read without their large files, for pages that show committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stlm.files import read_json, read_record
+from stlm.report.results import CheckpointResult, EvaluationRecord, TrainRecord
+
+
+def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointResult]]:
+    """Of a study's folder in `results/`, each run's name, train.json and last checkpoint of evaluation.json.
+
+    In the order of metrics.json, the baseline's first. Raises UserError naming a file that is missing or
+    broken.
+    """
+    for run in read_json(folder / "metrics.json"):
+        train = read_record(folder / "runs" / run / "train.json", TrainRecord)
+        checkpoints = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord).checkpoints
+        yield run, train, max(checkpoints.values(), key=lambda checkpoint: checkpoint.step)
