@@ -37,11 +37,11 @@ def make_model(context: int, **options: object):
 
 
 def write(generator: ByteGenerator, prompt: str, length: int, seed: int) -> list[int]:
-    """Symbols drawn by the model's own probabilities, but for the least probable ones."""
+    """Symbols drawn by the model's own probabilities."""
     drawn, logits_S = [], generator.start(prompt)
     numbers = torch.Generator().manual_seed(seed)
     for _ in range(length):
-        symbol = int(Sampling(top_k=200, top_p=0.99).choose(logits_S, numbers))
+        symbol = int(Sampling().choose(logits_S, numbers))
         if symbol == generator.eot:
             break
         drawn.append(symbol)
