@@ -4,21 +4,22 @@ nanoGPT is on no package index; `NanoGPT` is written anew with the choices of it
 time of writing: a GPT-2 with layer norms without bias, GELU of four widths, learned positions, tied head,
 torch's fused attention, logits whole, AdamW (fused on CUDA alone), the gradient's norm clipped at 1.
 `transformers` is its Llama of the very shape of ours, its default (fused) attention, under the same loop.
-`first` is this project's own first version: whole logits, torch's attention and the
-plain operations. `untuned` is ours without
-what `stlm.process` sets.
+`first` is this project's own first version: whole logits, torch's attention and the plain operations.
+`untuned` is ours without what `stlm.process` sets, `without kernels` ours with torch's operations.
 
 Shapes: B batch, L length, D width, H heads, E head width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.kernels.library import SWITCH
 from stlm.model.config import ModelConfig
 
 Step = Callable[[Tensor], float]
@@ -145,12 +146,17 @@ def stlm(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple[
     return step, sum(p.numel() for p in parameters)
 
 
+def without_kernels(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple[Step, int]:
+    """`stlm` where no kernels can be compiled. The side's process is its own."""
+    os.environ[SWITCH] = "0"
+    return stlm(config, device, dtype, compiled)
+
+
 def first(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple[Step, int]:
     """Our own first version: `Transformer` with whole logits and torch's fused attention."""
-    from stlm.model import fused
     from stlm.model.transformer import Transformer
 
-    fused.by_hand = lambda x: False
+    os.environ[SWITCH] = "0"
     model = Transformer(config).to(device)
     # What keeps blocks of attention away: in evaluation mode it is torch's. There is no dropout here.
     model.eval()
@@ -165,4 +171,11 @@ def first(config: ModelConfig, device: str, dtype: str, compiled: bool) -> tuple
     )
 
 
-SIDES = {"stlm": stlm, "untuned": stlm, "first": first, "nanogpt": nanogpt, "transformers": llama}
+SIDES = {
+    "stlm": stlm,
+    "without kernels": without_kernels,
+    "untuned": stlm,
+    "first": first,
+    "nanogpt": nanogpt,
+    "transformers": llama,
+}

@@ -1,7 +1,7 @@
-"""Parts of a block whose backward pass is written by hand, for training on a CPU.
+"""Parts of a block that a CPU computes in one pass over memory, forward and backward (stlm.kernels).
 
-A CPU runs torch's operations one by one, each a pass over memory, and autograd derives more of them than are
-needed. A compiler fuses them better: under torch.compile and on a GPU the plain operations are used.
+A CPU runs torch's operations one by one, each a pass, and autograd derives more of them than are needed.
+Where there are no kernels, on a GPU and under torch.compile, the plain operations are used.
 
 Shapes: D width, F feed-forward width; "..." any positions.
 """
@@ -15,44 +15,51 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
-def by_hand(x: Tensor) -> bool:
-    """Whether the passes written by hand are the faster ones for `x`."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+from stlm.kernels.library import kernels_for
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) times a gain, over the last dimension (Zhang and Sennrich 2019)."""
+    """x / rms(x) times a gain, over the last dimension (Zhang and Sennrich 2019).
+
+    `narrow`: products alone read the result, which is of their arithmetic then, autocast's where it is on,
+    instead of the argument's.
+    """
+
+    narrow = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps) if by_hand(x) else super().forward(x)
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or kernels_for(x) is None:
+            return super().forward(x)
+        narrow = self.narrow and torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if narrow else x.dtype
+        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-        # The norm is one pass, a mean of squares two.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square_()
-        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, gain_D)
-        return (normal * gain_D).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x, dtype=dtype)
+        inverse = x.new_empty(x.shape[:-1])
+        kernels_for(y).rms_norm(inverse.numel(), x.shape[-1], x, gain_D, eps, y, inverse)
+        ctx.save_for_backward(x, inverse, gain_D)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        normal, inverse, gain_D = ctx.saved_tensors
-        D = len(gain_D)
-        product_ND = (dy * normal).reshape(-1, D)
-        along = (product_ND @ gain_D.to(product_ND.dtype)).div_(-D).view(inverse.shape)
-        dx = (dy.to(normal.dtype) * gain_D).addcmul_(normal, along).mul_(inverse)
-        return dx.to(dy.dtype), product_ND.sum(dim=0).to(gain_D.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, gain_D = ctx.saved_tensors
+        D, threads = len(gain_D), torch.get_num_threads()
+        dx, parts_XD = torch.empty_like(x), gain_D.new_zeros(threads, D)
+        kernels_for(dy).rms_norm_backward(
+            inverse.numel(), D, dy.contiguous(), x, gain_D, inverse, dx, parts_XD, threads
+        )
+        return dx, parts_XD.sum(dim=0), None, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up [..., F] of both side by side [..., 2 F] (Shazeer 2020)."""
-    if by_hand(gate_up):
+    if kernels_for(gate_up) is not None:
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -61,20 +68,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        opened = F.silu(gate)
-        ctx.save_for_backward(gate_up, opened)
-        return opened * up
+        gate_up = gate_up.contiguous()
+        F = gate_up.shape[-1] // 2
+        y = gate_up.new_empty(*gate_up.shape[:-1], F)
+        kernels_for(y).swiglu(y.numel() // F, F, gate_up, y)
+        ctx.save_for_backward(gate_up)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        gate_up, opened = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        # Both gradients where the product before wants them, side by side.
-        gradient = torch.empty_like(gate_up)
-        dgate, dup = gradient.chunk(2, dim=-1)
-        torch.mul(dy, opened, out=dup)
-        torch.mul(dy, up, out=dgate)
-        torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate)
+        (gate_up,) = ctx.saved_tensors
+        gradient, F = torch.empty_like(gate_up), dy.shape[-1]
+        kernels_for(dy).swiglu_backward(dy.numel() // F, F, dy.contiguous(), gate_up, gradient)
         return gradient

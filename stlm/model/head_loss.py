@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stlm.kernels.library import kernels_for
+
 # Logits held at once, and of these as many as a softmax works on: on a CPU few enough that their float32
 # probabilities stay in its cache.
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}
@@ -84,6 +86,11 @@ def _even_part(count: int, most: int) -> int:
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
     """The sum of the losses divided by `count`; with `gradient`, that of the sum replaces the logits."""
+    if (kernels := kernels_for(logits_CV)) is not None:
+        (C, V), targets_C = logits_CV.shape, targets_C.contiguous()
+        losses_C = logits_CV.new_empty(C, dtype=torch.float32)
+        kernels.cross_entropy(C, V, logits_CV, targets_C, softcap, gradient, losses_C)
+        return losses_C.sum() / count
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
     if torch.compiler.is_compiling():

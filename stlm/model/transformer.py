@@ -182,6 +182,8 @@ class Block(nn.Module):
         self.ffn_norm = norm(config.width, eps=config.norm_eps)
         self.ffn = FFNS[config.ffn](config)
         self.dropout = Dropout(config.dropout)
+        # What reads a block's norms are products of matrices.
+        self.attention_norm.narrow = self.ffn_norm.narrow = True
 
     def forward(
         self,

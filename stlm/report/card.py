@@ -160,6 +160,7 @@ class Card:
             train.device,
             train.precision,
             *(["compiled"] if train.compiled else []),
+            *(["kernels in C"] if train.kernels else []),
             *([f"{train.processes} processes"] if train.processes > 1 else []),
         ]
         code = ", ".join(f"{name} {version}" for name, version in train.code.items() if version)

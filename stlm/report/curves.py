@@ -62,7 +62,8 @@ class Variant:
     the baseline's on the same text, None where there is none; tokens are those of the baseline's tokenizer
     that hold as much text. `shifted`: only test text is the same, and both are shifted to end at their values
     on it, which `test` has by seed. `same_machine`: on the baseline's device, with its number of threads and
-    processes, so that seconds compare. `spikes`: loss spikes of all seeds; None where no one looked.
+    processes and with kernels if it had them, so that seconds compare. `spikes`: loss spikes of all seeds;
+    None where no one looked.
     """
 
     train: TrainRecord
@@ -206,6 +207,6 @@ def _bytes_per_token(result: RunResult) -> float | None:
     return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
 
 
-def machine(train: TrainRecord) -> tuple[str, int | None, int]:
-    """What must be equal for seconds to compare: the device, its threads, the processes."""
-    return train.device, train.threads, train.processes
+def machine(train: TrainRecord) -> tuple[str, int | None, int, bool]:
+    """What must be equal for seconds to compare: the device, its threads, the processes, the kernels."""
+    return train.device, train.threads, train.processes, train.kernels

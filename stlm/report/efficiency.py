@@ -155,14 +155,15 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
     if elsewhere:
         notes.append(
             f"Times do not compare with those of the baseline ({_place(base.train)}), the device or the "
-            f"number of threads or processes being another: {'; '.join(elsewhere)}."
+            f"number of threads or processes or the kernels being others: {'; '.join(elsewhere)}."
         )
     return notes
 
 
 def _place(train: TrainRecord) -> str:
     threads = "" if train.threads is None else f", {train.threads} thread{'s'[: train.threads > 1]}"
-    return f"{train.device}{threads}" + (f", {train.processes} processes" if train.processes > 1 else "")
+    processes = f", {train.processes} processes" if train.processes > 1 else ""
+    return f"{train.device}{threads}{processes}" + (", kernels in C" if train.kernels else "")
 
 
 def _record(own: Efficiency, base: Efficiency) -> dict[str, object]:

@@ -87,6 +87,7 @@ class TrainRecord(BaseModel):
     device: str
     precision: str
     compiled: bool = False
+    kernels: bool = False
     threads: int | None = None
     processes: int = 1
     model: dict[str, Any]

@@ -79,6 +79,7 @@ def _facts(result: RunResult) -> Table:
         train.device,
         train.precision,
         *(["compiled"] if train.compiled else []),
+        *(["kernels in C"] if train.kernels else []),
         *([f"{train.threads} thread{'s'[: train.threads > 1]}"] if train.threads else []),
         *([f"{train.processes} processes"] if train.processes > 1 else []),
     ]

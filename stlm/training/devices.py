@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from stlm.kernels.library import kernels
 from stlm.training.config import TrainingConfig
 
 
@@ -36,6 +37,20 @@ class Device:
     def dtype(self) -> torch.dtype:
         """Of products outside autocast, such as an optimizer's."""
         return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    @property
+    def kernels(self) -> bool:
+        """Whether training runs kernels of ours (stlm.kernels); a compiler makes its own."""
+        return self.device.type == "cpu" and not self.compiled and bool(kernels().by_type)
+
+    @property
+    def arithmetic(self) -> str:
+        """In words: the precision, and what the operations are."""
+        if self.compiled:
+            return f"{self.precision}, compiled"
+        if self.device.type == "cpu" and not self.kernels:
+            return f"{self.precision}, without kernels ({kernels().why_none})"
+        return self.precision
 
     @property
     def name(self) -> str:

@@ -343,6 +343,7 @@ class Trainer:
             "device": self.where.name,
             "precision": self.where.precision,
             "compiled": self.where.compiled,
+            "kernels": self.where.kernels,
             "threads": torch.get_num_threads(),
             "processes": self.group.size,
             "model": run.model.model_dump(),
@@ -459,7 +460,7 @@ def _train(run: Run, group: Group, signals: StopSignals) -> None:
     if group.leads:
         print(
             f"{run.name}: {run.parameters.total:,} parameters, {run.tokens:,} tokens, {trainer.where.name}, "
-            f"{trainer.where.precision}{', compiled' if trainer.where.compiled else ''}"
+            f"{trainer.where.arithmetic}"
             + (f", {group.size} processes" if group.size > 1 else "")
             + (f", resuming after step {trainer.progress.step}" if resumed else ""),
             file=sys.stderr,

@@ -11,6 +11,9 @@ from stlm.model.config import ModelConfig
 from stlm.model.rotary import rope_tables, rotate
 from stlm.model.transformer import Transformer
 
+# There are kernels for the second alone.
+TYPES = [torch.float64, torch.float32]
+
 
 def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -30,53 +33,68 @@ def by_torch(q, k, v, sees=None):
     return y.transpose(1, 2)
 
 
-# One block, a part of one, several with a part at the end.
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 5, 64, 200])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_it_is_torchs_attention(length, heads, kv_heads, masked):
-    sees = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(2)) < 0.5
-    sees = (sees | torch.eye(length, dtype=torch.bool)).tril() if masked else None
-    own, reference = (
-        inputs(length, heads, kv_heads, torch.float64),
-        inputs(length, heads, kv_heads, torch.float64),
-    )
-    y_BLHE, expected_BLHE = by_blocks(*own, sees), by_torch(*reference, sees)
-    torch.testing.assert_close(y_BLHE, expected_BLHE)
-    weights_BLHE = torch.randn(y_BLHE.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (y_BLHE * weights_BLHE).sum().backward()
-    (expected_BLHE * weights_BLHE).sum().backward()
-    for mine, theirs in zip(own, reference, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("rows", [(), (2,)], ids=["the same positions", "positions a row"])
-def test_it_rotates_queries_and_keys(rows):
-    tables = rope_tables(300, 8, 100.0)
-    places = torch.randint(0, 300, (*rows, 70), generator=torch.Generator().manual_seed(3))
-    rope = tuple(table.double()[places].unsqueeze(-2) for table in tables)
-    own, reference = inputs(70, 4, 2, torch.float64), inputs(70, 4, 2, torch.float64)
-    q, k, v = reference
-    found, expected = by_blocks(*own, rope=rope), by_torch(rotate(q, *rope), rotate(k, *rope), v)
+def compare(found, expected, own, reference) -> None:
+    """Results and gradients."""
     torch.testing.assert_close(found, expected)
-    weights_BLHE = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights_BLHE = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=found.dtype)
     (found * weights_BLHE).sum().backward()
     (expected * weights_BLHE).sum().backward()
     for mine, theirs in zip(own, reference, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_torchs():
-    exact = by_torch(*inputs(100, 4, 2, torch.float32))
-    half = [x.detach().bfloat16() for x in inputs(100, 4, 2, torch.float32)]
+# One block, a part of one, several with a part at the end.
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 64, 200])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_it_is_torchs_attention(length, heads, kv_heads, masked, dtype):
+    sees = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(2)) < 0.5
+    sees = (sees | torch.eye(length, dtype=torch.bool)).tril() if masked else None
+    own, reference = inputs(length, heads, kv_heads, dtype), inputs(length, heads, kv_heads, dtype)
+    compare(by_blocks(*own, sees), by_torch(*reference, sees), own, reference)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [(), (2,)], ids=["the same positions", "positions a row"])
+def test_it_rotates_queries_and_keys(rows, dtype):
+    tables = rope_tables(300, 8, 100.0)
+    places = torch.randint(0, 300, (*rows, 70), generator=torch.Generator().manual_seed(3))
+    rope = tuple(table.to(dtype)[places].unsqueeze(-2) for table in tables)
+    own, reference = inputs(70, 4, 2, dtype), inputs(70, 4, 2, dtype)
+    q, k, v = reference
+    expected = by_torch(rotate(q, *rope), rotate(k, *rope), v)
+    compare(by_blocks(*own, rope=rope), expected, own, reference)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_in_bfloat16_it_is_as_near_to_float32_as_torchs(rotated, operations):
+    """Its gradients too."""
+    rope = tuple(table.unsqueeze(-2) for table in rope_tables(100, 8, 100.0)) if rotated else None
+    turn = (lambda x: rotate(x, *rope)) if rotated else (lambda x: x)
+    exact, own, theirs = (inputs(100, 4, 2, torch.float32) for _ in range(3))
+    expected = by_torch(turn(exact[0]), turn(exact[1]), exact[2])
+    half = [x.bfloat16() for x in own]
     with torch.autocast("cpu", torch.bfloat16):
-        own = by_blocks(*half)
-    assert own.dtype == torch.bfloat16
-    error, theirs = ((y.float() - exact).abs().mean() for y in (own, by_torch(*half)))
-    assert error < 2 * theirs
+        found = by_blocks(*half, rope=rope)
+    assert found.dtype == torch.bfloat16
+    reference = by_torch(
+        *(change(x.bfloat16()) for change, x in zip([turn, turn, torch.clone], theirs, strict=True))
+    )
+    for y in (expected, found, reference):
+        (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    pairs = zip(
+        [expected, *(x.grad for x in exact)],
+        [found, *(x.grad for x in own)],
+        [reference, *(x.grad for x in theirs)],
+        strict=True,
+    )
+    for true, mine, other in pairs:
+        error, theirs_error = ((y.float() - true).abs().mean() for y in (mine, other))
+        assert error < 2 * theirs_error
 
 
-def test_training_and_scoring_see_the_same_model():
+def test_training_and_scoring_see_the_same_model(operations):
     torch.manual_seed(0)
     config = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=48, context=100, vocab_size=61)
     model = Transformer(config)

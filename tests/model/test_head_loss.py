@@ -11,7 +11,7 @@ from stlm.model.head_loss import head_loss
 
 
 @pytest.fixture(params=["whole", "parts"])
-def parts(request, monkeypatch):
+def parts(request, monkeypatch, operations):
     """All at once, and in parts of 64 positions, whose softmax takes 3 at a time: both cut at the end."""
     if request.param == "parts":
         monkeypatch.setitem(module._LOGITS, "cpu", 64 * 101)
@@ -71,7 +71,7 @@ def test_only_what_is_asked_for_gets_a_gradient(parts):
     assert x.grad is not None and weight.grad is None
 
 
-def test_a_hopeless_target_costs_what_it_should():
+def test_a_hopeless_target_costs_what_it_should(operations):
     """Its probability is nothing in float32, its loss is not."""
     x, weight = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [300.0]])
     loss = head_loss(x, weight, torch.tensor([0]))

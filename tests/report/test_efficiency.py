@@ -75,7 +75,7 @@ def test_the_table_says_what_was_reached(study):
     assert records["slow"]["tokens_ratio"] is None
 
 
-@pytest.mark.parametrize("keys", [{"device": "NVIDIA"}, {"threads": 1}, {"processes": 2}])
+@pytest.mark.parametrize("keys", [{"device": "NVIDIA"}, {"threads": 1}, {"processes": 2}, {"kernels": True}])
 def test_times_of_another_machine_are_not_compared(study, keys):
     set_train(study, "fast", **keys)
     own = found(study)["fast"]

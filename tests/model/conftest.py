@@ -1,0 +1,17 @@
+"""Both ways of the operations that have kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from stlm.kernels import library
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with kernels, where there are some, and with torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "switched off by a test"))
+    elif not library.kernels().by_type:
+        pytest.skip(f"no kernels: {library.kernels().why_none}")
+    return request.param
