@@ -19,12 +19,13 @@
 #define FEW 16384
 
 /* e^x for x up to 0: 2^n e^r with r within half of ln 2, by a polynomial fitted for the smallest relative error,
-   3e-9. Below -87 it is e^-87, nothing beside the largest of a softmax. */
+   3e-9; with the rounding of float32 2e-7. Below -87, where float32 ends, it is zero. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+    float held = x < -87.0f ? -87.0f : x;
     /* Added to it, what is behind the point is rounded off, and the lowest bits are n. */
-    float shifted = x * 1.44269504f + 12582912.0f;
-    float r = x - (shifted - 12582912.0f) * 0.693147182f;
+    float shifted = held * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    /* ln 2 in two parts, the first with few digits: n times it is exact. */
+    float r = held - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.381459124e-3f;
     p = p * r + 8.368716840e-3f;
     p = p * r + 4.166838820e-2f;
@@ -37,7 +38,7 @@ static inline float exponential(float x) {
     memcpy(&power, &shifted, sizeof power);
     bits += power << 23;
     memcpy(&p, &bits, sizeof p);
-    return p;
+    return x < -87.0f ? 0.0f : p;
 }
 
 /* 1 / (1 + e^-x), of the exponential of a number below 0. */
@@ -70,6 +71,9 @@ static inline uint16_t to_bfloat16(float x) {
     memcpy(&bits, &x, sizeof bits);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+
+/* The next multiple of the elements of a wide register, so that loops have no rest, nearly always. */
+static inline int64_t whole_vectors(int64_t n) { return (n + 31) / 32 * 32; }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -298,11 +302,9 @@ void NAME(causal_softmax)(int64_t N, int64_t G, int64_t Q, int64_t C, const uint
                           ELEMENT *x) {
 #pragma omp parallel for schedule(static) if (N * G * Q * C > FEW)
     for (int64_t row = 0; row < N * G * Q; row++) {
-        int64_t q = row % Q;
         ELEMENT *own = x + row * C;
-        float largest = -INFINITY, sum = 0, weight[C];
-        /* All loops go over all of the block's keys, whole vectors nearly always. */
-        int32_t all = C, keys = C - Q + q + 1;
+        int32_t q = row % Q, keys = C - Q + q + 1, all = least(whole_vectors(keys), C);
+        float largest = -INFINITY, sum = 0, weight[all];
 #pragma omp simd
         for (int32_t c = 0; c < all; c++) weight[c] = c < keys ? LOAD(own[c]) : -INFINITY;
         if (sees) {
@@ -313,27 +315,30 @@ void NAME(causal_softmax)(int64_t N, int64_t G, int64_t Q, int64_t C, const uint
         for (int32_t c = 0; c < all; c++) largest = weight[c] > largest ? weight[c] : largest;
 #pragma omp simd reduction(+ : sum)
         for (int32_t c = 0; c < all; c++) {
-            float below = weight[c] - largest;
-            weight[c] = below == -INFINITY ? 0.0f : exponential(below);
+            weight[c] = exponential(weight[c] - largest);
             sum += weight[c];
         }
         float part = 1.0f / sum;
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) own[c] = STORE(weight[c] * part);
+        for (int32_t c = 0; c < all; c++) own[c] = STORE(weight[c] * part);
+        memset(own + all, 0, (C - all) * sizeof *own);
     }
 }
 
-/* Gradients of causal_softmax of rows [N, C]: those of the weights, `dweight`, become those of x in place. */
-void NAME(softmax_backward)(int64_t N, int64_t C, const ELEMENT *weight, ELEMENT *dweight) {
-#pragma omp parallel for schedule(static) if (N * C > FEW)
-    for (int64_t n = 0; n < N; n++) {
-        const ELEMENT *w = weight + n * C;
-        ELEMENT *own = dweight + n * C;
+/* Gradients of causal_softmax: those of the weights, `dweight`, become those of x in place. */
+void NAME(causal_softmax_backward)(int64_t N, int64_t G, int64_t Q, int64_t C, const ELEMENT *weight,
+                                   ELEMENT *dweight) {
+#pragma omp parallel for schedule(static) if (N * G * Q * C > FEW)
+    for (int64_t row = 0; row < N * G * Q; row++) {
+        const ELEMENT *w = weight + row * C;
+        ELEMENT *own = dweight + row * C;
+        int32_t all = least(whole_vectors(C - Q + row % Q + 1), C);
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < C; c++) sum += LOAD(w[c]) * LOAD(own[c]);
+        for (int32_t c = 0; c < all; c++) sum += LOAD(w[c]) * LOAD(own[c]);
 #pragma omp simd
-        for (int64_t c = 0; c < C; c++) own[c] = STORE(LOAD(w[c]) * (LOAD(own[c]) - sum));
+        for (int32_t c = 0; c < all; c++) own[c] = STORE(LOAD(w[c]) * (LOAD(own[c]) - sum));
+        memset(own + all, 0, (C - all) * sizeof *own);
     }
 }
 

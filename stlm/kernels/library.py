@@ -45,7 +45,7 @@ _SIGNATURES = {
     "join_heads": "iiiiiiaaaaaia",
     "block_heads": "iiiiiiaai",
     "causal_softmax": "iiiiaiia",
-    "softmax_backward": "iiaa",
+    "causal_softmax_backward": "iiiiaa",
 }
 
 
@@ -57,13 +57,22 @@ class Kernels:
             function = getattr(library, f"{name}_{kind}")
             function.argtypes = [_KINDS[letter] for letter in signature]
             function.restype = None
-            setattr(self, name, _on_tensors(function))
+            arrays = [place for place, letter in enumerate(signature) if letter == "a"]
+            setattr(self, name, _on_tensors(function, arrays))
 
 
-def _on_tensors(function: Callable[..., None]) -> Callable[..., None]:
+def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..., None]:
+    """`function` with tensors, or None, where it takes `arrays`: a step calls it a hundred times."""
+
     def call(*arguments: Any) -> None:
-        assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor)), "an array with gaps"
-        function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+        values = list(arguments)
+        for place in arrays:
+            array = values[place]
+            if array is not None:
+                if not array.is_contiguous():
+                    raise ValueError(f"{function.__name__}: argument {place + 1} has gaps")
+                values[place] = array.data_ptr()
+        function(*values)
 
     return call
 

@@ -26,8 +26,8 @@ def places(length: int) -> list[tuple[int, int]]:
 
 def views(blocks: Tensor, length: int, groups: int) -> list[Tensor]:
     """The rows [N, X, E] of each block, N = `groups`."""
-    heads = len(blocks) // length
-    return [blocks[heads * begin : heads * end].unflatten(0, (groups, -1)) for begin, end in places(length)]
+    E, rows = blocks.shape[1], len(blocks) // length * BLOCK
+    return [block.view(groups, -1, E) for block in blocks.split(rows)]
 
 
 def split_heads(qkv_BLSE: Tensor, heads: int, rope: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,11 +111,11 @@ def causal_softmax(score_NXC: Tensor, queries: int, sees_B1LL: Tensor | None) ->
     return torch.softmax(score_NXC, dim=-1)
 
 
-def softmax_backward(weight_NXC: Tensor, dweight_NXC: Tensor) -> Tensor:
+def causal_softmax_backward(weight_NXC: Tensor, dweight_NXC: Tensor, queries: int) -> Tensor:
     """Gradients of the scores; they may take the place of those of the weights."""
     if (kernels := kernels_for(weight_NXC)) is not None:
         N, X, C = weight_NXC.shape
-        kernels.softmax_backward(N * X, C, weight_NXC, dweight_NXC)
+        kernels.causal_softmax_backward(N, X // queries, queries, C, weight_NXC, dweight_NXC)
         return dweight_NXC
     return torch._softmax_backward_data(dweight_NXC, weight_NXC, -1, weight_NXC.dtype)
 

@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from stlm.model.attention_blocks import (
     causal_softmax,
+    causal_softmax_backward,
     from_blocks,
     join_heads,
     places,
-    softmax_backward,
     split_heads,
     to_blocks,
     views,
@@ -77,12 +77,12 @@ class _CausalAttention(torch.autograd.Function):
         dk_NLE, dv_NLE = (torch.zeros_like(k_NLE, dtype=_sum_type(k_NLE)) for _ in range(2))
         none_1, scale = k_NLE.new_empty(1), 1 / math.sqrt(E)
         rows = (views(blocks, L, N) for blocks in (q_blocks, dy_blocks, dq_blocks))
-        for (_, end), q_NXE, dy_NXE, dq_NXE, weight_NXC in zip(places(L), *rows, weights, strict=True):
-            dv_NLE[:, :end] += torch.bmm(weight_NXC.transpose(1, 2), dy_NXE)
+        for (begin, end), q_NXE, dy_NXE, dq_NXE, weight_NXC in zip(places(L), *rows, weights, strict=True):
+            dv_NLE[:, :end].add_(torch.bmm(weight_NXC.transpose(1, 2), dy_NXE))
             dweight_NXC = torch.bmm(dy_NXE, v_NLE[:, :end].transpose(1, 2))
-            dscore_NXC = softmax_backward(weight_NXC, dweight_NXC)
+            dscore_NXC = causal_softmax_backward(weight_NXC, dweight_NXC, end - begin)
             torch.baddbmm(none_1, dscore_NXC, k_NLE[:, :end], beta=0, alpha=scale, out=dq_NXE)
-            dk_NLE[:, :end] += torch.bmm(dscore_NXC.transpose(1, 2), q_NXE)
+            dk_NLE[:, :end].add_(torch.bmm(dscore_NXC.transpose(1, 2), q_NXE))
         return join_heads(dq_blocks, dk_NLE.mul_(scale), dv_NLE, B, ctx.rope), None, None, None
 
 
