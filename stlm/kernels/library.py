@@ -1,4 +1,4 @@
-"""Compiles kernels.c for this machine, once, and calls it on torch's tensors.
+"""Compiles the C files beside it for this machine, once, and calls them on torch's tensors.
 
 Needs Linux and a C compiler with OpenMP (`cc`, or what CC names). Elsewhere, without one, or with
 STLM_KERNELS=0 there are no kernels, and the callers take torch's operations: slower, the same up to rounding.
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,14 +27,16 @@ from torch import Tensor
 from stlm.errors import UserError
 from stlm.files import atomic_path
 
-SOURCE = Path(__file__).parent / "kernels.c"
+SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c"))
+_HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
-# Rounding is as written in the source: no flag here lets sums be taken in another order.
+# None lets the compiler take sums in another order than the sources, or leave out what is no number. Where a
+# processor can, a product and a sum are rounded once.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# Arguments of each function of kernels.c: a whole number, a float, an array.
+# Arguments of each function: a whole number, a float, an array.
 _KINDS = {"i": ctypes.c_int64, "f": ctypes.c_float, "a": ctypes.c_void_p}
 _SIGNATURES = {
     "rms_norm": "iiaafaa",
@@ -41,24 +44,29 @@ _SIGNATURES = {
     "swiglu": "iiaa",
     "swiglu_backward": "iiaaa",
     "cross_entropy": "iiaafia",
-    "split_heads": "iiiiiiaaaiaaa",
-    "join_heads": "iiiiiiaaaaaia",
-    "block_heads": "iiiiiiaai",
-    "causal_softmax": "iiiiaiia",
-    "causal_softmax_backward": "iiiiaa",
+    "attention": "iiiiiaaaiaaa",
+    "attention_backward": "iiiiiaaaiaaa",
 }
 
 
 class Kernels:
-    """The functions of kernels.c for one type of elements; arrays are contiguous tensors, or None."""
+    """The functions for one type of elements; arrays are contiguous tensors, or None.
+
+    A function that this processor has no instructions for is None.
+    """
 
     def __init__(self, library: ctypes.CDLL, kind: str) -> None:
         for name, signature in _SIGNATURES.items():
-            function = getattr(library, f"{name}_{kind}")
-            function.argtypes = [_KINDS[letter] for letter in signature]
-            function.restype = None
-            arrays = [place for place, letter in enumerate(signature) if letter == "a"]
-            setattr(self, name, _on_tensors(function, arrays))
+            function = getattr(library, f"{name}_{kind}", None)
+            if function is not None:
+                function.argtypes = [_KINDS[letter] for letter in signature]
+                function.restype = None
+                arrays = [place for place, letter in enumerate(signature) if letter == "a"]
+                function = _on_tensors(function, arrays)
+            setattr(self, name, function)
+        # Elements that the weights of one head take, by the length.
+        self.attention_weights = library.attention_weights
+        self.attention_weights.argtypes, self.attention_weights.restype = [ctypes.c_int64], ctypes.c_int64
 
 
 def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..., None]:
@@ -102,49 +110,54 @@ def kernels() -> Found:
     try:
         library = ctypes.CDLL(str(compiled()))
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return Found({}, f"{error.cmd[0]}: {lines[0] if lines else error}")
-    except (OSError, RuntimeError, UserError, subprocess.TimeoutExpired) as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        telling = next((line for line in lines if "error" in line), lines[0] if lines else str(error))
+        return Found({}, f"{error.cmd[0]}: {telling.strip()}")
+    except (OSError, ValueError, RuntimeError, UserError, subprocess.TimeoutExpired) as error:
         return Found({}, str(error))
     return Found({dtype: Kernels(library, kind) for dtype, kind in TYPES.items()})
 
 
 def compiled() -> Path:
     """The library for this machine, in the user's cache, compiled if it is not there yet."""
-    openmp = _openmp_of_torch()
-    source = SOURCE.read_bytes()
-    key = "\n".join([*FLAGS, openmp, torch.__version__, _processor(), hashlib.sha256(source).hexdigest()])
+    openmp, compiler = _openmp_of_torch(), os.environ.get("CC") or "cc"
+    texts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*SOURCES, _HEADER)]
+    key = "\n".join([*texts, compiler, *FLAGS, openmp, torch.__version__, _processor()])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = home / "stlm" / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        compiler, *options = shlex.split(os.environ.get("CC") or "cc")
-        if shutil.which(compiler) is None:
+        command = shlex.split(compiler)
+        if not command or shutil.which(command[0]) is None:
             raise OSError(f"no C compiler ({compiler})")
-        with atomic_path(path) as temporary:
-            target = temporary.with_suffix(".o")
-            try:
-                _run(compiler, *options, *FLAGS, "-c", str(SOURCE), "-o", str(target))
-                # Linked to torch's own OpenMP, whose threads then serve both.
-                _run(compiler, *options, "-shared", str(target), openmp, "-lm", "-o", str(temporary))
-            finally:
-                target.unlink(missing_ok=True)
+        with atomic_path(path) as temporary, tempfile.TemporaryDirectory() as folder:
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+            for source, target in zip(SOURCES, objects, strict=True):
+                _run(*command, *FLAGS, "-c", str(source), "-o", target)
+            # Linked to torch's own OpenMP, whose threads then serve both.
+            _run(*command, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-lc", "-o", str(temporary))
+            ctypes.CDLL(str(temporary))  # what cannot be loaded is not kept
+    if path.stat().st_uid != os.getuid():
+        raise OSError(f"{path}: belongs to another user")
     return path
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    # In a session of its own: a signal to stop is for the run, not for its compiler.
+    subprocess.run(command, check=True, capture_output=True, timeout=300, start_new_session=True)
 
 
 def _openmp_of_torch() -> str:
     """The path of the OpenMP library, GNU's, that torch has loaded."""
     if sys.platform != "linux":
         raise OSError(f"not on {sys.platform}")
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    found = {line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line}
-    ours = sorted(path for path in found if Path(path).is_relative_to(Path(torch.__file__).parent.parent))
-    if not (ours or found):
+    lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    found = {Path(line.split(maxsplit=5)[-1]) for line in lines if "/libgomp" in line}
+    if not found:
         raise OSError("torch has no libgomp")
-    return (ours or sorted(found))[0]
+    # Other packages bring theirs; torch's lies in its folder, or beside it in torch.libs.
+    own = Path(torch.__file__).parent
+    homes = (own, own.with_name("torch.libs"))
+    return str(min(found, key=lambda path: (not any(path.is_relative_to(home) for home in homes), path)))
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, by products of blocks.
+"""Causal attention for training on a CPU: one kernel (stlm.kernels), or products of blocks by torch.
 
 torch's fused attention on a CPU keeps its working set in the cache, but multiplies in tiles too small for the
 processor's products of matrices: with 16 heads of 32 over 512 tokens it takes four times as long, forward and
@@ -6,7 +6,10 @@ backward. Here a block of queries, those of all heads that share a key/value hea
 all keys up to it at once. The weights (half of a length's square, for each head) are kept for the backward
 pass.
 
-Shapes as in stlm.model.attention_blocks.
+The kernel does the same without leaving the cache.
+
+Shapes: B batch, L length, H query heads, K key/value heads, G = H / K query heads a group, E head width,
+N = B K, Q queries of a block, X = G Q rows of a block's products, C keys up to the block's end.
 """
 
 from __future__ import annotations
@@ -18,17 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stlm.model.attention_blocks import (
-    causal_softmax,
-    causal_softmax_backward,
-    from_blocks,
-    join_heads,
-    places,
-    split_heads,
-    to_blocks,
-    views,
-)
-from stlm.model.rotary import Rotary
+from stlm.kernels.library import kernels_for
+from stlm.model.rotary import Rotary, rotate, rotate_back
+
+# Queries of a block: smaller ones look at fewer keys in vain, larger ones make larger products.
+_BLOCK = 64
 
 
 def causal_attention(
@@ -40,7 +37,52 @@ def causal_attention(
     each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023). `sees_B1LL`:
     which of these keys a query may look at, its own among them; None: all. `rope` rotates queries and keys.
     """
+    kernels = kernels_for(qkv_BLSE)
+    if kernels is not None and kernels.attention is not None:
+        return _Kernel.apply(qkv_BLSE, heads, sees_B1LL, rope)
     return _CausalAttention.apply(qkv_BLSE, heads, sees_B1LL, rope)
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_BLSE: Tensor, heads: int, sees_B1LL: Tensor | None, rope: Rotary | None
+    ) -> Tensor:
+        qkv_BLSE = qkv_BLSE.contiguous()
+        B, L, S, E = qkv_BLSE.shape
+        if sees_B1LL is not None and sees_B1LL.shape != (B, 1, L, L):
+            raise ValueError(
+                f"expected which keys are seen as {(B, 1, L, L)}, found {tuple(sees_B1LL.shape)}"
+            )
+        ctx.shape = B, L, heads, (S - heads) // 2, E
+        ctx.angles = _angles(rope, B, L, E)
+        y_BLHE = qkv_BLSE.new_empty(B, L, heads, E)
+        kernels = kernels_for(qkv_BLSE)
+        weights = qkv_BLSE.new_empty(B * heads, kernels.attention_weights(L))
+        kernels.attention(*ctx.shape, qkv_BLSE, *ctx.angles, sees_B1LL, y_BLHE, weights)
+        ctx.save_for_backward(qkv_BLSE, weights)
+        return y_BLHE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv_BLSE, weights = ctx.saved_tensors
+        dqkv_BLSE = torch.empty_like(qkv_BLSE)
+        kernels_for(dy_BLHE).attention_backward(
+            *ctx.shape, qkv_BLSE, *ctx.angles, dy_BLHE.contiguous(), weights, dqkv_BLSE
+        )
+        return dqkv_BLSE, None, None, None
+
+
+def _angles(rope: Rotary | None, B: int, L: int, E: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """Cosines and sines, float32, and how many elements a row of the batch has of its own."""
+    if rope is None:
+        return None, None, 0
+    cos, sin = (table.float().contiguous() for table in rope)
+    of_rows = cos.dim() == 4 and len(cos) > 1
+    if cos.shape != sin.shape or cos.numel() != (B if of_rows else 1) * L * E:
+        raise ValueError(f"expected angles of {L} positions and {E} dimensions, found {tuple(cos.shape)}")
+    return cos, sin, L * E if of_rows else 0
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -50,40 +92,81 @@ class _CausalAttention(torch.autograd.Function):
     ) -> Tensor:
         B, L, S, E = qkv_BLSE.shape
         K = (S - heads) // 2
-        q_blocks, k_NLE, v_NLE = split_heads(qkv_BLSE, heads, rope)
-        y_blocks, weights = torch.empty_like(q_blocks), []
-        none_1, scale = qkv_BLSE.new_empty(1), 1 / math.sqrt(E)
+        qk_BLSE, v_BLKE = qkv_BLSE.split([heads + K, K], dim=2)
+        if rope is not None:
+            qk_BLSE = rotate(qk_BLSE, *rope)
+        q_BLHE, k_BLKE = qk_BLSE.split([heads, K], dim=2)
+        k_NLE, v_NLE = (x.transpose(1, 2).reshape(B * K, L, E) for x in (k_BLKE, v_BLKE))
+        q_BKGLE = _grouped(q_BLHE, K)
+        y_BLHE = q_BLHE.new_empty(B, L, heads, E)
+        y_BKGLE = _grouped(y_BLHE, K)
+        later_QQ = q_BLHE.new_full((_BLOCK, _BLOCK), -torch.inf).triu(1)
+        none_1 = q_BLHE.new_empty(1)
+        queries, weights = [], []
         with torch.autocast(qkv_BLSE.device.type, enabled=False):
-            for (begin, end), q_NXE, y_NXE in zip(
-                places(L), views(q_blocks, L, B * K), views(y_blocks, L, B * K), strict=True
-            ):
-                keys_NEC = k_NLE[:, :end].transpose(1, 2)
-                score_NXC = torch.baddbmm(none_1, q_NXE, keys_NEC, beta=0, alpha=scale)
-                weight_NXC = causal_softmax(score_NXC, end - begin, sees_B1LL)
-                torch.bmm(weight_NXC, v_NLE[:, :end], out=y_NXE)
+            for begin, end in _blocks(L):
+                Q = end - begin
+                q_NXE = _rows(q_BKGLE, begin, end)
+                score_NXC = torch.baddbmm(
+                    none_1, q_NXE, k_NLE[:, :end].transpose(1, 2), beta=0, alpha=1 / math.sqrt(E)
+                )
+                score_NXC.view(B * K, -1, Q, end)[..., begin:].add_(later_QQ[:Q, :Q])
+                if sees_B1LL is not None:
+                    unseen_B11QC = ~sees_B1LL[:, :, None, begin:end, :end]
+                    score_NXC.view(B, K, -1, Q, end).masked_fill_(unseen_B11QC, -torch.inf)
+                weight_NXC = torch.softmax(score_NXC, dim=-1)
+                y_BKGLE[:, :, :, begin:end] = torch.bmm(weight_NXC, v_NLE[:, :end]).view(B, K, -1, Q, E)
+                queries.append(q_NXE)
                 weights.append(weight_NXC)
         ctx.rope = rope
-        ctx.save_for_backward(q_blocks, k_NLE, v_NLE, *weights)
-        return from_blocks(y_blocks, B, L, K)
+        ctx.save_for_backward(k_NLE, v_NLE, *queries, *weights)
+        return y_BLHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLHE: Tensor) -> tuple[Tensor, None, None, None]:
-        q_blocks, k_NLE, v_NLE, *weights = ctx.saved_tensors
-        B, L, _, E = dy_BLHE.shape
-        N = len(k_NLE)
-        dy_blocks, dq_blocks = to_blocks(dy_BLHE, N // B), torch.empty_like(q_blocks)
+        k_NLE, v_NLE, *kept = ctx.saved_tensors
+        B, L, H, E = dy_BLHE.shape
+        K = len(k_NLE) // B
+        blocks = _blocks(L)
+        dy_BKGLE = _grouped(dy_BLHE, K)
+        dqkv_BLSE = k_NLE.new_empty(B, L, H + 2 * K, E)
+        dq_BLHE, dk_BLKE, dv_BLKE = dqkv_BLSE.split([H, K, K], dim=2)
+        dq_BKGLE = _grouped(dq_BLHE, K)
         # Sums over blocks, in float32 whatever the arithmetic.
         dk_NLE, dv_NLE = (torch.zeros_like(k_NLE, dtype=_sum_type(k_NLE)) for _ in range(2))
         none_1, scale = k_NLE.new_empty(1), 1 / math.sqrt(E)
-        rows = (views(blocks, L, N) for blocks in (q_blocks, dy_blocks, dq_blocks))
-        for (begin, end), q_NXE, dy_NXE, dq_NXE, weight_NXC in zip(places(L), *rows, weights, strict=True):
-            dv_NLE[:, :end].add_(torch.bmm(weight_NXC.transpose(1, 2), dy_NXE))
+        for (begin, end), q_NXE, weight_NXC in zip(
+            blocks, kept[: len(blocks)], kept[len(blocks) :], strict=True
+        ):
+            dy_NXE = _rows(dy_BKGLE, begin, end)
+            dv_NLE[:, :end] += torch.bmm(weight_NXC.transpose(1, 2), dy_NXE)
             dweight_NXC = torch.bmm(dy_NXE, v_NLE[:, :end].transpose(1, 2))
-            dscore_NXC = causal_softmax_backward(weight_NXC, dweight_NXC, end - begin)
-            torch.baddbmm(none_1, dscore_NXC, k_NLE[:, :end], beta=0, alpha=scale, out=dq_NXE)
-            dk_NLE[:, :end].add_(torch.bmm(dscore_NXC.transpose(1, 2), q_NXE))
-        return join_heads(dq_blocks, dk_NLE.mul_(scale), dv_NLE, B, ctx.rope), None, None, None
+            dscore_NXC = torch._softmax_backward_data(dweight_NXC, weight_NXC, -1, weight_NXC.dtype)
+            dq_NXE = torch.baddbmm(none_1, dscore_NXC, k_NLE[:, :end], beta=0, alpha=scale)
+            dq_BKGLE[:, :, :, begin:end] = dq_NXE.view(B, K, -1, end - begin, E)
+            dk_NLE[:, :end] += torch.bmm(dscore_NXC.transpose(1, 2), q_NXE)
+        dk_BLKE.copy_(dk_NLE.mul_(scale).view(B, K, L, E).transpose(1, 2))
+        dv_BLKE.copy_(dv_NLE.view(B, K, L, E).transpose(1, 2))
+        if ctx.rope is not None:
+            dqk_BLSE = dqkv_BLSE[:, :, : H + K]
+            dqk_BLSE.copy_(rotate_back(dqk_BLSE, *ctx.rope))
+        return dqkv_BLSE, None, None, None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """First and last position (exclusive) of each block of queries."""
+    return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
+
+
+def _grouped(x_BLHE: Tensor, kv_heads: int) -> Tensor:
+    """The same elements as [B, K, G, L, E]: the heads of a group together."""
+    return x_BLHE.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _rows(x_BKGLE: Tensor, begin: int, end: int) -> Tensor:
+    """A copy of the block's rows [N, X, E], those of a group's heads together."""
+    return x_BKGLE[:, :, :, begin:end].flatten(2, 3).flatten(0, 1)
 
 
 def _sum_type(x: Tensor) -> torch.dtype:

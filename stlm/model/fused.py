@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stlm.kernels.library import kernels_for
+from stlm.kernels.library import TYPES, kernels_for
 
 
 class RMSNorm(nn.RMSNorm):
@@ -28,11 +28,12 @@ class RMSNorm(nn.RMSNorm):
     narrow = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or kernels_for(x) is None:
+        types = {x.dtype, self.weight.dtype}
+        if types != {torch.float32} or x.shape[-1:] != self.weight.shape or kernels_for(x) is None:
             return super().forward(x)
         narrow = self.narrow and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if narrow else x.dtype
-        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps, dtype if dtype in TYPES else x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

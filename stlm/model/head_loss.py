@@ -87,7 +87,10 @@ def _even_part(count: int, most: int) -> int:
 def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
     """The sum of the losses divided by `count`; with `gradient`, that of the sum replaces the logits."""
     if (kernels := kernels_for(logits_CV)) is not None:
-        (C, V), targets_C = logits_CV.shape, targets_C.contiguous()
+        (C, V), targets_C = logits_CV.shape, targets_C.long().contiguous()
+        least, most = (bound.item() for bound in targets_C.aminmax())
+        if least < 0 or most >= V:
+            raise IndexError(f"targets from {least} to {most}, expected from 0 to {V - 1}")
         losses_C = logits_CV.new_empty(C, dtype=torch.float32)
         kernels.cross_entropy(C, V, logits_CV, targets_C, softcap, gradient, losses_C)
         return losses_C.sum() / count

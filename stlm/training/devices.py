@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stlm.kernels.library import kernels
+from stlm.kernels import library
 from stlm.training.config import TrainingConfig
 
 
@@ -40,17 +40,18 @@ class Device:
 
     @property
     def kernels(self) -> bool:
-        """Whether training runs kernels of ours (stlm.kernels); a compiler makes its own."""
-        return self.device.type == "cpu" and not self.compiled and bool(kernels().by_type)
+        """Whether there are kernels of ours (stlm.kernels); what is compiled as a graph does without."""
+        return self.device.type == "cpu" and bool(library.kernels().by_type)
 
     @property
     def arithmetic(self) -> str:
         """In words: the precision, and what the operations are."""
-        if self.compiled:
-            return f"{self.precision}, compiled"
-        if self.device.type == "cpu" and not self.kernels:
-            return f"{self.precision}, without kernels ({kernels().why_none})"
-        return self.precision
+        missing = self.device.type == "cpu" and not self.kernels
+        return (
+            self.precision
+            + (", compiled" if self.compiled else "")
+            + (f", without kernels ({library.kernels().why_none})" if missing else "")
+        )
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Trainer:
         )
         self.state_path = run.state_folder / "state.pt"
         self.output = run.state_folder / "output"
-        self.progress = Progress()
+        self.progress = Progress(kernels=self.where.kernels)
         # Of the steps since the last row of the curve, on the device.
         self.losses: list[Tensor] = []
         self.norm = torch.tensor(math.nan)
@@ -125,9 +126,9 @@ class Trainer:
         The state of another recipe is set aside, in case it is wanted after all. Every process of a group
         reads the same state, once the leader has tidied up around it.
         """
-        if not self.group.agrees(int(self.mark[:15], 16)):
+        if not (self.group.agrees(int(self.mark[:15], 16)) and self.group.agrees(self.where.kernels)):
             raise UserError(
-                f"run {self.run.name}: the processes found different parameters, data or precision"
+                f"run {self.run.name}: the processes found different parameters, data, precision or kernels"
             )
         progress = self.take_up() if self.group.leads else None
         self.group.wait()
@@ -140,7 +141,7 @@ class Trainer:
             )
         if progress is None:
             return False
-        self.progress = progress
+        self.progress = replace(progress, kernels=progress.kernels and self.where.kernels)
         self.losses = [torch.tensor(loss, device=self.device) for loss in progress.losses]
         self.norm = torch.tensor(progress.grad_norm)
         self.watch = self.watching()
@@ -164,6 +165,12 @@ class Trainer:
         else:
             remove_leftovers(folder)
             remove_leftovers(self.output / "checkpoints")
+            if progress.kernels != self.where.kernels:
+                begun, now = ("with" if own else "without" for own in (progress.kernels, self.where.kernels))
+                print(
+                    f"{self.run.name}: begun {begun} kernels in C, going on {now}: from here on rounding differs",
+                    file=sys.stderr,
+                )
         return progress
 
     def save(self) -> None:
@@ -343,7 +350,7 @@ class Trainer:
             "device": self.where.name,
             "precision": self.where.precision,
             "compiled": self.where.compiled,
-            "kernels": self.where.kernels,
+            "kernels": self.progress.kernels,
             "threads": torch.get_num_threads(),
             "processes": self.group.size,
             "model": run.model.model_dump(),

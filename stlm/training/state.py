@@ -26,7 +26,7 @@ class Progress:
     """How far a run has come.
 
     `losses` of the steps since the last row of the curve, and the last step's `grad_norm`, are what the next
-    row needs of a run that stopped between two rows.
+    row needs of a run that stopped between two rows. `kernels`: all of it was computed with them.
     """
 
     step: int = 0
@@ -36,6 +36,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     grad_norm: float = math.nan
     watch: dict[str, Any] = field(default_factory=dict)
+    kernels: bool = False
 
 
 def fingerprint(content: dict[str, Any]) -> str:

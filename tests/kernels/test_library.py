@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +15,30 @@ from torch.nn import functional as F
 
 from stlm.kernels import library
 from stlm.kernels.library import kernels, kernels_for
+from stlm.model.causal_attention import causal_attention
+from stlm.model.fused import RMSNorm, swiglu
+from stlm.model.head_loss import head_loss
+from stlm.model.rotary import rope_tables
 
 needs_kernels = pytest.mark.skipif(not kernels().by_type, reason=f"no kernels: {kernels().why_none}")
 TYPES = [torch.float32, torch.bfloat16]
 
 
-def found(tmp_path: Path, **environment: str) -> dict:
-    """What a new process finds, with a cache of its own and these variables."""
-    program = """
+def found(tmp_path: Path, first: str = "", **environment: str) -> dict:
+    """What a new process finds, with a cache of its own and these variables, after the statement `first`."""
+    program = f"""
+{first}
 import json, torch
 from pathlib import Path
-from stlm.kernels.library import compiled, kernels
+from stlm.kernels.library import _openmp_of_torch, kernels
 own = kernels()
 maps = Path("/proc/self/maps").read_text()
-print(json.dumps({
-    "types": len(own.by_type),
-    "why": own.why_none,
-    "openmp": len({line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line}),
-}))
+print(json.dumps(dict(
+    types=len(own.by_type),
+    why=own.why_none,
+    openmp=len(set(line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line)),
+    linked=_openmp_of_torch() if own.by_type else None,
+)))
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -50,8 +57,17 @@ def test_they_are_compiled_once_and_share_torchs_threads(tmp_path):
     (file,) = (tmp_path / "stlm").iterdir()
     before = file.stat().st_mtime_ns
     # Without a compiler now: what was compiled serves.
-    assert found(tmp_path, CC="no-such-compiler")["types"] == 2
+    assert found(tmp_path, PATH="")["types"] == 2
     assert file.stat().st_mtime_ns == before
+
+
+@needs_kernels
+def test_another_packages_openmp_is_not_taken(tmp_path):
+    pytest.importorskip("sklearn")
+    own = found(tmp_path, "import sklearn.utils._openmp_helpers")
+    if own["openmp"] < 2:
+        pytest.skip("it brings none")
+    assert Path(own["linked"]).parent.name in ("lib", "torch.libs")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +75,7 @@ def test_they_are_compiled_once_and_share_torchs_threads(tmp_path):
     [
         ({"CC": "no-such-compiler"}, "no C compiler (no-such-compiler)"),
         ({"CC": "cc -no-such-option"}, "no-such-option"),
+        ({"CC": "'"}, "quotation"),
         ({"STLM_KERNELS": "0"}, "STLM_KERNELS=0"),
     ],
 )
@@ -96,15 +113,16 @@ def test_arrays_with_gaps_are_refused():
 @needs_kernels
 @pytest.mark.parametrize("dtype", TYPES)
 def test_exponentials_over_their_whole_range(dtype):
-    """By softmax of pairs: of the larger, e^0; of the other, e to numbers down to where nothing is left."""
+    """By the probabilities of pairs, e^0 and e to numbers down to where nothing is left, and beyond."""
     below = -torch.logspace(-3, 2.2, 4000)
     pairs = torch.stack([torch.zeros(4000), below], dim=1).to(dtype)
-    weight = pairs.clone()[:, None].contiguous()
-    # One query that sees both keys.
-    kernels_for(weight).causal_softmax(4000, 1, 1, 2, None, 1, 2, weight)
-    exact = pairs.double().softmax(dim=-1)
-    error = ((weight[:, 0].double() - exact) / exact).abs()[exact > 1e-37]
-    assert error.max() < (5e-7 if dtype == torch.float32 else 2**-8)
+    own, losses = pairs.clone(), torch.empty(4000)
+    kernels_for(own).cross_entropy(4000, 2, own, torch.zeros(4000, dtype=torch.int64), 0.0, True, losses)
+    exact = pairs.double().softmax(dim=-1)[:, 1]
+    error = ((own[:, 1].double() - exact) / exact).abs()[below > -87]
+    assert len(error) > 3000 and error.max() < (5e-7 if dtype == torch.float32 else 2**-8)
+    assert not own[below < -88, 1].any()
+    torch.testing.assert_close(losses, pairs.double().logsumexp(dim=-1).float())
 
 
 @needs_kernels
@@ -136,10 +154,15 @@ def test_what_is_no_number_shows(dtype, bad):
     gate_up[1, 50] = bad
     own.swiglu(2, 40, gate_up, y)
     assert y[0].isfinite().all() and not y[1].isfinite().all()
-    weight = torch.zeros(2, 1, 40, dtype=dtype)
-    weight[1, 0, 5] = bad
-    own.causal_softmax(2, 1, 1, 40, None, 1, 40, weight)
-    assert weight[0].isfinite().all() and not weight[1].isfinite().any()
+    if own.attention is None:
+        return
+    # From the value's position on; of those before, a block of 32 sees none of it.
+    qkv_BLSE, y_BLHE = torch.ones(2, 50, 4, 6, dtype=dtype), torch.empty(2, 50, 2, 6, dtype=dtype)
+    qkv_BLSE[1, 40, 3, 2] = bad
+    weights = torch.empty(4, own.attention_weights(50), dtype=dtype)
+    own.attention(2, 50, 2, 1, 6, qkv_BLSE, None, None, 0, None, y_BLHE, weights)
+    assert y_BLHE[0].isfinite().all() and y_BLHE[1, :32].isfinite().all()
+    assert not y_BLHE[1, 40:, :, 2].isfinite().any()
 
 
 @needs_kernels
@@ -167,11 +190,65 @@ def test_threads_share_the_work_and_always_alike(dtype, monkeypatch):
     assert torch.equal(results[1][1], results[2][1])
 
 
-def test_the_source_is_installed_with_the_package():
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("batch", "kv_heads"), [(3, 2), (1, 1)])
+def test_any_number_of_threads_gives_the_same_bits(batch, kv_heads, dtype):
+    """Of attention, the head's loss and SwiGLU, all large enough for several threads."""
+    generator = torch.Generator().manual_seed(0)
+    qkv_BLSE = torch.randn(batch, 130, 8 + 2 * kv_heads, 16, generator=generator).to(dtype)
+    rope = tuple(table.unsqueeze(-2) for table in rope_tables(130, 16, 100.0))
+    gate_up = torch.randn(300, 256, generator=generator).to(dtype)
+    logits, targets = torch.randn(300, 200, generator=generator).to(dtype), torch.arange(300) % 200
+
+    def everything() -> list[torch.Tensor]:
+        own, gates = qkv_BLSE.clone().requires_grad_(), gate_up.clone().requires_grad_()
+        y_BLHE, product = causal_attention(own, 8, None, rope), swiglu(gates)
+        (y_BLHE.float().square().sum() + product.float().square().sum()).backward()
+        left, losses = logits.clone(), torch.empty(300)
+        kernels_for(left).cross_entropy(300, 200, left, targets, 5.0, True, losses)
+        return [y_BLHE, own.grad, product, gates.grad, left, losses]
+
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+@needs_kernels
+def test_shapes_that_do_not_fit_are_refused():
+    qkv_BLSE, rope = torch.randn(2, 10, 4, 8), rope_tables(9, 8, 100.0)
+    with pytest.raises(ValueError, match="angles of 10 positions and 8 dimensions"):
+        causal_attention(qkv_BLSE, 2, None, rope)
+    with pytest.raises(ValueError, match="keys are seen"):
+        causal_attention(qkv_BLSE, 2, torch.ones(1, 1, 10, 10, dtype=torch.bool))
+    with pytest.raises(IndexError, match="targets from 0 to 5, expected from 0 to 4"):
+        head_loss(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 5]))
+    with pytest.raises(RuntimeError):
+        RMSNorm(8, eps=1e-5)(torch.randn(2, 9))
+
+
+def test_where_there_is_a_compiler_there_are_kernels():
+    """Or all the tests here would be skipped, and no one would know."""
+    if sys.platform != "linux" or shutil.which("cc") is None or os.environ.get("STLM_KERNELS") == "0":
+        pytest.skip("no Linux, no C compiler, or switched off")
+    assert set(kernels().by_type) == set(TYPES), kernels().why_none
+
+
+def test_the_sources_are_installed_with_the_package():
     import tomllib
     from fnmatch import fnmatch
 
     settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["stlm"]
-    name = library.SOURCE.relative_to(Path(library.__file__).parents[1]).as_posix()
-    assert library.SOURCE.exists() and any(fnmatch(name, pattern) for pattern in patterns)
+    folder = Path(library.__file__).parent
+    for source in folder.glob("*.[ch]"):
+        name = source.relative_to(folder.parent).as_posix()
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
+    assert all(source.exists() for source in library.SOURCES)

@@ -7,11 +7,17 @@ import pytest
 from stlm.kernels import library
 
 
+@pytest.fixture
+def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test as where there are no kernels."""
+    monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "switched off by a test"))
+
+
 @pytest.fixture(params=["kernels", "torch"])
-def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def operations(request: pytest.FixtureRequest) -> str:
     """Run a test with kernels, where there are some, and with torch's operations."""
     if request.param == "torch":
-        monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "switched off by a test"))
+        request.getfixturevalue("torch_operations")
     elif not library.kernels().by_type:
         pytest.skip(f"no kernels: {library.kernels().why_none}")
     return request.param

@@ -220,8 +220,8 @@ def test_parameters_are_those_of_the_model_group_by_group(options, tied, pooling
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_flops_are_those_that_torch_counts(tied, pooling):
-    """Of different chunks of one length, each read once and written once."""
+def test_flops_are_those_that_torch_counts(tied, pooling, torch_operations):
+    """Of different chunks of one length, each read once and written once; torch does not see into kernels."""
     own = {"pooling": pooling, "encoder_layers": 1, "decoder_layers": 3}
     model = strong(own, tied=tied, context=8).train()
     words = [bytes(letters) for letters in itertools.permutations(b"abcdef", 4)][:18]

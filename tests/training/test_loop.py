@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from stlm.errors import UserError
 from stlm.files import read_json
+from stlm.kernels import library
 from stlm.tokens.batches import ValidationSet
 from stlm.training import loop, publish
 from stlm.training.checkpoints import load_checkpoint
@@ -242,6 +243,27 @@ def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run
     assert kept == ["step-0000005", "step-0000012", "tokenizer"]
     weights(run, 5), weights(run, 12)
     assert not run.state_folder.exists()
+
+
+def test_a_run_that_goes_on_without_its_kernels_says_so(make_run, monkeypatch, capsys):
+    """Rounding differs from there on: what it ends with is recorded as of a run without."""
+    if not library.kernels().by_type:
+        pytest.skip(f"no kernels: {library.kernels().why_none}")
+    run = make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "publish", lambda *arguments: None)
+        train(run)
+    assert "kernels" not in capsys.readouterr().err
+    monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "no compiler"))
+    train(run)
+    told = capsys.readouterr().err
+    assert "float32, without kernels (no compiler)" in told
+    assert "begun with kernels in C, going on without" in told
+    assert read_json(run.folder / "train.json")["kernels"] is False
+    other = make_run("without")
+    train(other)
+    assert "begun" not in capsys.readouterr().err
+    assert read_json(other.folder / "train.json")["kernels"] is False
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_not_published(make_run, monkeypatch):

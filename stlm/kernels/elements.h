@@ -1,0 +1,78 @@
+/* Elements and functions that the kernels share: float32 and bfloat16, exponentials, rounding. */
+
+#ifndef STLM_ELEMENTS_H
+#define STLM_ELEMENTS_H
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Fewer elements than this are not worth waking a thread for. */
+#define FEW 16384
+
+/* e^x for x up to 0: 2^n e^r with r within half of ln 2, by a polynomial fitted for the smallest relative error,
+   3e-9; with the rounding of float32 2e-7. Below -87, where float32 ends, it is zero. */
+static inline float exponential(float x) {
+    float held = x < -87.0f ? -87.0f : x;
+    /* Added to it, what is behind the point is rounded off, and the lowest bits are n. */
+    float shifted = held * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    /* ln 2 in two parts, the first with few digits: n times it is exact. */
+    float r = held - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.381459124e-3f;
+    p = p * r + 8.368716840e-3f;
+    p = p * r + 4.166838820e-2f;
+    p = p * r + 1.666652063e-1f;
+    p = p * r + 4.999999345e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits, power;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&power, &shifted, sizeof power);
+    bits += power << 23;
+    memcpy(&p, &bits, sizeof p);
+    return x < -87.0f ? 0.0f : p;
+}
+
+/* 1 / (1 + e^-x), of the exponential of a number below 0. */
+static inline float sigmoid(float x) {
+    float e = exponential(-fabsf(x)), inverse = 1.0f / (1.0f + e);
+    return x < 0 ? e * inverse : inverse;
+}
+
+/* x sigmoid(x), rounded once less. */
+static inline float silu(float x) {
+    float e = exponential(-fabsf(x));
+    return (x < 0 ? x * e : x) / (1.0f + e);
+}
+
+static inline float tangent(float x) {
+    float e = exponential(-2.0f * fabsf(x));
+    return copysignf((1.0f - e) / (1.0f + e), x);
+}
+
+static inline float from_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+/* To the nearest, to even between two. What arithmetic makes not a number stays it. */
+static inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+/* The next multiple of the elements of a wide register, so that loops have no rest, nearly always. */
+static inline int64_t whole_vectors(int64_t n) { return (n + 31) / 32 * 32; }
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The name of a function for a type of elements: f_float32. */
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(f) JOIN(f, TYPE)
+
+#endif
