@@ -168,7 +168,7 @@ class Trainer:
             if progress.kernels != self.where.kernels:
                 begun, now = ("with" if own else "without" for own in (progress.kernels, self.where.kernels))
                 print(
-                    f"{self.run.name}: begun {begun} kernels in C, going on {now}: from here on rounding differs",
+                    f"{self.run.name}: begun {begun} kernels in C, going on {now}: rounding now differs",
                     file=sys.stderr,
                 )
         return progress
