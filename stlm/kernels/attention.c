@@ -10,6 +10,7 @@
 
 #ifndef ELEMENT
 
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "elements.h"
@@ -43,8 +44,17 @@ int64_t attention_weights(int64_t L) {
 
 /* A thread's arrays, one after the other in one piece of memory. */
 typedef struct {
-    char *at;
+    char *memory, *at;
 } arrays;
+
+static inline arrays arrays_of(int64_t bytes) {
+    char *memory = malloc(bytes + 64);
+    if (!memory) {
+        fprintf(stderr, "attention: no memory for %lld bytes\n", (long long)bytes);
+        abort();
+    }
+    return (arrays){memory, memory + (64 - (uintptr_t)memory % 64)};
+}
 
 static inline void *array(arrays *own, int64_t bytes) {
     void *begin = own->at;
@@ -58,7 +68,6 @@ static inline void *array(arrays *own, int64_t bytes) {
 #define PAIR 1
 #define LOAD(x) (x)
 #define STORE(x) (x)
-#define MULTIPLY(sum, a, b) ((sum) + (a) * (b))
 #include __FILE__
 #undef ELEMENT
 #undef TYPE
@@ -66,7 +75,6 @@ static inline void *array(arrays *own, int64_t bytes) {
 #undef PAIR
 #undef LOAD
 #undef STORE
-#undef MULTIPLY
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -231,8 +239,7 @@ void NAME(attention)(int64_t B, int64_t L, int64_t H, int64_t K, int64_t E, cons
 #pragma omp parallel if (B * L * S * E > FEW)
     {
         int64_t sizes = Lp * Ee + BLOCK * Ee + 2 * (Lp * Ep) + BLOCK * (Lp + Ep) + 6 * 16;
-        char *memory = malloc(sizes * sizeof(float) + 64);
-        arrays own = {memory + (64 - (uintptr_t)memory % 64)};
+        arrays own = arrays_of(sizes * sizeof(float));
         ELEMENT *k = array(&own, Lp * Ee * sizeof *k), *q = array(&own, BLOCK * Ee * sizeof *q);
         FACTOR *keys = array(&own, Ee / PAIR * Lp * sizeof *keys), *values = array(&own, Lp / PAIR * Ep * sizeof *values);
         float *score = array(&own, BLOCK * Lp * sizeof *score), *mixed = array(&own, BLOCK * Ep * sizeof *mixed);
@@ -268,7 +275,7 @@ void NAME(attention)(int64_t B, int64_t L, int64_t H, int64_t K, int64_t E, cons
                 }
             }
         }
-        free(memory);
+        free(own.memory);
     }
 }
 
@@ -282,8 +289,7 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
 #pragma omp parallel if (B * L * S * E > FEW)
     {
         int64_t sizes = 2 * (Lp * Ee) + 2 * (BLOCK * Ee) + 5 * (Lp * Ep) + 3 * (BLOCK * Ep) + 4 * (BLOCK * Lp) + 16 * 16;
-        char *memory = malloc(sizes * sizeof(float) + 64);
-        arrays own = {memory + (64 - (uintptr_t)memory % 64)};
+        arrays own = arrays_of(sizes * sizeof(float));
         ELEMENT *kv = array(&own, Lp * Ee * sizeof *kv), *q = array(&own, BLOCK * Ee * sizeof *q);
         ELEMENT *slope = array(&own, BLOCK * Ee * sizeof *slope);
         FACTOR *keys = array(&own, Lp / PAIR * Ep * sizeof *keys), *values = array(&own, Ee / PAIR * Lp * sizeof *values);
@@ -350,7 +356,7 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
                 NAME(turn_sums)(E, dv + l * Ep, 0, 0, 1, 1, drow + (l * S + H + K + m) * E);
             }
         }
-        free(memory);
+        free(own.memory);
     }
 }
 

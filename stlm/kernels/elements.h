@@ -65,9 +65,6 @@ static inline uint16_t to_bfloat16(float x) {
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-/* The next multiple of the elements of a wide register, so that loops have no rest, nearly always. */
-static inline int64_t whole_vectors(int64_t n) { return (n + 31) / 32 * 32; }
-
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The name of a function for a type of elements: f_float32. */

@@ -5,8 +5,7 @@
    sums over rows are kept by thread and added in their order: the same threads give the same bits.
 
    The file includes itself once for each type of elements. Shapes: N rows, D width, F feed-forward units, V
-   vocabulary; B batch, L length, H query heads, K key/value heads, G = H / K query heads a group, E head width,
-   Q queries of a block. */
+   vocabulary. */
 
 #ifndef ELEMENT
 

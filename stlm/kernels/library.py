@@ -122,7 +122,8 @@ def compiled() -> Path:
     """The library for this machine, in the user's cache, compiled if it is not there yet."""
     openmp, compiler = _openmp_of_torch(), os.environ.get("CC") or "cc"
     texts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*SOURCES, _HEADER)]
-    key = "\n".join([*texts, compiler, *FLAGS, openmp, torch.__version__, _processor()])
+    user = str(os.getuid())
+    key = "\n".join([*texts, compiler, *FLAGS, openmp, torch.__version__, _processor(), user])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = home / "stlm" / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():

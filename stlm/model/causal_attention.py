@@ -50,11 +50,17 @@ class _Kernel(torch.autograd.Function):
     ) -> Tensor:
         qkv_BLSE = qkv_BLSE.contiguous()
         B, L, S, E = qkv_BLSE.shape
-        if sees_B1LL is not None and sees_B1LL.shape != (B, 1, L, L):
-            raise ValueError(
-                f"expected which keys are seen as {(B, 1, L, L)}, found {tuple(sees_B1LL.shape)}"
-            )
-        ctx.shape = B, L, heads, (S - heads) // 2, E
+        K, rest = divmod(S - heads, 2)
+        if rest or K < 1 or heads % K:
+            raise ValueError(f"{S} heads: {heads} of queries, and as many of keys as of values, do not fit")
+        if sees_B1LL is not None:
+            if sees_B1LL.shape != (B, 1, L, L) or sees_B1LL.dtype != torch.bool:
+                found = f"{tuple(sees_B1LL.shape)} of {sees_B1LL.dtype}"
+                raise ValueError(
+                    f"expected which keys are seen as {(B, 1, L, L)} of torch.bool, found {found}"
+                )
+            sees_B1LL = sees_B1LL.contiguous()
+        ctx.shape = B, L, heads, K, E
         ctx.angles = _angles(rope, B, L, E)
         y_BLHE = qkv_BLSE.new_empty(B, L, heads, E)
         kernels = kernels_for(qkv_BLSE)

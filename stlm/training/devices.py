@@ -40,18 +40,17 @@ class Device:
 
     @property
     def kernels(self) -> bool:
-        """Whether there are kernels of ours (stlm.kernels); what is compiled as a graph does without."""
-        return self.device.type == "cpu" and bool(library.kernels().by_type)
+        """Whether training runs kernels of ours (stlm.kernels): a graph that is compiled has its own."""
+        return self.device.type == "cpu" and not self.compiled and bool(library.kernels().by_type)
 
     @property
     def arithmetic(self) -> str:
         """In words: the precision, and what the operations are."""
-        missing = self.device.type == "cpu" and not self.kernels
-        return (
-            self.precision
-            + (", compiled" if self.compiled else "")
-            + (f", without kernels ({library.kernels().why_none})" if missing else "")
-        )
+        if self.compiled:
+            return f"{self.precision}, compiled"
+        if self.device.type == "cpu" and not self.kernels:
+            return f"{self.precision}, without kernels ({library.kernels().why_none})"
+        return self.precision
 
     @property
     def name(self) -> str:

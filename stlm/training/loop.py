@@ -126,9 +126,14 @@ class Trainer:
         The state of another recipe is set aside, in case it is wanted after all. Every process of a group
         reads the same state, once the leader has tidied up around it.
         """
-        if not (self.group.agrees(int(self.mark[:15], 16)) and self.group.agrees(self.where.kernels)):
+        if not self.group.agrees(int(self.mark[:15], 16)):
             raise UserError(
-                f"run {self.run.name}: the processes found different parameters, data, precision or kernels"
+                f"run {self.run.name}: the processes found different parameters, data or precision"
+            )
+        if not self.group.agrees(self.where.kernels):
+            raise UserError(
+                f"run {self.run.name}: some processes have kernels in C, others not ({self.where.arithmetic} "
+                "here); install a C compiler for all, or set STLM_KERNELS=0 for all"
             )
         progress = self.take_up() if self.group.leads else None
         self.group.wait()
@@ -141,7 +146,8 @@ class Trainer:
             )
         if progress is None:
             return False
-        self.progress = replace(progress, kernels=progress.kernels and self.where.kernels)
+        kernels = progress.kernels and (self.where.kernels or progress.step == self.config.steps)
+        self.progress = replace(progress, kernels=kernels)
         self.losses = [torch.tensor(loss, device=self.device) for loss in progress.losses]
         self.norm = torch.tensor(progress.grad_norm)
         self.watch = self.watching()
@@ -165,12 +171,11 @@ class Trainer:
         else:
             remove_leftovers(folder)
             remove_leftovers(self.output / "checkpoints")
-            if progress.kernels != self.where.kernels:
-                begun, now = ("with" if own else "without" for own in (progress.kernels, self.where.kernels))
-                print(
-                    f"{self.run.name}: begun {begun} kernels in C, going on {now}: rounding now differs",
-                    file=sys.stderr,
-                )
+            ends = progress.step == self.config.steps
+            if progress.kernels != self.where.kernels and not ends:
+                so_far = "with kernels in C" if progress.kernels else "not, or not all, with kernels in C"
+                now = "with" if self.where.kernels else "without"
+                print(f"{self.run.name}: so far {so_far}, now {now}: rounding differs", file=sys.stderr)
         return progress
 
     def save(self) -> None:

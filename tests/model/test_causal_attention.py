@@ -15,10 +15,10 @@ from stlm.model.transformer import Transformer
 TYPES = [torch.float64, torch.float32]
 
 
-def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def inputs(length: int, heads: int, kv_heads: int, dtype: torch.dtype, width: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(2, length, n, 8, generator=generator, dtype=dtype).requires_grad_()
+        torch.randn(2, length, n, width, generator=generator, dtype=dtype).requires_grad_()
         for n in (heads, kv_heads, kv_heads)
     ]
 
@@ -46,13 +46,20 @@ def compare(found, expected, own, reference) -> None:
 # One block, a part of one, several with a part at the end.
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 5, 64, 200])
+@pytest.mark.parametrize("length", [1, 5, 31, 33, 64, 200])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_it_is_torchs_attention(length, heads, kv_heads, masked, dtype):
     sees = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(2)) < 0.5
     sees = (sees | torch.eye(length, dtype=torch.bool)).tril() if masked else None
     own, reference = inputs(length, heads, kv_heads, dtype), inputs(length, heads, kv_heads, dtype)
     compare(by_blocks(*own, sees), by_torch(*reference, sees), own, reference)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [1, 5, 24, 40, 64, 96])
+def test_heads_of_any_width(width, dtype):
+    own, reference = inputs(70, 4, 2, dtype, width), inputs(70, 4, 2, dtype, width)
+    compare(by_blocks(*own), by_torch(*reference), own, reference)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -67,20 +74,29 @@ def test_it_rotates_queries_and_keys(rows, dtype):
     compare(by_blocks(*own, rope=rope), expected, own, reference)
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_in_bfloat16_it_is_as_near_to_float32_as_torchs(rotated, operations):
+@pytest.mark.parametrize(
+    ("width", "rotated", "masked"),
+    [(8, False, False), (8, True, False), (5, False, True), (64, True, True)],
+)
+def test_in_bfloat16_it_is_as_near_to_float32_as_torchs(width, rotated, masked, operations):
     """Its gradients too."""
-    rope = tuple(table.unsqueeze(-2) for table in rope_tables(100, 8, 100.0)) if rotated else None
-    turn = (lambda x: rotate(x, *rope)) if rotated else (lambda x: x)
-    exact, own, theirs = (inputs(100, 4, 2, torch.float32) for _ in range(3))
-    expected = by_torch(turn(exact[0]), turn(exact[1]), exact[2])
-    half = [x.bfloat16() for x in own]
+    torch.manual_seed(0)
+    sees = (torch.rand(2, 1, 100, 100) < 0.5) | torch.eye(100, dtype=torch.bool)
+    sees = sees.tril() if masked else None
+    tables = rope_tables(300, width, 100.0) if rotated else ()
+    # With a mask, positions of their own for each row.
+    places = torch.randint(0, 300, (2, 100)) if masked else slice(100)
+    rope = tuple(table[places].unsqueeze(-2) for table in tables) or None
+    exact, own, theirs = (inputs(100, 4, 2, torch.float32, width) for _ in range(3))
+
+    def rotated_by_torch(q, k, v):
+        return by_torch(*((rotate(x, *rope) for x in (q, k)) if rope else (q, k)), v, sees)
+
+    expected = rotated_by_torch(*exact)
     with torch.autocast("cpu", torch.bfloat16):
-        found = by_blocks(*half, rope=rope)
+        found = by_blocks(*(x.bfloat16() for x in own), sees, rope)
     assert found.dtype == torch.bfloat16
-    reference = by_torch(
-        *(change(x.bfloat16()) for change, x in zip([turn, turn, torch.clone], theirs, strict=True))
-    )
+    reference = rotated_by_torch(*(x.bfloat16() for x in theirs))
     for y in (expected, found, reference):
         (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     pairs = zip(

@@ -249,20 +249,34 @@ def test_a_run_that_goes_on_without_its_kernels_says_so(make_run, monkeypatch, c
     """Rounding differs from there on: what it ends with is recorded as of a run without."""
     if not library.kernels().by_type:
         pytest.skip(f"no kernels: {library.kernels().why_none}")
-    run = make_run()
+    run, done, other = make_run(), make_run("done"), make_run("other")
+    step = Trainer.step
+
+    def stopped_after_half(trainer):
+        if trainer.progress.step == 6:
+            trainer.save()
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped_after_half)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "publish", lambda *arguments: None)
-        train(run)
+        train(done)
     assert "kernels" not in capsys.readouterr().err
     monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "no compiler"))
     train(run)
     told = capsys.readouterr().err
     assert "float32, without kernels (no compiler)" in told
-    assert "begun with kernels in C, going on without" in told
+    assert "so far with kernels in C, now without: rounding differs" in told
     assert read_json(run.folder / "train.json")["kernels"] is False
-    other = make_run("without")
+    # One that had taken all its steps with them, and one that never had any.
+    train(done)
     train(other)
-    assert "begun" not in capsys.readouterr().err
+    assert "so far" not in capsys.readouterr().err
+    assert read_json(done.folder / "train.json")["kernels"] is True
     assert read_json(other.folder / "train.json")["kernels"] is False
 
 
