@@ -3,8 +3,8 @@
     python benchmarks/openmp_wait.py
 
 Times training steps of the desk study's baseline with threads that wait awake (OMP_WAIT_POLICY=ACTIVE),
-asleep (PASSIVE), and awake for 1,000 turns, then asleep (`short`, what `stlm.process` sets), alone and beside
-one busy process, side by side; writes results/benchmarks/openmp_wait.json.
+asleep (PASSIVE), and awake for so many turns, then asleep (`stlm.process` sets 1,000), alone and beside one
+busy process, in turns; writes results/benchmarks/openmp_wait.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ RESULT = Path("results/benchmarks/openmp_wait.json")
 POLICIES = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "short": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
+    **{
+        f"{turns} turns": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(turns)}
+        for turns in (1000, 4000, 10000, 30000)
+    },
 }
 STEPS = 16
 CHILD = """
@@ -62,11 +65,11 @@ def main() -> None:
     for name in ("alone", "beside one busy process"):
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if name != "alone" else None
         try:
-            times = {policy: [step_seconds(policy) for _ in range(3)] for policy in POLICIES}
+            rounds = [{policy: step_seconds(policy) for policy in POLICIES} for _ in range(3)]
         finally:
             if busy:
                 busy.kill()
-        result[name] = {policy: round(min(values), 4) for policy, values in times.items()}
+        result[name] = {policy: round(min(own[policy] for own in rounds), 4) for policy in POLICIES}
     write_json(RESULT, {"cores": os.cpu_count(), "unit": "seconds a step, best of three medians", **result})
     print(json.dumps(result, indent=2))
 
