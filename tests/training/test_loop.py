@@ -25,6 +25,7 @@ from stlm.kernels import library
 from stlm.tokens.batches import ValidationSet
 from stlm.training import loop, publish
 from stlm.training.checkpoints import load_checkpoint
+from stlm.training.distributed import Group
 from stlm.training.loop import Trainer, train
 from stlm.training.records import CURVE_COLUMNS
 
@@ -278,6 +279,15 @@ def test_a_run_that_goes_on_without_its_kernels_says_so(make_run, monkeypatch, c
     assert "so far" not in capsys.readouterr().err
     assert read_json(done.folder / "train.json")["kernels"] is True
     assert read_json(other.folder / "train.json")["kernels"] is False
+
+
+def test_processes_with_and_without_kernels_do_not_mix(make_run):
+    class Mixed(Group):
+        def agrees(self, value: int) -> bool:
+            return not isinstance(value, bool)
+
+    with pytest.raises(UserError, match=r"some processes have kernels.*set STLM_KERNELS=0 for all"):
+        Trainer(make_run(), Mixed()).resume()
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_not_published(make_run, monkeypatch):
