@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,8 +145,13 @@ class Trainer:
             )
         if progress is None:
             return False
-        kernels = progress.kernels and (self.where.kernels or progress.step == self.config.steps)
-        self.progress = replace(progress, kernels=kernels)
+        self.progress = progress
+        if progress.kernels != self.where.kernels and progress.step < self.config.steps:
+            if self.group.leads:
+                so_far = "with kernels in C" if progress.kernels else "not, or not all, with kernels in C"
+                now = "with" if self.where.kernels else "without"
+                print(f"{self.run.name}: so far {so_far}, now {now}: rounding differs", file=sys.stderr)
+            progress.kernels = False
         self.losses = [torch.tensor(loss, device=self.device) for loss in progress.losses]
         self.norm = torch.tensor(progress.grad_norm)
         self.watch = self.watching()
@@ -171,11 +175,6 @@ class Trainer:
         else:
             remove_leftovers(folder)
             remove_leftovers(self.output / "checkpoints")
-            ends = progress.step == self.config.steps
-            if progress.kernels != self.where.kernels and not ends:
-                so_far = "with kernels in C" if progress.kernels else "not, or not all, with kernels in C"
-                now = "with" if self.where.kernels else "without"
-                print(f"{self.run.name}: so far {so_far}, now {now}: rounding differs", file=sys.stderr)
         return progress
 
     def save(self) -> None:
