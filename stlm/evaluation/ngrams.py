@@ -1,10 +1,6 @@
 """Which n-grams of given texts, and which of the texts whole, stand in a stream of documents.
 
-A word is "a lowercase, whitespace delimited word with no punctuation" (Brown et al. 2020, GPT-3, appendix C),
-on ASCII text the same as that of the reference harness (`Janitor` of lm_eval): punctuation and symbols
-(Unicode categories P and S) are deleted, letters lower-cased, and the rest is split at white space. One rule
-is added, because books put dashes between words without spaces: dashes and two hyphens or more separate
-words; a single hyphen is deleted (`well-known` is `wellknown`).
+`stlm.tokens.words` says what a word is.
 
 Memory does not grow with the stream. A word that no given text has is one and the same unknown word, and
 so is the mark between documents: no n-gram that is looked for has it, so that none crosses documents. The
@@ -15,13 +11,13 @@ the 1.2 million of the six benchmarks, 1.2e6**2 / 2**65, about 4e-8, such pairs 
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
 
 import numpy as np
+
+from stlm.tokens.words import normalize
 
 # The mark between documents; `normalize` leaves no such byte in a text.
 _END = b"\0"
@@ -30,47 +26,8 @@ _CHUNK_BYTES = 1 << 20  # text held at a time, about
 _PIECE_TOKENS = 1 << 18  # and of a document, what is decoded at a time
 # Odd, with powers of a long period; this one is Knuth's for 64 bits.
 _MULTIPLIER = np.uint64(6364136223846793005)
-_ASCII = bytes(range(128))
-# A character of UTF-8 that is not ASCII.
-_CHARACTER = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
-# Hyphens that join the parts of a word; all other dashes (category Pd) separate words.
-_HYPHENS = "-\u2010\u2011"
 
 NOT_FOUND = np.iinfo(np.int64).max
-
-
-def _normal(character: str) -> str:
-    """What becomes of one character."""
-    category = unicodedata.category(character)
-    if character.isspace() or character == "\0" or (category == "Pd" and character not in _HYPHENS):
-        return " "
-    return "" if category[0] in "PS" else character.lower()
-
-
-class _Characters(dict[bytes, bytes]):
-    """The UTF-8 of a character -> of what becomes of it; filled as they come."""
-
-    def __missing__(self, character: bytes) -> bytes:
-        self[character] = _normal(character.decode()).encode()
-        return self[character]
-
-
-_CHARACTERS = _Characters()
-_DELETED = bytes(c for c in _ASCII if not _normal(chr(c)))
-_TABLE = bytes(ord(_normal(chr(c)) or " ") for c in _ASCII) + bytes(range(128, 256))
-
-
-def normalize(text: bytes) -> bytes:
-    """UTF-8 with words in lower case, without punctuation, and only ASCII white space between them."""
-    text = text.replace(b"--", b"  ")
-    if not text.isascii():
-        text = _CHARACTER.sub(lambda found: _CHARACTERS[found[0]], text)
-    return text.translate(_TABLE, _DELETED)
-
-
-def words(text: str) -> list[str]:
-    """The words of `text` that n-grams are made of."""
-    return [word.decode() for word in normalize(text.encode(errors="replace")).split()]
 
 
 class NGrams:

@@ -13,7 +13,7 @@ from stlm.cli import main
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.contamination import measure_contamination
-from stlm.evaluation.ngrams import words
+from stlm.tokens.words import words
 from stlm.files import sha256, write_json
 from stlm.study import load_study
 from stlm.tokens.shards import read_split

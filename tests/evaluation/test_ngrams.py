@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from stlm.evaluation import ngrams
-from stlm.evaluation.ngrams import NOT_FOUND, NGrams, normalize, pieces, words
+from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
+from stlm.tokens.words import normalize, words
 from stlm.tokens.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

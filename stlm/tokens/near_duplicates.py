@@ -1,0 +1,183 @@
+"""Near-duplicate documents: which documents share so much text that they belong in one split.
+
+A document is sketched by the hashes of its word 5-grams, one in `rate` of them, drawn by their value, so that
+equal 5-grams are drawn alike everywhere (MinHash by a threshold: Broder 1997's "mod m" sketches; FracMinHash,
+Irber et al. 2022). Unlike a fixed number of minima, such sketches measure containment as well as resemblance,
+and a passage that stands in a long document counts as much as a second edition does.
+
+Candidates come from an inverted index: documents that share a rare 5-gram. Each candidate is verified by its
+containment, the share of the shorter document's 5-grams that the other one has too. Memory is bounded: the
+index is built a part of the hashes at a time, and of more candidate pairs than fit the rarest are forgotten
+first (lossy counting, Manku and Motwani 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+WORDS = 5
+# Containment from which documents belong together: in books, unrelated passages of 3,000 words share 1 to 3%
+# of their 5-grams, passages with a paragraph in common 5% and more (docs/log.md).
+CONTAINMENT = 0.1
+# Short documents share that much by chance: there, half, or so many words' worth.
+SHORT_CONTAINMENT = 0.5
+ENOUGH_SHARED = 100
+# A 5-gram in more documents than this is a common phrase, and each is compared with the next one only.
+_COMMON = 8
+_ENTRY_BYTES = 48  # of the index, while it is sorted
+_PAIR_BYTES = 48
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Document i has the sorted, distinct hashes `hashes[offsets[i]:offsets[i + 1]]`, one in `rate`."""
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+    rate: int
+
+    @classmethod
+    def read(cls, path: Path, lengths: np.ndarray, rate: int) -> Sketches:
+        """From a file of hashes, document after document; `lengths`: how many each document has."""
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        empty = offsets[-1] == 0
+        hashes = np.empty(0, np.uint64) if empty else np.memmap(path, np.uint64, mode="r")
+        return cls(hashes, offsets, rate)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, document: int) -> np.ndarray:
+        return self.hashes[self.offsets[document] : self.offsets[document + 1]]
+
+
+def linked(sketches: Sketches, units: np.ndarray, memory_bytes: int) -> list[tuple[float, int, int]]:
+    """Pairs of units with documents that are near-duplicates: (containment, unit, unit), nearest first.
+
+    `units` [documents]: the unit (a book, a file, the document itself) that each is of, negative for a
+    document that is left out; pairs within a unit do not count.
+    """
+    first, second, counts = _candidates(sketches, units, memory_bytes)
+    lengths = np.diff(sketches.offsets)
+    shorter = np.minimum(lengths[first], lengths[second])
+    # The index undercounts common phrases: half of what is asked for is enough to be looked at.
+    near = np.flatnonzero(counts * 2 >= CONTAINMENT * shorter)
+    strongest: dict[tuple[int, int], float] = {}
+    for a, b, short in zip(first[near].tolist(), second[near].tolist(), shorter[near].tolist(), strict=True):
+        shared = len(np.intersect1d(sketches.of(a), sketches.of(b), assume_unique=True))
+        if _near(shared, short, sketches.rate):
+            pair = tuple(sorted((int(units[a]), int(units[b]))))
+            strongest[pair] = max(strongest.get(pair, 0.0), shared / short)
+    return sorted(((share, a, b) for (a, b), share in strongest.items()), key=lambda link: (-link[0], link))
+
+
+def _near(shared: int, shorter: int, rate: int) -> bool:
+    containment = shared / shorter
+    enough = containment >= CONTAINMENT and shared * rate >= ENOUGH_SHARED
+    # A single hash says too little of a document.
+    return enough or (containment >= SHORT_CONTAINMENT and shared >= min(4, shorter))
+
+
+def _candidates(
+    sketches: Sketches, units: np.ndarray, memory_bytes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of documents of different units that share hashes, and how many: three arrays."""
+    keys, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
+    most = max(memory_bytes // _PAIR_BYTES, 1000)
+    for hashes, documents in _parts(sketches, units, memory_bytes):
+        found = [keys, *_pairs(hashes, documents, units, len(sketches))]
+        weights = np.concatenate([counts, np.ones(sum(map(len, found[1:])), np.int64)])
+        keys, place = np.unique(np.concatenate(found), return_inverse=True)
+        counts = np.bincount(place, weights, minlength=len(keys)).astype(np.int64)
+        while len(keys) > most:
+            kept = counts > counts.min()
+            if not kept.any():  # all alike: the first ones stay
+                kept[:most] = True
+            keys, counts = keys[kept], counts[kept]
+    size = np.uint64(max(len(sketches), 1))
+    return (keys // size).astype(np.int64), (keys % size).astype(np.int64), counts
+
+
+def _parts(
+    sketches: Sketches, units: np.ndarray, memory_bytes: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The index, a part of the hashes at a time: hashes in order, and the document of each."""
+    total = len(sketches.hashes)
+    parts = -(-total * _ENTRY_BYTES // memory_bytes)
+    block = max(1, memory_bytes // _ENTRY_BYTES // 4)
+    for part in range(parts):
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for start in range(0, total, block):
+            here = np.asarray(sketches.hashes[start : start + block])
+            # By bits above those that were sampled by.
+            chosen = np.flatnonzero((here >> np.uint64(40)) % np.uint64(parts) == part)
+            documents = np.searchsorted(sketches.offsets, start + chosen, side="right") - 1
+            kept = units[documents] >= 0
+            found.append((here[chosen[kept]], documents[kept]))
+        hashes, documents = (np.concatenate(each) for each in zip(*found, strict=True))
+        order = np.argsort(hashes, kind="stable")
+        yield hashes[order], documents[order]
+
+
+def _pairs(hashes: np.ndarray, documents: np.ndarray, units: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Keys (document * size + later document) of the pairs that share a hash, one for each hash shared."""
+    if not len(hashes):
+        return
+    begins = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+    lengths = np.diff([*begins, len(hashes)])
+    runs = np.repeat(lengths, lengths)
+    for distance in range(1, _COMMON):
+        same = hashes[distance:] == hashes[:-distance]
+        if distance > 1:
+            same &= runs[distance:] <= _COMMON
+        places = np.flatnonzero(same)
+        if not len(places):
+            return
+        a, b = documents[places], documents[places + distance]
+        apart = units[a] != units[b]
+        yield a[apart].astype(np.uint64) * np.uint64(size) + b[apart].astype(np.uint64)
+
+
+class Clusters:
+    """Units joined into clusters whose size is capped, so that a chain of links cannot swallow a corpus."""
+
+    def __init__(self, sizes: np.ndarray, most: float) -> None:
+        self._parent = np.arange(len(sizes))
+        self._sizes = np.array(sizes, np.float64)
+        self._most = most
+        self._refused: set[int] = set()
+
+    def find(self, unit: int) -> int:
+        """The unit that stands for the cluster."""
+        parent = self._parent
+        while parent[unit] != unit:
+            parent[unit] = parent[parent[unit]]
+            unit = int(parent[unit])
+        return unit
+
+    def join(self, a: int, b: int) -> bool:
+        """Join the clusters of two units, unless they would grow too large; whether they are one now."""
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return True
+        if self._sizes[a] + self._sizes[b] > self._most:
+            self._refused |= {a, b}
+            return False
+        self._parent[b] = a
+        self._sizes[a] += self._sizes[b]
+        return True
+
+    @property
+    def roots(self) -> np.ndarray:
+        """[units]: the unit that stands for each one's cluster."""
+        return np.array([self.find(unit) for unit in range(len(self._parent))], np.int64)
+
+    @property
+    def refused(self) -> np.ndarray:
+        """The clusters that were refused a union: text of theirs stands in a cluster that they could not join."""
+        return np.array(sorted({self.find(unit) for unit in self._refused}), np.int64)

@@ -1,0 +1,72 @@
+"""What counts as a word where texts are compared: for near-duplicates, leaks between splits, contamination.
+
+A word is "a lowercase, whitespace delimited word with no punctuation" (Brown et al. 2020, GPT-3, appendix C),
+on ASCII text the same as that of the reference harness (`Janitor` of lm_eval): punctuation and symbols
+(Unicode categories P and S) are deleted, letters lower-cased, and the rest is split at white space. Two rules
+are added. Books put dashes between words without spaces: dashes and two hyphens or more separate words; a
+single hyphen is deleted (`well-known` is `wellknown`). In scripts that are written without spaces (Chinese,
+Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_ASCII = bytes(range(128))
+# A character of UTF-8 that is not ASCII.
+_CHARACTER = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
+# Hyphens that join the parts of a word; all other dashes (category Pd) separate words.
+_HYPHENS = "-\u2010\u2011"
+# Thai and Lao, Burmese, Khmer, Japanese syllables, ideographs.
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def _normal(character: str) -> str:
+    """What becomes of one character."""
+    category = unicodedata.category(character)
+    if character.isspace() or character == "\0" or (category == "Pd" and character not in _HYPHENS):
+        return " "
+    if category[0] in "PS":
+        return ""
+    return f" {character} " if _WITHOUT_SPACES.match(character) else character.lower()
+
+
+class _Characters(dict[bytes, bytes]):
+    """The UTF-8 of a character -> of what becomes of it; filled as they come."""
+
+    def __missing__(self, character: bytes) -> bytes:
+        self[character] = _normal(character.decode()).encode()
+        return self[character]
+
+
+_CHARACTERS = _Characters()
+_DELETED = bytes(c for c in _ASCII if not _normal(chr(c)))
+_TABLE = bytes(ord(_normal(chr(c)) or " ") for c in _ASCII) + bytes(range(128, 256))
+
+
+def normalize(text: bytes) -> bytes:
+    """UTF-8 with words in lower case, without punctuation, and only ASCII white space between them."""
+    text = text.replace(b"--", b"  ")
+    if not text.isascii():
+        text = _CHARACTER.sub(lambda found: _CHARACTERS[found[0]], text)
+    return text.translate(_TABLE, _DELETED)
+
+
+def words(text: str) -> list[str]:
+    """The words of `text` that n-grams are made of."""
+    return [word.decode() for word in normalize(text.encode(errors="replace")).split()]
+
+
+def normalize_title(title: bytes) -> bytes:
+    """A title's letters and digits alone, in lower case, without accents: two spellings of one are equal.
+
+    A title that has neither letters nor digits, or is not UTF-8, stays as it is.
+    """
+    try:
+        spelled = unicodedata.normalize("NFKD", title.decode()).casefold()
+    except UnicodeDecodeError:
+        return title
+    return "".join(c for c in spelled if c.isalnum()).encode() or title
