@@ -14,10 +14,10 @@ first (lossy counting, Manku and Motwani 2002).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+
+from stlm.tokens.shingles import DocumentHashes
 
 WORDS = 5
 # Containment from which documents belong together: in books, unrelated passages of 3,000 words share 1 to 3%
@@ -26,39 +26,19 @@ CONTAINMENT = 0.1
 # Short documents share that much by chance: there, half, or so many words' worth.
 SHORT_CONTAINMENT = 0.5
 ENOUGH_SHARED = 100
+# Of a document's 5-grams so many are enough to sketch it; and of all documents' so many fit the disk (4 GB).
+ENOUGH_HASHES = 256
+MOST_HASHES = 1 << 29
 # A 5-gram in more documents than this is a common phrase, and each is compared with the next one only.
 _COMMON = 8
 _ENTRY_BYTES = 48  # of the index, while it is sorted
 _PAIR_BYTES = 48
 
 
-@dataclass(frozen=True)
-class Sketches:
-    """Document i has the sorted, distinct hashes `hashes[offsets[i]:offsets[i + 1]]`, one in `rate`."""
-
-    hashes: np.ndarray
-    offsets: np.ndarray
-    rate: int
-
-    @classmethod
-    def read(cls, path: Path, lengths: np.ndarray, rate: int) -> Sketches:
-        """From a file of hashes, document after document; `lengths`: how many each document has."""
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        empty = offsets[-1] == 0
-        hashes = np.empty(0, np.uint64) if empty else np.memmap(path, np.uint64, mode="r")
-        return cls(hashes, offsets, rate)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def of(self, document: int) -> np.ndarray:
-        return self.hashes[self.offsets[document] : self.offsets[document + 1]]
-
-
-def linked(sketches: Sketches, units: np.ndarray, memory_bytes: int) -> list[tuple[float, int, int]]:
+def linked(sketches: DocumentHashes, units: np.ndarray, memory_bytes: int) -> list[tuple[float, int, int]]:
     """Pairs of units with documents that are near-duplicates: (containment, unit, unit), nearest first.
 
+    `sketches` have each document's hashes of `WORDS` words, sorted and distinct.
     `units` [documents]: the unit (a book, a file, the document itself) that each is of, negative for a
     document that is left out; pairs within a unit do not count.
     """
@@ -84,7 +64,7 @@ def _near(shared: int, shorter: int, rate: int) -> bool:
 
 
 def _candidates(
-    sketches: Sketches, units: np.ndarray, memory_bytes: int
+    sketches: DocumentHashes, units: np.ndarray, memory_bytes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of documents of different units that share hashes, and how many: three arrays."""
     keys, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -104,21 +84,17 @@ def _candidates(
 
 
 def _parts(
-    sketches: Sketches, units: np.ndarray, memory_bytes: int
+    sketches: DocumentHashes, units: np.ndarray, memory_bytes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The index, a part of the hashes at a time: hashes in order, and the document of each."""
-    total = len(sketches.hashes)
-    parts = -(-total * _ENTRY_BYTES // memory_bytes)
-    block = max(1, memory_bytes // _ENTRY_BYTES // 4)
+    parts = -(-int(sketches.offsets[-1]) * _ENTRY_BYTES // memory_bytes)
     for part in range(parts):
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for start in range(0, total, block):
-            here = np.asarray(sketches.hashes[start : start + block])
+        for first, last, hashes in sketches.blocks(memory_bytes // _ENTRY_BYTES // 4):
+            documents = np.repeat(np.arange(first, last), np.diff(sketches.offsets[first : last + 1]))
             # By bits above those that were sampled by.
-            chosen = np.flatnonzero((here >> np.uint64(40)) % np.uint64(parts) == part)
-            documents = np.searchsorted(sketches.offsets, start + chosen, side="right") - 1
-            kept = units[documents] >= 0
-            found.append((here[chosen[kept]], documents[kept]))
+            chosen = ((hashes >> np.uint64(40)) % np.uint64(parts) == part) & (units[documents] >= 0)
+            found.append((hashes[chosen], documents[chosen]))
         hashes, documents = (np.concatenate(each) for each in zip(*found, strict=True))
         order = np.argsort(hashes, kind="stable")
         yield hashes[order], documents[order]
@@ -181,3 +157,14 @@ class Clusters:
     def refused(self) -> np.ndarray:
         """The clusters that were refused a union: text of theirs stands in a cluster that they could not join."""
         return np.array(sorted({self.find(unit) for unit in self._refused}), np.int64)
+
+    def counts(self, first: int, last: int) -> dict[str, int]:
+        """Of the units `first` to `last` (not included): how many were joined, and how many may not leave train."""
+        roots = self.roots
+        members = np.bincount(roots, minlength=len(roots))
+        here = roots[first:last]
+        return {
+            "joined": int((members[here] > 1).sum()),
+            "clusters": len(np.unique(here[members[here] > 1])),
+            "kept_in_train": int(np.isin(here, self.refused).sum()),
+        }

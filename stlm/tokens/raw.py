@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from stlm.corpora.config import SPLITS as SPLIT_NAMES
 from stlm.errors import UserError, nearest
 from stlm.files import read_record, sha256
+from stlm.tokens.shards import SPLITS
 
 _BATCH_BYTES = 4 << 20  # text held at a time, about
+_BATCH_ROWS = 4096
+_READ_ROWS = 64  # rows decoded at a time, at most: long documents may stand beside many short ones
 
 
 @dataclass(frozen=True)
 class RawComponent:
-    """One source of documents: parquet files with a text column, and a group column or none."""
+    """One source of documents: parquet files with a text column, and perhaps columns of groups and of splits.
+
+    `splits`: what the source declares each file to be, an index of SPLITS. `pieces`: rows are parts of the
+    file that their group names. With `cut`, texts come in consecutive passages of about so many bytes.
+    """
 
     name: str
     weight: float
@@ -27,44 +36,163 @@ class RawComponent:
     group: str | None
     files: tuple[str, ...]
     sha256: tuple[str, ...]
+    splits: tuple[int, ...] = ()
+    split_column: str | None = None
+    pieces: bool = False
+    cut: int = 0
 
     @property
     def rows(self) -> int:
+        """Rows of the files, before any is cut."""
         return sum(_open(self.folder / file).metadata.num_rows for file in self.files)
+
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes of text there are: the size of the text column, uncompressed."""
+        total = 0
+        for file in self.files:
+            metadata = _open(self.folder / file).metadata
+            for i in range(metadata.num_row_groups):
+                columns = (metadata.row_group(i).column(j) for j in range(metadata.num_columns))
+                total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text)
+        return total
+
+    @property
+    def declared(self) -> frozenset[int]:
+        """The splits that the source declares: indices of SPLITS."""
+        if self.split_column is None:
+            return frozenset(self.splits)
+        values = {value for file in self.files for value in self._distinct(file, self.split_column)}
+        return frozenset(self._split(value) for value in values)
+
+    def units(self, most: int) -> int:
+        """How many groups, or documents where they have no groups: `most` where there are as many or more."""
+        if self.group is None:
+            return min(self.rows, most)
+        found: set[bytes | None] = set()
+        for file in self.files:
+            for value in self._distinct(file, self.group):
+                found.add(value)
+                if len(found) == most:
+                    return most
+        return len(found)
+
+    def _distinct(self, file: str, column: str) -> Iterator[bytes | None]:
+        path = self.folder / file
+        parquet = _open(path)
+        _check_column(path, parquet.schema_arrow, column)
+        try:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column]):
+                yield from _as_bytes(batch.column(0).unique())
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt(path, error) from error
+
+    def _split(self, value: bytes | None) -> int:
+        """The split that a value of the split column means."""
+        spelled = (value or b"").decode(errors="replace").strip().casefold()
+        if spelled not in SPLIT_NAMES:
+            raise UserError(
+                f"{self.folder}: column {self.split_column!r}: {spelled!r} is no split"
+                f"{nearest(spelled, SPLIT_NAMES)}"
+            )
+        return SPLITS.index(SPLIT_NAMES[spelled])
 
     def batches(self) -> Iterator[RawBatch]:
         """All documents in the files' order, in batches of a few megabytes."""
-        for file in self.files:
-            yield from self._file_batches(self.folder / file)
+        first = 0
+        for number, file in enumerate(self.files):
+            for batch in self._file_batches(self.folder / file, self.splits[number] if self.splits else 0):
+                yield batch.cut(self.cut, first) if self.cut else batch
+                first += len(batch.texts)
 
-    def _file_batches(self, path: Path) -> Iterator[RawBatch]:
+    def _file_batches(self, path: Path, split: int) -> Iterator[RawBatch]:
         parquet = _open(path)
-        for column in filter(None, (self.text, self.group)):
+        wanted = [column for column in (self.text, self.group, self.split_column) if column]
+        for column in wanted:
             _check_column(path, parquet.schema_arrow, column)
         metadata = parquet.metadata
-        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-        rows = min(max(_BATCH_BYTES * metadata.num_rows // max(size, 1), 1), 4096)
-        columns = [self.text] if self.group in (None, self.text) else [self.text, self.group]
+        batch = RawBatch([], [], [])
+        size = 0
         try:
-            for batch in parquet.iter_batches(batch_size=rows, columns=columns):
-                groups = _as_bytes(batch.column(self.group)) if self.group else [None] * batch.num_rows
-                yield RawBatch(_as_bytes(batch.column(self.text)), groups)
+            for index in range(metadata.num_row_groups):
+                row_group = metadata.row_group(index)
+                rows = _BATCH_BYTES * row_group.num_rows // max(row_group.total_byte_size, 1)
+                rows = min(max(rows, 1), _READ_ROWS)
+                for read in parquet.iter_batches(
+                    rows, row_groups=[index], columns=list(dict.fromkeys(wanted))
+                ):
+                    found = _as_bytes(read.column(self.text))
+                    batch.texts.extend(found)
+                    batch.groups.extend(
+                        _as_bytes(read.column(self.group)) if self.group else [None] * len(found)
+                    )
+                    batch.splits.extend(
+                        map(self._split, _as_bytes(read.column(self.split_column)))
+                        if self.split_column
+                        else [split] * len(found)
+                    )
+                    size += sum(len(text or b"") for text in found)
+                    if size >= _BATCH_BYTES or len(batch.texts) >= _BATCH_ROWS:
+                        yield batch
+                        batch, size = RawBatch([], [], []), 0
+            if batch.texts:
+                yield batch
         except (pa.ArrowException, OSError) as error:
             raise _corrupt(path, error) from error
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Documents as stored: bytes that should be UTF-8, or None; and the group of each, or None."""
+    """Documents as stored: bytes that should be UTF-8, or None; the group of each, or None; its split."""
 
     texts: list[bytes | None]
     groups: list[bytes | None]
+    splits: list[int]
+
+    def cut(self, size: int, first: int) -> RawBatch:
+        """The same with each text in passages of about `size` bytes, cut where paragraphs or lines end.
+
+        Passages of a text that has no group get one: its number, from `first` on.
+        """
+        parts = [passages(text, size) if text else [text] for text in self.texts]
+        counts = list(map(len, parts))
+        return RawBatch(
+            [passage for each in parts for passage in each],
+            [
+                b"%d" % (first + number) if group is None else group
+                for number, (group, n) in enumerate(zip(self.groups, counts, strict=True))
+                for _ in range(n)
+            ],
+            [split for split, n in zip(self.splits, counts, strict=True) for _ in range(n)],
+        )
+
+
+def passages(text: bytes, size: int) -> list[bytes]:
+    """Consecutive parts of a text, which joined are the text: of about `size` bytes, at most three times that.
+
+    Each ends after an empty line, else after a line, else after a space, else between two characters.
+    """
+    parts, start = [], 0
+    while len(text) - start > size * 3 // 2:
+        for mark in (b"\n\n", b"\n", b" "):
+            end = text.find(mark, start + size, start + 2 * size)
+            if end >= 0:
+                end += len(mark)
+                break
+        else:
+            end = start + size
+            while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character
+                end += 1
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]] if start < len(text) or not parts else parts
 
 
 class _File(BaseModel):
     path: str
     sha256: str
     bytes: int
+    split: Literal["train", "val", "test"] = "train"
 
 
 class _Source(BaseModel):
@@ -75,6 +203,8 @@ class _Source(BaseModel):
     files: list[_File] = []
     text: str | None = None
     group: str | None = None
+    split_column: str | None = None
+    pieces: bool = False
 
 
 def raw_components(folder: Path) -> list[RawComponent]:
@@ -115,6 +245,9 @@ def _component(folder: Path, name: str, weight: float, source: _Source) -> RawCo
         group=source.group,
         files=tuple(entry.path for entry in files),
         sha256=tuple(entry.sha256 for entry in files),
+        splits=tuple(SPLITS.index(entry.split) for entry in files),
+        split_column=source.split_column,
+        pieces=source.pieces,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -74,6 +76,49 @@ def shingles(hashes_W: np.ndarray, n: int) -> np.ndarray:
     for k in range(1, n):
         rolling = rolling[:-1] * np.uint64(_MULTIPLIER) + hashes_W[k:]
     return _mixed(rolling)
+
+
+@dataclass(frozen=True)
+class DocumentHashes:
+    """Hashes of documents' shingles, or of one in `rate` of them, in a file, document after document.
+
+    Document i has those from `offsets[i]` to `offsets[i + 1]`. They are read, not mapped: the memory that a
+    process is seen to use does not grow with the file.
+    """
+
+    path: Path
+    offsets: np.ndarray
+    rate: int
+
+    @classmethod
+    def of_lengths(cls, path: Path, lengths: np.ndarray, rate: int) -> DocumentHashes:
+        """`lengths`: how many hashes each document has."""
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(path, offsets, rate)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The hashes `start` to `stop` (not included) of the file."""
+        return np.fromfile(self.path, np.uint64, stop - start, offset=8 * start)
+
+    def of(self, document: int) -> np.ndarray:
+        """The hashes of a document."""
+        return self.read(int(self.offsets[document]), int(self.offsets[document + 1]))
+
+    def blocks(self, most: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Consecutive documents, first and last (not included), of at most `most` hashes, and these.
+
+        A document that has more is a block by itself.
+        """
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + most, side="right")) - 1
+            last = min(max(last, first + 1), len(self))
+            yield first, last, self.read(int(self.offsets[first]), int(self.offsets[last]))
+            first = last
 
 
 def sample(hashes: np.ndarray, rate: int) -> np.ndarray:

@@ -11,12 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -25,11 +24,14 @@ from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, replace_directory, write_json
+from stlm.tokens.ahead import ahead
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import cuts_chunks, make_chunker
 from stlm.tokens.raw import RawComponent, raw_components
 from stlm.tokens.shards import SPLITS, Document, write_shard
-from stlm.tokens.survey import DROPPED, Survey, digest, survey
+from stlm.tokens.splits import DROPPED, digest
+from stlm.tokens.summary import summary
+from stlm.tokens.survey import MEMORY, Survey, in_passages, survey
 from stlm.tokens.tokenizer import (
     DESCRIPTION,
     ByteTokenizer,
@@ -42,7 +44,7 @@ from stlm.tokens.tokenizer import (
 
 SHARD_BYTES = 64 << 20
 TRAINING_BYTES = 64 << 20  # text that a vocabulary is trained on, about
-_FORMAT = 1
+_FORMAT = 2
 
 
 def tokenize_corpus(
@@ -54,6 +56,7 @@ def tokenize_corpus(
     shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     progress: bool = True,
+    memory_bytes: int = MEMORY,
 ) -> dict[str, Any]:
     """Tokenize `data/raw/<corpus>/` into `out_folder`, which it replaces; the content of its meta.json.
 
@@ -66,13 +69,13 @@ def tokenize_corpus(
         make_chunker(tokenizer_name)
     elif tokenizer_name not in ("gpt2", "bytes"):
         bpe_vocab_size(tokenizer_name)
-    components = raw_components(raw_folder)
+    components = in_passages(raw_components(raw_folder))
     partial = out_folder.parent / f".{out_folder.name}.partial"
     plan = _plan(components, tokenizer_name, shard_bytes)
     try:
         with disk_errors(out_folder):
             _prepare(partial, plan)
-            counts = survey(components, partial, progress)
+            counts = survey(components, partial, progress, memory_bytes)
             tokenizer = _tokenizer(
                 tokenizer_name, vocabulary_folder, components, counts, partial / "tokens", progress
             )
@@ -93,7 +96,8 @@ def tokenize_corpus(
         # Bad input or a full disk; what a kill interrupts stays, for the next call to go on from.
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _report(meta)
+    for line in summary(meta):
+        print(line, file=sys.stderr)
     return meta
 
 
@@ -108,7 +112,9 @@ def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: 
             {
                 "name": component.name,
                 "weight": component.weight,
-                "columns": [component.text, component.group],
+                "columns": [component.text, component.group, component.split_column],
+                "splits": list(component.splits),
+                "pieces": component.pieces,
                 "files": dict(zip(component.files, component.sha256, strict=True)),
             }
             for component in components
@@ -298,7 +304,7 @@ def _encode(
             ]
 
         tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
-        for batch, task in _ahead(tasks, workers + 1):
+        for batch, task in ahead(tasks, workers + 1):
             for row, split, document in task.result():
                 shards[batch.component][split].add(row, document)
             bar.update(sum(len(text or b"") for text in batch.texts))
@@ -311,19 +317,6 @@ def _document(tokenizer: Tokenizer, content: bytes) -> Document:
     text = content.decode()
     tokens = np.append(tokenizer.encode_array(text), tokenizer.dtype.type(tokenizer.eot))
     return Document(tokens, len(content), len(text))
-
-
-T = TypeVar("T")
-
-
-def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """`items`, drawn up to `depth` ahead of their use, so that the workers have something to do."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _meta(
@@ -353,17 +346,6 @@ def _meta(
             for component in components
         },
         "documents": counts.counts,
+        "splitting": counts.splitting,
+        "leaks": counts.leaks,
     }
-
-
-def _report(meta: dict[str, Any]) -> None:
-    """Say on stderr what was kept and what was not."""
-    n = meta["documents"]
-    print(
-        f"{meta['corpus']}: {n['read']:,} documents read, {n['kept']:,} kept; dropped: {n['duplicates']:,} "
-        f"exact duplicates, {n['empty']:,} empty, {n['invalid_utf8']:,} not UTF-8; {n['nul']:,} have NUL",
-        file=sys.stderr,
-    )
-    for name, component in meta["components"].items():
-        tokens = ", ".join(f"{split} {component['splits'][split]['tokens']:,}" for split in SPLITS)
-        print(f"{name}: {tokens} tokens ({meta['tokenizer']})", file=sys.stderr)

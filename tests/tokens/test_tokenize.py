@@ -112,11 +112,12 @@ def test_duplicates_are_found_across_partitions() -> None:
     digests = draw.integers(0, 50, (1000, 2), dtype=np.uint64)
     splits = draw.choice(np.array([0, 1, 2, 255], np.uint8), 1000)
     seen, expected = set(), splits.copy()
-    for row, key in enumerate(map(tuple, digests.tolist())):
-        if splits[row] != 255 and key in seen:
+    keys = list(map(tuple, digests.tolist()))
+    for row in sorted(range(1000), key=lambda row: -int(splits[row])):  # what is held out stays first
+        if splits[row] != 255 and keys[row] in seen:
             expected[row] = 255
         elif splits[row] != 255:
-            seen.add(key)
+            seen.add(keys[row])
     kept = np.count_nonzero(splits != 255)
     assert mark_duplicates(digests, splits, partition=64) == kept - len(seen) > 0
     np.testing.assert_array_equal(splits, expected)
@@ -254,7 +255,9 @@ def test_empty_corpora(tmp_path: Path) -> None:
         tmp_path, write_raw(tmp_path / "raw" / "a", ["", None, b"\xff"]), "3 documents, 2 are empty and 1"
     )
     few = write_raw(tmp_path / "raw" / "few", stories(5))
-    check_refused(tmp_path, few, r"corpus 'few': split '(val|test)' has no documents: 5 kept")
+    check_refused(
+        tmp_path, few, r"corpus 'few': split '(val|test)' has no documents: \d+ kept, split in contig"
+    )
 
 
 def test_bad_raw_folders(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""In which split each document goes: as its source declares, else by hash, near-duplicates together.
+
+A *unit* is what must not be divided: the documents of a group (a book by its title), or one document. Units
+with near-duplicate documents form *clusters*. A cluster's split follows from a hash of its units alone, so that
+what is not near anything new stays where it is when documents are added. Clusters are capped at a share of their
+corpus; one that may not grow further goes to train, with what it could not join, so that nothing leaks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from stlm.tokens.near_duplicates import Clusters
+from stlm.tokens.shards import SPLITS
+
+DROPPED = 255  # beside the indices of SPLITS
+MOST_OF_CORPUS = 0.1  # of a cluster
+_FEW = 1000  # documents
+FEW_UNITS = 20
+_PARTS = 0.05  # of a long text, val and test each
+
+
+def digest(content: bytes) -> bytes:
+    """128 bits: the first half decides the split, the second whether a vocabulary is trained on it."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def held_out(grouped: bool, rows: int) -> float:
+    """The share of val, and of test: 1% of documents; 5% of groups (books), or of fewer than 1,000 documents.
+
+    1% of so few might be none. A corpus that grows past them keeps in val and test a part of what was there.
+    """
+    return 0.05 if grouped or rows < _FEW else 0.01
+
+
+@dataclass
+class Units:
+    """The units of one component, in the order of their first documents.
+
+    `of_row`: the unit of each row. `keys`: 64 bits of each unit's digest. `sizes`: bytes of text.
+    """
+
+    of_row: np.ndarray
+    keys: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, keys_N: np.ndarray, sizes_N: np.ndarray, grouped: bool) -> Units:
+        """From the digests' first halves and the bytes of every row; without groups each row is a unit."""
+        if not grouped:
+            return cls(np.arange(len(keys_N)), np.asarray(keys_N), np.asarray(sizes_N, np.float64))
+        keys, first, place = np.unique(keys_N, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rank = np.empty(len(keys), np.int64)
+        rank[order] = np.arange(len(keys))
+        of_row = rank[place]
+        return cls(of_row, keys[order], np.bincount(of_row, sizes_N, minlength=len(keys)))
+
+
+def clusters_of(units: list[Units], links: list[tuple[float, int, int]]) -> Clusters:
+    """The units of all components, numbered one component after the other, joined by `links`."""
+    shares = np.concatenate([own.sizes / max(own.sizes.sum(), 1) for own in units])
+    clusters = Clusters(shares, MOST_OF_CORPUS)
+    for _, a, b in links:
+        clusters.join(a, b)
+    return clusters
+
+
+def assign(units: list[Units], clusters: Clusters, shares: list[tuple[float, float]]) -> list[np.ndarray]:
+    """For each component, the split of each unit: val at the bottom of the hash's range, test at the top.
+
+    `shares`: val's and test's of each component; 0 for a split that gets none.
+    """
+    roots = clusters.roots
+    keys = np.concatenate([own.keys for own in units])
+    members = np.bincount(roots, minlength=len(keys))
+    lowest = np.full(len(keys), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(lowest, roots, keys)
+    places = keys / 2**64
+    for root in np.flatnonzero(members > 1):
+        # The lowest of several hashes is low: hashed once more, it falls anywhere.
+        places[root] = int.from_bytes(digest(lowest[root].tobytes())[:8], "little") / 2**64
+    places = places[roots]
+    stays = np.isin(roots, clusters.refused)
+    splits = []
+    first = 0
+    for own, (val, test) in zip(units, shares, strict=True):
+        here = slice(first, first + len(own.keys))
+        split = np.where(places[here] < val, 1, np.where(places[here] >= 1 - test, 2, 0))
+        split[stays[here]] = 0
+        # A cluster that reaches into other components is not moved by one of them.
+        inside = np.bincount(roots[here], minlength=len(keys))[roots[here]] == members[roots[here]]
+        _fill(split, places[here], roots[here], inside & ~stays[here], (val, test))
+        splits.append(split.astype(np.uint8))
+        first += len(own.keys)
+    return splits
+
+
+def _fill(
+    split: np.ndarray,
+    places: np.ndarray,
+    roots: np.ndarray,
+    movable: np.ndarray,
+    shares: tuple[float, float],
+) -> None:
+    """Give an empty val or test the cluster that is nearest to it, as long as train keeps one."""
+    for index, order in ((1, np.argsort(places, kind="stable")), (2, np.argsort(-places, kind="stable"))):
+        if shares[index - 1] == 0 or (split == index).any():
+            continue
+        free = order[(split[order] == 0) & movable[order]]
+        if len(free):
+            chosen = roots == roots[free[0]]
+            if (split[~chosen] == 0).any():
+                split[chosen] = index
+
+
+def contiguous(units: Units, sizes_N: np.ndarray) -> np.ndarray:
+    """The split of each row of few long texts: the last parts of every text are val's and test's.
+
+    A row belongs where it begins: in the first 90% of its text's bytes (train), the next 5% (val) or the rest.
+    """
+    order = np.argsort(units.of_row, kind="stable")
+    ends = np.cumsum(sizes_N[order], dtype=np.float64)
+    begins_of_units = np.concatenate([[0.0], np.cumsum(units.sizes)])
+    begins = ends - sizes_N[order] - begins_of_units[units.of_row[order]]
+    places = np.empty(len(order))
+    places[order] = begins / np.maximum(units.sizes[units.of_row[order]], 1)
+    return np.where(places < 1 - 2 * _PARTS, 0, np.where(places < 1 - _PARTS, 1, 2)).astype(np.uint8)
+
+
+def names(indices: frozenset[int]) -> str:
+    """Splits as a sentence has them: "val and test"."""
+    return " and ".join(SPLITS[index] for index in sorted(indices))

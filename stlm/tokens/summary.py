@@ -1,0 +1,91 @@
+"""What tokenizing did to a corpus, in lines for people: what was kept, how it was split, and what to mind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stlm.tokens.shards import SPLITS
+
+MOST_DUPLICATES = 0.05  # of the documents, before it is remarkable
+FEWEST_DOCUMENTS = 20  # of val and test each
+FEWEST_BYTES = 20_000
+# Of the 13-grams of val and test each; generated text repeats 6% of its own by construction.
+MOST_LEAKED = 0.1
+
+
+def summary(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on what meta.json says; those that begin with "warning" want attention."""
+    n = meta["documents"]
+    yield (
+        f"{meta['corpus']}: {n['read']:,} documents read, {n['kept']:,} kept; dropped: {n['duplicates']:,} "
+        f"exact duplicates, {n['empty']:,} empty, {n['invalid_utf8']:,} not UTF-8; {n['nul']:,} have NUL"
+    )
+    for name, component in meta["components"].items():
+        tokens = ", ".join(f"{split} {component['splits'][split]['tokens']:,}" for split in SPLITS)
+        yield f"{name}: {tokens} tokens ({meta['tokenizer']}); {_how(meta['splitting']['components'][name])}"
+    yield _leaks(meta["leaks"])
+    yield from _warnings(meta)
+
+
+def _how(split: Mapping[str, Any]) -> str:
+    """How a component was split, in half a sentence."""
+    missing = " and ".join(name for name in SPLITS if name not in split["declared"])
+    declared = " and ".join(split["declared"])
+    if split["by"] == "declared":
+        return "train, val and test as the source declares them"
+    kept = f"{declared} as declared, {missing}" if split["declared"] != ["train"] else missing
+    if split["by"] == "contiguous":
+        return f"{kept} are the last parts of each of {split['units']} texts, which are read in passages"
+    how = f"{kept} made from train by hash of {split['unit']}"
+    if split["joined"]:
+        how += f"; {split['joined']:,} of {split['units']:,} joined with near-duplicates"
+    if split["kept_in_train"]:
+        how += f", {split['kept_in_train']:,} kept in train, as their cluster would grow too large"
+    return how
+
+
+def _leaks(leaks: Mapping[str, Any]) -> str:
+    parts = [
+        f"{split} {leaks[split]['share']:.2%}" for split in SPLITS[1:] if leaks[split]["share"] is not None
+    ]
+    above = sum(leaks[split]["above_half"] for split in SPLITS[1:])
+    if not parts:
+        return f"held-out text in train: not measured, no document has {leaks['words']} words"
+    return (
+        f"held-out text in train: {', '.join(parts)} of {leaks['words']}-word sequences; "
+        f"{above:,} documents above a half"
+    )
+
+
+def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
+    n = meta["documents"]
+    if n["duplicates"] > MOST_DUPLICATES * n["read"]:
+        yield (
+            f"warning: {meta['corpus']}: {n['duplicates'] / n['read']:.0%} of the documents are exact "
+            "duplicates and were dropped; are its documents cut too small?"
+        )
+    for name, component in meta["splitting"]["components"].items():
+        for split in SPLITS[1:]:
+            own = component["splits"][split]
+            few = own["documents"] < FEWEST_DOCUMENTS, own["bytes"] < FEWEST_BYTES, own["units"] == 1
+            reasons = (
+                f"fewer than {FEWEST_DOCUMENTS}",
+                f"fewer than {FEWEST_BYTES:,} bytes",
+                "a single text",
+            )
+            if any(few):
+                of = "" if component["unit"] == "document" else f" of {own['units']:,} {component['unit']}(s)"
+                yield (
+                    f"warning: {name}: {split} has {own['documents']:,} documents{of}, {own['bytes']:,} bytes: "
+                    f"{', '.join(reason for reason, is_so in zip(reasons, few, strict=True) if is_so)}; "
+                    "what is measured on it says little"
+                )
+    for split in SPLITS[1:]:
+        own = meta["leaks"][split]
+        if own["above_half"] or (own["share"] or 0) > MOST_LEAKED:
+            yield (
+                f"warning: {meta['corpus']}: {own['share']:.1%} of {split}'s {meta['leaks']['words']}-word "
+                f"sequences stand in train, {own['above_half']:,} of {own['documents']:,} documents by more "
+                "than a half"
+            )
