@@ -185,7 +185,7 @@ def _tokenizer(
     elif cuts_chunks(name):
         tokenizer = ChunkTokenizer(name, _chunks(name, components, counts, progress))
     else:
-        tokenizer = train_bpe(name, _training_texts(components, counts, progress))
+        tokenizer = train_bpe(name, _training_texts(components, counts, progress), progress)
     tokenizer.save(folder / "tokenizer")
     return tokenizer
 
