@@ -14,6 +14,8 @@ from stlm.errors import UserError, nearest
 from stlm.files import read_record, sha256
 
 _BATCH_BYTES = 4 << 20  # text held at a time, about
+_BATCH_ROWS = 4096
+_READ_ROWS = 64  # rows decoded at a time, at most: long documents may stand beside many short ones
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,25 @@ class RawComponent:
         for column in filter(None, (self.text, self.group)):
             _check_column(path, parquet.schema_arrow, column)
         metadata = parquet.metadata
-        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-        rows = min(max(_BATCH_BYTES * metadata.num_rows // max(size, 1), 1), 4096)
         columns = [self.text] if self.group in (None, self.text) else [self.text, self.group]
+        texts: list[bytes | None] = []
+        groups: list[bytes | None] = []
+        size = 0
         try:
-            for batch in parquet.iter_batches(batch_size=rows, columns=columns):
-                groups = _as_bytes(batch.column(self.group)) if self.group else [None] * batch.num_rows
-                yield RawBatch(_as_bytes(batch.column(self.text)), groups)
+            for index in range(metadata.num_row_groups):
+                row_group = metadata.row_group(index)
+                rows = _BATCH_BYTES * row_group.num_rows // max(row_group.total_byte_size, 1)
+                rows = min(max(rows, 1), _READ_ROWS)
+                for batch in parquet.iter_batches(rows, row_groups=[index], columns=columns):
+                    found = _as_bytes(batch.column(self.text))
+                    texts += found
+                    groups += _as_bytes(batch.column(self.group)) if self.group else [None] * len(found)
+                    size += sum(len(text or b"") for text in found)
+                    if size >= _BATCH_BYTES or len(texts) >= _BATCH_ROWS:
+                        yield RawBatch(texts, groups)
+                        texts, groups, size = [], [], 0
+            if texts:
+                yield RawBatch(texts, groups)
         except (pa.ArrowException, OSError) as error:
             raise _corrupt(path, error) from error
 

@@ -298,13 +298,17 @@ def _encode(
             ]
 
         tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
+        current = 0
         for batch, task in _ahead(tasks, workers + 1):
+            for component in shards[current : batch.component]:  # complete: a mix holds one's shards at a time
+                for split in component:
+                    split.flush()
+            current = batch.component
             for row, split, document in task.result():
                 shards[batch.component][split].add(row, document)
             bar.update(sum(len(text or b"") for text in batch.texts))
-    for splits in shards:
-        for split in splits:
-            split.flush()
+    for split in shards[current]:
+        split.flush()
 
 
 def _document(tokenizer: Tokenizer, content: bytes) -> Document:
