@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +133,7 @@ class HfTokenizer:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self.name = name
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise UserError(
@@ -177,17 +179,11 @@ class HfRequestEncoder(RequestEncoder):
 def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokenizer]:
     """The model and tokenizer in `folder`, float32, tried out. `context` bounds the sequences; None: its own.
 
-    Raises UserError for a missing or foreign folder, code of its own or pickled weights, and for an
-    architecture that is not causal.
+    Raises UserError for a missing, damaged or foreign folder, a tokenizer that is missing or another model's,
+    weights that are not finite, code of its own or pickled weights, and an architecture that is not causal.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
-        )
-    if not list(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
-        raise UserError(f"{folder}: no weights as *.safetensors (found {found}); other formats are not read")
+    _check_files(folder)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
@@ -207,14 +203,21 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
             output_loading_info=True,
             **local,
         )
-        tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(folder, **local), folder.name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library raises on files that it was not made for
+        raise _foreign(folder, "the model", error) from None
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, **local)
+    except Exception as error:
+        wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"
+        raise _foreign(folder, "the tokenizer", error, wanted) from None
+    _check_tokenizer(loaded, folder)
+    tokenizer = HfTokenizer(loaded, folder.name)
     absent = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if absent:
         raise UserError(f"{folder}: the weights lack {len(absent)} of the model's tensors, first {absent[0]}")
+    _check_finite(model, folder)
     own = own_context(config)
     if own is None and context is None:
         raise UserError(
@@ -225,9 +228,82 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     wrapped = HfModel(model, context or own)
     size = wrapped.config.vocab_size
     if tokenizer.vocab_size > size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {size:,}: "
+            "they do not belong together"
+        )
     probe(wrapped, folder)
     return wrapped, tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """UserError for a folder without a readable config.json and whole safetensors."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); get the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON {type(content).__name__}; expected an object with `model_type`")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{folder}: no weights as *.safetensors{_found(folder)}; other formats are not read")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: {path.stat().st_size:,} bytes, truncated or no safetensors ({error}); get it again"
+            ) from None
+
+
+def _found(folder: Path) -> str:
+    return f" (found {', '.join(sorted(file.name for file in folder.iterdir()))})"
+
+
+def _foreign(folder: Path, what: str, error: Exception, wanted: str = "") -> UserError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return UserError(f"{folder}: transformers cannot load it, {what}: {reason}{wanted}{_found(folder)}")
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """UserError where files of the tokenizer are missing: transformers makes an empty one without a word."""
+    named = getattr(tokenizer, "vocab_files_names", None) or {}
+    # Others that a class names, of normalization and the like, may be missing.
+    needed = [named[kind] for kind in ("vocab_file", "merges_file") if kind in named]
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json"))
+    absent = [] if whole else [name for name in needed if not (folder / name).is_file()]
+    if absent or not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        wanted = "tokenizer.json" + (f", or {' and '.join(needed)}" if needed else "")
+        raise UserError(
+            f"{folder}: no tokenizer: {type(tokenizer).__name__} "
+            + (f"lacks {' and '.join(absent)}" if absent else "makes no token of a text")
+            + f"; expected {wanted}{_found(folder)}"
+        )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """UserError where a weight is NaN or infinite, naming the tensor and the file that has it."""
+    wrong = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if not wrong:
+        return
+    place = f"{folder}: the weight {wrong[0]}"
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    place = f"{path}: the tensor {name}"
+                    break
+            else:
+                continue
+            break
+    raise UserError(f"{place} has NaN or infinite values ({len(wrong)} of the model's tensors have): damaged")
 
 
 def own_context(config: Any) -> int | None:
@@ -282,6 +358,8 @@ def probe(model: HfModel, folder: Path) -> None:
     own_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
     # Rounding is relative to the size of the logits.
     tolerance = 1e-3 * float(own_1LV.std())
+    if not torch.isfinite(own_1LV).all():
+        raise UserError(f"{folder}: the model's logits are NaN or infinite, though its weights are not")
 
     def same(found: Tensor, expected: Tensor) -> bool:
         return found.shape == expected.shape and bool((found.float() - expected).abs().max() <= tolerance)
