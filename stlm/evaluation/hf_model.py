@@ -6,24 +6,21 @@ the weights are safetensors. What the engine relies on is tried out when a model
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.hf_folder import check_files, check_finite, check_tokenizer, foreign
 from stlm.evaluation.interface import Request
-from stlm.files import sha256
 from stlm.model.segments import Segments
 
 # Where configurations say how many positions a model has, in lm_eval's order.
@@ -183,7 +180,7 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     weights that are not finite, code of its own or pickled weights, and an architecture that is not causal.
     """
     folder = Path(folder)
-    _check_files(folder)
+    check_files(folder)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
@@ -206,18 +203,18 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a library raises on files that it was not made for
-        raise _foreign(folder, "the model", error) from None
+        raise foreign(folder, "the model", error) from None
     try:
         loaded = AutoTokenizer.from_pretrained(folder, **local)
     except Exception as error:
         wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"
-        raise _foreign(folder, "the tokenizer", error, wanted) from None
-    _check_tokenizer(loaded, folder)
+        raise foreign(folder, "the tokenizer", error, wanted) from None
+    check_tokenizer(loaded, folder)
     tokenizer = HfTokenizer(loaded, folder.name)
     absent = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if absent:
         raise UserError(f"{folder}: the weights lack {len(absent)} of the model's tensors, first {absent[0]}")
-    _check_finite(model, folder)
+    check_finite(model, folder)
     own = own_context(config)
     if own is None and context is None:
         raise UserError(
@@ -236,96 +233,10 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     return wrapped, tokenizer
 
 
-def _check_files(folder: Path) -> None:
-    """UserError for a folder without a readable config.json and whole safetensors."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); get the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON {type(content).__name__}; expected an object with `model_type`")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{folder}: no weights as *.safetensors{_found(folder)}; other formats are not read")
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes, truncated or no safetensors ({error}); get it again"
-            ) from None
-
-
-def _found(folder: Path) -> str:
-    return f" (found {', '.join(sorted(file.name for file in folder.iterdir()))})"
-
-
-def _foreign(folder: Path, what: str, error: Exception, wanted: str = "") -> UserError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    return UserError(f"{folder}: transformers cannot load it, {what}: {reason}{wanted}{_found(folder)}")
-
-
-def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """UserError where files of the tokenizer are missing: transformers makes an empty one without a word."""
-    named = getattr(tokenizer, "vocab_files_names", None) or {}
-    # Others that a class names, of normalization and the like, may be missing.
-    needed = [named[kind] for kind in ("vocab_file", "merges_file") if kind in named]
-    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json"))
-    absent = [] if whole else [name for name in needed if not (folder / name).is_file()]
-    if absent or not tokenizer("a text", add_special_tokens=False)["input_ids"]:
-        wanted = "tokenizer.json" + (f", or {' and '.join(needed)}" if needed else "")
-        raise UserError(
-            f"{folder}: no tokenizer: {type(tokenizer).__name__} "
-            + (f"lacks {' and '.join(absent)}" if absent else "makes no token of a text")
-            + f"; expected {wanted}{_found(folder)}"
-        )
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    """UserError where a weight is NaN or infinite, naming the tensor and the file that has it."""
-    wrong = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if not wrong:
-        return
-    place = f"{folder}: the weight {wrong[0]}"
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if not torch.isfinite(file.get_tensor(name)).all():
-                    place = f"{path}: the tensor {name}"
-                    break
-            else:
-                continue
-            break
-    raise UserError(f"{place} has NaN or infinite values ({len(wrong)} of the model's tensors have): damaged")
-
-
 def own_context(config: Any) -> int | None:
     """The longest sequence that a configuration of `transformers` states, as lm_eval finds it."""
     found = (getattr(config, key, None) for key in _CONTEXT_KEYS)
     return next((int(value) for value in found if value is not None), None)
-
-
-def weights_sha256(folder: Path) -> str:
-    """A digest of all the weights and the configuration: of the files' names and digests."""
-    return _digest([*folder.glob("*.safetensors"), folder / "config.json"])
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """A digest of all that a tokenizer may be made of: the folder's other JSON, text and model files."""
-    kinds = ("*.json", "*.txt", "*.model")
-    return _digest([f for kind in kinds for f in folder.glob(kind) if f.name != "config.json"])
-
-
-def _digest(files: Iterable[Path]) -> str:
-    lines = "\n".join(f"{file.name} {sha256(file)}" for file in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:

@@ -35,7 +35,11 @@ class RawComponent:
         return sum(_open(self.folder / file).metadata.num_rows for file in self.files)
 
     def batches(self) -> Iterator[RawBatch]:
-        """All documents in the files' order, in batches of a few megabytes."""
+        """All documents in the files' order, in batches of a few megabytes.
+
+        A batch is larger only by the last documents read: at most 64, a few megabytes of their row group's
+        average. Memory holds a page of the file beside it, and `stlm fetch` writes small ones.
+        """
         for file in self.files:
             yield from self._file_batches(self.folder / file)
 

@@ -300,7 +300,8 @@ def _encode(
         tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
         current = 0
         for batch, task in _ahead(tasks, workers + 1):
-            for component in shards[current : batch.component]:  # complete: a mix holds one's shards at a time
+            # Those before are complete: of a mix only one component's shards are held.
+            for component in shards[current : batch.component]:
                 for split in component:
                     split.flush()
             current = batch.component

@@ -16,7 +16,8 @@ from tiny_hf import CONTEXT, STORIES, VOCABULARY, save, tokenizer
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from stlm.errors import UserError
-from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, weights_sha256
+from stlm.evaluation.hf_folder import weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
 from stlm.model.segments import Segments
