@@ -15,6 +15,7 @@ from pathlib import Path
 import stlm
 from stlm.errors import Interrupted, UserError
 from stlm.process import tune_process
+from stlm.terminal import tune_streams
 
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
@@ -134,7 +135,7 @@ def generate(options: argparse.Namespace) -> None:
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     # Texts of any alphabet, whatever the locale.
-    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
     generate_text(
         options.run,
         prompt,
@@ -315,6 +316,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for an error that the user can mend, 128 + a signal's number."""
+    tune_streams()
     options = parser().parse_args(arguments)
     tune_process()
     try:

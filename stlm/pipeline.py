@@ -268,7 +268,8 @@ def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedPro
         cwd=root,
         env={**os.environ, "PATH": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -66,3 +67,33 @@ def test_outside_a_project_the_error_says_where_to_be(tmp_path):
     done = stlm("fetch", "blimp", cwd=tmp_path)
     assert done.returncode == 2
     assert "run from the project's top folder" in done.stderr
+
+
+LOCALES = {
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["study", "eigen"], 0),
+        (["study", "eigen", "--set", "model.größe=2"], 2),
+        (["use", "eigen"], 0),
+        (["sizes", "10M"], 0),
+        (["compare", "grün/a", os.fsdecode(b"gr\xfcn/b")], 2),
+    ],
+)
+def test_any_text_is_printed_in_any_locale(arguments, status, locale, project):
+    smoke = (project / "params" / "smoke.yaml").read_text(encoding="utf-8")
+    text = smoke.replace("label: Learned PE", "label: Größe − 水 …").replace("The paper's rows", "−")
+    (project / "params" / "eigen.yaml").write_text(text, encoding="utf-8")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
+    env = {key: value for key, value in env.items() if key not in ("PYTHONUTF8", "PYTHONIOENCODING")}
+    command = [sys.executable, "-m", "stlm", *map(os.fsencode, arguments)]
+    done = subprocess.run(command, cwd=project, capture_output=True, env={**env, **LOCALES[locale]})
+    assert done.returncode == status, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stdout if status == 0 else done.stderr

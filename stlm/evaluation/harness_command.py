@@ -12,10 +12,12 @@ import sys
 
 from stlm.errors import UserError
 from stlm.process import tune_process
+from stlm.terminal import tune_streams
 
 
 def main() -> int:
     """lm_eval's command line with our model; the exit status."""
+    tune_streams()
     tune_process()
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -6,9 +6,8 @@ the weights are safetensors. What the engine relies on is tried out when a model
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from torch.nn import functional as F
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.hf_folder import check_files, check_finite, check_tokenizer, foreign
 from stlm.evaluation.interface import Request
-from stlm.files import sha256
 from stlm.model.segments import Segments
 
 # Where configurations say how many positions a model has, in lm_eval's order.
@@ -131,7 +130,7 @@ class HfTokenizer:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self.name = name
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise UserError(
@@ -177,17 +176,11 @@ class HfRequestEncoder(RequestEncoder):
 def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokenizer]:
     """The model and tokenizer in `folder`, float32, tried out. `context` bounds the sequences; None: its own.
 
-    Raises UserError for a missing or foreign folder, code of its own or pickled weights, and for an
-    architecture that is not causal.
+    Raises UserError for a missing, damaged or foreign folder, a tokenizer that is missing or another model's,
+    weights that are not finite, code of its own or pickled weights, and an architecture that is not causal.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
-        )
-    if not list(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
-        raise UserError(f"{folder}: no weights as *.safetensors (found {found}); other formats are not read")
+    check_files(folder)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
@@ -207,14 +200,21 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
             output_loading_info=True,
             **local,
         )
-        tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(folder, **local), folder.name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library raises on files that it was not made for
+        raise foreign(folder, "the model", error) from None
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, **local)
+    except Exception as error:
+        wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"
+        raise foreign(folder, "the tokenizer", error, wanted) from None
+    check_tokenizer(loaded, folder)
+    tokenizer = HfTokenizer(loaded, folder.name)
     absent = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if absent:
         raise UserError(f"{folder}: the weights lack {len(absent)} of the model's tensors, first {absent[0]}")
+    check_finite(model, folder)
     own = own_context(config)
     if own is None and context is None:
         raise UserError(
@@ -225,7 +225,10 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
     wrapped = HfModel(model, context or own)
     size = wrapped.config.vocab_size
     if tokenizer.vocab_size > size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {size:,}: "
+            "they do not belong together"
+        )
     probe(wrapped, folder)
     return wrapped, tokenizer
 
@@ -234,22 +237,6 @@ def own_context(config: Any) -> int | None:
     """The longest sequence that a configuration of `transformers` states, as lm_eval finds it."""
     found = (getattr(config, key, None) for key in _CONTEXT_KEYS)
     return next((int(value) for value in found if value is not None), None)
-
-
-def weights_sha256(folder: Path) -> str:
-    """A digest of all the weights and the configuration: of the files' names and digests."""
-    return _digest([*folder.glob("*.safetensors"), folder / "config.json"])
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """A digest of all that a tokenizer may be made of: the folder's other JSON, text and model files."""
-    kinds = ("*.json", "*.txt", "*.model")
-    return _digest([f for kind in kinds for f in folder.glob(kind) if f.name != "config.json"])
-
-
-def _digest(files: Iterable[Path]) -> str:
-    lines = "\n".join(f"{file.name} {sha256(file)}" for file in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:
@@ -282,6 +269,8 @@ def probe(model: HfModel, folder: Path) -> None:
     own_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
     # Rounding is relative to the size of the logits.
     tolerance = 1e-3 * float(own_1LV.std())
+    if not torch.isfinite(own_1LV).all():
+        raise UserError(f"{folder}: the model's logits are NaN or infinite, though its weights are not")
 
     def same(found: Tensor, expected: Tensor) -> bool:
         return found.shape == expected.shape and bool((found.float() - expected).abs().max() <= tolerance)

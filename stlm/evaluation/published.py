@@ -8,7 +8,8 @@ import numpy as np
 
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
-from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, tokenizer_sha256, weights_sha256
+from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
 from stlm.study import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
 

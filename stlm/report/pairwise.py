@@ -135,7 +135,7 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
 
 
 def as_json(found: PairwiseComparison) -> str:
-    """The comparison for programs; accuracies, differences and bounds are fractions."""
+    """The comparison for programs, in ASCII; accuracies, differences and bounds are fractions."""
     sides = {
         name: {
             "items": str(side.path),
@@ -153,7 +153,7 @@ def as_json(found: PairwiseComparison) -> str:
         | {"p": row.paired.p, "p_holm": row.paired.adjusted}
         for row in found.rows
     ]
-    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows}, indent=2, ensure_ascii=False)
+    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows}, indent=2)
 
 
 def as_text(found: PairwiseComparison) -> str:

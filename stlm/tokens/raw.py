@@ -98,7 +98,11 @@ class RawComponent:
         return SPLITS.index(SPLIT_NAMES[spelled])
 
     def batches(self) -> Iterator[RawBatch]:
-        """All documents in the files' order, in batches of a few megabytes."""
+        """All documents in the files' order, in batches of a few megabytes.
+
+        A batch is larger only by the last documents read: at most 64, a few megabytes of their row group's
+        average. Memory holds a page of the file beside it, and `stlm fetch` writes small ones.
+        """
         first = 0
         for number, file in enumerate(self.files):
             for batch in self._file_batches(self.folder / file, self.splits[number] if self.splits else 0):

@@ -1,9 +1,9 @@
 """In which split each document goes: as its source declares, else by hash, near-duplicates together.
 
 A *unit* is what must not be divided: the documents of a group (a book by its title), or one document. Units
-with near-duplicate documents form *clusters*. A cluster's split follows from a hash of its units alone, so that
-what is not near anything new stays where it is when documents are added. Clusters are capped at a share of their
-corpus; one that may not grow further goes to train, with what it could not join, so that nothing leaks.
+with near-duplicate documents form *clusters*. A cluster's split follows from a hash of its units alone, so
+that what is not near anything new stays where it is when documents are added. Clusters are capped at a share
+of their corpus; one that may not grow further goes to train, with what it could not join.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _fill(
 def contiguous(units: Units, sizes_N: np.ndarray) -> np.ndarray:
     """The split of each row of few long texts: the last parts of every text are val's and test's.
 
-    A row belongs where it begins: in the first 90% of its text's bytes (train), the next 5% (val) or the rest.
+    A row belongs where it begins: in the first 90% of its text's bytes (train), the next 5% (val), the rest.
     """
     order = np.argsort(units.of_row, kind="stable")
     ends = np.cumsum(sizes_N[order], dtype=np.float64)

@@ -77,8 +77,8 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
             if any(few):
                 of = "" if component["unit"] == "document" else f" of {own['units']:,} {component['unit']}(s)"
                 yield (
-                    f"warning: {name}: {split} has {own['documents']:,} documents{of}, {own['bytes']:,} bytes: "
-                    f"{', '.join(reason for reason, is_so in zip(reasons, few, strict=True) if is_so)}; "
+                    f"warning: {name}: {split} has {own['documents']:,} documents{of}, "
+                    f"{own['bytes']:,} bytes: {', '.join(reason for reason, is_so in zip(reasons, few, strict=True) if is_so)}; "
                     "what is measured on it says little"
                 )
     for split in SPLITS[1:]:

@@ -1,9 +1,9 @@
 """The first pass over a corpus: which documents are kept, and in which split each goes.
 
 The pass leaves on disk, for every row, its split, its digests, its size, and hashes of its words in sequence
-(`stlm.tokens.shingles`). From these follow exact duplicates, near-duplicates, splits (`stlm.tokens.splits`) and
-how much of the held-out text stands in train (`stlm.tokens.leaks`). Memory does not grow with the text: some tens
-of bytes a document, and `memory_bytes` while hashes are sorted.
+(`stlm.tokens.shingles`). From these follow exact duplicates, near-duplicates, splits (`stlm.tokens.splits`)
+and how much of the held-out text stands in train (`stlm.tokens.leaks`). Memory does not grow with the text:
+some tens of bytes a document, and `memory_bytes` while hashes are sorted.
 """
 
 from __future__ import annotations
@@ -270,8 +270,8 @@ def _usable(text: bytes | None, counts: dict[str, int]) -> bool:
 def mark_duplicates(digests_N2: np.ndarray, splits_N: np.ndarray, partition: int = _PARTITION_ROWS) -> int:
     """Set every repeat of a kept row to DROPPED, in place; how many. Exact, in bounded memory.
 
-    Of equal rows, one that is declared test stays before one of val, and that before one of train: what is held
-    out is not trained on. Among the others the earliest stays.
+    Of equal rows, one that is declared test stays before one of val, and that before one of train: what is
+    held out is not trained on. Among the others the earliest stays.
     """
     parts = -(-len(splits_N) // partition)
     found = 0

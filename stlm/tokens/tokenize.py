@@ -191,7 +191,7 @@ def _tokenizer(
     elif cuts_chunks(name):
         tokenizer = ChunkTokenizer(name, _chunks(name, components, counts, progress))
     else:
-        tokenizer = train_bpe(name, _training_texts(components, counts, progress))
+        tokenizer = train_bpe(name, _training_texts(components, counts, progress), progress)
     tokenizer.save(folder / "tokenizer")
     return tokenizer
 
@@ -304,13 +304,18 @@ def _encode(
             ]
 
         tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
+        current = 0
         for batch, task in ahead(tasks, workers + 1):
+            # Those before are complete: of a mix only one component's shards are held.
+            for component in shards[current : batch.component]:
+                for split in component:
+                    split.flush()
+            current = batch.component
             for row, split, document in task.result():
                 shards[batch.component][split].add(row, document)
             bar.update(sum(len(text or b"") for text in batch.texts))
-    for splits in shards:
-        for split in splits:
-            split.flush()
+    for split in shards[current]:
+        split.flush()
 
 
 def _document(tokenizer: Tokenizer, content: bytes) -> Document:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from tiny_hf import CONTEXT, STORIES, VOCABULARY, save, tokenizer
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from stlm.errors import UserError
-from stlm.evaluation.hf_model import HfRequestEncoder, load_hf, weights_sha256
+from stlm.evaluation.hf_folder import weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
 from stlm.model.segments import Segments
@@ -139,6 +141,104 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no weights as \*\.safetensors \(found .*pytorch_model\.bin"):
         load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("wte.weight", float("nan")), ("h.1.ln_1.bias", float("inf"))])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, value: float) -> None:
+    save(tmp_path, "gpt2")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    (key,) = [key for key in weights if key.endswith(name)]
+    weights[key][3] = value
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"model\.safetensors: the tensor {key} has NaN or infinite values"):
+        load_hf(tmp_path)
+
+
+def test_finite_weights_whose_logits_are_not(tmp_path: Path) -> None:
+    save(tmp_path, "gpt2")
+    weights = load_file(tmp_path / "model.safetensors")
+    (key,) = [key for key in weights if key.endswith("ln_f.weight")]
+    weights[key] += 3e38
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="logits are NaN or infinite, though its weights are not"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_missing_tokenizer_is_told(tmp_path: Path, name: str) -> None:
+    save(tmp_path, name)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError) as told:
+        load_hf(tmp_path)
+    for part in (
+        str(tmp_path),
+        "tokenizer",
+        "(found config.json, generation_config.json, model.safetensors)",
+    ):
+        assert part in str(told.value)
+    if name == "gpt2":  # of which transformers makes an empty one
+        assert "expected tokenizer.json, or vocab.json and merges.txt" in str(told.value)
+        (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+        with pytest.raises(
+            UserError, match=r"the tokenizer: .*; expected tokenizer\.json, or .*\(found .*, vocab\.json\)"
+        ):
+            load_hf(tmp_path)
+
+
+def test_an_empty_or_a_broken_tokenizer_is_told(tmp_path: Path) -> None:
+    save(tmp_path, "gpt2")
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    empty = {**whole, "added_tokens": [], "model": {**whole["model"], "vocab": {}, "merges": []}}
+    path.write_text(json.dumps(empty))
+    with pytest.raises(UserError, match=r"no tokenizer: .* makes no token of a text; expected"):
+        load_hf(tmp_path)
+    path.write_text(json.dumps(whole)[:1000])
+    with pytest.raises(UserError, match="transformers cannot load it, the tokenizer: "):
+        load_hf(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path: Path) -> None:
+    """By its highest id: it may have fewer tokens than the model and ids beyond the model's."""
+    save(tmp_path, "gpt2")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 5000
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer has 5,001 tokens, the model's embedding 400"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"model_type": "gpt2", ', r"config\.json: not readable as JSON"),
+        (b"\xff\xfe{", r"config\.json: not readable as JSON"),
+        (b"[]", r"config\.json: a JSON list; expected an object"),
+        (b'{"model_type": "gtp2"}', "transformers cannot load it, the model: "),
+        (b'{"model_type": "gpt2", "n_embd": "many"}', "transformers cannot load it, the model: "),
+    ],
+)
+def test_an_unreadable_configuration_is_told(tmp_path: Path, content: bytes, message: str) -> None:
+    save(tmp_path, "gpt2")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_hf(tmp_path)
+
+
+def test_damaged_weights_are_told(tmp_path: Path) -> None:
+    save(tmp_path, "gpt2")
+    path = tmp_path / "model.safetensors"
+    for content in (path.read_bytes()[:3000], b"version https://git-lfs.github.com/spec/v1\n"):
+        path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=rf"safetensors: {len(content):,} bytes, truncated or no safetensors"
+        ):
+            load_hf(tmp_path)
 
 
 def test_the_digest_covers_weights_and_configuration(tmp_path: Path) -> None:

@@ -197,6 +197,27 @@ def test_json_has_the_numbers_and_the_facts(study, capsys):
         assert row["a"]["accuracy"] == own.a.value
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict"])
+def test_minus_and_names_on_a_terminal_that_lacks_them(study, encoding):
+    where = Path("grün – 水")
+    where.mkdir()
+    named = (where / "a.parquet", where / "b.parquet")
+    for name, run in zip(named, ("baseline", "sincos"), strict=True):
+        name.write_bytes(items(study, run).read_bytes())
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    shown = {}
+    for form in ([], ["--json"]):
+        command = [sys.executable, "-m", "stlm", "compare", *map(str, named), *form]
+        done = subprocess.run(command, capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr
+        shown[len(form)] = done.stdout.decode("latin-1")
+    found = compare(*map(find_predictions, map(str, named)))
+    assert "−" in as_text(found)
+    utf8 = as_text(found).replace("−", "-").replace("–", "-").replace("†", "+").replace("水", "\\u6c34")
+    assert shown[0].rstrip("\n") == (utf8 if encoding == "latin-1" else utf8.replace("ü", "\\xfc"))
+    assert json.loads(shown[1]) == json.loads(as_json(found))
+
+
 def test_torch_is_not_imported(study):
     code = (
         "import sys; from stlm.cli import main\n"

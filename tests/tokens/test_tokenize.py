@@ -17,6 +17,8 @@ from raw_samples import stories, write_raw
 
 from stlm.errors import UserError
 from stlm.files import read_json, sha256, write_json
+from stlm.tokens import tokenize as module
+from stlm.tokens.raw import raw_components
 from stlm.tokens.shards import SPLITS, read_split
 from stlm.tokens.survey import mark_duplicates
 from stlm.tokens.tokenize import tokenize_corpus
@@ -213,6 +215,36 @@ def test_what_cannot_be_gone_on_from_is_made_anew(tmp_path: Path) -> None:
     tokenize(raw, out, shard_bytes=8000)
     assert sorted(text for here in texts_of(out).values() for text in here) == sorted(stories(500, seed=5))
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("kind", ["long beside short", "one long text, many times"])
+def test_batches_are_bounded_by_their_bytes(tmp_path: Path, kind: str) -> None:
+    """Where neither the rows' average nor the size in the file tells how long the next documents are."""
+    if kind == "long beside short":
+        texts = ["short"] * 30_000 + [f"{i} " + "long " * 40_000 for i in range(200)]
+    else:
+        texts = ["book " * 80_000] * 300
+    (component,) = raw_components(write_raw(tmp_path / "raw" / "books", texts))
+    found = [batch.texts for batch in component.batches()]
+    sizes = [sum(map(len, batch)) for batch in found]
+    assert max(sizes) < 32 << 20
+    assert max(map(len, found)) <= 4096 + 64
+    assert [text for batch in found for text in batch] == [text.encode() for text in texts]
+
+
+def test_a_mix_holds_the_shards_of_one_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, events = tmp_path / "raw" / "mix", []
+    names = [f"c{i}" for i in range(8)]
+    for i, name in enumerate(names):
+        write_raw(raw / name, stories(100, seed=i, words=5))
+    weights = dict.fromkeys(names, 1 / len(names))
+    write_json(raw / "source.json", {"name": "mix", "kind": "mix", "mix": weights})
+    document, write = module._document, module.write_shard
+    monkeypatch.setattr(module, "_document", lambda *each: events.append("encode") or document(*each))
+    monkeypatch.setattr(module, "write_shard", lambda *each: events.append("write") or write(*each))
+    tokenize(raw, tmp_path / "tokens", workers=1)
+    assert events.count("write") == 3 * len(names)
+    assert "encode" in events[events.index("write") :]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
