@@ -13,12 +13,12 @@ from stlm.cli import main
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.contamination import measure_contamination
-from stlm.tokens.words import words
 from stlm.files import sha256, write_json
 from stlm.study import load_study
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer
+from stlm.tokens.words import words
 
 STUDY = """\
 description: two corpora, one of them a mix

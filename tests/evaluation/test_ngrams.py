@@ -12,8 +12,8 @@ import pytest
 
 from stlm.evaluation import ngrams
 from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
-from stlm.tokens.words import normalize, words
 from stlm.tokens.tokenizer import ByteTokenizer
+from stlm.tokens.words import normalize, words
 
 TOKENIZER = ByteTokenizer()
 
