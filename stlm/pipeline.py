@@ -135,7 +135,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     stages[f"contamination-{study.name}"] = {
         "cmd": f"stlm contamination {study.name}",
         "deps": contamination_inputs(study),
-        "params": [_study_params(study, root, "evaluation.benchmarks")],
+        "params": [_study_params(study, root, "evaluation")],
         "outs": [
             f"{study.folder}/contaminated-items.parquet",
             _in_git(f"{study.folder}/contamination.json"),

@@ -8,7 +8,8 @@ whose words stand in the training text in sequence are counted too, however few:
 
 What counts as an item's text (`Item.own_text`): the question, context or passage and the right answer, as one
 string, without the words of a prompt; of a minimal pair the good sentence; of WinoGrande the sentence with
-the right name in the blank. Wrong answers do not count. All items of the split are looked at, whatever the
+the right name in the blank; of a passage of held-out text (`last_word`), all of it. Wrong answers do not
+count. All items of the split are looked at, whatever the
 study's limit; the training text is the train split of a run's corpus, all of it, whichever part a run sees
 (as there).
 
@@ -28,9 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stlm.evaluation.benchmarks import FileBenchmark, benchmark
+from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
 from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
-from stlm.files import atomic_path, write_json
+from stlm.evaluation.texts import made_items
+from stlm.files import atomic_path, read_json, write_json
 from stlm.study import Study
 from stlm.tokens.shards import ComponentTokens, read_split
 from stlm.tokens.tokenizer import load_tokenizer
@@ -67,11 +69,12 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
     shares anything, so that it can be left out of an analysis. `raw` holds a folder for each benchmark.
     Raises UserError for missing or damaged benchmarks and token shards.
     """
-    questions = list(_questions(study, raw))
+    fetched = list(_questions(study, raw))
     corpora: dict[str, Any] = {}
     tables = [ITEMS_SCHEMA.empty_table()]
     for corpus, folder in study.training_texts.items():
         components = read_split(folder, "train")
+        questions = [*fetched, *_made_questions(study, folder)]
         ngrams = NGrams((text for own in questions for text in own.texts), SIZES)
         if questions:
             _scan(ngrams, components, folder, f"contamination {corpus}")
@@ -80,6 +83,8 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
             "documents": sum(len(component) for component in components),
             "bytes": sum(int(shard.n_bytes.sum()) for c in components for shard in c.shards),
             "benchmarks": {},
+            # Measured when the corpus was tokenized: held-out text that stands in train.
+            "held_out": read_json(folder / "meta.json").get("leaks"),
         }
         first = 0
         for own in questions:
@@ -97,11 +102,22 @@ def _questions(study: Study, raw: Path) -> Iterator[_Questions]:
     for name in study.benchmarks:
         chosen = benchmark(name)
         if not isinstance(chosen, FileBenchmark):
-            continue  # its items are held-out text of the corpus itself
+            continue  # made of each corpus
         split, items = chosen.load(raw / chosen.data_name)
         yield _Questions(
             name, chosen.version, split, [item.id for item in items], [item.own_text for item in items]
         )
+
+
+def _made_questions(study: Study, folder: Path) -> Iterator[_Questions]:
+    """Items made of a corpus's own test text."""
+    for name in study.benchmarks:
+        chosen = benchmark(name)
+        if isinstance(chosen, TextBenchmark):
+            items = made_items(chosen, folder, study.evaluation)
+            yield _Questions(
+                name, chosen.version, "test", [item.id for item in items], [item.own_text for item in items]
+            )
 
 
 def _scan(ngrams: NGrams, components: list[ComponentTokens], folder: Path, label: str) -> None:

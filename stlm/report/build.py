@@ -12,6 +12,7 @@ from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
+from stlm.report.leaks import leaks_table
 from stlm.report.curves import read_variants
 from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
 from stlm.report.equal_cost import equal_costs
@@ -56,6 +57,7 @@ def report(study: Study) -> None:
         ),
         *phenomena_tables(study, results),
         contamination_table(study, contamination),
+        *filter(None, [leaks_table(study, contamination)]),
         *filter(None, [component_table(study, results)]),
     ]
     with atomic_directory(study.folder / "tables") as folder:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel
 
 from stlm.errors import UserError
-from stlm.evaluation.benchmarks import FileBenchmark, benchmark
+from stlm.evaluation.benchmarks import benchmark
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
 from stlm.report.table import Cell, Section, Table
@@ -35,10 +35,31 @@ class BenchmarkContamination(BaseModel):
     examples: list[Example]
 
 
+class Leak(BaseModel):
+    """Of a held-out split: word sequences that stand in train, as `stlm.tokens.leaks` measures them."""
+
+    documents: int
+    ngrams: int
+    share: float | None
+    above_half: int
+    above_fifth: int
+    worst: float | None
+
+
+class HeldOut(BaseModel):
+    """Leaks of val and test; sequences of `words` words, of which one in `one_in` was looked at."""
+
+    words: int
+    one_in: int
+    val: Leak
+    test: Leak
+
+
 class CorpusContamination(BaseModel):
     documents: int
     bytes: int
     benchmarks: dict[str, BenchmarkContamination]
+    held_out: HeldOut | None = None
 
 
 class Contamination(BaseModel):
@@ -59,7 +80,7 @@ def read_contamination(study: Study) -> Contamination:
             f"{path}: is about {', '.join(found.corpora) or 'no corpus'}, but the runs train on "
             f"{', '.join(study.corpora)}; {command}"
         )
-    asked = {b.name: b.version for b in map(benchmark, study.benchmarks) if isinstance(b, FileBenchmark)}
+    asked = {b.name: b.version for b in map(benchmark, study.benchmarks)}
     for own in found.corpora.values():
         counted = {name: result.version for name, result in own.benchmarks.items()}
         if counted != asked:
@@ -127,7 +148,8 @@ def _share(number: int, of: int) -> str:
 
 def _notes(contamination: Contamination) -> list[str]:
     notes = [
-        "An item's text: the question or context and the right answer, of a minimal pair the good sentence. "
+        "An item's text: the question or context and the right answer, of a minimal pair the good sentence, of "
+        "Last word the passage. "
         "Words as in Brown et al. 2020 (appendix C): lower case, no punctuation, split at white space. All "
         "items of the split, whatever the limit; the whole train split, whatever part of it a run sees. In "
         "brackets: the share of all items. Whole item: all of its words in sequence, however few. In "

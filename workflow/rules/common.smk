@@ -65,10 +65,6 @@ def evaluation_params(wildcards) -> str:
     return canonical(STUDY.evaluation.model_dump(mode="json"))
 
 
-def benchmarks_params(wildcards) -> str:
-    return canonical(STUDY.benchmarks)
-
-
 def study_params(wildcards) -> str:
     return canonical(STUDY.model_dump(mode="json"))
 

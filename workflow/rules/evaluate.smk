@@ -29,7 +29,7 @@ rule contamination:
     conda:
         "../envs/stlm.yaml"
     params:
-        benchmarks=benchmarks_params,
+        evaluation=evaluation_params,
         set=set_arguments,
     shell:
         "stlm contamination {wildcards.study}{params.set} 2>&1 | tee {log}"
