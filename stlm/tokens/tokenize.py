@@ -13,8 +13,10 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -294,13 +296,15 @@ def _encode(
     ]
     finished = [[split.last_row for split in splits] for splits in shards]
     workers = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:
+    stop = Event()
+    with ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
+        stack.callback(stop.set)  # ctrl-C waits for the document in hand, not for the batches
 
         def encode(batch: _Batch) -> list[tuple[int, int, Document]]:
             return [
                 (row, split, _document(tokenizer, text))
                 for row, text, split in zip(count(batch.first), batch.texts, batch.splits.tolist())
-                if split != DROPPED and row > finished[batch.component][split]
+                if split != DROPPED and not stop.is_set() and row > finished[batch.component][split]
             ]
 
         tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))

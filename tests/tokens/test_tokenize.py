@@ -247,6 +247,27 @@ def test_a_mix_holds_the_shards_of_one_component(tmp_path: Path, monkeypatch: py
     assert "encode" in events[events.index("write") :]
 
 
+def test_ctrl_c_does_not_wait_for_the_batches_that_lie_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, document = [], module._document
+
+    def slow(*arguments: object) -> object:
+        encoded.append(1)
+        time.sleep(0.0002)
+        return document(*arguments)
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_document", slow)
+    monkeypatch.setattr(module, "write_shard", interrupted)
+    raw = write_raw(tmp_path / "raw" / "tales", stories(20_000, words=3))
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(raw, tmp_path / "out", workers=1, shard_bytes=1000)
+    assert len(encoded) < 2 * 4096 + 64
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """75 MB more text, in one row group: the peak of a process of its own stays the same within 30 MB."""
     peaks = []
