@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 from stlm import pipeline
 from stlm.errors import UserError
+from stlm.manifests import Manifests, named_mirror
 from stlm.study import load_study
 
 # Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
@@ -90,6 +91,12 @@ def set_arguments(wildcards, threads) -> str:
     return "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
 
 
+def fetch_inputs(wildcards) -> list[str]:
+    if workflow.is_main_process:
+        MANIFESTS.refresh(wildcards.name)
+    return pipeline.fetch_inputs(wildcards.name, MANIFESTS)
+
+
 def tokenize_inputs(wildcards) -> list[str]:
     return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
@@ -107,7 +114,10 @@ def contamination_inputs(wildcards) -> list[str]:
 
 
 def published_inputs(wildcards) -> list[str]:
-    return pipeline.published_inputs(STUDY, STUDY.published[wildcards.published])
+    published = STUDY.published[wildcards.published]
+    if workflow.is_main_process:
+        MANIFESTS.refresh_model(published)
+    return pipeline.published_inputs(STUDY, published)
 
 
 def published_params(wildcards) -> str:
@@ -185,3 +195,5 @@ os.environ.update(PYTHONUNBUFFERED="1")
 if config.get("mirror"):
     # Not an argument: where the bytes came from is no part of the command, which is DVC's too.
     os.environ.update(STLM_MIRROR=str(config["mirror"]))
+# What local files hold is looked at once, before jobs are chosen; nodes of a cluster may not have them.
+MANIFESTS = Manifests(mirror=named_mirror())
