@@ -18,12 +18,15 @@ from stlm.corpora.fingerprint import (
     Digests,
     Fingerprint,
     Found,
+    LocalSource,
     components,
     local_sources,
     look,
     of_folder,
     of_record,
 )
+from stlm.corpora.errors import SourceError
+from stlm.corpora.sources import matched_files
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, write_json
 from stlm.study import PublishedModel, Study, load_benchmarks, load_corpora, load_vocabularies
@@ -110,7 +113,7 @@ class Manifests:
         for part, entry in self._parts(name).items():
             link = self._link(name, part)
             if link.exists():
-                paths += _fixed_parts(link, local_sources(entry))
+                paths += _watched(link, local_sources(entry))
         return [Path(os.path.relpath(path, self.root)).as_posix() for path in paths]
 
     def where(self, name: str) -> str:
@@ -217,16 +220,32 @@ def _link(link: Path, target: Path) -> None:
         link.symlink_to(wanted)
 
 
-def _fixed_parts(link: Path, sources: Iterable[Any]) -> list[Path]:
-    """What lies below ``link`` by the parts of the sources' paths before the first wildcard."""
-    found: set[Path] = set()
+def _watched(link: Path, sources: Iterable[LocalSource]) -> list[Path]:
+    """What DVC hashes below ``link``: what the sources' paths name before the first wildcard.
+
+    DVC does not enter a linked folder below another one: those that have files of a source are listed too.
+    """
+    named: set[Path] = set()
+    linked: set[Path] = set()
     for source in sources:
         for patterns in source.files.values():
-            for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                path = link
-                for part in Path(pattern).parts:
-                    if set(part) & set("*?[") or not (path / part).exists():
-                        break
-                    path /= part
-                found.add(path)
-    return sorted(path for path in found if not any(above in found for above in path.parents))
+            named |= {
+                _before_wildcards(link, pattern)
+                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            }
+        try:
+            files = [link / path for each in matched_files(source, link).values() for path, _ in each]
+        except SourceError:
+            continue
+        folders = {above for file in files for above in file.relative_to(link).parents}
+        linked |= {link / above for above in folders if above.parts and (link / above).is_symlink()}
+    return sorted({path for path in named if not any(above in named for above in path.parents)} | linked)
+
+
+def _before_wildcards(folder: Path, pattern: str) -> Path:
+    """The file or folder below ``folder`` that a path or glob names as far as it is fixed and there."""
+    for part in Path(pattern).parts:
+        if set(part) & set("*?[") or not (folder / part).exists():
+            break
+        folder /= part
+    return folder

@@ -250,17 +250,11 @@ def _in_git(path: str) -> dict[str, dict[str, bool]]:
     return {path: {"cache": False}}
 
 
-def _dvc_content(study: Study, root: Path) -> dict[str, Any]:
-    stages = {**watch_stages(study, root), **dvc_stages(study, root)}
+def _dvc_content(study: Study, root: Path, watch: bool) -> dict[str, Any]:
+    """What ``dvc.yaml`` holds; ``watch``: with the stages that watch the files of this machine."""
+    watched = watch_stages(study, root) if watch else {}
+    stages = {**watched, **dvc_stages(study, root)}
     return {"vars": [{"study": study.name}], "stages": stages, "plots": dvc_plots(study)}
-
-
-def _of_any_machine(content: Any) -> Any:
-    """What ``dvc.yaml`` holds, without the stages that watch the files of one machine."""
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
-        return content
-    stages = {name: stage for name, stage in content["stages"].items() if not name.startswith(WATCH)}
-    return {**content, "stages": stages}
 
 
 def active_study(root: Path = Path()) -> str | None:
@@ -281,7 +275,9 @@ def use(name: str, root: Path = Path()) -> bool:
     """
     study = load_study(name, root=root)
     refresh_all(study, fetched(study, root), root)
-    body = yaml.safe_dump(_dvc_content(study, root), sort_keys=False, width=110, allow_unicode=True)
+    body = yaml.safe_dump(
+        _dvc_content(study, root, watch=True), sort_keys=False, width=110, allow_unicode=True
+    )
     text = _HEADER.format(study=name) + body
     path = root / DVC_FILE
     if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -299,7 +295,10 @@ def check_active(study: Study, root: Path = Path()) -> None:
     if study.overrides or active_study(root) != study.name:
         return
     listed = read_yaml(root / DVC_FILE)
-    if _of_any_machine(listed) != _of_any_machine(_dvc_content(study, root)):
+    stages = {
+        name: stage for name, stage in (listed.get("stages") or {}).items() if not name.startswith(WATCH)
+    }
+    if {**listed, "stages": stages} != _dvc_content(study, root, watch=False):
         raise UserError(
             f"dvc.yaml does not list the stages that params/{study.name}.yaml asks for: "
             f"run `stlm use {study.name}`, then this again"

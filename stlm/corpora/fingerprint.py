@@ -16,12 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stlm.corpora.config import CorpusEntry, Entry, Source, VocabularyEntry
-from stlm.corpora.sources import SourceError, local_root, matched_files
+from stlm.corpora.config import CorpusEntry, Entry, FolderSource, MirrorSource, VocabularyEntry
+from stlm.corpora.errors import SourceError, shown
+from stlm.corpora.sources import local_root, matched_files
 from stlm.errors import UserError
 from stlm.files import sha256, write_text
 
 LOCAL_KINDS = ("mirror", "folder")
+LocalSource = MirrorSource | FolderSource
 # A file changed this recently (seconds) may change again within one tick of its file system's clock.
 _SETTLED = 2.0
 _UNREADABLE = "unreadable"
@@ -94,15 +96,15 @@ def of_record(record: Mapping[str, Any] | None) -> Fingerprint | None:
     return of_contents(used["files"])
 
 
-def local_sources(entry: Entry) -> list[Source]:
+def local_sources(entry: Entry) -> list[LocalSource]:
     """The sources of ``entry`` that are files of this machine."""
-    return [source for source in entry.sources if source.kind in LOCAL_KINDS]
+    return [source for source in entry.sources if isinstance(source, LocalSource)]
 
 
 class Found(NamedTuple):
     """What a local source has at the moment."""
 
-    source: Source
+    source: LocalSource
     root: Path
     fingerprint: Fingerprint
 
@@ -138,7 +140,7 @@ def look(
                 partial = partial or Found(source, root, of_contents({}))
             continue
         contents = {
-            path: digest
+            shown(path): digest
             for each in matched.values()
             for path, file in each
             if (digest := digests.sha256(file)) is not None
@@ -149,13 +151,16 @@ def look(
 
 
 def _as_pinned(
-    entry: Entry, source: Source, matched: Mapping[str, list[tuple[str, Path]]], contents: Mapping[str, str]
+    entry: Entry,
+    source: LocalSource,
+    matched: Mapping[str, list[tuple[str, Path]]],
+    contents: Mapping[str, str],
 ) -> bool:
     """Whether files whose digests params/ pins are those; where not, fetch passes the source over."""
     pinned = dict(source.sha256)
     if isinstance(entry, VocabularyEntry):
         pinned |= {
-            path: entry.sha256[output]
+            shown(path): entry.sha256[output]
             for output, each in matched.items()
             if output in entry.sha256
             for path, _ in each
@@ -175,4 +180,4 @@ def of_folder(folder: Path, patterns: tuple[str, ...], digests: Digests) -> Fing
         return None
     files = {file.name: file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     contents = {name: digests.sha256(file) for name, file in files.items()}
-    return of_contents({name: digest for name, digest in contents.items() if digest is not None})
+    return of_contents({shown(name): digest for name, digest in contents.items() if digest is not None})
