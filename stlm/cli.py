@@ -48,9 +48,9 @@ def fetch(options: argparse.Namespace) -> None:
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
     fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
-    from stlm.manifests import Manifests
+    from stlm.pipeline import after_fetch
 
-    Manifests(mirror=mirror).after_fetch(options.name)
+    after_fetch(options.name, mirror)
 
 
 def tokenize(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.corpora.config import Entry
+from stlm.corpora.errors import SourceError
 from stlm.corpora.fingerprint import (
     Digests,
     Fingerprint,
@@ -25,7 +26,6 @@ from stlm.corpora.fingerprint import (
     of_folder,
     of_record,
 )
-from stlm.corpora.errors import SourceError
 from stlm.corpora.sources import matched_files
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, write_json
@@ -85,9 +85,14 @@ class Manifests:
         path = self.path(name)
         if path is None:
             return
-        self.refresh(name)
-        fetched = {part: of_record(self._record(name, part)) for part in self._parts(name)}
-        _write(self.root / path, {part: _json(each) if each else None for part, each in fetched.items()})
+        content = {}
+        for part, entry in self._parts(name).items():
+            fetched = of_record(self._record(name, part))
+            content[part] = _json(fetched) if fetched else None
+            if (found := self._look(name, part, entry)[0]) is not None:
+                _link(self._link(name, part), found.root)
+        self._digests.save()
+        _write(self.root / path, content)
 
     def changed(self, name: str) -> bool:
         """Whether the files of ``name`` are not those that its manifest, or its source.json, speaks of.
@@ -133,7 +138,7 @@ class Manifests:
         return now is not None and _json(now) != _read(self.root / model_manifest(model))
 
     def _of_model(self, model: PublishedModel) -> Fingerprint | None:
-        now = of_folder(self.root / Path(model.folder).expanduser(), MODEL_FILES, self._digests)
+        now = of_folder(self.root / model.folder, MODEL_FILES, self._digests)
         self._digests.save()
         return now
 

@@ -133,7 +133,7 @@ def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]
     }
     for name, model in study.published.items():
         key = (f"{WATCH}{study.name}-{name}", f"stlm fingerprint {study.name} {name}")
-        here = (root / Path(model.folder).expanduser()).is_dir()
+        here = (root / model.folder).is_dir()
         watched[*key, str(model_manifest(model))] = [model.folder] if here else []
     return {
         stage: {"cmd": command, "deps": deps, "outs": [{path: {"cache": False, "persist": True}}]}
@@ -384,6 +384,16 @@ def fingerprint(name: str, model: str | None = None, root: Path = Path()) -> boo
             "them from: set STLM_MIRROR"
         )
     return changed
+
+
+def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:
+    """Write the manifest of what was just fetched; say so where DVC does not watch its files yet."""
+    manifests = Manifests(root, mirror)
+    manifests.after_fetch(name)
+    study = active_study(root)
+    stages = {} if study is None else read_yaml(root / DVC_FILE).get("stages") or {}
+    if f"fetch-{name}" in stages and f"{WATCH}{name}" not in stages and manifests.watched(name):
+        print(f"{name}: DVC does not watch its files yet; `stlm use {study}` lets it", file=sys.stderr)
 
 
 def sync(root: Path = Path()) -> str:

@@ -61,7 +61,8 @@ for dep in stage["deps"]:
     for file in [Path(dep), *sorted(Path(dep).rglob("*"))]:
         if file.is_file() and not file.name.startswith("."):
             digest.update(file.read_bytes())
-for out in [o if isinstance(o, str) else next(iter(o)) for k in ("outs", "metrics") for o in stage.get(k, [])]:
+outs = [out for key in ("outs", "metrics") for out in stage.get(key, [])]
+for out in [out if isinstance(out, str) else next(iter(out)) for out in outs]:
     path = Path(out) if Path(out).suffix else Path(out) / "made"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(digest.hexdigest())
