@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,36 @@ def test_dvc_yaml_watches_what_is_here_and_is_current_on_any_machine(mirror, pro
     monkeypatch.delenv("STLM_MIRROR")
     mirror.rename(project / "gone")
     pipeline.check_active(load_study("smoke"))
+
+
+def test_what_is_edited_while_dvc_records_is_not_recorded(mirror, project, monkeypatch):
+    use_books(project)
+    monkeypatch.setenv("STLM_MIRROR", str(mirror))
+    assert main(["fetch", "books"]) == 0
+    pipeline.use("smoke")
+    for folder in (".dvc", ".git"):
+        (project / folder).mkdir()
+    lock = project / "dvc.lock"
+    lock.write_text("before\n")
+    text = mirror / "books/part/a.txt"
+
+    def commit(*command: str, root: Path) -> subprocess.CompletedProcess[str]:
+        lock.write_text("after\n")
+        if edited:
+            text.write_text(edited)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(pipeline, "_engine", commit)
+    edited = "edited meanwhile\n"
+    refused = "DVC: nothing recorded, the files of books are not those"
+    assert pipeline.record_in_dvc().startswith(refused)
+    assert lock.read_text() == "before\n"
+    edited = ""
+    assert pipeline.record_in_dvc().startswith(refused), "not fetched again"
+    assert lock.read_text() == "before\n"
+    assert main(["fetch", "books"]) == 0
+    assert pipeline.record_in_dvc().startswith("DVC: results recorded")
+    assert lock.read_text() == "after\n"
 
 
 def test_a_published_model_that_is_not_there_is_named(mirror, capsys):

@@ -239,6 +239,7 @@ def test_what_is_edited_meanwhile_or_not_fetched_is_not_recorded(project):
     (project.folder / "results/own/metrics.json").unlink()
     printed = project.snakemake(mirror=False)
     assert project.ran() == ["report own"]
+    assert re.search(r"books: the files in .* have changed; they are fetched again where the mirror", printed)
     assert re.search("DVC: nothing recorded, the files of books are not those", printed)
     assert (project.folder / "dvc.lock").read_text() == lock
     printed = project.run("dvc", "repro", mirror=False, status=255)

@@ -92,9 +92,21 @@ def set_arguments(wildcards, threads) -> str:
 
 
 def fetch_inputs(wildcards) -> list[str]:
-    if workflow.is_main_process:
-        MANIFESTS.refresh(wildcards.name)
-    return pipeline.fetch_inputs(wildcards.name, MANIFESTS)
+    """The manifest of what `stlm fetch` reads, written as the files are now.
+
+    They are looked at once, before jobs are chosen: nodes of a cluster may not have them.
+    """
+    name = wildcards.name
+    if workflow.is_main_process and name not in LOOKED_AT:
+        LOOKED_AT.add(name)
+        MANIFESTS.refresh(name)
+        if MANIFESTS.mirror is None and MANIFESTS.changed(name):
+            print(
+                f"{name}: the files in {MANIFESTS.where(name)} have changed; they are fetched again where "
+                "the mirror is named (--config mirror=FOLDER or STLM_MIRROR)",
+                file=sys.stderr,
+            )
+    return pipeline.fetch_inputs(name, MANIFESTS)
 
 
 def tokenize_inputs(wildcards) -> list[str]:
@@ -195,5 +207,5 @@ os.environ.update(PYTHONUNBUFFERED="1")
 if config.get("mirror"):
     # Not an argument: where the bytes came from is no part of the command, which is DVC's too.
     os.environ.update(STLM_MIRROR=str(config["mirror"]))
-# What local files hold is looked at once, before jobs are chosen; nodes of a cluster may not have them.
+LOOKED_AT: set[str] = set()
 MANIFESTS = Manifests(mirror=named_mirror())
