@@ -112,6 +112,16 @@ class Manifests:
         self._digests.save()
         return False
 
+    def out_of_reach(self, name: str) -> bool:
+        """Whether files of ``name`` have changed in a mirror that is not named, so that fetching would fail."""
+        for part, entry in self._parts(name).items():
+            if self._look(name, part, entry)[0] is None:
+                found, _ = self._look(name, part, entry, remembered=True)
+                if found is not None and found.fingerprint != of_record(self._record(name, part)):
+                    return True
+        self._digests.save()
+        return False
+
     def watched(self, name: str) -> list[str]:
         """The files and folders that DVC watches for ``name``, through the links; none without links."""
         paths = []

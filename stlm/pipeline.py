@@ -378,7 +378,7 @@ def fingerprint(name: str, model: str | None = None, root: Path = Path()) -> boo
         return manifests.refresh_model(study.published[model])
     source_entries(name, root)
     changed = manifests.refresh(name)
-    if not changed and manifests.changed(name):
+    if manifests.out_of_reach(name):
         raise UserError(
             f"{name}: the files in {manifests.where(name)} have changed, and no mirror is named to fetch "
             "them from: set STLM_MIRROR"

@@ -89,6 +89,7 @@ def test_what_fetch_has_read_is_written_and_a_later_change_is_told(mirror, monke
     assert "books: the files have changed" in capsys.readouterr().out
     assert manifest("books") != before
     assert Manifests(mirror=mirror).changed("books"), "not fetched yet"
+    assert main(["fingerprint", "books"]) == 0, "the manifest is new already, and fetch can follow"
     assert main(["fetch", "books"]) == 0
     assert not Manifests(mirror=mirror).changed("books")
 

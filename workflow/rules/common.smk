@@ -100,7 +100,7 @@ def fetch_inputs(wildcards) -> list[str]:
     if workflow.is_main_process and name not in LOOKED_AT:
         LOOKED_AT.add(name)
         MANIFESTS.refresh(name)
-        if MANIFESTS.mirror is None and MANIFESTS.changed(name):
+        if MANIFESTS.out_of_reach(name):
             print(
                 f"{name}: the files in {MANIFESTS.where(name)} have changed; they are fetched again where "
                 "the mirror is named (--config mirror=FOLDER or STLM_MIRROR)",
