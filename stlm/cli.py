@@ -186,9 +186,9 @@ def use(options: argparse.Namespace) -> None:
 
 def fingerprint(options: argparse.Namespace) -> None:
     """Write down what the local files hold that data, or a published model, are read from."""
-    from stlm.pipeline import fingerprint as write_fingerprint
+    from stlm.manifests import write_manifest
 
-    changed = write_fingerprint(options.name, options.model)
+    changed = write_manifest(options.name, options.model)
     what = options.name if options.model is None else f"{options.name} {options.model}"
     print(f"{what}: the files {'have changed' if changed else 'are as they were'}")
 

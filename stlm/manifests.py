@@ -27,9 +27,9 @@ from stlm.corpora.fingerprint import (
     of_record,
 )
 from stlm.corpora.sources import matched_files
-from stlm.errors import UserError
+from stlm.errors import UserError, nearest
 from stlm.files import disk_errors, read_json, write_json
-from stlm.study import PublishedModel, Study, load_benchmarks, load_corpora, load_vocabularies
+from stlm.study import PublishedModel, Study, load_benchmarks, load_corpora, load_study, load_vocabularies
 
 FOLDER = Path("data/sources")
 RAW = Path("data/raw")
@@ -113,7 +113,7 @@ class Manifests:
         return False
 
     def out_of_reach(self, name: str) -> bool:
-        """Whether files of ``name`` have changed in a mirror that is not named, so that fetching would fail."""
+        """Whether files of ``name`` have changed in a mirror that is not named, so that fetch would fail."""
         for part, entry in self._parts(name).items():
             if self._look(name, part, entry)[0] is None:
                 found, _ = self._look(name, part, entry, remembered=True)
@@ -154,7 +154,10 @@ class Manifests:
 
     def _parts(self, name: str) -> dict[str, Entry]:
         if name not in self._entries:
-            return {}
+            raise UserError(
+                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies}}.yaml"
+                f"{nearest(name, self._entries)}"
+            )
         return components(self._entries[name], self._corpora)
 
     def _look(
@@ -182,6 +185,29 @@ class Manifests:
 def model_manifest(model: PublishedModel) -> Path:
     """Where the manifest of a published model is."""
     return model.results_folder / "files.json"
+
+
+def write_manifest(name: str, model: str | None = None, root: Path = Path()) -> bool:
+    """Write the manifest of the data ``name``, or of the study ``name``'s published ``model``.
+
+    Returns whether it changed. `UserError` for an unknown name, and where files of a mirror have changed that
+    is not named: fetching them again would fail.
+    """
+    manifests = Manifests(root, named_mirror())
+    if model is not None:
+        study = load_study(name, root=root)
+        if model not in study.published:
+            raise UserError(
+                f"study {name!r} has no published model {model!r}{nearest(model, study.published)}"
+            )
+        return manifests.refresh_model(study.published[model])
+    changed = manifests.refresh(name)
+    if manifests.out_of_reach(name):
+        raise UserError(
+            f"{name}: the files in {manifests.where(name)} have changed, and no mirror is named to fetch "
+            "them from: set STLM_MIRROR"
+        )
+    return changed
 
 
 def refresh_all(study: Study, names: Iterable[str], root: Path = Path()) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from stlm.errors import UserError, nearest
+from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import write_text
-from stlm.manifests import Manifests, changed_sources, model_manifest, named_mirror, refresh_all
+from stlm.manifests import Manifests, changed_sources, model_manifest, refresh_all
 from stlm.study import (
     PublishedModel,
     Run,
@@ -120,10 +120,6 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     return {name: source_entries(name, root) for name in names}
 
 
-def _deps(paths: list[str]) -> dict[str, list[str]]:
-    return {"deps": paths} if paths else {}
-
-
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     """DVC's stages that write the manifests of what lies on this machine, when it changes."""
     manifests = Manifests(root)
@@ -149,9 +145,10 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     manifests = Manifests(root)
     stages: dict[str, dict[str, Any]] = {}
     for name, entries in fetched(study, root).items():
+        deps = fetch_inputs(name, manifests)
         stages[f"fetch-{name}"] = {
             "cmd": f"stlm fetch {name}",
-            **_deps(fetch_inputs(name, manifests)),
+            **({"deps": deps} if deps else {}),
             "params": [{f"params/{stem}.yaml": list(keys)} for stem, keys in entries.items()],
             "outs": [f"data/raw/{name}"],
         }
@@ -360,30 +357,6 @@ def _changed(root: Path) -> str:
         f"DVC: nothing recorded, the files of {', '.join(changed)} are not those that the results are made "
         "from; run `snakemake all` again, with the mirror named where they are in one"
     )
-
-
-def fingerprint(name: str, model: str | None = None, root: Path = Path()) -> bool:
-    """Write the manifest of the data ``name``, or of the study ``name``'s published ``model``.
-
-    Returns whether it changed. `UserError` where files of a mirror have changed that is not named: fetching
-    them again would fail.
-    """
-    manifests = Manifests(root, named_mirror())
-    if model is not None:
-        study = load_study(name, root=root)
-        if model not in study.published:
-            raise UserError(
-                f"study {name!r} has no published model {model!r}{nearest(model, study.published)}"
-            )
-        return manifests.refresh_model(study.published[model])
-    source_entries(name, root)
-    changed = manifests.refresh(name)
-    if manifests.out_of_reach(name):
-        raise UserError(
-            f"{name}: the files in {manifests.where(name)} have changed, and no mirror is named to fetch "
-            "them from: set STLM_MIRROR"
-        )
-    return changed
 
 
 def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:

@@ -165,4 +165,5 @@ def test_a_published_model_that_is_not_there_is_named(mirror, capsys):
     assert main(["fingerprint", "smoke", "gpt"]) == 2
     assert "study 'smoke' has no published model 'gpt'" in capsys.readouterr().err
     assert main(["fingerprint", "book"]) == 2
-    assert "'book' is in none of params/" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'book' is in none of params/" in error and "did you mean 'books'" in error
