@@ -49,6 +49,9 @@ def fetch(options: argparse.Namespace) -> None:
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
     fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
+    from stlm.pipeline import after_fetch
+
+    after_fetch(options.name, mirror)
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -182,6 +185,15 @@ def use(options: argparse.Namespace) -> None:
     print(f"dvc.yaml {'now lists' if changed else 'already lists'} the stages of the study {options.study}")
 
 
+def fingerprint(options: argparse.Namespace) -> None:
+    """Write down what the local files hold that data, or a published model, are read from."""
+    from stlm.manifests import write_manifest
+
+    changed = write_manifest(options.name, options.model)
+    what = options.name if options.model is None else f"{options.name} {options.model}"
+    print(f"{what}: the files {'have changed' if changed else 'are as they were'}")
+
+
 def sync(options: argparse.Namespace) -> None:
     """Bring Snakemake's records in line after `dvc repro` or `dvc pull`."""
     from stlm.pipeline import sync as sync_engines
@@ -309,6 +321,10 @@ def parser() -> argparse.ArgumentParser:
     exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
     exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
     verb(use, of_study)
+    fingerprinter = verb(fingerprint, ("name", "data in params/, or a study"))
+    fingerprinter.add_argument(
+        "model", metavar="MODEL", nargs="?", help="of a study: a model under its key `published`"
+    )
     verb(sync)
     verb(document)
     return top

@@ -19,6 +19,7 @@ import yaml
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import write_text
+from stlm.manifests import Manifests, changed_sources, model_manifest, refresh_all
 from stlm.study import (
     PublishedModel,
     Run,
@@ -31,10 +32,18 @@ from stlm.study import (
 from stlm.validation import read_yaml
 
 DVC_FILE = Path("dvc.yaml")
+# The stages of this begin list what DVC watches on this machine: they are not the same on another.
+WATCH = "fingerprint-"
 _HEADER = """\
 # The stages of the study `{study}` for DVC, the same as Snakemake's. Written by `stlm use {study}` from
 # params/{study}.yaml: do not edit, run it again when runs, corpora or benchmarks come or go.
 """
+
+
+def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
+    """What ``stlm fetch`` reads: the manifest of the local files, where a source is one."""
+    path = manifests.path(name)
+    return [] if path is None else [str(path)]
 
 
 def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[str]:
@@ -62,9 +71,9 @@ def contamination_inputs(study: Study) -> list[str]:
 
 
 def published_inputs(study: Study, published: PublishedModel) -> list[str]:
-    """The folders that ``stlm evaluate`` reads for a published model: itself, test text and benchmarks."""
+    """What ``stlm evaluate`` reads for a published model: its manifest, test text and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
-    return [published.folder, str(published.tokens_folder), *benchmarks]
+    return [str(model_manifest(published)), str(published.tokens_folder), *benchmarks]
 
 
 def report_inputs(study: Study) -> list[str]:
@@ -111,14 +120,35 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     return {name: source_entries(name, root) for name in names}
 
 
+def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
+    """DVC's stages that write the manifests of what lies on this machine, when it changes."""
+    manifests = Manifests(root)
+    watched = {
+        (f"{WATCH}{name}", f"stlm fingerprint {name}", str(manifests.path(name))): manifests.watched(name)
+        for name in fetched(study, root)
+    }
+    for name, model in study.published.items():
+        key = (f"{WATCH}{study.name}-{name}", f"stlm fingerprint {study.name} {name}")
+        here = (root / model.folder).is_dir()
+        watched[*key, str(model_manifest(model))] = [model.folder] if here else []
+    return {
+        stage: {"cmd": command, "deps": deps, "outs": [{path: {"cache": False, "persist": True}}]}
+        for (stage, command, path), deps in watched.items()
+        if deps
+    }
+
+
 def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     """The study's stages in the form of ``dvc.yaml``. Shared data has one stage for all studies."""
     runs = study.runs.values()
     tokens = list(dict.fromkeys((run.corpus, run.tokenizer) for run in runs))
+    manifests = Manifests(root)
     stages: dict[str, dict[str, Any]] = {}
     for name, entries in fetched(study, root).items():
+        deps = fetch_inputs(name, manifests)
         stages[f"fetch-{name}"] = {
             "cmd": f"stlm fetch {name}",
+            **({"deps": deps} if deps else {}),
             "params": [{f"params/{stem}.yaml": list(keys)} for stem, keys in entries.items()],
             "outs": [f"data/raw/{name}"],
         }
@@ -217,8 +247,11 @@ def _in_git(path: str) -> dict[str, dict[str, bool]]:
     return {path: {"cache": False}}
 
 
-def _dvc_content(study: Study, root: Path) -> dict[str, Any]:
-    return {"vars": [{"study": study.name}], "stages": dvc_stages(study, root), "plots": dvc_plots(study)}
+def _dvc_content(study: Study, root: Path, watch: bool) -> dict[str, Any]:
+    """What ``dvc.yaml`` holds; ``watch``: with the stages that watch the files of this machine."""
+    watched = watch_stages(study, root) if watch else {}
+    stages = {**watched, **dvc_stages(study, root)}
+    return {"vars": [{"study": study.name}], "stages": stages, "plots": dvc_plots(study)}
 
 
 def active_study(root: Path = Path()) -> str | None:
@@ -233,9 +266,15 @@ def active_study(root: Path = Path()) -> str | None:
 
 
 def use(name: str, root: Path = Path()) -> bool:
-    """Make ``name`` the active study: write its stages to ``dvc.yaml``. Returns whether the file changed."""
+    """Make ``name`` the active study: write its stages to ``dvc.yaml``, and the manifests of its local files.
+
+    Returns whether ``dvc.yaml`` changed.
+    """
     study = load_study(name, root=root)
-    body = yaml.safe_dump(_dvc_content(study, root), sort_keys=False, width=110, allow_unicode=True)
+    refresh_all(study, fetched(study, root), root)
+    body = yaml.safe_dump(
+        _dvc_content(study, root, watch=True), sort_keys=False, width=110, allow_unicode=True
+    )
     text = _HEADER.format(study=name) + body
     path = root / DVC_FILE
     if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -252,7 +291,11 @@ def check_active(study: Study, root: Path = Path()) -> None:
     """
     if study.overrides or active_study(root) != study.name:
         return
-    if read_yaml(root / DVC_FILE) != _dvc_content(study, root):
+    listed = read_yaml(root / DVC_FILE)
+    stages = {
+        name: stage for name, stage in (listed.get("stages") or {}).items() if not name.startswith(WATCH)
+    }
+    if {**listed, "stages": stages} != _dvc_content(study, root, watch=False):
         raise UserError(
             f"dvc.yaml does not list the stages that params/{study.name}.yaml asks for: "
             f"run `stlm use {study.name}`, then this again"
@@ -276,14 +319,55 @@ def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedPro
 def record_in_dvc(root: Path = Path()) -> str:
     """Tell DVC that the outputs in place belong to the inputs in place, after Snakemake made them all.
 
-    Returns what was done, for people. Never an error: the results are there, whatever DVC says.
+    Not where the local files that the study is made from are others by now: `dvc commit` would take what was
+    made from the old ones as made from the new. Returns what was done, for people. Never an error: the
+    results are there, whatever DVC says.
     """
     if not (root / ".dvc").is_dir() or not (root / ".git").exists():
         return "DVC: nothing recorded, this folder is not a clone of a git repository with DVC"
+    if changed := _changed(root):
+        return changed
+    lock = root / "dvc.lock"
+    before = lock.read_text(encoding="utf-8") if lock.exists() else None
     done = _engine("dvc", "commit", "--force", "--quiet", root=root)
     if done.returncode:
         return f"DVC: nothing recorded, `dvc commit --force` failed:\n{done.stderr.strip()}"
+    if changed := _changed(root):
+        # Edited while DVC read them.
+        if before is None:
+            lock.unlink(missing_ok=True)
+        else:
+            write_text(lock, before)
+        return changed
     return "DVC: results recorded in dvc.lock; `dvc status` is clean"
+
+
+def _changed(root: Path) -> str:
+    """Why nothing may be recorded, where local files are not those that the results are made from."""
+    try:
+        name = active_study(root)
+        if name is None:
+            return "DVC: nothing recorded, there is no dvc.yaml; run `stlm use STUDY`"
+        study = load_study(name, root=root)
+        changed = changed_sources(study, fetched(study, root), root)
+    except UserError as error:
+        return f"DVC: nothing recorded: {error}"
+    if not changed:
+        return ""
+    return (
+        f"DVC: nothing recorded, the files of {', '.join(changed)} are not those that the results are made "
+        "from; run `snakemake all` again, with the mirror named where they are in one"
+    )
+
+
+def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:
+    """Write the manifest of what was just fetched; say so where DVC does not watch its files yet."""
+    manifests = Manifests(root, mirror)
+    manifests.after_fetch(name)
+    study = active_study(root)
+    stages = {} if study is None else read_yaml(root / DVC_FILE).get("stages") or {}
+    if f"fetch-{name}" in stages and f"{WATCH}{name}" not in stages and manifests.watched(name):
+        print(f"{name}: DVC does not watch its files yet; `stlm use {study}` lets it", file=sys.stderr)
 
 
 def sync(root: Path = Path()) -> str:
@@ -296,6 +380,7 @@ def sync(root: Path = Path()) -> str:
     if name is None:
         raise UserError("there is no dvc.yaml: run `stlm use STUDY`")
     check_active(load_study(name, root=root), root)
+    use(name, root)  # the manifests of today, and no stage that watches what is not on this machine
     status = _engine("dvc", "status", "--json", root=root)
     if status.returncode:
         raise UserError(f"`dvc status` failed:\n{status.stderr.strip()}")

@@ -56,6 +56,27 @@ def check_sha256(path: str, local: Path, pinned: Mapping[str, str], where: str) 
     return digest
 
 
+def local_root(
+    source: MirrorSource | FolderSource, mirror: Path | None, project: Path = Path()
+) -> Path | None:
+    """Where the files of a local source are; None where that is a mirror and none was named."""
+    if isinstance(source, MirrorSource):
+        return None if mirror is None else mirror / source.path
+    return project / source.root
+
+
+def matched_files(source: MirrorSource | FolderSource, root: Path) -> dict[str, list[tuple[str, Path]]]:
+    """Output -> the files of a local source: path below ``root``, and path here.
+
+    Raises `SourceError` where an output has none.
+    """
+    patterns = [
+        pattern for each in source.files.values() for pattern in ([each] if isinstance(each, str) else each)
+    ]
+    matched = _match(source.files, list_named(root, patterns), f"{source.kind}: {source.path}")
+    return {output: [(path, root / path) for path in each] for output, each in matched.items()}
+
+
 def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
     """The files of ``source`` in the mirror, where they lie."""
     if mirror is None:
@@ -81,19 +102,16 @@ def from_folder(source: FolderSource) -> Found:
 
 
 def _from_root(source: MirrorSource | FolderSource, root: Path, where: str) -> Found:
-    patterns = [
-        pattern for each in source.files.values() for pattern in ([each] if isinstance(each, str) else each)
-    ]
-    matched = _match(source.files, list_named(root, patterns), where)
-    for path in dict.fromkeys(path for each in matched.values() for path in each):
+    files = matched_files(source, root)
+    for path, local in dict.fromkeys(pair for each in files.values() for pair in each):
         try:
-            (root / path).open("rb").close()
+            local.open("rb").close()
         except OSError as error:
             raise SourceError(f"{where}: {shown(path)}: cannot be read: {error.strerror}") from None
     for path in source.sha256:
         if (root / path).is_file():
             check_sha256(path, root / path, source.sha256, where)
-    return Found({out: [(path, root / path) for path in each] for out, each in matched.items()}, owned=False)
+    return Found(files, owned=False)
 
 
 def _pip_download(source: WheelSource, folder: Path) -> Path:

@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 from stlm import pipeline
 from stlm.errors import UserError
+from stlm.manifests import Manifests, named_mirror
 from stlm.study import load_study
 
 # Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
@@ -86,6 +87,24 @@ def set_arguments(wildcards, threads) -> str:
     return "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
 
 
+def fetch_inputs(wildcards) -> list[str]:
+    """The manifest of what `stlm fetch` reads, written as the files are now.
+
+    They are looked at once, before jobs are chosen: nodes of a cluster may not have them.
+    """
+    name = wildcards.name
+    if workflow.is_main_process and name not in LOOKED_AT:
+        LOOKED_AT.add(name)
+        MANIFESTS.refresh(name)
+        if MANIFESTS.out_of_reach(name):
+            print(
+                f"{name}: the files in {MANIFESTS.where(name)} have changed; they are fetched again where "
+                "the mirror is named (--config mirror=FOLDER or STLM_MIRROR)",
+                file=sys.stderr,
+            )
+    return pipeline.fetch_inputs(name, MANIFESTS)
+
+
 def tokenize_inputs(wildcards) -> list[str]:
     return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
@@ -103,7 +122,10 @@ def contamination_inputs(wildcards) -> list[str]:
 
 
 def published_inputs(wildcards) -> list[str]:
-    return pipeline.published_inputs(STUDY, STUDY.published[wildcards.published])
+    published = STUDY.published[wildcards.published]
+    if workflow.is_main_process:
+        MANIFESTS.refresh_model(published)
+    return pipeline.published_inputs(STUDY, published)
 
 
 def published_params(wildcards) -> str:
@@ -181,3 +203,5 @@ os.environ.update(PYTHONUNBUFFERED="1")
 if config.get("mirror"):
     # Not an argument: where the bytes came from is no part of the command, which is DVC's too.
     os.environ.update(STLM_MIRROR=str(config["mirror"]))
+LOOKED_AT: set[str] = set()
+MANIFESTS = Manifests(mirror=named_mirror())

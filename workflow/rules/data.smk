@@ -4,6 +4,8 @@ localrules:
 
 
 rule fetch:
+    input:
+        fetch_inputs,
     output:
         directory("data/raw/{name}"),
     log:

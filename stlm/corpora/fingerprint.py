@@ -1,0 +1,183 @@
+"""Fingerprints of the local files that data are read from: by content, at the cost of one `stat` a file.
+
+A file's SHA-256 is kept with all that `stat` says of it. A file that was touched is read again and has the
+same fingerprint; one edited in place has another, even where its size and time of modification are put back,
+because the time of its change (ctime) cannot be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stlm.corpora.config import CorpusEntry, Entry, FolderSource, MirrorSource, VocabularyEntry
+from stlm.corpora.errors import SourceError, shown
+from stlm.corpora.sources import local_root, matched_files
+from stlm.errors import UserError
+from stlm.files import sha256, write_text
+
+LOCAL_KINDS = ("mirror", "folder")
+LocalSource = MirrorSource | FolderSource
+# A file changed this recently (seconds) may change again within one tick of its file system's clock.
+_SETTLED = 2.0
+_UNREADABLE = "unreadable"
+
+
+class Fingerprint(NamedTuple):
+    """The content of a set of files: how many there are, and a digest of their paths and contents."""
+
+    files: int
+    sha256: str
+
+
+class Digests:
+    """SHA-256 of files, kept in a JSON file so that unchanged files are not read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = False
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            kept = {}  # the file only saves time
+        self._kept: dict[str, Any] = kept if isinstance(kept, dict) else {}
+
+    def sha256(self, file: Path) -> str | None:
+        """The SHA-256 of ``file``; None where it is gone, `unreadable` where it may not be read."""
+        key = os.path.abspath(file)
+        try:
+            before = _state(os.stat(key))
+            kept = self._kept.get(key)
+            if isinstance(kept, list) and kept[:-1] == before:
+                return kept[-1]
+            digest = sha256(file)
+            after = os.stat(key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UserError):
+            return _UNREADABLE
+        if _state(after) == before and time.time() - max(after.st_ctime, after.st_mtime) > _SETTLED:
+            self._kept[key] = [*before, digest]
+            self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Keep what was computed, unless nothing was."""
+        if not self._changed:
+            return
+        self._changed = False
+        with suppress(UserError):  # a project that cannot be written to: computed again next time
+            write_text(self._path, json.dumps(self._kept))
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def of_contents(contents: Mapping[str, str]) -> Fingerprint:
+    """The fingerprint of files given as path -> SHA-256, as source.json lists them."""
+    lines = (f"{path}\0{digest}\n" for path, digest in sorted(contents.items()))
+    return Fingerprint(
+        len(contents), hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    )
+
+
+def of_record(record: Mapping[str, Any] | None) -> Fingerprint | None:
+    """The fingerprint of the files that were fetched, by source.json; None where they were not local."""
+    used = (record or {}).get("source") or {}
+    if used.get("kind") not in LOCAL_KINDS:
+        return None
+    return of_contents(used["files"])
+
+
+def local_sources(entry: Entry) -> list[LocalSource]:
+    """The sources of ``entry`` that are files of this machine."""
+    return [source for source in entry.sources if isinstance(source, LocalSource)]
+
+
+class Found(NamedTuple):
+    """What a local source has at the moment."""
+
+    source: LocalSource
+    root: Path
+    fingerprint: Fingerprint
+
+
+def look(
+    entry: Entry,
+    record: Mapping[str, Any] | None,
+    mirror: Path | None,
+    project: Path,
+    digests: Digests,
+    last: Path | None = None,
+) -> Found | None:
+    """The files that fetching ``entry`` would read now, from the first local source that can give them.
+
+    ``record``: the source.json of what was fetched before; ``last``: the folder that it came from, looked at
+    where no mirror is named. None where it came from elsewhere (a hub, a wheel), or where no local source is
+    there. A source that was used and lacks a file now is still found, with an empty fingerprint.
+    """
+    used = ((record or {}).get("source") or {}).get("kind")
+    if used is not None and used not in LOCAL_KINDS:
+        return None
+    partial = None
+    for source in local_sources(entry):
+        root = local_root(source, mirror, project)
+        if root is None and used == source.kind:
+            root = last
+        if root is None or not root.exists():
+            continue
+        try:
+            matched = matched_files(source, root)
+        except SourceError:
+            if used == source.kind:
+                partial = partial or Found(source, root, of_contents({}))
+            continue
+        contents = {
+            shown(path): digest
+            for each in matched.values()
+            for path, file in each
+            if (digest := digests.sha256(file)) is not None
+        }
+        if _as_pinned(entry, source, matched, contents):
+            return Found(source, root, of_contents(contents))
+    return partial
+
+
+def _as_pinned(
+    entry: Entry,
+    source: LocalSource,
+    matched: Mapping[str, list[tuple[str, Path]]],
+    contents: Mapping[str, str],
+) -> bool:
+    """Whether files whose digests params/ pins are those; where not, fetch passes the source over."""
+    pinned = dict(source.sha256)
+    if isinstance(entry, VocabularyEntry):
+        pinned |= {
+            shown(path): entry.sha256[output]
+            for output, each in matched.items()
+            if output in entry.sha256
+            for path, _ in each
+        }
+    return all(contents.get(path, digest) == digest for path, digest in pinned.items())
+
+
+def components(entry: Entry, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries whose sources are read for ``entry``: those of a mix, or itself."""
+    mix = entry.mix if isinstance(entry, CorpusEntry) else None
+    return {name: entries[name] for name in mix} if mix else {entry.name: entry}
+
+
+def of_folder(folder: Path, patterns: tuple[str, ...], digests: Digests) -> Fingerprint | None:
+    """The fingerprint of the files in ``folder`` itself that globs mean; None where there is no folder."""
+    if not folder.is_dir():
+        return None
+    files = {file.name: file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    contents = {name: digests.sha256(file) for name, file in files.items()}
+    return of_contents({shown(name): digest for name, digest in contents.items() if digest is not None})

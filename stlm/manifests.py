@@ -1,0 +1,292 @@
+"""Manifests: what the local files that a study is made from hold, written where both engines see it.
+
+``data/sources/NAME.json`` has the fingerprint of the files that ``stlm fetch NAME`` reads; that of a
+published model is beside its results. They are small, belong into git, and are inputs of the stages that read
+the files, in Snakemake as in DVC. Beside a manifest, ``data/sources/NAME/`` has links to the folders on this
+machine, which DVC watches; git ignores them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stlm.corpora.config import Entry
+from stlm.corpora.errors import SourceError
+from stlm.corpora.fingerprint import (
+    Digests,
+    Fingerprint,
+    Found,
+    LocalSource,
+    components,
+    local_sources,
+    look,
+    of_folder,
+    of_record,
+)
+from stlm.corpora.sources import matched_files
+from stlm.errors import UserError, nearest
+from stlm.files import disk_errors, read_json, write_json
+from stlm.study import PublishedModel, Study, load_benchmarks, load_corpora, load_study, load_vocabularies
+
+FOLDER = Path("data/sources")
+RAW = Path("data/raw")
+CACHE = Path(".state/fingerprints.json")
+# What loading a published model reads (stlm.evaluation.hf_model).
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+
+
+def named_mirror() -> Path | None:
+    """The mirror that STLM_MIRROR names, where it is there."""
+    named = os.environ.get("STLM_MIRROR")
+    mirror = Path(named).expanduser() if named else None
+    return mirror if mirror is not None and mirror.is_dir() else None
+
+
+class Manifests:
+    """The manifests of a project's data, and the files of this machine that they speak of."""
+
+    def __init__(self, root: Path = Path(), mirror: Path | None = None) -> None:
+        self.root = root
+        self.mirror = mirror
+        self._digests = Digests(root / CACHE)
+        self._corpora = load_corpora(root)
+        self._entries: dict[str, Entry] = {
+            **self._corpora,
+            **load_benchmarks(root),
+            **load_vocabularies(root),
+        }
+
+    def path(self, name: str) -> Path | None:
+        """The manifest of the data ``name``, below the project; None where no source of them is local."""
+        if any(local_sources(entry) for entry in self._parts(name).values()):
+            return FOLDER / f"{name}.json"
+        return None
+
+    def refresh(self, name: str) -> bool:
+        """Write the manifest of ``name`` and its links as the files are now; whether the manifest changed."""
+        path = self.path(name)
+        if path is None:
+            return False
+        old = _read(self.root / path)
+        content = {}
+        for part, entry in self._parts(name).items():
+            found, fingerprint = self._look(name, part, entry)
+            content[part] = _json(fingerprint) if fingerprint else old.get(part)
+            if found is not None:
+                _link(self._link(name, part), found.root)
+        self._digests.save()
+        return _write(self.root / path, content)
+
+    def after_fetch(self, name: str) -> None:
+        """Write the manifest of ``name`` as what ``stlm fetch`` has just read, and the links."""
+        path = self.path(name)
+        if path is None:
+            return
+        content = {}
+        for part, entry in self._parts(name).items():
+            fetched = of_record(self._record(name, part))
+            content[part] = _json(fetched) if fetched else None
+            if (found := self._look(name, part, entry)[0]) is not None:
+                _link(self._link(name, part), found.root)
+        self._digests.save()
+        _write(self.root / path, content)
+
+    def changed(self, name: str) -> bool:
+        """Whether the files of ``name`` are not those that its manifest, or its source.json, speaks of.
+
+        A mirror that is not named is looked at where it last was.
+        """
+        path = self.path(name)
+        if path is None:
+            return False
+        manifest = _read(self.root / path)
+        for part, entry in self._parts(name).items():
+            fetched = of_record(self._record(name, part))
+            _, now = self._look(name, part, entry, remembered=True)
+            said = manifest.get(part)
+            if (now and _json(now) != said) or (fetched and _json(fetched) != said):
+                return True
+        self._digests.save()
+        return False
+
+    def out_of_reach(self, name: str) -> bool:
+        """Whether files of ``name`` have changed in a mirror that is not named, so that fetch would fail."""
+        for part, entry in self._parts(name).items():
+            if self._look(name, part, entry)[0] is None:
+                found, _ = self._look(name, part, entry, remembered=True)
+                if found is not None and found.fingerprint != of_record(self._record(name, part)):
+                    return True
+        self._digests.save()
+        return False
+
+    def watched(self, name: str) -> list[str]:
+        """The files and folders that DVC watches for ``name``, through the links; none without links."""
+        paths = []
+        for part, entry in self._parts(name).items():
+            link = self._link(name, part)
+            if link.exists():
+                paths += _watched(link, local_sources(entry))
+        return [Path(os.path.relpath(path, self.root)).as_posix() for path in paths]
+
+    def where(self, name: str) -> str:
+        """The folders on this machine that ``name`` was last read from."""
+        links = [self._link(name, part) for part in self._parts(name)]
+        return ", ".join(os.readlink(link) for link in links if link.is_symlink())
+
+    def refresh_model(self, model: PublishedModel) -> bool:
+        """Write the manifest of a published model as its files are now; whether it changed."""
+        path = self.root / model_manifest(model)
+        now = self._of_model(model)
+        return _write(path, _json(now) if now else _read(path) or None)
+
+    def model_changed(self, model: PublishedModel) -> bool:
+        """Whether a published model's files are not what its manifest says."""
+        now = self._of_model(model)
+        return now is not None and _json(now) != _read(self.root / model_manifest(model))
+
+    def _of_model(self, model: PublishedModel) -> Fingerprint | None:
+        now = of_folder(self.root / model.folder, MODEL_FILES, self._digests)
+        self._digests.save()
+        return now
+
+    def _parts(self, name: str) -> dict[str, Entry]:
+        if name not in self._entries:
+            raise UserError(
+                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies}}.yaml"
+                f"{nearest(name, self._entries)}"
+            )
+        return components(self._entries[name], self._corpora)
+
+    def _look(
+        self, name: str, part: str, entry: Entry, remembered: bool = False
+    ) -> tuple[Found | None, Fingerprint | None]:
+        """The files of a part, where they are here, and their fingerprint, else that of what was fetched."""
+        record = self._record(name, part)
+        last = self._link(name, part) if remembered else None
+        found = look(entry, record, self.mirror, self.root, self._digests, last)
+        return found, found.fingerprint if found else of_record(record)
+
+    def _link(self, name: str, part: str) -> Path:
+        return self.root / FOLDER / name / part
+
+    def _record(self, name: str, part: str) -> dict[str, Any] | None:
+        folder = self.root / RAW / name
+        path = (folder if part == name else folder / part) / "source.json"
+        try:
+            record = read_json(path)
+        except UserError:
+            return None  # not fetched yet, or cut short: fetched again
+        return record if isinstance(record, dict) else None
+
+
+def model_manifest(model: PublishedModel) -> Path:
+    """Where the manifest of a published model is."""
+    return model.results_folder / "files.json"
+
+
+def write_manifest(name: str, model: str | None = None, root: Path = Path()) -> bool:
+    """Write the manifest of the data ``name``, or of the study ``name``'s published ``model``.
+
+    Returns whether it changed. `UserError` for an unknown name, and where files of a mirror have changed that
+    is not named: fetching them again would fail.
+    """
+    manifests = Manifests(root, named_mirror())
+    if model is not None:
+        study = load_study(name, root=root)
+        if model not in study.published:
+            raise UserError(
+                f"study {name!r} has no published model {model!r}{nearest(model, study.published)}"
+            )
+        return manifests.refresh_model(study.published[model])
+    changed = manifests.refresh(name)
+    if manifests.out_of_reach(name):
+        raise UserError(
+            f"{name}: the files in {manifests.where(name)} have changed, and no mirror is named to fetch "
+            "them from: set STLM_MIRROR"
+        )
+    return changed
+
+
+def refresh_all(study: Study, names: Iterable[str], root: Path = Path()) -> None:
+    """Write the manifests of a study's data and published models as the files are now."""
+    manifests = Manifests(root, named_mirror())
+    for name in names:
+        manifests.refresh(name)
+    for model in study.published.values():
+        manifests.refresh_model(model)
+
+
+def changed_sources(study: Study, names: Iterable[str], root: Path = Path()) -> list[str]:
+    """The data and published models of a study whose files are not those that its manifests speak of."""
+    manifests = Manifests(root, named_mirror())
+    data = [name for name in names if manifests.changed(name)]
+    return data + [name for name, model in study.published.items() if manifests.model_changed(model)]
+
+
+def _json(fingerprint: Fingerprint) -> dict[str, Any]:
+    return fingerprint._asdict()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A manifest; empty where there is none, or one that is damaged: it is then written anew."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: Any) -> bool:
+    """Write a manifest unless it says the same already: its time stamp is that of the last change."""
+    try:
+        if read_json(path) == content:
+            return False
+    except UserError:
+        pass
+    write_json(path, content)
+    return True
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make ``link`` point to ``target``; one that does already is left alone."""
+    wanted = os.path.abspath(target)
+    if link.is_symlink() and os.readlink(link) == wanted:
+        return
+    with disk_errors(link):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(wanted)
+
+
+def _watched(link: Path, sources: Iterable[LocalSource]) -> list[Path]:
+    """What DVC hashes below ``link``: what the sources' paths name before the first wildcard.
+
+    DVC does not enter a linked folder below another one: those that have files of a source are listed too.
+    """
+    named: set[Path] = set()
+    linked: set[Path] = set()
+    for source in sources:
+        for patterns in source.files.values():
+            named |= {
+                _before_wildcards(link, pattern)
+                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            }
+        try:
+            files = [link / path for each in matched_files(source, link).values() for path, _ in each]
+        except SourceError:
+            continue
+        folders = {above for file in files for above in file.relative_to(link).parents}
+        linked |= {link / above for above in folders if above.parts and (link / above).is_symlink()}
+    return sorted({path for path in named if not any(above in named for above in path.parents)} | linked)
+
+
+def _before_wildcards(folder: Path, pattern: str) -> Path:
+    """The file or folder below ``folder`` that a path or glob names as far as it is fixed and there."""
+    for part in Path(pattern).parts:
+        if set(part) & set("*?[") or not (folder / part).exists():
+            break
+        folder /= part
+    return folder
