@@ -245,7 +245,10 @@ class _Writer:
             return
         if self.writer is None or self.file_bytes + self.block_bytes > FILE_BYTES:
             self.close()
-            self.writer = pq.ParquetWriter(next(self.paths), self.schema, compression="zstd")
+            # A page of a dictionary holds up to 1,024 whole texts, and is read whole.
+            self.writer = pq.ParquetWriter(
+                next(self.paths), self.schema, compression="zstd", use_dictionary=False
+            )
         arrays = [_text_array(column) for column in self.columns]
         self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
         self.file_bytes += self.block_bytes

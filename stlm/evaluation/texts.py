@@ -37,7 +37,7 @@ class SplitTexts(Sequence[str]):
 
 
 def made_items(chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig) -> list[Item]:
-    """Items made of the test split, which the tokenizer leaves as they are. UserError where there are none."""
+    """Items made of the test split, the same for every tokenizer. UserError where there are none."""
     texts = SplitTexts(tokens_folder, "test")
     limit = config.limit_of(chosen.name, last=True) or chosen.default_limit
     items = chosen.make(texts, limit, config.limit_seed)

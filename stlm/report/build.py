@@ -12,7 +12,6 @@ from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
-from stlm.report.leaks import leaks_table
 from stlm.report.curves import read_variants
 from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
 from stlm.report.equal_cost import equal_costs
@@ -20,6 +19,7 @@ from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
 from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
+from stlm.report.leaks import leaks_table
 from stlm.report.parameters import write_parameters
 from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables

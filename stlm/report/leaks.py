@@ -47,7 +47,7 @@ def leaks_table(study: Study, contamination: Contamination) -> Table | None:
             "documents",
             f"sequences of\n{words} words",
             "of these\nin train",
-            "documents above\na half",
+            "documents\nabove a half",
             "above\na fifth",
             "most of\na document",
         ],

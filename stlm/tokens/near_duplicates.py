@@ -155,11 +155,11 @@ class Clusters:
 
     @property
     def refused(self) -> np.ndarray:
-        """The clusters that were refused a union: text of theirs stands in a cluster that they could not join."""
+        """The clusters that were refused a union, as it would be too large."""
         return np.array(sorted({self.find(unit) for unit in self._refused}), np.int64)
 
     def counts(self, first: int, last: int) -> dict[str, int]:
-        """Of the units `first` to `last` (not included): how many were joined, and how many may not leave train."""
+        """Of the units `first` to `last` (not included): how many were joined, or refused a union."""
         roots = self.roots
         members = np.bincount(roots, minlength=len(roots))
         here = roots[first:last]

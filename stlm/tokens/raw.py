@@ -147,7 +147,7 @@ class RawComponent:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Documents as stored: bytes that should be UTF-8, or None; the group of each, or None; its split."""
+    """Documents as stored: bytes that should be UTF-8, or None; of each its group, or None, and its split."""
 
     texts: list[bytes | None]
     groups: list[bytes | None]
@@ -172,7 +172,7 @@ class RawBatch:
 
 
 def passages(text: bytes, size: int) -> list[bytes]:
-    """Consecutive parts of a text, which joined are the text: of about `size` bytes, at most three times that.
+    """Consecutive parts of a text, which joined are the text: of about `size` bytes, at most twice that.
 
     Each ends after an empty line, else after a line, else after a space, else between two characters.
     """

@@ -68,18 +68,14 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
     for name, component in meta["splitting"]["components"].items():
         for split in SPLITS[1:]:
             own = component["splits"][split]
-            few = own["documents"] < FEWEST_DOCUMENTS, own["bytes"] < FEWEST_BYTES, own["units"] == 1
-            reasons = (
-                f"fewer than {FEWEST_DOCUMENTS}",
-                f"fewer than {FEWEST_BYTES:,} bytes",
-                "a single text",
-            )
-            if any(few):
+            reasons = [f"fewer than {FEWEST_DOCUMENTS}"] if own["documents"] < FEWEST_DOCUMENTS else []
+            reasons += [f"fewer than {FEWEST_BYTES:,} bytes"] if own["bytes"] < FEWEST_BYTES else []
+            reasons += ["a single one"] if own["units"] == 1 else []
+            if reasons:
                 of = "" if component["unit"] == "document" else f" of {own['units']:,} {component['unit']}(s)"
                 yield (
                     f"warning: {name}: {split} has {own['documents']:,} documents{of}, "
-                    f"{own['bytes']:,} bytes: {', '.join(reason for reason, is_so in zip(reasons, few, strict=True) if is_so)}; "
-                    "what is measured on it says little"
+                    f"{own['bytes']:,} bytes: {', '.join(reasons)}; what is measured on it says little"
                 )
     for split in SPLITS[1:]:
         own = meta["leaks"][split]
