@@ -70,6 +70,7 @@ def tokenize(options: argparse.Namespace) -> None:
         TOKENS / options.corpus / options.tokenizer,
         options.tokenizer,
         RAW / options.tokenizer,
+        memory_bytes=options.memory << 20,
     )
 
 
@@ -285,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     fetcher.add_argument(
         "--mirror", metavar="FOLDER", help="a local folder laid out like the hub (default: STLM_MIRROR)"
     )
-    verb(
+    tokenizing = verb(
         tokenize,
         ("corpus", "a corpus or mix in params/corpora.yaml"),
         (
@@ -293,6 +294,14 @@ def parser() -> argparse.ArgumentParser:
             "gpt2, bytes, bpe-N: a byte-pair vocabulary of N tokens trained on the corpus; or for byte-level "
             "models words, spaces, stride-N",
         ),
+    )
+    tokenizing.add_argument(
+        "--memory",
+        type=_whole_number(16),
+        default=256,
+        metavar="MB",
+        help="memory of the search for near-duplicate documents; changes no result of up to some million "
+        "documents (default: 256)",
     )
     verb(train, of_study, of_run, overridable=True)
     of_model = ("run", "a run of the study, or a model under its key `published`")

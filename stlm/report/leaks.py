@@ -34,8 +34,8 @@ def leaks_table(study: Study, contamination: Contamination) -> Table | None:
     if not rows:
         return None
     notes = [
-        "Words as in the table of contamination. Near-duplicate documents are in one split, unless the source "
-        "declares its splits; what is left are quotations, set phrases and what the source itself repeats."
+        "Words as in the table of contamination. Near-duplicate documents are in one split, unless the "
+        "source declares its splits; what is left are quotations, set phrases and what the source repeats."
     ]
     if one_in > 1:
         notes.append(f"One in {one_in} of the sequences was looked at, drawn by a hash.")

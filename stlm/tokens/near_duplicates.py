@@ -33,6 +33,7 @@ MOST_HASHES = 1 << 29
 _COMMON = 8
 _ENTRY_BYTES = 48  # of the index, while it is sorted
 _PAIR_BYTES = 48
+_FEWEST_PAIRS = 1000  # that are kept in any case
 
 
 def linked(sketches: DocumentHashes, units: np.ndarray, memory_bytes: int) -> list[tuple[float, int, int]]:
@@ -68,7 +69,7 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of documents of different units that share hashes, and how many: three arrays."""
     keys, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
-    most = max(memory_bytes // _PAIR_BYTES, 1000)
+    most = max(memory_bytes // _PAIR_BYTES, _FEWEST_PAIRS)
     for hashes, documents in _parts(sketches, units, memory_bytes):
         found = [keys, *_pairs(hashes, documents, units, len(sketches))]
         weights = np.concatenate([counts, np.ones(sum(map(len, found[1:])), np.int64)])

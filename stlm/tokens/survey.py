@@ -224,7 +224,7 @@ def _read_batch(
         is_part = component.pieces or component.cut
         own = digest(b"%d %b" % (row, text or b"") if is_part else text or b"")
         digests.append(own)
-        keys.append(_unit_digest(component, group, own, row)[:8])
+        keys.append(_unit_digest(component, group, own)[:8])
         sizes.append(len(text or b""))
         words = word_hashes(text if kept else b"")
         sketch = np.unique(sample(shingles(words, near_duplicates.WORDS), sketch_rate))
@@ -244,10 +244,8 @@ def _read_batch(
     return _Read(arrays, counts, sum(sizes))
 
 
-def _unit_digest(component: RawComponent, group: bytes | None, own: bytes, row: int) -> bytes:
-    """What tells units apart: the group; without one, the document, or of a cut text its number."""
-    if component.group is None:
-        return own
+def _unit_digest(component: RawComponent, group: bytes | None, own: bytes) -> bytes:
+    """What tells units apart: the group, else the document. Passages have their text's number as a group."""
     if group is None:
         return own
     return digest(group if component.pieces else normalize_title(group))

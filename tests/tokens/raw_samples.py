@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,4 +43,19 @@ def write_raw(
         entries.append({"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
     record = {"name": folder.name, "kind": "corpus", "files": entries, "text": "text"}
     write_json(folder / "source.json", {**record, "group": None if groups is None else "title"})
+    return folder
+
+
+def write_splits(folder: Path, files: Mapping[str, Sequence[dict[str, object]]], **record: object) -> Path:
+    """Write data/raw/<name>/ with a file of rows for each declared split, whose names `record` may follow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for split, rows in files.items():
+        path = folder / f"{split}-00000.parquet"
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        entries.append(
+            {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size, "split": split}
+        )
+    about = {"name": folder.name, "kind": "corpus", "files": entries, "text": "text", "group": None}
+    write_json(folder / "source.json", about | record)
     return folder
