@@ -61,12 +61,18 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def mirror(pytestconfig: pytest.Config) -> Path:
+def real_mirror(pytestconfig: pytest.Config) -> Path:
     """The mirror of the real data; what needs it is skipped without."""
     folder = pytestconfig.stash[MIRROR]
     if folder is None:
         pytest.skip("needs a mirror of the real data: set STLM_MIRROR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mirror(real_mirror: Path) -> Path:
+    """The real one, where a test makes none of its own."""
+    return real_mirror
 
 
 @pytest.fixture

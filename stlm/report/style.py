@@ -126,9 +126,8 @@ def figure(
         # No date and no version: the same numbers give the same bytes.
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
         if png:
-            drawing.set_layout_engine(
-                "none"
-            )  # where things stand is settled; finding out is half of the work
+            # Where things stand is settled, and finding out is half of the work.
+            drawing.set_layout_engine("none")
             drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})
 
 

@@ -480,9 +480,11 @@ def test_a_file_that_may_not_grow_further(mirror: Path, books: Path, tmp_path: P
     "name",
     ["hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu", "blimp", "gpt2", "childes", "wikitext2"],
 )
-def test_entries_of_the_catalogue_come_from_the_real_mirror(name: str, tmp_path: Path, mirror: Path) -> None:
+def test_entries_of_the_catalogue_come_from_the_real_mirror(
+    name: str, tmp_path: Path, real_mirror: Path
+) -> None:
     entry = {**load_corpora(ROOT), **load_benchmarks(ROOT), **load_vocabularies(ROOT)}[name]
-    record = fetch(entry, tmp_path / name, mirror)
+    record = fetch(entry, tmp_path / name, real_mirror)
     assert record["source"]["kind"] == "mirror"
     assert record["tried"] == []
     for split, rows in getattr(entry, "rows", {}).items():
