@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from real_data import find_mirror
 
 # Tests are many and their tensors small: threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,24 +15,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 MIRROR = pytest.StashKey[Path | None]()
 # The files that take longest, longest first.
-ORDER = ("test_engines.py", "test_resume.py", "test_distributed.py")
+ORDER = (
+    "test_engines.py",
+    "test_distributed.py",
+    "test_loop.py",
+    "test_build.py",
+    "test_parity.py",
+    "test_scheduling.py",
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def find_mirror(root: Path, named: str | None) -> Path | None:
-    """The mirror of the real data: the folder `named`, else the nearest shared/data beside or above `root`.
-
-    None where there is none. A named folder that is no mirror is an error: the tests that need it would
-    otherwise be skipped unseen.
-    """
-    if named:
-        folder = Path(named).expanduser().resolve()
-        if not (folder / "corpora").is_dir():
-            raise pytest.UsageError(f"STLM_MIRROR: {folder} has no folder corpora/, so it is no mirror")
-        return folder
-    found = (parent / "shared" / "data" for parent in root.parents)
-    return next((folder for folder in found if (folder / "corpora").is_dir()), None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
