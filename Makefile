@@ -5,6 +5,8 @@ STUDY ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 READY := .venv/.ready
+# A worker a core, and no more than eight: each has torch in its memory, and the longest file ends no sooner.
+TESTS = $(BIN)/python -m pytest --numprocesses $(CORES) --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all report test test-fast lint format lock clean
@@ -31,11 +33,11 @@ report: all ## write the study's self-contained HTML report
 	$(BIN)/snakemake --config study=$(STUDY) --report results/$(STUDY)/report.html
 	@echo "the report: results/$(STUDY)/report.html"
 
-test: lint ## the code style, and all tests that fit in 15 minutes on two cores
-	$(BIN)/python -m pytest -m "not network"
+test: lint ## the code style, and all tests, on CORES cores (minutes); prints the slowest ten
+	$(TESTS) -m "not network" --durations=10
 
 test-fast: $(READY) ## the unit tests alone, without the two engines
-	$(BIN)/python -m pytest -m "not engine and not slow and not network"
+	$(TESTS) -m "not engine and not slow and not network"
 
 lint: $(READY) ## check the code style and Snakemake's own advice
 	$(BIN)/ruff check

@@ -7,12 +7,44 @@ import shutil
 from pathlib import Path
 
 import pytest
+from real_data import find_mirror
 
 # Tests are many and their tensors small: threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+MIRROR = pytest.StashKey[Path | None]()
+# The files that take longest, longest first.
+ORDER = (
+    "test_engines.py",
+    "test_distributed.py",
+    "test_loop.py",
+    "test_build.py",
+    "test_parity.py",
+    "test_scheduling.py",
+)
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find the mirror while the working directory is the caller's: tests change it."""
+    config.stash[MIRROR] = find_mirror(ROOT, os.environ.get("STLM_MIRROR"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say whether the tests of real data will run."""
+    return f"mirror of the real data: {config.stash[MIRROR] or 'none, its tests are skipped'}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take minutes first: one that began last would keep one worker busy alone."""
+
+    def rank(item: pytest.Item) -> int:
+        return ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +54,18 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def mirror() -> Path:
-    """The folder that STLM_MIRROR names, or ../shared/data; tests of real data are skipped without."""
-    folder = Path(os.environ.get("STLM_MIRROR") or ROOT.parent / "shared" / "data")
-    if not (folder / "corpora").is_dir():
+def real_mirror(pytestconfig: pytest.Config) -> Path:
+    """The mirror of the real data; what needs it is skipped without."""
+    folder = pytestconfig.stash[MIRROR]
+    if folder is None:
         pytest.skip("needs a mirror of the real data: set STLM_MIRROR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mirror(real_mirror: Path) -> Path:
+    """The real one, where a test makes none of its own."""
+    return real_mirror
 
 
 @pytest.fixture

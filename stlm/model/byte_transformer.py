@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
+from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.packed_chunks import Packing, Table, Written
 from stlm.model.projection import INITIAL_STD
@@ -123,7 +124,7 @@ class ChunkEncoder(nn.Module):
         # As where the core has sinusoidal positions: unscaled, they would drown the bytes.
         return self.bytes(symbols_T) * math.sqrt(self.weight.shape[1]) + self.places_LW[place_T]
 
-    @torch.compiler.disable
+    @outside_graphs
     def forward(self, chunks_BL: Tensor) -> Tensor:
         """[B, L, D], float32. A chunk that comes more than once is worked on once."""
         chunks_N, which_BL = chunks_BL.unique(return_inverse=True)
@@ -228,7 +229,7 @@ class ByteTransformer(Transformer):
         here_N = mask_BL.flatten()
         return -self.log_probabilities(x_ND[here_N], chunks_N[here_N], before_N[here_N])[0].sum()
 
-    @torch.compiler.disable
+    @outside_graphs
     def _mean_loss(self, x_ND: Tensor, chunks_N: Tensor, before_N: Tensor) -> Tensor:
         written, y_TW = self._write(x_ND, chunks_N, before_N)
         # The rules as more inputs of the head: one product makes the logits, forbidden ones far below all.
@@ -244,7 +245,7 @@ class ByteTransformer(Transformer):
         )
         return mean * (len(written.symbols_T) / len(chunks_N))
 
-    @torch.compiler.disable
+    @outside_graphs
     def log_probabilities(
         self, x_ND: Tensor, chunks_N: Tensor, before_N: Tensor, ends: bool = False
     ) -> tuple[Tensor, Tensor]:

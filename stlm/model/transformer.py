@@ -19,6 +19,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
 from stlm.model.feed_forward import FFNS
 from stlm.model.fused import RMSNorm
+from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.projection import INITIAL_STD, projection, projections, share
 from stlm.model.rotary import Rotary, rope_tables, rotate
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return self.training and on_cpu and not self.dropout
 
-    @torch.compiler.disable
+    @outside_graphs
     def _attend_scheduled(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
     ) -> Tensor:

@@ -123,6 +123,11 @@ def figure(
         drawing = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(drawing)
         yield drawing
+        engine = drawing.get_layout_engine()
+        if engine is not None:
+            # Once for both files: savefig would draw each once more, to the same places.
+            engine.execute(drawing)
+            drawing.set_layout_engine("none")
         # No date and no version: the same numbers give the same bytes.
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
         if png:

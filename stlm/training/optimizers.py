@@ -37,22 +37,27 @@ def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x_NRC.mT if tall else x_NRC
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the groups with `matrices: True`, AdamW for the others.
+def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of torch's optimizers without its decorator.
 
-    For a matrix W with gradient G, momentum m and learning rate l: M <- m M + (1 - m) G, then Nesterov's
-    U = m M + (1 - m) G, and W <- (1 - l weight_decay) W - l 0.2 sqrt(max(R, C)) orthogonal(U). The factor
-    (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4) gives an update of any shape [R, C] the root
-    mean square that AdamW's have, about 0.2, so that both take learning rates of one size.
+    The decorator imports torch's compiler, most of a second's work, to keep the method out of graphs.
+    """
+    return getattr(method, "__wrapped__", method)
 
-    A group's `parts` are the numbers of rows of the matrices that lie in one parameter, one below the other
-    (query, key and value are one product): each is orthogonalized by itself. Parts of one shape, of all
-    parameters, are orthogonalized in one batch.
+
+class AdamW(torch.optim.Optimizer):
+    """torch's fused AdamW (Loshchilov and Hutter 2019), for parameters that no compiled graph updates.
+
+    torch.optim.AdamW is the same and imports the compiler at its first step.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, newton_schulz: int = 5) -> None:
-        """`dtype`: of the iteration, bfloat16 where the device multiplies it natively; a state has none."""
-        self.dtype, self.newton_schulz = dtype, newton_schulz
+    add_param_group = _plain(torch.optim.Optimizer.add_param_group)
+    state_dict = _plain(torch.optim.Optimizer.state_dict)
+    load_state_dict = _plain(torch.optim.Optimizer.load_state_dict)
+    zero_grad = _plain(torch.optim.Optimizer.zero_grad)
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Each group has its `weight_decay`, `betas` and `eps`; `lr` is set before a step."""
         # fused: torch then keeps the count of steps, which AdamW needs on the device, in float32.
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "fused": True, "capturable": False})
 
@@ -63,38 +68,12 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_matrices([group for group in self.param_groups if group["matrices"]])
-        for group in self.param_groups:
-            if not group["matrices"]:
-                self._step_adamw(group)
+        self._update()
         return loss
 
-    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
-        for group in groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            momenta = [self.state[p]["momentum"] for p in parameters]
-            gradients = [p.grad for p in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            for parameter, update in zip(parameters, updates, strict=True):
-                parts = group["parts"] or [len(parameter)]
-                for target, part in zip(parameter.split(parts), update.split(parts), strict=True):
-                    # A wide matrix stands for its transpose: one batch for both.
-                    if part.shape[0] > part.shape[1]:
-                        target, part = target.mT, part.mT
-                    by_shape.setdefault(tuple(part.shape), []).append((target, part, group["lr"]))
-        for shape, members in by_shape.items():
-            stacked_NRC = torch.stack([part for _, part, _ in members])
-            orthogonal_NRC = orthogonalize(stacked_NRC, self.newton_schulz, self.dtype)
-            for (target, _, rate), orthogonal_RC in zip(members, orthogonal_NRC, strict=True):
-                target.add_(orthogonal_RC, alpha=-rate * 0.2 * max(shape) ** 0.5)
+    def _update(self) -> None:
+        for group in self.param_groups:
+            self._step_adamw(group)
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -123,6 +102,58 @@ class Muon(torch.optim.Optimizer):
         )
 
 
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for the groups with `matrices: True`, AdamW for the others.
+
+    For a matrix W with gradient G, momentum m and learning rate l: M <- m M + (1 - m) G, then Nesterov's
+    U = m M + (1 - m) G, and W <- (1 - l weight_decay) W - l 0.2 sqrt(max(R, C)) orthogonal(U). The factor
+    (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4) gives an update of any shape [R, C] the root
+    mean square that AdamW's have, about 0.2, so that both take learning rates of one size.
+
+    A group's `parts` are the numbers of rows of the matrices that lie in one parameter, one below the other
+    (query, key and value are one product): each is orthogonalized by itself. Parts of one shape, of all
+    parameters, are orthogonalized in one batch.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, newton_schulz: int = 5) -> None:
+        """`dtype`: of the iteration, bfloat16 where the device multiplies it natively; a state has none."""
+        self.dtype, self.newton_schulz = dtype, newton_schulz
+        super().__init__(groups)
+
+    def _update(self) -> None:
+        self._step_matrices([group for group in self.param_groups if group["matrices"]])
+        for group in self.param_groups:
+            if not group["matrices"]:
+                self._step_adamw(group)
+
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        for group in groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            gradients = [p.grad for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for parameter, update in zip(parameters, updates, strict=True):
+                parts = group["parts"] or [len(parameter)]
+                for target, part in zip(parameter.split(parts), update.split(parts), strict=True):
+                    # A wide matrix stands for its transpose: one batch for both.
+                    if part.shape[0] > part.shape[1]:
+                        target, part = target.mT, part.mT
+                    by_shape.setdefault(tuple(part.shape), []).append((target, part, group["lr"]))
+        for shape, members in by_shape.items():
+            stacked_NRC = torch.stack([part for _, part, _ in members])
+            orthogonal_NRC = orthogonalize(stacked_NRC, self.newton_schulz, self.dtype)
+            for (target, _, rate), orthogonal_RC in zip(members, orthogonal_NRC, strict=True):
+                target.add_(orthogonal_RC, alpha=-rate * 0.2 * max(shape) ** 0.5)
+
+
 def build_optimizer(
     model: Transformer, config: TrainingConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
@@ -147,4 +178,4 @@ def build_optimizer(
         groups.append(own)
     if config.optimizer == "muon":
         return Muon([{"matrices": False, **group} for group in groups], dtype)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return AdamW(groups)

@@ -481,17 +481,16 @@ def test_a_file_that_may_not_grow_further(mirror: Path, books: Path, tmp_path: P
 
 # --- the real mirror, where there is one ---
 
-REAL = Path(os.environ.get("STLM_MIRROR") or ROOT.parent / "shared" / "data")
 
-
-@pytest.mark.skipif(not (REAL / "benchmarks").is_dir(), reason="no mirror: set STLM_MIRROR")
 @pytest.mark.parametrize(
     "name",
     ["hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu", "blimp", "gpt2", "childes", "wikitext2"],
 )
-def test_entries_of_the_catalogue_come_from_the_real_mirror(name: str, tmp_path: Path) -> None:
+def test_entries_of_the_catalogue_come_from_the_real_mirror(
+    name: str, tmp_path: Path, real_mirror: Path
+) -> None:
     entry = {**load_corpora(ROOT), **load_benchmarks(ROOT), **load_vocabularies(ROOT)}[name]
-    record = fetch(entry, tmp_path / name, REAL)
+    record = fetch(entry, tmp_path / name, real_mirror)
     assert record["source"]["kind"] == "mirror"
     assert record["tried"] == []
     for split, rows in getattr(entry, "rows", {}).items():

@@ -70,30 +70,40 @@ def test_writes_every_table_and_plot(make_study):
         for label in ("SinCos PE", "Learned PE", "Simple FFN", "DropoutFree"):
             # Three have the same parameters in the same parts, and one bar.
             assert label in text or name == "parameters", (name, label)
+    check_differences(study)
 
 
-def test_same_results_give_the_same_bytes(make_study):
-    study = make_study(TWO, benchmarks={"blimp": 40})
-    report(study)
-    first = results(study)
-    report(study)
-    assert results(study) == first
-
-
-def test_the_terminal_gets_a_line_a_run(make_study, capsys):
+def test_same_results_give_the_same_bytes_and_the_terminal_a_line_a_run(make_study, capsys):
     study = make_study(TWO, benchmarks={"blimp": 40})
     report(study)
     printed = capsys.readouterr().out.splitlines()
+    first = results(study)
+    report(study)
+    assert results(study) == first
     numbers = json.loads((study.folder / "metrics.json").read_text())
     assert printed[0].split("  ")[-1].strip() == "blimp"
     for line, run, label in zip(printed[1:], numbers, ("Baseline", "SinCos PE"), strict=False):
         assert line.startswith(label)
         assert line.endswith(f"{100 * numbers[run]['blimp']:.1f}")
+    check_plot_data(study)
 
 
-def test_metrics_are_flat_numbers(make_study):
+def check_plot_data(study) -> None:
+    """The plots' data are the curves, with the value last."""
+    curve = pd.read_csv(study.runs["sincos"].folder / "curve.csv").dropna(subset="val_char_perplexity")
+    data = pd.read_csv(study.folder / "plots/data/figure1.csv")
+    own = data[data.run == "sincos"]
+    assert own.tokens.tolist() == curve.tokens.tolist()
+    assert own.value.tolist() == pytest.approx(curve.val_char_perplexity.tolist(), abs=1e-5)
+    for file in (study.folder / "plots/data").glob("*.csv"):
+        assert next(csv.reader(file.open()))[-1] == "value"
+    assert len(pd.read_csv(study.folder / "plots/data/accuracy-blimp.csv")) == 2 * 3
+
+
+def test_metrics_are_flat_numbers_and_every_table_and_plot_has_a_caption(make_study):
     study = make_study(TWO)
     report(study)
+    check_captions(study)
     metrics = json.loads((study.folder / "metrics.json").read_text())
     assert list(metrics) == ["baseline", "sincos"]
     for run, own in metrics.items():
@@ -106,19 +116,6 @@ def test_metrics_are_flat_numbers(make_study):
         ]
         expected = last["benchmarks"]["blimp"]["modes"]["harness"]["acc"]["value"]
         assert own["blimp"] == pytest.approx(expected, abs=5e-5)
-
-
-def test_plot_data_are_the_curves_with_the_value_last(make_study):
-    study = make_study(TWO, benchmarks={"blimp": 40})
-    report(study)
-    curve = pd.read_csv(study.runs["sincos"].folder / "curve.csv").dropna(subset="val_char_perplexity")
-    data = pd.read_csv(study.folder / "plots/data/figure1.csv")
-    own = data[data.run == "sincos"]
-    assert own.tokens.tolist() == curve.tokens.tolist()
-    assert own.value.tolist() == pytest.approx(curve.val_char_perplexity.tolist(), abs=1e-5)
-    for file in (study.folder / "plots/data").glob("*.csv"):
-        assert next(csv.reader(file.open()))[-1] == "value"
-    assert len(pd.read_csv(study.folder / "plots/data/accuracy-blimp.csv")) == 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -141,6 +138,9 @@ def test_studies_of_any_shape(make_study, shape):
         ElementTree.parse(file)
     rows = list(csv.DictReader((study.folder / "tables/table2.csv").open()))
     assert [row["run"] for row in rows if row["kind"] == "run"] == list(study.runs)
+    # Where nothing is compared, no differences are drawn.
+    drawn = (study.folder / "plots/differences.svg").exists()
+    assert drawn == (len(study.runs) > 1 and bool(study.evaluation.benchmarks))
 
 
 def test_run_never_validated_still_has_a_report(make_study):
@@ -198,9 +198,8 @@ def test_statistics_are_of_every_run_checkpoint_and_score(make_study, seeds):
     assert set(means["variant"]) == (set() if len(seeds) == 1 else {"baseline", "sincos"})
 
 
-def test_differences_are_drawn_as_the_tables_give_them(make_study):
-    study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
-    report(study)
+def check_differences(study) -> None:
+    """Differences are drawn as the tables give them."""
     drawn = pd.read_csv(study.folder / "plots/data/differences.csv")
     rows = pd.read_csv(study.folder / "tables/statistics.csv")
     quoted = rows[(rows["mode"] == "harness") & (rows["metric"] == "acc") & rows["p_holm"].notna()]
@@ -215,15 +214,7 @@ def test_differences_are_drawn_as_the_tables_give_them(make_study):
     assert both["p_holm"].tolist() == both["p_holm_quoted"].tolist()
 
 
-def test_no_plot_of_differences_where_nothing_is_compared(make_study):
-    study = make_study(ONE, benchmarks={"blimp": 20})
-    report(study)
-    assert not [name for name in results(study) if "differences" in name]
-
-
-def test_every_table_and_plot_has_a_caption(make_study):
-    study = make_study(TWO, benchmarks={"blimp": 20, "hellaswag": 20})
-    report(study)
+def check_captions(study) -> None:
     for folder, suffix in (("tables", "html"), ("plots", "svg"), ("training", "html")):
         template = jinja2.Template((CAPTIONS / f"{folder}.rst").read_text())
         for file in (study.folder / folder).glob(f"*.{suffix}"):

@@ -1,8 +1,11 @@
-"""Muon against a slow literal one, and exact after a resume."""
+"""AdamW against torch's, Muon against a slow literal one, and exact after a resume."""
 
 from __future__ import annotations
 
+import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +63,45 @@ def gradients(model: Transformer) -> None:
     tokens_BL = torch.randint(0, 61, (2, 17))
     model.zero_grad()
     model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:]).backward()
+
+
+def test_adamw_is_torchs_to_the_bit():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SMALL))
+    twin = copy.deepcopy(model)
+    ours = build_optimizer(model, TrainingConfig(**{**RECIPE, "optimizer": "adamw"}))
+    groups = [{"params": [], "weight_decay": group["weight_decay"]} for group in ours.param_groups]
+    places = {id(p): place for place, group in enumerate(ours.param_groups) for p in group["params"]}
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        groups[places[id(parameter)]]["params"].append(other)
+    config = TrainingConfig(**RECIPE)
+    torchs = torch.optim.AdamW(groups, lr=1e-2, betas=config.betas, eps=config.eps, fused=True)
+    for step in range(3):
+        gradients(model)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.grad = parameter.grad.clone()
+        for optimizer in (ours, torchs):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_a_step_does_not_import_torchs_compiler():
+    """It takes most of a second, and every training and evaluation on a CPU would pay for it."""
+    code = (
+        "import sys, torch, stlm.training.loop, stlm.evaluation.evaluate\n"
+        "from stlm.training.optimizers import AdamW, Muon\n"
+        "parameter = torch.nn.Parameter(torch.ones(2, 2))\n"
+        "group = {'params': [parameter], 'betas': (0.9, 0.95), 'eps': 1e-8, 'matrices': False}\n"
+        "for optimizer in (AdamW([dict(group)]), Muon([dict(group)], torch.float32)):\n"
+        "    parameter.sum().backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad(set_to_none=True)\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
