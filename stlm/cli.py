@@ -71,8 +71,12 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train one run of a study; killed, it goes on from its last state."""
-    run = _study(options).run(options.run)
+    study = _study(options)
+    run = study.run(options.run)
+    from stlm.evaluation.made import check_made
     from stlm.training.loop import train as train_run
+
+    check_made(study.evaluation, run.tokens_folder)
 
     train_run(run)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stlm.checks import check_data, check_names, check_start
+from stlm.checks import check_benchmarks, check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.config import EvaluationConfig
@@ -361,6 +361,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     ]
     by_name = {run.name: run for run in runs}
     for run in runs:
+        check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora)
         check_start(file, run, by_name)
     for key in by_name.keys() & parsed.published.keys():

@@ -169,6 +169,7 @@ def _from_source(
     record["licence"] = entry.licence
     if isinstance(entry, CorpusEntry):
         record |= {"text": entry.text, "group": entry.group}
+        record |= {"language": entry.language} if entry.language else {}
     return record
 
 

@@ -72,8 +72,8 @@ class TextSize:
     """What the choices need to know of a text.
 
     `train_bytes`: UTF-8 bytes of the training split; `words`: distinct ones in the part looked at;
-    `document_bytes`: so long are three documents in four at most. `bytes_a_token(V)`: mean bytes of a token of
-    a vocabulary of V; None where the text has too few pairs for it.
+    `document_bytes`: so long are three documents in four at most. `bytes_a_token(V)`: mean bytes of a token
+    of a vocabulary of V; None where the text has too few pairs for it.
     """
 
     train_bytes: int

@@ -34,7 +34,7 @@ def side_by_side(runs: int) -> tuple[int, int]:
 
 
 def measure(model: ModelConfig, batch_size: int, runs: int) -> Speed:
-    """Time training steps of `batch_size` rows of `model`, one of `runs` runs of a study, on random tokens."""
+    """Time steps of `batch_size` rows of random tokens: `model` is that of one of `runs` runs of a study."""
     import torch
 
     from stlm.model.build import build_model
