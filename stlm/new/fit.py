@@ -25,6 +25,7 @@ EPOCHS = 4
 # Hoffmann et al. 2022 find 20 best for one training's cost; less makes small models better at equal time.
 TOKENS_A_PARAMETER, TOKENS_OF_TEXT = 10, 3
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LEAST_CONTEXT, MOST_CONTEXT = 64, 512
 LEAST_STEPS, MOST_STEPS = 50, 50_000
 LEAST_BYTES = 10_000  # below, the held-out parts are a few sentences
 FEW_BYTES = 1_000_000  # below, differences between techniques are hardly larger than chance
@@ -134,7 +135,10 @@ def _vocabulary(text: TextSize) -> int:
 
 def _context(text: TextSize, bytes_a_token: float, train_tokens: int) -> int:
     """A power of two of tokens that holds three documents in four, and is read 20 times in an epoch."""
-    wanted = min(512, max(64, 2 ** math.ceil(math.log2(max(text.document_bytes / bytes_a_token, 1)))))
+    wanted = min(
+        MOST_CONTEXT,
+        max(LEAST_CONTEXT, 2 ** math.ceil(math.log2(max(text.document_bytes / bytes_a_token, 1)))),
+    )
     while wanted > 32 and train_tokens < 20 * wanted:
         wanted //= 2
     return wanted
