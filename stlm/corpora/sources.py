@@ -1,4 +1,4 @@
-"""Where data come from: a folder (mirror), a wheel, the Hugging Face hub.
+"""Where data come from: a folder of this machine (a mirror or any other), a wheel, the Hugging Face hub.
 
 Each function makes the files of a source readable here and says which they are; none looks into them. A
 source that cannot give its files raises `SourceError`, upon which the next one is tried.
@@ -6,7 +6,6 @@ source that cannot give its files raises `SourceError`, upon which the next one 
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import shutil
 import subprocess
@@ -19,15 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stlm.corpora.config import HubSource, MirrorSource, WheelSource
-from stlm.errors import UserError, nearest
+from stlm.corpora.config import FolderSource, HubSource, MirrorSource, WheelSource
+from stlm.corpora.errors import SourceError, shown
+from stlm.corpora.finding import list_named, match_names
 from stlm.files import disk_errors, sha256
 
 HUB_ATTEMPTS = 4  # of one file, after those that the client itself makes within a connection
-
-
-class SourceError(UserError):
-    """A source that cannot give what it is asked for; the next one is tried."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +38,12 @@ class Found:
     """What was resolved while fetching, for source.json: a commit, a wheel's SHA-256."""
 
 
-def _match(files: Mapping[str, str], paths: Iterable[str], where: str) -> dict[str, list[str]]:
-    """Which of ``paths`` each output's path or glob means, in order; an output without any is an error."""
-    paths = sorted(paths)
-    matched = {}
-    for output, pattern in files.items():
-        matched[output] = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
-        if not matched[output]:
-            raise SourceError(
-                f"{where}: no file {pattern}{nearest(pattern, paths) if len(paths) < 40 else ''}"
-            )
-    return matched
+def _match(
+    files: Mapping[str, str | tuple[str, ...]], paths: Iterable[str], where: str
+) -> dict[str, list[str]]:
+    """Which of ``paths`` each output's paths and globs mean, in order; one that means none is an error."""
+    paths = list(paths)
+    return {output: match_names(patterns, paths, where) for output, patterns in files.items()}
 
 
 def check_sha256(path: str, local: Path, pinned: Mapping[str, str], where: str) -> str:
@@ -74,14 +65,31 @@ def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
     root = mirror / source.path
     if not root.is_dir():
         raise SourceError(f"mirror: it has no folder {source.path}")
-    where = f"mirror: {source.path}"
-    paths = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    matched = _match(source.files, paths, where)
+    return _from_root(source, root, f"mirror: {source.path}")
+
+
+def from_folder(source: FolderSource) -> Found:
+    """The files of ``source`` in its folder, where they lie."""
+    root = source.root
+    if root.is_file():
+        raise SourceError(
+            f"folder: {source.path} is a file; name its folder there, and the file under `files`"
+        )
+    if not root.is_dir():
+        raise SourceError(f"folder: {source.path}: no such folder")
+    return _from_root(source, root, f"folder: {source.path}")
+
+
+def _from_root(source: MirrorSource | FolderSource, root: Path, where: str) -> Found:
+    patterns = [
+        pattern for each in source.files.values() for pattern in ([each] if isinstance(each, str) else each)
+    ]
+    matched = _match(source.files, list_named(root, patterns), where)
     for path in dict.fromkeys(path for each in matched.values() for path in each):
         try:
             (root / path).open("rb").close()
         except OSError as error:
-            raise SourceError(f"{where}: {path}: cannot be read: {error.strerror}") from None
+            raise SourceError(f"{where}: {shown(path)}: cannot be read: {error.strerror}") from None
     for path in source.sha256:
         if (root / path).is_file():
             check_sha256(path, root / path, source.sha256, where)

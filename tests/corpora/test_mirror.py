@@ -96,12 +96,15 @@ def test_a_corpus_arrives_with_its_record(mirror: Path, books: Path, tmp_path: P
                 "sha256": sha256(given),
                 "bytes": given.stat().st_size,
                 "rows": 2,
+                "split": "train",
             }
         ],
         "rows": 2,
         "licence": "CC0",
         "text": "text",
         "group": "title",
+        "split_column": None,
+        "pieces": False,
     }
     assert (raw / "train-00000.parquet").read_bytes() == given.read_bytes()
 
@@ -248,12 +251,11 @@ def test_bytes_that_are_no_utf8_are_kept_for_the_next_stage_to_count(
 ) -> None:
     (books / "train.txt").write_bytes(b"good\nbad \xff\nnul \x00\n")
     (books / "train.jsonl").write_bytes(b'{"text": "lone \\ud800"}\n')
-    fetch(corpus(), tmp_path / "raw" / "books", mirror)
-    raw = tmp_path / "raw" / "books"
-    found = [
-        pq.read_table(raw / f"train-{i:05d}.parquet")["text"].cast("binary").to_pylist() for i in range(2)
-    ]
-    assert found == [[b"lone \xed\xa0\x80"], [b"good", b"bad \xff", b"nul \x00"]]
+    record = fetch(corpus(mirror_source(documents="line")), tmp_path / "raw" / "books", mirror)
+    table = pq.read_table(tmp_path / "raw" / "books" / "train-00000.parquet")
+    found = table["text"].cast("binary").to_pylist()
+    assert found == [b"lone \xed\xa0\x80", b"good", b"bad \xff", b"nul \x00"]
+    assert (record["encodings"], record["not_decoded"]) == ({"unknown": 1, "utf-8": 1}, ["train.txt"])
 
 
 # --- bad input ---
@@ -294,17 +296,21 @@ def test_a_line_that_is_not_json(mirror: Path, books: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [
-        ('{"text": "one"}\n\n{"text": 5}', {}, "row 2: text: expected a text, found int"),
+        ('{"text": "one"}\n\n{"text": 5}', {}, "line 3: text: expected a text, found int"),
         ('["one"]', {}, "line 1: expected an object, found list"),
         ("null", {}, "line 1: expected an object, found null"),
         ("[" * 100_000, {}, "line 1 is not JSON"),
-        ('{"text": "one"}\n{"text": null}', {"lines": 2}, "row 2: text: expected a line of text, found null"),
-        ('{"text": ["one"]}', {"starts": "="}, "row 1: text: expected a text, found list"),
+        (
+            '{"text": "one"}\n{"text": null}',
+            {"lines": 2},
+            "line 2: text: expected a line of text, found null",
+        ),
+        ('{"text": ["one"]}', {"starts": "="}, "line 1: text: expected a text, found list"),
         ('{"turns": [{"value": "one"}, {"from": "me"}]}', {"join": ["turns.value"]}, "'value', found from"),
         ('{"turns": [{}]}', {"join": ["turns.value"]}, "elements with 'value', found an empty one"),
         ('{"turns": ["one"]}', {"join": ["turns.value"]}, "turns.value: expected elements .*, found str"),
         ('{"turns": [{"value": 1}]}', {"join": ["turns.value"]}, "turns.value: expected a text, found int"),
-        ('{"turns": {"value": 1}}', {"join": ["turns"]}, "row 1: turns: expected a text, found dict"),
+        ('{"turns": {"value": 1}}', {"join": ["turns"]}, "line 1: turns: expected a text, found dict"),
     ],
 )
 def test_rows_that_hold_no_text_leave_it_to_the_next_source(

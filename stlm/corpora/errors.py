@@ -1,0 +1,14 @@
+"""What a source cannot give, and how names of files are shown."""
+
+from __future__ import annotations
+
+from stlm.errors import UserError
+
+
+class SourceError(UserError):
+    """A source that cannot give what it is asked for; the next one is tried."""
+
+
+def shown(name: str) -> str:
+    r"""A file's name as text: bytes that are not UTF-8 (old zip archives) become `\xe9`."""
+    return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
