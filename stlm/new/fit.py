@@ -4,7 +4,8 @@ The rules are simple and stated, so that each choice can be explained in a line 
 
 - *Vocabulary*: a power of two, at most one token for each `BYTES_A_TOKEN` bytes of training text, at most as
   many as there are distinct words, and at most half of the model's parameters.
-- *Context*: a power of two that holds three documents in four, from 64 to 512 tokens.
+- *Context*: a power of two that holds three documents in four, from 64 tokens to about the model's width, as
+  in `smoke`, `desk` and the paper, or 128: small models make little of longer rows, which cost more.
 - *Tokens*: the text at most `EPOCHS` times.
 - *Model*: the largest of `SHAPES` that gets so many training tokens for each parameter: `TOKENS_A_PARAMETER`
   where the time is what bounds them, `TOKENS_OF_TEXT` where the text is and a larger model costs time alone.
@@ -133,12 +134,11 @@ def _vocabulary(text: TextSize) -> int:
     return next((size for size in (384, 320, 288, 264) if text.bytes_a_token(size) is not None), 258)
 
 
-def _context(text: TextSize, bytes_a_token: float, train_tokens: int) -> int:
+def _context(text: TextSize, shape: Shape, bytes_a_token: float, train_tokens: int) -> int:
     """A power of two of tokens that holds three documents in four, and is read 20 times in an epoch."""
-    wanted = min(
-        MOST_CONTEXT,
-        max(LEAST_CONTEXT, 2 ** math.ceil(math.log2(max(text.document_bytes / bytes_a_token, 1)))),
-    )
+    tokens = max(text.document_bytes / bytes_a_token, 1)
+    most = min(MOST_CONTEXT, max(128, 2 ** int(math.log2(shape.width))))
+    wanted = min(most, max(LEAST_CONTEXT, 2 ** math.ceil(math.log2(tokens))))
     while wanted > 32 and train_tokens < 20 * wanted:
         wanted //= 2
     return wanted
@@ -177,7 +177,7 @@ def fit(text: TextSize, run_flops: float) -> Fit:
 def _of_shape(text: TextSize, shape: Shape, vocabulary: int, run_flops: float) -> Fit:
     ratio = text.bytes_a_token(vocabulary) or 1.0
     train_tokens = max(1, round(text.train_bytes / ratio))
-    context = _context(text, ratio, train_tokens)
+    context = _context(text, shape, ratio, train_tokens)
     model = shape.config(vocabulary, context)
     in_time = run_flops / training_flops_per_token(model)
     tokens, limit = min((EPOCHS * train_tokens, "text"), (in_time, "time"))

@@ -12,8 +12,6 @@ from stlm.corpora.text_files import Cut
 from stlm.new.fit import (
     EPOCHS,
     FEW_BYTES,
-    LEAST_CONTEXT,
-    MOST_CONTEXT,
     TOKENS_A_PARAMETER,
     TOKENS_OF_TEXT,
     Fit,
@@ -149,7 +147,7 @@ def study_text(chosen: Chosen) -> str:
         f"  ffn_width: {model.ffn_width}",
         "  positions: rope",
         "  norm: rmsnorm",
-        *_comment(_about_context(fit), 2),
+        *_comment(_about_context(), 2),
         f"  context: {model.context}",
         "  dropout: 0.1",
         "  attention_dropout: 0.0 # slow on a CPU",
@@ -222,12 +220,10 @@ def _about_vocabulary(fit: Fit, train_bytes: int) -> str:
     )
 
 
-def _about_context(fit: Fit) -> str:
-    if fit.context == MOST_CONTEXT:
-        return f"At most {MOST_CONTEXT} tokens; longer documents are read in parts."
+def _about_context() -> str:
     return (
-        "Three documents in four have no more tokens, or the text is short. Longer rows cost more attention, "
-        f"and so small models make little of them: {LEAST_CONTEXT} to {MOST_CONTEXT}."
+        "A power of two that three documents in four fit in, at most about the model's width: small models "
+        "make little of longer rows, which cost more. Longer documents are read in parts."
     )
 
 
