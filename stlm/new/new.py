@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from stlm.study import PARAMS, load_benchmarks, load_corpora, load_study, load_v
 _NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 _RESERVED = {"corpora", "benchmarks", "vocabularies", "active"}
 _FEW_DOCUMENTS = 20  # text files of fewer documents are cut into pieces of lines
-_PIECES = 200  # that they are cut into, about
+_PIECES, _PIECE_BYTES = 200, 500  # that they are cut into, about, and the least length of one
 _LEAST_QUESTIONS = 100  # of last_word: fewer have an interval of more than ten points to each side
 
 
@@ -76,7 +77,8 @@ def new(
 def check_name(name: str, force: bool) -> None:
     """A name must be one that studies, folders and stages may have, and not be taken unless `force`."""
     if not _NAME.fullmatch(name) or name in _RESERVED:
-        proposal = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-_")
+        letters = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
+        proposal = re.sub(r"[^a-z0-9_]+", "-", letters).strip("-_")
         why = "is the name of a file in params/" if name in _RESERVED else "cannot name a study"
         hint = f" (for example {proposal})" if _NAME.fullmatch(proposal) and proposal not in _RESERVED else ""
         raise UserError(
@@ -108,7 +110,7 @@ def _cut_and_look(sources: Sources, column: str, wishes: Wishes) -> tuple[Cut, s
         raise UserError("--documents and --separator both say where documents end; give one")
     _check_separator(wishes.separator)
     if not texts:
-        return Cut(documents="file"), "a row is a document", look(files, column=column)
+        return Cut(), "a row is a document", look(files, column=column)
     if given != Cut():
         said = (
             f"cut by --separator {wishes.separator}"
@@ -121,11 +123,11 @@ def _cut_and_look(sources: Sources, column: str, wishes: Wishes) -> tuple[Cut, s
         return cut, f"text files are cut at these lines, as {why}", look(files, column=column, cut=cut)
     found = look(files, column=column, cut=cut)
     if len(texts) == len(files) and not found.sampled and len(found.sizes) < _FEW_DOCUMENTS < found.lines:
-        lines = max(1, round(found.lines / _PIECES))
-        pieces = Cut(lines=lines)
-        again = look(files, column=column, cut=pieces)
-        plural = "s are" if lines > 1 else " is"
-        return pieces, f"{lines:,} line{plural} a document, as there are few files ({len(texts)})", again
+        pieces = min(_PIECES, max(_FEW_DOCUMENTS, found.text_bytes // _PIECE_BYTES))
+        lines = max(1, round(found.lines / pieces))
+        cut = Cut(lines=lines)
+        why = f"{_count(lines, 'line')} make a document, as there are few files ({len(texts)})"
+        return cut, why, look(files, column=column, cut=cut)
     return cut, "a file is a document (other ways: --documents line or paragraph, --separator REGEX)", found
 
 
@@ -143,14 +145,14 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
     about = "about " if found.sampled else ""
     formats = ", ".join(f"{count:,} {name}" for name, count in found.formats.most_common())
     lines = [
-        f"{found.files:,} files ({formats}), {_size(found.file_bytes)}, in {sources.root}",
-        f"{about}{found.documents:,} documents, {about}{_size(found.all_bytes)} of text, "
+        f"{_count(found.files, 'file')} ({formats}), {_size(found.file_bytes)}, in {sources.root}",
+        f"{about}{_count(found.documents, 'document')}, {about}{_size(found.all_bytes)} of text, "
         f"{about}{round(found.characters * found.scale):,} characters",
     ]
     if found.sampled:
         how = "; how far files are compressed was assumed" if found.assumed else ""
         lines.append(
-            f"counted in {found.read_files:,} files, {_size(found.read_bytes)}, and extrapolated{how}"
+            f"counted in {_count(found.read_files, 'file')}, {_size(found.read_bytes)}, and extrapolated{how}"
         )
     lines += [note for note in notes if note]
     lines.append(f"language: {found.language.name} (a guess)")
@@ -158,17 +160,22 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
         declared = ", ".join(f"{split} {len(paths):,}" for split, paths in sources.files.items())
         lines.append(f"splits declared by file names are kept: {declared} files")
         if sources.unmarked:
-            lines.append(f"{sources.unmarked:,} files name no split: they go to train")
+            lines.append(f"{_count(sources.unmarked, 'file')} without a split in the name: train")
     if sources.unknown:
         kinds = ", ".join(f"{name} ({count:,})" for name, count in sources.unknown.most_common(5))
         lines.append(f"left out, suffixes of no known format: {kinds}")
     if sources.hidden:
-        lines.append(f"left out, hidden: {sources.hidden:,} files")
+        lines.append(f"left out, hidden: {_count(sources.hidden, 'file')}")
     if found.documents < _PIECES / 2:
         lines.append(
-            f"{found.documents:,} documents are few: the validation and test splits get a handful at most"
+            f"few documents ({found.documents:,}): the validation and test splits get a handful at most"
         )
     return ["Found:", *(f"  {line}" for line in [*lines, *found.oddities])]
+
+
+def _count(number: int, what: str) -> str:
+    """A number of things: 1 file, 2 files."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(count: float) -> str:
@@ -203,7 +210,7 @@ def _choose(
         seeds = max(1, min(3, int(60 * wishes.minutes / seconds)))
         best = replace(best, seeds=seeds)
         seconds = study_seconds(best, found.all_bytes, test, questions, speed)
-    about = f"{_size(found.all_bytes)} of text in {found.documents:,} documents"
+    about = f"{_size(found.all_bytes)} of text in {_count(found.documents, 'document')}"
     files = dict(sources.patterns)
     corpus = Corpus(name, _path(sources.root), files, column, cut, found.language, about)
     return Chosen(corpus, best, questions, train, found.documents, seconds / 60, speed.where)

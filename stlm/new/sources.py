@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from stlm.corpora.encodings import detect_encoding, open_text
 from stlm.corpora.finding import is_hidden, list_files, match_names
 from stlm.corpora.formats import SUFFIXES, DataFile, Tally, known_suffix
 from stlm.corpora.tables import column_type, is_text, table_schema
@@ -108,7 +110,8 @@ def _start(path: Path) -> tuple[Path, str | None]:
         return Path(os.path.abspath(path.parent)), path.name
     if not _GLOB.search(str(path)):
         beside = [own.name for own in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"--text {path}: no such file or folder{nearest(path.name, beside)}")
+        hint = nearest(path.name, beside) if len(beside) < _LISTED else ""
+        raise UserError(f"--text {path}: no such file or folder{hint}")
     parts = Path(os.path.abspath(path)).parts
     first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
     base = Path(*parts[:first])
@@ -157,10 +160,16 @@ def _splits(
     outputs: dict[str, list[str]] = {}
     for path in every:
         outputs.setdefault(declared[path] or "train", []).append(path)
+    # Where no file declares a split the pattern stays, which finds files that are added later, too.
+    whole = [pattern for pattern, own in by_pattern.items() if not any(declared[path] for path in own)]
+    rest = set(every) - {path for pattern in whole for path in by_pattern[pattern]}
     if "train" not in outputs:
         # Held-out files alone: they are text like any other.
         return {"train": tuple(by_pattern)}, {"train": tuple(every)}, 0
-    patterns = {output: _patterns(own, every) for output, own in outputs.items()}
+    patterns = {
+        output: _patterns([path for path in own if path in rest], every) for output, own in outputs.items()
+    }
+    patterns["train"] += tuple(whole)
     unmarked = sum(split is None for split in declared.values())
     order = [split for split in ("train", "val", "test") if split in outputs]
     return {own: patterns[own] for own in order}, {own: tuple(outputs[own]) for own in order}, unmarked
@@ -199,6 +208,15 @@ def _text_columns(schema: pa.Schema, file: DataFile) -> list[str]:
     return found
 
 
+def _header(path: Path, kind: str) -> list[str]:
+    """The columns of a CSV file: its first line, cut where that gives most of them."""
+    with open_text(path, detect_encoding(path), newline="") as text:
+        first = text.readline()
+    cuts = [next(csv.reader([first], delimiter=mark), []) for mark in ("\t" if kind == "tsv" else ",;\t")]
+    names = max(cuts, key=len)
+    return [name for name in names if names.count(name) == 1]
+
+
 def _columns(files: Sequence[Path], rows: int = 200) -> dict[str, float]:
     """The columns of text of the first file of each format: name -> mean characters of first rows."""
     first: dict[str, Path] = {}
@@ -209,7 +227,11 @@ def _columns(files: Sequence[Path], rows: int = 200) -> dict[str, float]:
     lengths: dict[str, list[int]] = {}
     for kind, path in first.items():
         file = DataFile.of(path)
-        names = _text_columns(table_schema(path, kind, file.name), file) if kind in TABLES else []
+        names = []
+        if kind in TABLES:
+            names = _text_columns(table_schema(path, kind, file.name), file)
+        elif kind in ("csv", "tsv"):
+            names = _header(path, kind)
         found = 0
         for _, row in islice(file.rows(names, Tally()), rows):
             for name, value in row.items():

@@ -84,7 +84,7 @@ def corpus_entry(corpus: Corpus) -> str:
     elif corpus.cut.lines:
         lines += _comment("Few files: so many lines are a document; those of a file stay together.", 6)
         lines.append(f"      lines: {corpus.cut.lines}")
-    else:
+    elif corpus.cut.documents:
         lines.append(f"      documents: {corpus.cut.documents}")
     return "\n".join(lines) + "\n"
 
