@@ -7,11 +7,10 @@ are then extrapolated by bytes, and `Look.sampled` says so.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +79,6 @@ def look(
     *,
     column: str = "text",
     cut: Cut | None = None,
-    read_bytes: int = READ_BYTES,
 ) -> Look:
     """Look at `files`, which all have a known format: text files are `cut`, others give a `column`.
 
@@ -89,6 +87,7 @@ def look(
     sizes = {path: path.stat().st_size for path in files}
     found = Look(files=len(files), file_bytes=sum(sizes.values()))
     found.formats.update(_format(path) for path in files)
+    read_bytes = READ_BYTES
     found.sampled = found.file_bytes > read_bytes
     odd = _Oddities(found)
     rate = min(1.0, SAMPLE_BYTES / max(min(found.file_bytes, read_bytes), 1))
@@ -234,13 +233,3 @@ def _lost(text: str) -> bool:
 def _some(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def hidden(folders: Iterable[Path]) -> int:
-    """Hidden files and folders at any depth of `folders`, which no pattern finds."""
-    count = 0
-    for folder in folders:
-        for _, inner, names in os.walk(folder):
-            count += sum(name.startswith(".") for name in [*inner, *names])
-            inner[:] = [name for name in inner if not name.startswith(".")]
-    return count

@@ -28,6 +28,7 @@ from stlm.study import PARAMS, load_benchmarks, load_corpora, load_study, load_v
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 _RESERVED = {"corpora", "benchmarks", "vocabularies", "active"}
+_LONG_RUN = re.compile(r"\S{1000}")
 _FEW_DOCUMENTS = 20  # text files of fewer documents are cut into pieces of lines
 _PIECES, _PIECE_BYTES = 200, 500  # that they are cut into, about, and the least length of one
 _LEAST_QUESTIONS = 100  # of last_word: fewer have an interval of more than ten points to each side
@@ -239,7 +240,8 @@ def _bytes_a_token(sample: Sequence[str]) -> Callable[[int], float | None]:
     from stlm.tokens.bpe import train_bpe
 
     # Not all of it: the vocabulary must be possible on the train split alone, of which some is held out.
-    parts = [text[: -(-len(text) * 4 // 5)] for text in sample]
+    # Words of any length take time; one of so many letters is none.
+    parts = [_LONG_RUN.sub(r"\g<0> ", text[: -(-len(text) * 4 // 5)]) for text in sample]
 
     @functools.cache
     def ratio(size: int) -> float | None:

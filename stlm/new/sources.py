@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from stlm.corpora.compression import split_compression
 from stlm.corpora.encodings import detect_encoding, open_text
 from stlm.corpora.finding import is_hidden, list_files, match_names
 from stlm.corpora.formats import SUFFIXES, DataFile, Tally, known_suffix
@@ -62,41 +63,40 @@ def find_sources(paths: Sequence[str]) -> Sources:
     root = Path(os.path.commonpath([base for base, _ in starts]))
     if len(starts) > 1 and (root == root.parent or root in (Path.home(), Path.home().parent)):
         raise UserError(
-            f"--text: the folders lie far apart, all that they have in common is {root}; put them, or "
-            "links to "
-            "them, into one folder and name that"
+            f"--text: the folders lie far apart, all that they have in common is {root}; put them, "
+            "or links to them, into one folder and name that"
         )
-    listed = list_files(root)
     unknown: Counter[str] = Counter()
     by_pattern: dict[str, list[str]] = {}
     hidden = 0
     for base, pattern in starts:
         inside = base.relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        if pattern is None or _GLOB.search(pattern):
-            below = [path for path in listed if path.startswith(prefix)]
-            hidden += sum(map(is_hidden, (path[len(prefix) :] for path in below))) if pattern is None else 0
-            chosen = [path for path in below if not is_hidden(path[len(prefix) :])]
-            if pattern is not None:
-                chosen = match_names(prefix + pattern, below, f"--text {base / pattern}")
-            for path in chosen:
-                if known_suffix(Path(path)) is None:
-                    unknown[Path(path).suffix or "none"] += 1
-                    continue
-                own = _glob_for(prefix, path) if pattern is None else prefix + pattern
-                by_pattern.setdefault(own, []).append(path)
-        else:
-            DataFile.of(root / (prefix + pattern))  # names a suffix that is unknown
+        if pattern is not None and (base / pattern).exists():
+            DataFile.of(base / pattern)  # names a suffix that is unknown
             by_pattern.setdefault(prefix + pattern, []).append(prefix + pattern)
+            continue
+        below = list_files(base)
+        if pattern is None:
+            chosen = [path for path in below if not is_hidden(path)]
+            hidden += len(below) - len(chosen)
+        else:
+            chosen = match_names(pattern, below, f"--text {base}")
+        known = [path for path in chosen if known_suffix(Path(path)) is not None]
+        unknown.update(Path(path).suffix or "none" for path in chosen if known_suffix(Path(path)) is None)
+        for path in known:
+            if pattern is None:
+                own = _glob_for(prefix, path)
+            else:
+                # A glob that finds unknown suffixes, too, is narrowed to the files that are known.
+                own = prefix + (pattern if len(known) == len(chosen) else path)
+            by_pattern.setdefault(own, []).append(prefix + path)
     if not by_pattern:
         found = ", ".join(f"{count:,} with suffix {name}" for name, count in unknown.most_common(5))
         raise UserError(
             f"--text {' '.join(paths)}: no file of a known format ({', '.join(SUFFIXES)}, plain or "
-            "compressed); "
-            f"found {found or 'no file at all'}"
+            f"compressed); found {found or 'no file at all'}"
         )
-    if any(_GLOB.search(pattern) for pattern in by_pattern) and unknown:
-        by_pattern = _without_unknown(by_pattern, listed)
     patterns, files, unmarked = _splits(by_pattern)
     outputs = {out: tuple(root / path for path in own) for out, own in files.items()}
     return Sources(root, patterns, outputs, unknown, hidden, unmarked)
@@ -127,25 +127,15 @@ def _glob_for(prefix: str, path: str) -> str:
     return f"{glob.escape(prefix)}**/*{glob.escape(''.join(suffixes))}"
 
 
-def _without_unknown(by_pattern: Mapping[str, list[str]], listed: Sequence[str]) -> dict[str, list[str]]:
-    """A user's own glob that also finds files of unknown suffixes is narrowed to those that are known."""
-    found: dict[str, list[str]] = {}
-    for pattern, paths in by_pattern.items():
-        means = match_names(pattern, listed, pattern)
-        if len(means) == len(paths):
-            found[pattern] = paths
-        else:
-            found |= {path: [path] for path in paths}
-    return found
-
-
 def split_of(path: str) -> str | None:
     """The split that a file's name or folder declares: `wiki.valid.txt`, `test/a.txt`, `train-1.csv`."""
     *folders, name = path.lower().split("/")
-    for part in (re.split(r"[-_. ]", name), *([folder] for folder in reversed(folders))):
-        named = [SPLIT_WORDS[word] for word in part if word in SPLIT_WORDS]
-        if len(set(named)) == 1:
-            return named[0]
+    stem = split_compression(name)[0].rpartition(".")[0]
+    parts = re.split(r"[-_.]", stem)
+    # At an end of the name: not every book with "test" in its title is held out.
+    for word in (parts[0], parts[-1], *reversed(folders)):
+        if word in SPLIT_WORDS:
+            return SPLIT_WORDS[word]
     return None
 
 
