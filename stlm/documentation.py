@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from stlm.corpora.config import (
     BenchmarkEntry,
     CorpusEntry,
+    FolderSource,
     HubSource,
     MirrorSource,
     SyntheticSource,
@@ -88,6 +89,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`vocabularies.yaml`", "An entry a published vocabulary.", VocabularyEntry),
     ("`hub` source", "A repository on the Hugging Face hub.", HubSource),
     ("`mirror` source", "A folder of the local mirror.", MirrorSource),
+    ("`folder` source", "Any folder of this machine, such as one's own text.", FolderSource),
     ("`wheel` source", "A package of the Python package index, read as data.", WheelSource),
     ("`synthetic` source", "The seeded story grammar.", SyntheticSource),
 )

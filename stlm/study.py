@@ -175,6 +175,14 @@ class Study(BaseModel):
 def _catalogue(root: Path, name: str, model: type[_Model]) -> dict[str, _Model]:
     path = root / PARAMS / f"{name}.yaml"
     content = read_yaml(path)
+    spelled: dict[str, str] = {}
+    for key in map(str, content):
+        other = spelled.setdefault(key.casefold(), key)
+        if other != key:
+            raise UserError(
+                f"{PARAMS}/{name}.yaml: {other} and {key} differ only in capital letters, but on many disks "
+                "their folders would be one; rename one of them"
+            )
     return {
         key: validate(
             model, {"name": key, **value} if isinstance(value, dict) else value, f"{PARAMS}/{name}.yaml", key

@@ -114,9 +114,7 @@ def _documents(file: DataFile, layout: Layout, cut: Cut, tally: Tally) -> Iterat
     if file.kind == "text":
         for column in (layout.group, layout.split):
             if column is not None:
-                raise SourceError(
-                    f"{file.name}: a text file has no column {column!r}; expected one with columns"
-                )
+                raise SourceError(f"{file.name}: no column {column!r}: a text file has no columns")
         found = 0
         for text, divided in file.documents(cut, tally):
             found += 1
@@ -143,19 +141,17 @@ def _row_documents(file: DataFile, layout: Layout, tally: Tally) -> Iterator[_Do
         parts = [document.text] if document.text is None else divided_text(document.text)
         group = document.group
         if len(parts) > 1:
-            tally.divided += 1
+            _count_divided(layout, tally, len(parts))
             if layout.group is None:
-                if not layout.pieces:
-                    raise Divided
                 group = f"{file.name}, row {number}"
         for part in parts:
             yield _Document(part, group, document.split)
 
 
-def _count_divided(layout: Layout, tally: Tally) -> None:
+def _count_divided(layout: Layout, tally: Tally, rows: int = 1) -> None:
     if not layout.pieces and layout.group is None:
         raise Divided
-    tally.divided += 1
+    tally.divided += rows
 
 
 def _each(
@@ -307,10 +303,8 @@ def _conformed(batch: pa.RecordBatch, schema: pa.Schema, name: str) -> pa.Table:
 def check_columns(file: DataFile, columns: Sequence[str]) -> pa.Schema:
     """Check that a parquet or Arrow file has ``columns``, once each; its schema."""
     schema = table_schema(file.path, file.kind, file.name)
-    tops = {column if column in schema.names else column.partition(".")[0] for column in columns}
-    missing = [
-        column for column in columns if not tops & {column, column.partition(".")[0]} & {*schema.names}
-    ]
+    names = {*schema.names}
+    missing = [column for column in columns if not names & {column, column.partition(".")[0]}]
     if missing:
         raise SourceError(
             f"{file.name}: no column {', '.join(map(repr, missing))}; expected {', '.join(columns)}; "

@@ -119,11 +119,17 @@ def _guesses(sample: bytes) -> Iterator[str]:
         yield "cp1252"
     from charset_normalizer import from_bytes
 
-    for match in from_bytes(sample, cp_isolation=_COMMON):
-        # Several read the sample alike; Western Europe's is by far the most common.
-        alike = match.could_be_from_charset
-        yield "cp1252" if "cp1252" in alike else match.encoding
-        yield from (codec for codec in alike if codec != "cp1252")
+    matches = list(from_bytes(sample, cp_isolation=_COMMON))
+    # Several read the sample equally well; Western Europe's is by far the most common.
+    best = [
+        match
+        for match in matches
+        if (match.chaos, match.coherence) == (matches[0].chaos, matches[0].coherence)
+    ]
+    if any("cp1252" in match.could_be_from_charset for match in best):
+        yield "cp1252"
+    for match in matches:
+        yield from (match.encoding, *match.could_be_from_charset)
 
 
 @contextmanager

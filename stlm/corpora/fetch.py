@@ -183,9 +183,7 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
     if empty := record.get("without_text"):
         lines.append(f"{_files(len(empty))} without text ({empty[0]}{', ...' if len(empty) > 1 else ''})")
     if number := record.get("divided"):
-        lines.append(
-            f"{number:,} documents or rows of documents above {MAX_DOCUMENT >> 20} MB, cut at line ends"
-        )
+        lines.append(f"documents above {MAX_DOCUMENT >> 20} MB were cut at line ends, into {number:,} rows")
     if moved := record.get("held_out"):
         lines.append(f"{_files(moved)} of val or test are left out of train, whose paths mean them too")
     return lines
@@ -313,7 +311,7 @@ def _held_out(
     files = {output: list(each) for output, each in found.items()}
     outputs = {SPLITS[output]: output for output in files}
     held = {
-        split: {path for path, _ in files[outputs[split]]} for split in ("val", "test") if split in outputs
+        split: {path for path, _ in files[output]} for split, output in outputs.items() if split != "train"
     }
     if both := held.get("val", set()) & held.get("test", set()):
         raise SourceError(f"{shown(min(both))} is in both val and test; a file belongs to one split")

@@ -63,7 +63,7 @@ class Tally:
     empty: list[str] = field(default_factory=list)
     """Text files without text."""
     divided: int = 0
-    """Documents above 16 MB, which became several rows."""
+    """Rows that documents above 16 MB became."""
 
     @property
     def converted(self) -> dict[str, int]:
