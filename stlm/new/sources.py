@@ -150,19 +150,16 @@ def _splits(
     outputs: dict[str, list[str]] = {}
     for path in every:
         outputs.setdefault(declared[path] or "train", []).append(path)
-    # Where no file declares a split the pattern stays, which finds files that are added later, too.
-    whole = [pattern for pattern, own in by_pattern.items() if not any(declared[path] for path in own)]
-    rest = set(every) - {path for pattern in whole for path in by_pattern[pattern]}
     if "train" not in outputs:
         # Held-out files alone: they are text like any other.
         return {"train": tuple(by_pattern)}, {"train": tuple(every)}, 0
-    patterns = {
-        output: _patterns([path for path in own if path in rest], every) for output, own in outputs.items()
-    }
-    patterns["train"] += tuple(whole)
+    # A file of val or test is no part of train, whatever the globs of train mean; those find files that are
+    # added later, too.
+    mine = set(outputs["train"])
+    patterns = {"train": tuple(pattern for pattern, own in by_pattern.items() if mine.intersection(own))}
+    patterns |= {split: _patterns(outputs[split], every) for split in ("val", "test") if split in outputs}
     unmarked = sum(split is None for split in declared.values())
-    order = [split for split in ("train", "val", "test") if split in outputs]
-    return {own: patterns[own] for own in order}, {own: tuple(outputs[own]) for own in order}, unmarked
+    return patterns, {split: tuple(outputs[split]) for split in patterns}, unmarked
 
 
 def _patterns(own: Sequence[str], every: Sequence[str]) -> tuple[str, ...]:

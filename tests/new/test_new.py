@@ -256,3 +256,16 @@ def test_the_record_of_a_corpus_without_language_is_as_before(project: Path) -> 
     fetch(load_corpora()["own"], Path("data/raw/own"))
     assert "language" not in read_json(Path("data/raw/own/source.json"))
     assert "language" not in load_corpora()["own"].model_dump()
+
+
+def test_held_out_files_are_no_part_of_the_train_files_fetched(project: Path) -> None:
+    write_stories(project / "texts", count=40)
+    (project / "texts" / "valid.txt").write_text(english(200, 1000))
+    (project / "texts" / "test").mkdir()
+    (project / "texts" / "test" / "b.txt").write_text(english(200, 1001))
+    make("own", "texts")
+    source = load_corpora()["own"].sources[0]
+    assert source.files == {"train": "**/*.txt", "val": "valid.txt", "test": "test/b.txt"}
+    record = fetch(load_corpora()["own"], Path("data/raw/own"))
+    rows = {file["split"]: file["rows"] for file in record["files"]}
+    assert rows == {"train": 40, "val": 1, "test": 1}
