@@ -109,3 +109,20 @@ def test_contamination_is_counted(han: Path) -> None:
     measure_contamination(load_study("han"))
     counted = read_json(Path("results/han/contamination.json"))["corpora"]["han"]["benchmarks"]
     assert "synthetic_pairs" in counted
+
+
+def test_a_study_runs_from_its_folder_to_its_report(project: Path, capsys) -> None:
+    (project / "texts").mkdir()
+    for number, text in enumerate(chinese(120)):
+        (project / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    with (project / "params" / "corpora.yaml").open("a") as file:
+        file.write(
+            "han:\n  description: characters\n  licence: none\n  language: zh\n"
+            "  sources: [{kind: folder, path: texts, files: {train: '**/*.txt'}}]\n"
+        )
+    write_study(project, "bpe-400", "[last_word]", "[]")
+    for command in ("fetch han", "tokenize han bpe-400", "train han baseline", "evaluate han baseline"):
+        assert main(command.split()) == 0, capsys.readouterr().err
+    assert main(["contamination", "han"]) == main(["report", "han"]) == 0
+    assert "Language: Chinese (zh)." in (project / "results/han/cards/baseline.md").read_text()
+    assert read_json(Path("results/han/metrics.json"))["runs"]["baseline"]["test_bits_per_byte"] > 1

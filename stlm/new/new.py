@@ -24,10 +24,17 @@ from stlm.new.look import Look, look
 from stlm.new.sources import Sources, find_sources, text_column
 from stlm.new.speed import Speed
 from stlm.new.write import Chosen, Corpus, append_entry, corpus_entry, study_text
-from stlm.study import PARAMS, load_benchmarks, load_corpora, load_study, load_vocabularies, study_names
+from stlm.study import (
+    NAME,
+    NOT_STUDIES,
+    PARAMS,
+    load_benchmarks,
+    load_corpora,
+    load_study,
+    load_vocabularies,
+    study_names,
+)
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
-_RESERVED = {"corpora", "benchmarks", "vocabularies", "active"}
 _LONG_RUN = re.compile(r"\S{1000}")
 _FEW_DOCUMENTS = 20  # text files of fewer documents are cut into pieces of lines
 _PIECES, _PIECE_BYTES = 200, 500  # that they are cut into, about, and the least length of one
@@ -77,11 +84,13 @@ def new(
 
 def check_name(name: str, force: bool) -> None:
     """A name must be one that studies, folders and stages may have, and not be taken unless `force`."""
-    if not _NAME.fullmatch(name) or name in _RESERVED:
+    if not NAME.fullmatch(name) or name in NOT_STUDIES:
         letters = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
         proposal = re.sub(r"[^a-z0-9_]+", "-", letters).strip("-_")
-        why = "is the name of a file in params/" if name in _RESERVED else "cannot name a study"
-        hint = f" (for example {proposal})" if _NAME.fullmatch(proposal) and proposal not in _RESERVED else ""
+        why = "is the name of a file in params/" if name in NOT_STUDIES else "cannot name a study"
+        hint = (
+            f" (for example {proposal})" if NAME.fullmatch(proposal) and proposal not in NOT_STUDIES else ""
+        )
         raise UserError(
             f"{name!r} {why}: a name is lower-case letters without accents, digits, _ and - between them, "
             "and "

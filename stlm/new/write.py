@@ -119,16 +119,7 @@ def study_text(chosen: Chosen) -> str:
     every = max(1, steps // 10)
     rate, matrices = (3e-3, 6e-3) if model.width <= 256 else (1e-3, 4e-3)
     lines = [
-        *_comment(
-            f"Which technique suits {corpus.name}? Written by `stlm new`; every number may be changed, and "
-            "params/README.md describes each key."
-        ),
-        *_comment(
-            f"About {_minutes(chosen.minutes)} of training and evaluation in all ({chosen.speed}, measured "
-            "when "
-            f"this was written). Run it: make all STUDY={corpus.name}"
-        ),
-        *_warning(chosen),
+        *_head(chosen),
         f"description: {scalar(f'Five techniques compared on {corpus.about}.')}",
         f"corpus: {corpus.name}",
         *_comment(_about_vocabulary(fit, chosen.train_bytes)),
@@ -172,6 +163,21 @@ def study_text(chosen: Chosen) -> str:
         *_variants(fit, rate, matrices),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _head(chosen: Chosen) -> list[str]:
+    name = chosen.corpus.name
+    return [
+        *_comment(
+            f"Which technique suits {name}? Written by `stlm new`; every number may be changed, and "
+            "params/README.md describes each key."
+        ),
+        *_comment(
+            f"About {_minutes(chosen.minutes)} in all, for a machine as busy as when this was written "
+            f"({chosen.speed}). Run it: make all STUDY={name}"
+        ),
+        *_warning(chosen),
+    ]
 
 
 def _number(value: float) -> str:

@@ -10,26 +10,7 @@ from pathlib import Path
 
 import pytest
 
-WORDS = [
-    "the",
-    "old",
-    "man",
-    "found",
-    "a",
-    "lantern",
-    "near",
-    "our",
-    "river",
-    "and",
-    "she",
-    "carried",
-    "every",
-    "letter",
-    "home",
-    "to",
-    "the",
-    "garden",
-]
+WORDS = ["the", "old", "man", "found", "a", "lantern", "near", "our", "river", "and", "she", "carried", "it"]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -75,7 +56,7 @@ def test_the_page_works(fresh, root: Path, tmp_path: Path) -> None:
             assert "Found:" in printed and "Chosen:" in printed and "Run it: make all STUDY=" in printed
     study = project.folder / "results" / "mytext"
     runs = {"baseline", "learned", "simple-ffn", "dropout-free", "fast"}
-    assert {path.stem for path in (study / "cards").iterdir()} == runs
+    assert {path.stem for path in (study / "cards").glob("*.md")} == runs
     assert "Language: English (en)." in (study / "cards" / "fast.md").read_text()
     for run in runs:
         train = json.loads((study / "runs" / run / "train.json").read_text())
