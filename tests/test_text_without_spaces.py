@@ -125,4 +125,4 @@ def test_a_study_runs_from_its_folder_to_its_report(project: Path, capsys) -> No
         assert main(command.split()) == 0, capsys.readouterr().err
     assert main(["contamination", "han"]) == main(["report", "han"]) == 0
     assert "Language: Chinese (zh)." in (project / "results/han/cards/baseline.md").read_text()
-    assert read_json(Path("results/han/metrics.json"))["runs"]["baseline"]["test_bits_per_byte"] > 1
+    assert read_json(Path("results/han/metrics.json"))["baseline"]["test_bits_per_byte"] > 1

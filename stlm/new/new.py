@@ -88,9 +88,8 @@ def check_name(name: str, force: bool) -> None:
         letters = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
         proposal = re.sub(r"[^a-z0-9_]+", "-", letters).strip("-_")
         why = "is the name of a file in params/" if name in NOT_STUDIES else "cannot name a study"
-        hint = (
-            f" (for example {proposal})" if NAME.fullmatch(proposal) and proposal not in NOT_STUDIES else ""
-        )
+        valid = NAME.fullmatch(proposal) and proposal not in NOT_STUDIES
+        hint = f" (for example {proposal})" if valid else ""
         raise UserError(
             f"{name!r} {why}: a name is lower-case letters without accents, digits, _ and - between them, "
             "and "
