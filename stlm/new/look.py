@@ -46,7 +46,6 @@ class Look:
     assumed: bool = False  # whether the extrapolation had to assume how far a file is compressed
     text_bytes: int = 0
     characters: int = 0
-    lines: int = 0
     empty: int = 0
     sizes: array[int] = field(default_factory=lambda: array("q"))
     words: int = 0
@@ -154,10 +153,9 @@ def _take(found: Look, odd: _Oddities, document: str, rate: float) -> None:
     key = hashlib.blake2b(content, digest_size=16).digest()
     found.text_bytes += len(content)
     found.characters += len(document)
-    found.lines += document.count("\n") + 1
     found.sizes.append(len(content))
     if rate >= 1 or int.from_bytes(key[:8], "little") < rate * 2**64 or not found.sample:
-        found.sample.append(document[:SAMPLE_BYTES])
+        found.sample.append(content.decode()[:SAMPLE_BYTES])
     odd.of_document(document, key)
 
 

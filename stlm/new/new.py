@@ -35,9 +35,8 @@ from stlm.study import (
     study_names,
 )
 
-_LONG_RUN = re.compile(r"\S{1000}")
-_FEW_DOCUMENTS = 20  # text files of fewer documents are cut into pieces of lines
-_PIECES, _PIECE_BYTES = 200, 500  # that they are cut into, about, and the least length of one
+_FEW_DOCUMENTS = 20  # fewer are read in passages when they are tokenized
+_SOME_DOCUMENTS = 100  # of fewer the held-out splits get a handful
 _LEAST_QUESTIONS = 100  # of last_word: fewer have an interval of more than ten points to each side
 
 
@@ -131,12 +130,6 @@ def _cut_and_look(sources: Sources, column: str, wishes: Wishes) -> tuple[Cut, s
     if cut.separator:
         return cut, f"text files are cut at these lines, as {why}", look(files, column=column, cut=cut)
     found = look(files, column=column, cut=cut)
-    if len(texts) == len(files) and not found.sampled and len(found.sizes) < _FEW_DOCUMENTS < found.lines:
-        pieces = min(_PIECES, max(_FEW_DOCUMENTS, found.text_bytes // _PIECE_BYTES))
-        lines = max(1, round(found.lines / pieces))
-        cut = Cut(lines=lines)
-        why = f"{_count(lines, 'line')} make a document, as there are few files ({len(texts)})"
-        return cut, why, look(files, column=column, cut=cut)
     return cut, "a file is a document (other ways: --documents line or paragraph, --separator REGEX)", found
 
 
@@ -175,7 +168,11 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
         lines.append(f"left out, suffixes of no known format: {kinds}")
     if sources.hidden:
         lines.append(f"left out, hidden: {_count(sources.hidden, 'file')}")
-    if found.documents < _PIECES / 2:
+    if found.documents < _FEW_DOCUMENTS:
+        lines.append(
+            f"few documents ({found.documents:,}): they are cut into passages, the last 10% of each held out"
+        )
+    elif found.documents < _SOME_DOCUMENTS:
         lines.append(
             f"few documents ({found.documents:,}): the validation and test splits get a handful at most"
         )
@@ -248,8 +245,7 @@ def _bytes_a_token(sample: Sequence[str]) -> Callable[[int], float | None]:
     from stlm.tokens.bpe import train_bpe
 
     # Not all of it: the vocabulary must be possible on the train split alone, of which some is held out.
-    # Words of any length take time; one of so many letters is none.
-    parts = [_LONG_RUN.sub(r"\g<0> ", text[: -(-len(text) * 4 // 5)]) for text in sample]
+    parts = [text[: -(-len(text) * 4 // 5)] for text in sample]
 
     @functools.cache
     def ratio(size: int) -> float | None:

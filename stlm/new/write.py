@@ -81,9 +81,6 @@ def corpus_entry(corpus: Corpus) -> str:
             lines += [f"          - {json.dumps(pattern, ensure_ascii=False)}" for pattern in patterns]
     if corpus.cut.separator:
         lines.append(f"      separator: {json.dumps(corpus.cut.separator, ensure_ascii=False)}")
-    elif corpus.cut.lines:
-        lines += _comment("Few files: so many lines are a document; those of a file stay together.", 6)
-        lines.append(f"      lines: {corpus.cut.lines}")
     elif corpus.cut.documents:
         lines.append(f"      documents: {corpus.cut.documents}")
     return "\n".join(lines) + "\n"

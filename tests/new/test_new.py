@@ -117,15 +117,14 @@ def test_a_tiny_text_runs_and_is_warned_of_and_a_tinier_one_is_refused(project: 
     assert params() == before
 
 
-def test_one_book_is_cut_into_pieces_of_lines(project: Path) -> None:
+def test_one_book_is_read_in_passages_or_cut_as_asked(project: Path) -> None:
     Path("book.txt").write_text(english(3000))
     said = make("book", "book.txt")
-    assert "lines make a document, as there are few files (1)" in said
-    assert load_corpora()["book"].sources[0].lines > 0
-    record = fetch(load_corpora()["book"], Path("data/raw/book"))
-    assert 150 < record["rows"] < 250 and record["pieces"]
-    assert make("whole", "book.txt", documents="paragraph").count("a paragraph is a document") == 1
-    assert load_corpora()["whole"].sources[0].documents == "paragraph"
+    assert "1 document, " in said and "cut into passages, the last 10% of each held out" in said
+    assert load_corpora()["book"].sources[0].documents == "file"
+    assert "a paragraph is a document" in make("parts", "book.txt", documents="paragraph")
+    record = fetch(load_corpora()["parts"], Path("data/raw/parts"))
+    assert record["rows"] == 375 and record["pieces"]
 
 
 @pytest.mark.parametrize(("letters", "tag"), [(HAN, "zh"), (THAI, "th")])
@@ -155,7 +154,7 @@ def test_text_in_other_encodings_and_odd_text_is_told(project: Path) -> None:
     (folder / "tags.txt").write_text("<html><p>" + english(20, 102) + "</p></html>\x07\0")
     (folder / "twice.txt").write_text(english(20, 0))
     (folder / "empty.txt").write_text("")
-    (folder / "long.txt").write_text("x" * 200_000)
+    (folder / "long.txt").write_text("x" * 2000 + " and so on" * 10_000)
     (folder / "notes.pdf").write_text("x")
     (folder / ".hidden.txt").write_text(english(20))
     said = make("own", "texts")

@@ -54,6 +54,6 @@ def test_patterns_and_cuts_come_back_from_yaml() -> None:
     entry = yaml.safe_load(text)["own"]
     assert entry["sources"][0]["files"] == {"train": ["[[]1] a*.txt", "**/*.txt"], "val": "é: #.txt"}
     assert entry["sources"][0]["separator"] == r"^---\n\"$" and entry["text"] == "a.b"
-    unknown = corpus(language=Language(None, "not recognized", True), cut=Cut(lines=7))
+    unknown = corpus(language=Language(None, "not recognized", True), cut=Cut())
     entry = yaml.safe_load(corpus_entry(unknown))["own"]
-    assert "language" not in entry and entry["sources"][0]["lines"] == 7
+    assert "language" not in entry and "documents" not in entry["sources"][0]
