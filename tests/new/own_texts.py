@@ -22,7 +22,8 @@ NOUNS = [
     "mountain",
     "baker",
 ]
-VERBS = ["found", "carried", "remembered", "painted", "followed", "watched", "mended", "forgot"]
+SMALL = ["the", "and", "of", "a", "to", "was", "that", "with", "he", "she", "in", "for", "on", "not", "had"]
+OTHER = ["found", "old", "carried", "green", "remembered", "seven", "painted", "quiet", "followed", "mended"]
 HAN = "孩子们回家吃晚饭了因为他们很饿天上有月亮人山水火木土大小中国学生老师朋友"
 THAI = "เด็กกลับบ้านไปกินข้าวเย็นกับพ่อแม่และพี่น้องในวันที่ฝนตก"
 
@@ -32,9 +33,10 @@ def english(sentences: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     told = []
     for number in range(sentences):
-        a, b, c = rng.choices(NOUNS, k=3)
+        words = rng.choices(SMALL, k=6) + rng.choices(OTHER + NOUNS, k=6)
+        rng.shuffle(words)
         end = "\n\n" if number % 8 == 7 else " "
-        told.append(f"Then the old man {rng.choice(VERBS)} the {a} near our {b}, and it was the {c}.{end}")
+        told.append(f"Then {' '.join(words)} the {rng.choice(NOUNS)}.{end}")
     return "".join(told).strip()
 
 
