@@ -221,7 +221,7 @@ def test_the_time_asked_for_bounds_the_study(project: Path) -> None:
     assert total[0] < 3 * 60 * 4e10 and total[0] * 2 < total[1] < 60 * 60 * 4e10
     assert len(short) == 5 and len(long) == 15  # time left goes to seeds
     said = make("least", "texts", minutes=0.1)
-    assert "more than the 0.1 minutes asked for" in said
+    assert "more than the 0.1 minutes asked for: the smallest study" in said
 
 
 def test_the_command_says_what_is_missing(project: Path, capsys) -> None:
