@@ -27,8 +27,8 @@ from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
-from stlm.evaluation.made import made_items
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, write_predictions
+from stlm.evaluation.texts import SplitTexts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
 from stlm.study import Run
@@ -199,8 +199,14 @@ def _made_items(
     chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig
 ) -> tuple[list[Item], list[str]]:
     """Items made of the test split, and a digest of them, which the tokenizer leaves as it is."""
+    texts = SplitTexts(tokens_folder, "test")
     limit = config.limit_of(chosen.name, last=True) or chosen.default_limit
-    items = made_items(chosen, tokens_folder, limit, config.limit_seed)
+    items = chosen.make(texts, limit, config.limit_seed)
+    if not items:
+        raise UserError(
+            f"{tokens_folder}: {chosen.name} found no item in the {len(texts)} documents of the test split; "
+            "leave it out of evaluation.benchmarks"
+        )
     return items, [hashlib.sha256("".join(item.id for item in items).encode()).hexdigest()]
 
 
