@@ -5,14 +5,15 @@ Each raises ``UserError``, which names the file, the key, what was found and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from stlm.corpora.config import CorpusEntry
+from stlm.corpora.language import WITHOUT_SPACES
 from stlm.errors import UserError, nearest
-from stlm.evaluation.benchmarks import BENCHMARKS
+from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
 
 if TYPE_CHECKING:
     from stlm.study import Run
@@ -36,6 +37,25 @@ def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]
             raise UserError(
                 f"{file}: evaluation.modes: {', '.join(parsed.evaluation.modes)}, but {name} has "
                 f"{', '.join(modes)} only; add it, or leave {name} out of evaluation.benchmarks"
+            )
+
+
+def check_benchmarks(
+    file: str, run: Run, benchmarks: Iterable[str], corpora: Mapping[str, CorpusEntry]
+) -> None:
+    """A benchmark made of a corpus' own words needs a language that puts spaces between them."""
+    mix = corpora[run.corpus].mix or {run.corpus: 1.0}
+    languages = {corpora[name].language for name in mix}
+    unspaced = sorted(tag for tag in languages if tag and tag.partition("-")[0].lower() in WITHOUT_SPACES)
+    # Of a mix, another component may have passages; training itself checks that (`stlm.evaluation.made`).
+    if len(unspaced) < len(languages):
+        return
+    for name in benchmarks:
+        if isinstance(BENCHMARKS[name], TextBenchmark):
+            raise UserError(
+                f"{file}: evaluation.benchmarks: {name} asks for words, and the corpus {run.corpus} is text "
+                f"without spaces between them (language: {', '.join(unspaced)} in params/corpora.yaml); "
+                "leave it out"
             )
 
 

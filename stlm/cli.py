@@ -76,8 +76,12 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train one run of a study; killed, it goes on from its last state."""
-    run = _study(options).run(options.run)
+    study = _study(options)
+    run = study.run(options.run)
+    from stlm.evaluation.made import check_made
     from stlm.training.loop import train as train_run
+
+    check_made(study.evaluation, run.tokens_folder)
 
     train_run(run)
 
@@ -178,6 +182,15 @@ def sizes(options: argparse.Namespace) -> None:
     print(text_table(family(wanted, vocabulary_size(options.tokenizer), options.context)))
 
 
+def new(options: argparse.Namespace) -> None:
+    """Look at your own text, and write a corpus and a study that fit it and this machine."""
+    from stlm.new.new import Wishes
+    from stlm.new.new import new as new_study
+
+    wishes = Wishes(options.column, options.documents, options.separator, options.minutes, options.force)
+    print(new_study(options.name, options.text, wishes))
+
+
 def use(options: argparse.Namespace) -> None:
     """Make a study the active one: write its stages to dvc.yaml."""
     from stlm.pipeline import use as use_study
@@ -228,6 +241,34 @@ def _whole_number(least: int):
         return int(text)
 
     return number
+
+
+def _minutes(text: str) -> float:
+    """Of an option: text -> minutes, more than none."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected minutes, for example 30")
+    return minutes
+
+
+def _add_new_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--text", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs of text"
+    )
+    verb.add_argument("--column", help="column of JSON, CSV, parquet or Arrow files that holds the text")
+    verb.add_argument(
+        "--documents", choices=("file", "line", "paragraph"), help="what a document is in text files"
+    )
+    verb.add_argument(
+        "--separator", default="", metavar="REGEX", help="where text files are cut instead; not kept"
+    )
+    verb.add_argument(
+        "--minutes", type=_minutes, default=30.0, metavar="N", help="time for the study; default: 30"
+    )
+    verb.add_argument("--force", action="store_true", help="replace a corpus and study of this name")
 
 
 def _add_generate_options(verb: argparse.ArgumentParser) -> None:
@@ -329,6 +370,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate_options(generator)
     exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
     exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
+    _add_new_options(verb(new, ("name", "of the corpus and study: lower-case letters, digits, _, -")))
     verb(use, of_study)
     fingerprinter = verb(fingerprint, ("name", "data in params/, or a study"))
     fingerprinter.add_argument(

@@ -44,8 +44,9 @@ _HEAD = """\
 Every knob of the pipeline is in this folder, in plain YAML. This page is written by `stlm document` from the
 schema that checks the files (a test fails when they differ): do not edit it.
 
-- A **study** is a file of its own: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add. It states a
-  baseline and its variants, as differences from the baseline.
+- A **study** is a file of its own: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes
+  one for your own text (docs/own-text.md). It states a baseline and its variants, as differences from
+  the baseline.
 - `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
 - A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
   work starts. `stlm study NAME` checks a study and lists its runs.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stlm.checks import check_data, check_names, check_start
+from stlm.checks import check_benchmarks, check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.evaluation.config import EvaluationConfig
@@ -33,8 +33,8 @@ from stlm.training.config import TrainingConfig
 from stlm.validation import parse_yaml, read_yaml, validate
 
 PARAMS = Path("params")
-_NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
-_NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
+NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -216,7 +216,7 @@ def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
 
 def study_names(root: Path = Path()) -> list[str]:
     """The studies that params/ has."""
-    return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in _NOT_STUDIES)
+    return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in NOT_STUDIES)
 
 
 def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,7 +340,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     with every problem found.
     """
     path = root / PARAMS / f"{name}.yaml"
-    if not path.is_file() or name in _NOT_STUDIES:
+    if not path.is_file() or name in NOT_STUDIES:
         raise UserError(f"{PARAMS}/{name}.yaml: no such study{nearest(name, study_names(root))}")
     file = f"{PARAMS}/{name}.yaml"
     raw = read_yaml(path)
@@ -356,7 +356,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         )
     for key in ("variants", "published"):
         for own in getattr(parsed, key):
-            if not _NAME.fullmatch(own):
+            if not NAME.fullmatch(own):
                 raise UserError(f"{file}: {key}.{own}: a name is lower-case letters, digits, _ and -")
     if len(set(parsed.seeds)) < len(parsed.seeds):
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
@@ -369,6 +369,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     ]
     by_name = {run.name: run for run in runs}
     for run in runs:
+        check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora)
         check_start(file, run, by_name)
     for key in by_name.keys() & parsed.published.keys():

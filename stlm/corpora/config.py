@@ -232,6 +232,13 @@ class CorpusEntry(_Entry):
         description="Column (or `a.b`) that says the split of each row: `train`, `val` (or `validation`, "
         "`valid`, `dev`) or `test`.",
     )
+    language: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$",
+        description="Its language as a tag of BCP 47, e.g. `en` or `zh`; `mul`: several. Copied to "
+        "source.json and to model cards.",
+        exclude_if=lambda value: value is None,  # entries without it are as before
+    )
     sources: tuple[Source, ...] = Field(default=(), description=_SOURCES)
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="Instead of sources: corpus -> its share of the training tokens."

@@ -232,6 +232,8 @@ def _from_source(
     if layout is not None:
         record |= {"text": layout.raw_text, "group": layout.raw_group}
         record |= {"split_column": layout.raw_split, "pieces": layout.pieces, **about}
+    if isinstance(entry, CorpusEntry) and entry.language:
+        record |= {"language": entry.language}
     return record
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from stlm.corpora.language import NAMES
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
 from stlm.model.config import ModelConfig, parameter_groups
@@ -72,8 +73,9 @@ class Card:
     def metadata(self, **more: Any) -> dict[str, Any]:
         """The hub's metadata, `more` among it."""
         repositories = [text.repository for text in self.texts if text.repository]
+        languages = list(dict.fromkeys(text.language for text in self.texts if text.language))
         return {
-            "language": "en",
+            **({"language": languages[0] if len(languages) == 1 else languages} if languages else {}),
             "license": "unknown",
             **more,
             "pipeline_tag": "text-generation",
@@ -140,7 +142,14 @@ class Card:
             ],
             texts=3,
         )
-        return markdown(table)
+        return f"{self._languages()}\n\n{markdown(table)}"
+
+    def _languages(self) -> str:
+        """The languages of the text in words; each component's own, where a mix has several."""
+        named = {text.name: _language(text.language) for text in self.texts}
+        if len(set(named.values())) == 1:
+            return f"Language: {next(iter(named.values()))}."
+        return "Languages: " + "; ".join(f"{name}: {language}" for name, language in named.items()) + "."
 
     def _model(self) -> str:
         groups = parameter_groups(ModelConfig.model_validate(self.train.model))
@@ -261,6 +270,14 @@ class Card:
             }
             results.append(_entry(benchmark_label(benchmark), benchmark, named, "accuracy"))
         return {"name": self.title, "results": results}
+
+
+def _language(tag: str | None) -> str:
+    """A language as people call it, with its tag: English (en)."""
+    if tag is None:
+        return "not stated (`language` in params/corpora.yaml)"
+    name = NAMES.get(tag.partition("-")[0].lower())
+    return f"{name} ({tag})" if name else tag
 
 
 def _entry(name: str, kind: str, metrics: Mapping[str, float], metric: str) -> dict[str, Any]:

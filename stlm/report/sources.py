@@ -35,12 +35,13 @@ class _Tokens(BaseModel):
 class Text(NamedTuple):
     """A corpus, or a component of a mix with its `share` of the training tokens.
 
-    `licence`, `origin` and `splits` are None where no file here says so.
+    `licence`, `language`, `origin` and `splits` are None where no file here says so.
     """
 
     name: str
     share: float | None
     licence: str | None
+    language: str | None  # a tag of BCP 47
     origin: str | None
     repository: str | None  # on the hub, where it is from there
     splits: dict[str, SplitSize] | None
@@ -67,6 +68,7 @@ def read_texts(corpus: str, tokenizer: str) -> list[Text]:
                 name,
                 components[name].weight if name in components and len(components) > 1 else mix.get(name),
                 record.get("licence") or (own.licence if own else None),
+                record.get("language") or (own.language if own else None),
                 _origin(source) if source else None,
                 source.get("repo"),
                 components[name].splits if name in components else None,

@@ -118,3 +118,27 @@ def test_what_a_run_began_with_is_told(make_study) -> None:
     assert "after those of baseline" in found["sincos"]
     assert "123,456 tokens and about 7.50e+12" in found["sincos"] and "12.5% of their norm" in found["sincos"]
     assert "began with" not in found["baseline"]
+
+
+def test_the_language_is_told(make_study) -> None:
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    assert "Language: not stated" in cards(study)["baseline"]
+    assert ModelCard(cards(study)["baseline"]).data.language is None
+    record = {"licence": "MIT", "language": "zh-Hant", "source": {"kind": "mirror", "path": "x", "files": {}}}
+    write_json(Path("data/raw/synthetic/source.json"), record)
+    text = cards(study)["baseline"]
+    assert "Language: Chinese (zh-Hant)." in text and ModelCard(text).data.language == "zh-Hant"
+
+
+def test_a_mix_has_the_languages_of_its_components(make_study) -> None:
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    Path("params").mkdir(exist_ok=True)
+    source = "licence: MIT, sources: [{kind: mirror, path: x, files: {train: x.parquet}}]"
+    Path("params/corpora.yaml").write_text(
+        f"a: {{description: one, language: th, {source}}}\n"
+        f"b: {{description: another, language: en, {source}}}\n"
+        "synthetic: {description: both, licence: MIT, mix: {a: 1, b: 1}}\n"
+    )
+    text = cards(study)["baseline"]
+    assert "Languages: a: Thai (th); b: English (en)." in text
+    assert ModelCard(text).data.language == ["th", "en"]
