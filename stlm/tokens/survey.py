@@ -1,32 +1,27 @@
 """The first pass over a corpus: which documents are kept, and in which split each goes.
 
-The pass leaves on disk, for every row, its split, its digests, its size, and hashes of its words in sequence
-(`stlm.tokens.shingles`). From these follow exact duplicates, near-duplicates, splits (`stlm.tokens.splits`)
-and how much of the held-out text stands in train (`stlm.tokens.leaks`). Memory does not grow with the text:
-some tens of bytes a document, and `memory_bytes` while hashes are sorted.
+The pass over the text (`stlm.tokens.scan`) leaves on disk, for every row, its declared split, its digests, its
+size, and hashes of its words in sequence. From these follow exact duplicates, near-duplicates, the splits
+(`stlm.tokens.splits`) and how much of the held-out text stands in train (`stlm.tokens.leaks`). Memory does not
+grow with the text: some tens of bytes a document, and `memory_bytes` while hashes are sorted.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, write_json
 from stlm.tokens import leaks, near_duplicates
-from stlm.tokens.ahead import ahead
-from stlm.tokens.raw import RawBatch, RawComponent
+from stlm.tokens.raw import RawComponent
+from stlm.tokens.scan import FILES, Scan, scan_text
 from stlm.tokens.shards import SPLITS
-from stlm.tokens.shingles import DocumentHashes, sample, shingles, word_hashes
+from stlm.tokens.shingles import DocumentHashes
 from stlm.tokens.splits import (
     DROPPED,
     FEW_UNITS,
@@ -34,21 +29,15 @@ from stlm.tokens.splits import (
     assign,
     clusters_of,
     contiguous,
-    digest,
     held_out,
     names,
 )
-from stlm.tokens.words import normalize_title
 
 MEMORY = 256 << 20  # bytes, of the search for near-duplicates
 _PARTITION_ROWS = 1 << 20  # about 50 MB while duplicates are looked for
 _PASSAGE_BYTES = 16 << 10  # of a long text that is cut
 _PASSAGES = 100  # of a shorter one
 _SHORTEST_PASSAGE = 200  # bytes
-_BYTES_PER_WORD = 5.5
-# Files of a value or of many hashes for each row, in `folder`.
-_FILES = {"splits": np.uint8, "digests": np.uint64, "keys": np.uint64, "sizes": np.uint32}
-_FILES |= {"lengths": np.uint32, "sketches": np.uint64, "grams": np.uint64}
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ def _few(component: RawComponent) -> bool:
 def _survey(
     components: Sequence[RawComponent], folder: Path, progress: bool, memory_bytes: int
 ) -> dict[str, Any]:
-    scan = _scan(components, folder, progress)
+    scan = scan_text(components, folder, progress)
     splits_N = np.memmap(folder / "splits", np.uint8, mode="r+")
     digests_N2 = np.memmap(folder / "digests", np.uint64, mode="r").reshape(-1, 2)
     scan.counts["duplicates"] = mark_duplicates(digests_N2, splits_N)
@@ -118,151 +107,10 @@ def _survey(
         "splitting": splitting,
         "leaks": {"words": leaks.WORDS, "one_in": scan.gram_rate, **leaks.measure_leaks(grams, splits_N)},
     }
-    for name in _FILES:
+    for name in FILES:
         if name != "splits":
             (folder / name).unlink()
     return record
-
-
-@dataclass
-class _Scan:
-    """What the pass over the text counted."""
-
-    sketch_rate: int
-    gram_rate: int
-    rows: list[int] = field(default_factory=list)
-    text_bytes: int = 0
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("read", "duplicates", "empty", "invalid_utf8", "nul", "kept"), 0
-        )
-    )
-
-    @property
-    def slices(self) -> list[slice]:
-        """The rows of each component."""
-        return [slice(begin, end) for begin, end in pairwise(accumulate(self.rows, initial=0))]
-
-
-def _rates(components: Sequence[RawComponent]) -> tuple[int, int]:
-    """One in how many 5-grams is kept for near-duplicates, and of 13-grams for leaks: powers of two.
-
-    Of 5-grams, hundreds a document are enough; of both, no more than fit the disk.
-    """
-    words = sum(component.text_bytes for component in components) / _BYTES_PER_WORD
-    documents = max(sum(component.rows for component in components), 1)
-    sketch = min(words / documents / near_duplicates.ENOUGH_HASHES, 8)
-    sketch = max(sketch, words / near_duplicates.MOST_HASHES, 1)
-    return _power_of_two(sketch), _power_of_two(max(words / leaks.MOST_HASHES, 1))
-
-
-def _power_of_two(rate: float) -> int:
-    return 1 << int(np.floor(np.log2(rate)))
-
-
-def _scan(components: Sequence[RawComponent], folder: Path, progress: bool) -> _Scan:
-    """Read every document once; the files of `_FILES` have a value or more for each."""
-    sketch_rate, gram_rate = _rates(components)
-    scan = _Scan(sketch_rate, gram_rate)
-    total = sum(component.text_bytes for component in components)
-    workers = len(os.sched_getaffinity(0))
-    with (
-        ExitStack() as stack,
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=total, desc="survey", unit="B", unit_scale=True, disable=not progress) as bar,
-    ):
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in _FILES}
-        for component in components:
-            before = scan.counts["read"]
-            numbered = _numbered(component)
-            tasks = (
-                pool.submit(_read_batch, component, first, batch, sketch_rate, gram_rate)
-                for first, batch in numbered
-            )
-            for task in ahead(tasks, workers + 1):
-                read = task.result()
-                for name, own in read.arrays.items():
-                    files[name].write(np.ascontiguousarray(own, _FILES[name]))
-                for name, number in read.counts.items():
-                    scan.counts[name] += number
-                scan.text_bytes += read.text_bytes
-                bar.update(read.text_bytes)
-            scan.rows.append(scan.counts["read"] - before)
-    if scan.counts["read"] == 0:
-        raise UserError(f"{components[0].folder}: the corpus is empty: no document in {components[0].files}")
-    return scan
-
-
-def _numbered(component: RawComponent) -> Iterator[tuple[int, RawBatch]]:
-    first = 0
-    for batch in component.batches():
-        yield first, batch
-        first += len(batch.texts)
-
-
-@dataclass
-class _Read:
-    """A batch's part of each file, and its counts."""
-
-    arrays: dict[str, Any]
-    counts: dict[str, int]
-    text_bytes: int
-
-
-def _read_batch(
-    component: RawComponent, first: int, batch: RawBatch, sketch_rate: int, gram_rate: int
-) -> _Read:
-    counts = {"read": len(batch.texts), "empty": 0, "invalid_utf8": 0, "nul": 0}
-    splits, digests, keys, sizes, lengths = [], [], [], [], []
-    sketches, grams = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    for row, (text, group, split) in enumerate(
-        zip(batch.texts, batch.groups, batch.splits, strict=True), first
-    ):
-        kept = _usable(text, counts)
-        splits.append(split if kept else DROPPED)
-        # A line or a passage that comes again in a text is a part of it, not a copy.
-        is_part = component.pieces or component.cut
-        own = digest(b"%d %b" % (row, text or b"") if is_part else text or b"")
-        digests.append(own)
-        keys.append(_unit_digest(component, group, own)[:8])
-        sizes.append(len(text or b""))
-        words = word_hashes(text if kept else b"")
-        sketch = np.unique(sample(shingles(words, near_duplicates.WORDS), sketch_rate))
-        gram = sample(shingles(words, leaks.WORDS), gram_rate)
-        lengths.append((len(sketch), len(gram)))
-        sketches.append(sketch)
-        grams.append(gram)
-    arrays = {
-        "splits": splits,
-        "digests": np.frombuffer(b"".join(digests), np.uint64),
-        "keys": np.frombuffer(b"".join(keys), np.uint64),
-        "sizes": sizes,
-        "lengths": lengths,
-        "sketches": np.concatenate(sketches),
-        "grams": np.concatenate(grams),
-    }
-    return _Read(arrays, counts, sum(sizes))
-
-
-def _unit_digest(component: RawComponent, group: bytes | None, own: bytes) -> bytes:
-    """What tells units apart: the group, else the document. Passages have their text's number as a group."""
-    if group is None:
-        return own
-    return digest(group if component.pieces else normalize_title(group))
-
-
-def _usable(text: bytes | None, counts: dict[str, int]) -> bool:
-    """Whether a document is kept. NUL is a character like any other: kept, and counted."""
-    try:
-        content = (text or b"").decode()
-    except UnicodeDecodeError:  # so are lone surrogates, which UTF-8 has no bytes for
-        counts["invalid_utf8"] += 1
-        return False
-    if not content or content.isspace():
-        counts["empty"] += 1
-        return False
-    counts["nul"] += "\0" in content
-    return True
 
 
 def mark_duplicates(digests_N2: np.ndarray, splits_N: np.ndarray, partition: int = _PARTITION_ROWS) -> int:
@@ -296,7 +144,7 @@ def _lengths(folder: Path) -> np.ndarray:
 
 
 def _split(
-    components: Sequence[RawComponent], scan: _Scan, folder: Path, splits_N: np.ndarray, memory_bytes: int
+    components: Sequence[RawComponent], scan: Scan, folder: Path, splits_N: np.ndarray, memory_bytes: int
 ) -> dict[str, Any]:
     """Turn declared splits into final ones, in place; what was done, by component."""
     keys_N = np.memmap(folder / "keys", np.uint64, mode="r")
