@@ -174,7 +174,7 @@ def test_training_killed_goes_on(done, command):
     done.edit(LEARNED, f"{LEARNED}    training: {{steps: 300}}\n")
     process = done.start(*command, start_new_session=True)
     state = done.folder / ".state/smoke/learned/state.pt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

@@ -48,7 +48,7 @@ def torchrun(run, size, before="", **keys):
     )
 
 
-def finish(process, timeout=90):
+def finish(process, timeout=300):
     """Wait for the end; what was said on stderr. Hanging is a failure."""
     try:
         return process.communicate(timeout=timeout)[1]
@@ -184,7 +184,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(rank, action, message
     process = torchrun(make_run(), 2, FAIL_IN_ONE.format(rank=rank, action=action))
     begin = time.monotonic()
     said = finish(process)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 240, "gloo waits for half an hour"
     assert process.returncode == 1, "torchrun's own status"
     assert said.count(message) == 1, said
     assert said.count("error: ") == 1, said
