@@ -244,3 +244,43 @@ def test_what_is_missing_is_named_and_nothing_is_written(study, missing, told):
     with pytest.raises(UserError, match=told):
         measure_contamination(study)
     assert not study.folder.exists()
+
+
+def passage(name: str, kind: str) -> str:
+    """Sentences of which `last_word` makes one item: the last word stands in the first sentence too."""
+    verbs = ("saw", "took", "fed", "lost", "found", "sold")
+    middle = " ".join(f"Then {name} {verb} the {name}lantern on that {kind} day." for verb in verbs)
+    return f"Once there was a {kind} and a {name}. {middle} So {name} lit the old {name}lantern."
+
+
+def test_last_word_and_the_test_text_itself(project):
+    (project / "params" / "held.yaml").write_text(
+        "description: d\ncorpus: synthetic\ntokenizer: bytes\nevaluation: {benchmarks: [last_word]}\n"
+        "variants: {baseline: {}}\n"
+    )
+    names = ["ada", "bea", "cid", "dan"]
+    texts = {
+        "train": [passage("eve", "goat"), "Before. " + passage("ada", "hare"), "Else."],
+        "val": [passage("fay", "mule")],
+        "test": [passage(name, "hare") for name in names],
+    }
+    folder = Path("data/raw/synthetic")
+    folder.mkdir(parents=True)
+    files = []
+    for split, own in texts.items():
+        path = folder / f"{split}.parquet"
+        pq.write_table(pa.table({"text": own}), path)
+        files.append(
+            {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size, "split": split}
+        )
+    write_json(folder / "source.json", {"kind": "corpus", "files": files, "text": "text", "group": None})
+    tokenize("synthetic")
+    study = load_study("held")
+    measure_contamination(study)
+    own = json.loads((study.folder / "contamination.json").read_text())["corpora"]["synthetic"]
+    counted = own["benchmarks"]["last_word"]
+    assert (counted["items"], counted["whole"], counted["shared"]["13"]) == (4, 1, 1)
+    assert counted["examples"][0]["document"] == 1
+    held = own["held_out"]
+    assert (held["val"]["share"], held["val"]["above_half"]) == (0.0, 0)
+    assert (held["test"]["documents"], held["test"]["above_half"], held["test"]["worst"]) == (4, 1, 1.0)

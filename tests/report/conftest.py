@@ -196,9 +196,18 @@ def write_contamination() -> Callable[..., None]:
             for name, n in benchmarks.items()
         }  # fmt: skip
         corpora = {
-            corpus: {"split": "train", "documents": 5000, "bytes": 12_345_678, "benchmarks": counted}
+            corpus: {
+                "split": "train", "documents": 5000, "bytes": 12_345_678, "benchmarks": counted,
+                "held_out": {
+                    "words": 13, "one_in": 1,
+                    "val": {"documents": 40, "ngrams": 9000, "share": 0.0004,
+                            "above_half": 0, "above_fifth": 0, "worst": 0.06},
+                    "test": {"documents": 50, "ngrams": 0, "share": None,
+                             "above_half": 1, "above_fifth": 2, "worst": None},
+                },
+            }
             for corpus in study.corpora
-        }
+        }  # fmt: skip
         record = {"study": study.name, "sizes": [8, 13], "corpora": corpora}
         (study.folder / "contamination.json").write_text(json.dumps(record))
 

@@ -91,3 +91,27 @@ def test_what_is_missing_or_of_another_corpus_names_the_command(study):
     with pytest.raises(UserError, match=r"contamination\.json: is missing; run: stlm contamination toy"):
         report(study)
     assert not (study.folder / "tables").exists()
+
+
+def test_the_table_of_leaks(study, write_contamination):
+    write_contamination(study, BENCHMARKS)
+    report(study)
+    rows = list(csv.DictReader((study.folder / "tables/leaks.csv").open()))
+    assert [(row["split"], row["documents"], row["share"], row["above_half"]) for row in rows] == [
+        ("val", "40", "0.0004", "0"),
+        ("test", "50", "", "1"),
+    ]
+    shown = (study.folder / "tables/leaks.md").read_text()
+    assert "| val | 40 | 9,000 | 0.04% | 0 | 0 | 6% |" in shown
+    assert "| test | 50 | 0 | – | 1 | 2 | – |" in shown
+
+
+def test_no_table_of_leaks_for_text_tokenized_before_they_were_measured(study, write_contamination):
+    write_contamination(study, BENCHMARKS)
+    path = study.folder / "contamination.json"
+    record = json.loads(path.read_text())
+    for own in record["corpora"].values():
+        del own["held_out"]
+    path.write_text(json.dumps(record))
+    report(study)
+    assert not (study.folder / "tables/leaks.md").exists()
