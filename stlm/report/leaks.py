@@ -13,12 +13,14 @@ def leaks_table(study: Study, contamination: Contamination) -> Table | None:
     """A row a held-out split. None where no corpus was measured (tokenized by an earlier version)."""
     rows: list[Sequence[Cell] | Section] = []
     records: list[dict[str, object]] = []
-    words, one_in = 0, 1
+    words = 0
     for corpus, own in contamination.corpora.items():
         if own.held_out is None:
             continue
-        words, one_in = own.held_out.words, max(one_in, own.held_out.one_in)
-        rows.append(Section(f"{corpus}, train split: {own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"))
+        words = own.held_out.words
+        size = f"{own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"
+        drawn = "" if own.held_out.one_in == 1 else f"; one in {own.held_out.one_in} sequences looked at"
+        rows.append(Section(f"{corpus}, train split: {size}{drawn}"))
         for split, leak in (("val", own.held_out.val), ("test", own.held_out.test)):
             cells = [
                 split,
@@ -37,8 +39,6 @@ def leaks_table(study: Study, contamination: Contamination) -> Table | None:
         "Words as in the table of contamination. Near-duplicate documents are in one split, unless the "
         "source declares its splits; what is left are quotations, set phrases and what the source repeats."
     ]
-    if one_in > 1:
-        notes.append(f"One in {one_in} of the sequences was looked at, drawn by a hash.")
     return Table(
         name="leaks",
         title=f"Held-out text that stands in the training text; study {study.name}",

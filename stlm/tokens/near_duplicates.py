@@ -13,7 +13,7 @@ first (lossy counting, Manku and Motwani 2002).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -60,8 +60,9 @@ def linked(sketches: DocumentHashes, units: np.ndarray, memory_bytes: int) -> li
 def _near(shared: int, shorter: int, rate: int) -> bool:
     containment = shared / shorter
     enough = containment >= CONTAINMENT and shared * rate >= ENOUGH_SHARED
-    # A single hash says too little of a document.
-    return enough or (containment >= SHORT_CONTAINMENT and shared >= min(4, shorter))
+    # Few sampled hashes say too little of a document.
+    fewest = min(4, shorter) if rate == 1 else 4
+    return enough or (containment >= SHORT_CONTAINMENT and shared >= fewest)
 
 
 def _candidates(
@@ -106,7 +107,7 @@ def _pairs(hashes: np.ndarray, documents: np.ndarray, units: np.ndarray, size: i
     if not len(hashes):
         return
     begins = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
-    lengths = np.diff([*begins, len(hashes)])
+    lengths = np.diff(np.append(begins, len(hashes)))
     runs = np.repeat(lengths, lengths)
     for distance in range(1, _COMMON):
         same = hashes[distance:] == hashes[:-distance]
@@ -123,11 +124,12 @@ def _pairs(hashes: np.ndarray, documents: np.ndarray, units: np.ndarray, size: i
 class Clusters:
     """Units joined into clusters whose size is capped, so that a chain of links cannot swallow a corpus."""
 
-    def __init__(self, sizes: np.ndarray, most: float) -> None:
+    def __init__(self, sizes: np.ndarray, most: float, refused: Iterable[int] = ()) -> None:
+        """`sizes` of the units, `most` of a cluster; `refused` are units that are too large by themselves."""
         self._parent = np.arange(len(sizes))
         self._sizes = np.array(sizes, np.float64)
         self._most = most
-        self._refused: set[int] = set()
+        self._refused = set(refused)
 
     def find(self, unit: int) -> int:
         """The unit that stands for the cluster."""
@@ -152,11 +154,11 @@ class Clusters:
     @property
     def roots(self) -> np.ndarray:
         """[units]: the unit that stands for each one's cluster."""
-        return np.array([self.find(unit) for unit in range(len(self._parent))], np.int64)
+        return np.fromiter(map(self.find, range(len(self._parent))), np.int64, len(self._parent))
 
     @property
     def refused(self) -> np.ndarray:
-        """The clusters that were refused a union, as it would be too large."""
+        """The clusters that are too large, or would be with what they could not be joined to."""
         return np.array(sorted({self.find(unit) for unit in self._refused}), np.int64)
 
     def counts(self, first: int, last: int) -> dict[str, int]:

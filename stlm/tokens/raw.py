@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from stlm.corpora.config import SPLITS as SPLIT_NAMES
 from stlm.errors import UserError, nearest
 from stlm.files import read_record, sha256
 from stlm.tokens.shards import SPLITS
+from stlm.tokens.words import normalize_title
 
 _BATCH_BYTES = 4 << 20  # text held at a time, about
 _BATCH_ROWS = 4096
@@ -26,7 +27,7 @@ class RawComponent:
     """One source of documents: parquet files with a text column, and perhaps columns of groups and of splits.
 
     `splits`: what the source declares each file to be, an index of SPLITS. `pieces`: rows are parts of the
-    file that their group names. With `cut`, texts come in consecutive passages of about so many bytes.
+    file that their group names. With `cut`, texts of train come in passages of about so many bytes.
     """
 
     name: str
@@ -49,8 +50,22 @@ class RawComponent:
     @property
     def text_bytes(self) -> int:
         """About how many bytes of text there are: the size of the text column, uncompressed."""
+        return self._bytes_of(self.files)
+
+    @property
+    def train_bytes(self) -> int:
+        """`text_bytes` of the files that are declared train; of a split column's, all."""
+        return self._bytes_of(
+            [file for file, split in zip(self.files, self._file_splits, strict=True) if split == 0]
+        )
+
+    @property
+    def _file_splits(self) -> tuple[int, ...]:
+        return self.splits or (0,) * len(self.files)
+
+    def _bytes_of(self, files: Sequence[str]) -> int:
         total = 0
-        for file in self.files:
+        for file in files:
             metadata = _open(self.folder / file).metadata
             for i in range(metadata.num_row_groups):
                 columns = (metadata.row_group(i).column(j) for j in range(metadata.num_columns))
@@ -61,31 +76,55 @@ class RawComponent:
     def declared(self) -> frozenset[int]:
         """The splits that the source declares: indices of SPLITS."""
         if self.split_column is None:
-            return frozenset(self.splits)
-        values = {value for file in self.files for value in self._distinct(file, self.split_column)}
-        return frozenset(self._split(value) for value in values)
+            return frozenset(self._file_splits)
+        return frozenset(split for _, splits in self._groups() for split in splits)
 
-    def units(self, most: int) -> int:
-        """How many groups, or documents where they have no groups: `most` where there are as many or more."""
+    def train_units(self, most: int) -> int:
+        """How many groups train has, a document without one counted as one: `most` where there are more."""
+        found: set[bytes] = set()
+        alone = 0
+        for groups, splits in self._groups():
+            for group, split in zip(groups, splits, strict=True):
+                if split == 0 and group is None:
+                    alone += 1
+                elif split == 0:
+                    found.add(self.unit_of(group))
+            if alone + len(found) >= most:
+                return most
+        return alone + len(found)
+
+    def unit_of(self, group: bytes) -> bytes:
+        """What two groups that are one have in common: of titles, the letters and digits."""
+        return group if self.pieces else normalize_title(group)
+
+    def _groups(self) -> Iterator[tuple[list[bytes | None], list[int]]]:
+        """Group and split of every row, some rows at a time; the text is not read."""
+        wanted = [column for column in (self.group, self.split_column) if column]
+        for file, split in zip(self.files, self._file_splits, strict=True):
+            path = self.folder / file
+            parquet = _open(path)
+            for column in wanted:
+                _check_column(path, parquet.schema_arrow, column)
+            if not wanted:
+                rows = parquet.metadata.num_rows
+                yield [None] * rows, [split] * rows
+                continue
+            try:
+                for read in parquet.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(wanted))):
+                    yield self._groups_of(read), self._splits_of(read, split)
+            except (pa.ArrowException, OSError) as error:
+                raise _corrupt(path, error) from error
+
+    def _groups_of(self, read: pa.RecordBatch) -> list[bytes | None]:
+        """The group of each row; one that is empty is none."""
         if self.group is None:
-            return min(self.rows, most)
-        found: set[bytes | None] = set()
-        for file in self.files:
-            for value in self._distinct(file, self.group):
-                found.add(value)
-                if len(found) == most:
-                    return most
-        return len(found)
+            return [None] * read.num_rows
+        return [group if group and group.strip() else None for group in _as_bytes(read.column(self.group))]
 
-    def _distinct(self, file: str, column: str) -> Iterator[bytes | None]:
-        path = self.folder / file
-        parquet = _open(path)
-        _check_column(path, parquet.schema_arrow, column)
-        try:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column]):
-                yield from _as_bytes(batch.column(0).unique())
-        except (pa.ArrowException, OSError) as error:
-            raise _corrupt(path, error) from error
+    def _splits_of(self, read: pa.RecordBatch, split: int) -> list[int]:
+        if self.split_column is None:
+            return [split] * read.num_rows
+        return [self._split(value) for value in _as_bytes(read.column(self.split_column))]
 
     def _split(self, value: bytes | None) -> int:
         """The split that a value of the split column means."""
@@ -105,7 +144,7 @@ class RawComponent:
         """
         first = 0
         for number, file in enumerate(self.files):
-            for batch in self._file_batches(self.folder / file, self.splits[number] if self.splits else 0):
+            for batch in self._file_batches(self.folder / file, self._file_splits[number]):
                 yield batch.cut(self.cut, first) if self.cut else batch
                 first += len(batch.texts)
 
@@ -127,14 +166,8 @@ class RawComponent:
                 ):
                     found = _as_bytes(read.column(self.text))
                     batch.texts.extend(found)
-                    batch.groups.extend(
-                        _as_bytes(read.column(self.group)) if self.group else [None] * len(found)
-                    )
-                    batch.splits.extend(
-                        map(self._split, _as_bytes(read.column(self.split_column)))
-                        if self.split_column
-                        else [split] * len(found)
-                    )
+                    batch.groups.extend(self._groups_of(read))
+                    batch.splits.extend(self._splits_of(read, split))
                     size += sum(len(text or b"") for text in found)
                     if size >= _BATCH_BYTES or len(batch.texts) >= _BATCH_ROWS:
                         yield batch
@@ -154,11 +187,14 @@ class RawBatch:
     splits: list[int]
 
     def cut(self, size: int, first: int) -> RawBatch:
-        """The same with each text in passages of about `size` bytes, cut where paragraphs or lines end.
+        """The same with texts of train in passages of about `size` bytes, cut where paragraphs or lines end.
 
         Passages of a text that has no group get one: its number, from `first` on.
         """
-        parts = [passages(text, size) if text else [text] for text in self.texts]
+        parts = [
+            passages(text, size) if text and split == 0 else [text]
+            for text, split in zip(self.texts, self.splits, strict=True)
+        ]
         counts = list(map(len, parts))
         return RawBatch(
             [passage for each in parts for passage in each],

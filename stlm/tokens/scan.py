@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from stlm.tokens.ahead import ahead
 from stlm.tokens.raw import RawBatch, RawComponent
 from stlm.tokens.shingles import sample, shingles, word_hashes
 from stlm.tokens.splits import DROPPED, digest
-from stlm.tokens.words import normalize_title
 
 _BYTES_PER_WORD = 5.5
 # Files with a value, or many hashes, for each row.
@@ -120,42 +119,48 @@ def _read_batch(
     component: RawComponent, first: int, batch: RawBatch, sketch_rate: int, gram_rate: int
 ) -> _Read:
     counts = {"read": len(batch.texts), "empty": 0, "invalid_utf8": 0, "nul": 0}
-    splits, digests, keys, sizes, lengths = [], [], [], [], []
-    sketches, grams = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+    splits, digests, keys, sizes = [], [], [], []
+    words: list[np.ndarray] = []
+    name = component.name.encode()
     for row, (text, group, split) in enumerate(
         zip(batch.texts, batch.groups, batch.splits, strict=True), first
     ):
         kept = _usable(text, counts)
         splits.append(split if kept else DROPPED)
         # A line or a passage that comes again in a text is a part of it, not a copy.
-        is_part = component.pieces or component.cut
-        own = digest(b"%d %b" % (row, text or b"") if is_part else text or b"")
+        is_part = component.pieces or (component.cut and split == 0)
+        own = digest(b"%b %d %b" % (name, row, text or b"") if is_part else text or b"")
         digests.append(own)
-        keys.append(_unit_digest(component, group, own)[:8])
+        keys.append((own if group is None else digest(component.unit_of(group)))[:8])
         sizes.append(len(text or b""))
-        words = word_hashes(text if kept else b"")
-        sketch = np.unique(sample(shingles(words, near_duplicates.WORDS), sketch_rate))
-        gram = sample(shingles(words, leaks.WORDS), gram_rate)
-        lengths.append((len(sketch), len(gram)))
-        sketches.append(sketch)
-        grams.append(gram)
+        words.append(word_hashes(text if kept else b""))
+    if component.pieces and not component.cut:
+        words = _joined(words, batch.groups, batch.splits)
+    sketches = [np.unique(sample(shingles(own, near_duplicates.WORDS), sketch_rate)) for own in words]
+    grams = [sample(shingles(own, leaks.WORDS), gram_rate) for own in words]
+    nothing = np.empty(0, np.uint64)
     arrays = {
         "splits": splits,
         "digests": np.frombuffer(b"".join(digests), np.uint64),
         "keys": np.frombuffer(b"".join(keys), np.uint64),
         "sizes": sizes,
-        "lengths": lengths,
-        "sketches": np.concatenate(sketches),
-        "grams": np.concatenate(grams),
+        "lengths": [(len(sketch), len(gram)) for sketch, gram in zip(sketches, grams, strict=True)],
+        "sketches": np.concatenate([nothing, *sketches]),
+        "grams": np.concatenate([nothing, *grams]),
     }
     return _Read(arrays, counts, sum(sizes))
 
 
-def _unit_digest(component: RawComponent, group: bytes | None, own: bytes) -> bytes:
-    """What tells units apart: the group, else the document. Passages have their text's number as a group."""
-    if group is None:
-        return own
-    return digest(group if component.pieces else normalize_title(group))
+def _joined(
+    words: Sequence[np.ndarray], groups: Sequence[bytes | None], splits: Sequence[int]
+) -> list[np.ndarray]:
+    """The words of consecutive pieces of one file, all with the first one; a line alone says too little."""
+    joined: list[np.ndarray] = []
+    for _, run in groupby(range(len(words)), lambda row: (groups[row], splits[row])):
+        rows = list(run)
+        joined.append(np.concatenate([words[row] for row in rows]))
+        joined += [np.empty(0, np.uint64)] * (len(rows) - 1)
+    return joined
 
 
 def _usable(text: bytes | None, counts: dict[str, int]) -> bool:

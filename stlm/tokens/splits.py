@@ -20,7 +20,7 @@ DROPPED = 255  # beside the indices of SPLITS
 MOST_OF_CORPUS = 0.1  # of a cluster
 _FEW = 1000  # documents
 FEW_UNITS = 20
-_PARTS = 0.05  # of a long text, val and test each
+_PART = 0.05  # of a long text, val and test each
 
 
 def digest(content: bytes) -> bytes:
@@ -63,7 +63,9 @@ class Units:
 def clusters_of(units: list[Units], links: list[tuple[float, int, int]]) -> Clusters:
     """The units of all components, numbered one component after the other, joined by `links`."""
     shares = np.concatenate([own.sizes / max(own.sizes.sum(), 1) for own in units])
-    clusters = Clusters(shares, MOST_OF_CORPUS)
+    # Of few units each is a large part.
+    many = np.concatenate([np.full(len(own.keys), len(own.keys) >= FEW_UNITS) for own in units])
+    clusters = Clusters(shares, MOST_OF_CORPUS, np.flatnonzero(many & (shares > MOST_OF_CORPUS)).tolist())
     for _, a, b in links:
         clusters.join(a, b)
     return clusters
@@ -72,7 +74,8 @@ def clusters_of(units: list[Units], links: list[tuple[float, int, int]]) -> Clus
 def assign(units: list[Units], clusters: Clusters, shares: list[tuple[float, float]]) -> list[np.ndarray]:
     """For each component, the split of each unit: val at the bottom of the hash's range, test at the top.
 
-    `shares`: val's and test's of each component; 0 for a split that gets none.
+    `shares`: val's and test's of each component; 0 for a split that gets none. A cluster that reaches into
+    several components has the lowest share of these.
     """
     roots = clusters.roots
     keys = np.concatenate([own.keys for own in units])
@@ -84,19 +87,30 @@ def assign(units: list[Units], clusters: Clusters, shares: list[tuple[float, flo
         # The lowest of several hashes is low: hashed once more, it falls anywhere.
         places[root] = int.from_bytes(digest(lowest[root].tobytes())[:8], "little") / 2**64
     places = places[roots]
+    val, test = (
+        _lowest(np.repeat([own[index] for own in shares], [len(own.keys) for own in units]), roots)
+        for index in (0, 1)
+    )
+    split = np.where(places < val, 1, np.where(places >= 1 - test, 2, 0)).astype(np.uint8)
     stays = np.isin(roots, clusters.refused)
+    split[stays] = 0
     splits = []
     first = 0
-    for own, (val, test) in zip(units, shares, strict=True):
+    for own, own_shares in zip(units, shares, strict=True):
         here = slice(first, first + len(own.keys))
-        split = np.where(places[here] < val, 1, np.where(places[here] >= 1 - test, 2, 0))
-        split[stays[here]] = 0
         # A cluster that reaches into other components is not moved by one of them.
         inside = np.bincount(roots[here], minlength=len(keys))[roots[here]] == members[roots[here]]
-        _fill(split, places[here], roots[here], inside & ~stays[here], (val, test))
-        splits.append(split.astype(np.uint8))
+        _fill(split[here], places[here], roots[here], inside & ~stays[here], own_shares)
+        splits.append(split[here])
         first += len(own.keys)
     return splits
+
+
+def _lowest(values: np.ndarray, roots: np.ndarray) -> np.ndarray:
+    """For each unit, the lowest value in its cluster."""
+    lowest = np.full(len(values), np.inf)
+    np.minimum.at(lowest, roots, values)
+    return lowest[roots]
 
 
 def _fill(
@@ -106,7 +120,7 @@ def _fill(
     movable: np.ndarray,
     shares: tuple[float, float],
 ) -> None:
-    """Give an empty val or test the cluster that is nearest to it, as long as train keeps one."""
+    """Give an empty val or test the cluster that is nearest to it, in place, as long as train keeps one."""
     for index, order in ((1, np.argsort(places, kind="stable")), (2, np.argsort(-places, kind="stable"))):
         if shares[index - 1] == 0 or (split == index).any():
             continue
@@ -117,10 +131,11 @@ def _fill(
                 split[chosen] = index
 
 
-def contiguous(units: Units, sizes_N: np.ndarray) -> np.ndarray:
+def contiguous(units: Units, sizes_N: np.ndarray, missing: frozenset[int]) -> np.ndarray:
     """The split of each row of few long texts: the last parts of every text are val's and test's.
 
-    A row belongs where it begins: in the first 90% of its text's bytes (train), the next 5% (val), the rest.
+    A row belongs where it begins: in the last 5% of its text's bytes (test), the 5% before (val), or train. A
+    split that is not `missing` gets none.
     """
     order = np.argsort(units.of_row, kind="stable")
     ends = np.cumsum(sizes_N[order], dtype=np.float64)
@@ -128,7 +143,10 @@ def contiguous(units: Units, sizes_N: np.ndarray) -> np.ndarray:
     begins = ends - sizes_N[order] - begins_of_units[units.of_row[order]]
     places = np.empty(len(order))
     places[order] = begins / np.maximum(units.sizes[units.of_row[order]], 1)
-    return np.where(places < 1 - 2 * _PARTS, 0, np.where(places < 1 - _PARTS, 1, 2)).astype(np.uint8)
+    split = np.zeros(len(order), np.uint8)
+    for number, index in enumerate(sorted(missing)):
+        split[places >= 1 - _PART * (len(missing) - number)] = index
+    return split
 
 
 def names(indices: frozenset[int]) -> str:

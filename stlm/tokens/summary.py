@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stlm.tokens.near_duplicates import CONTAINMENT
 from stlm.tokens.shards import SPLITS
 
 MOST_DUPLICATES = 0.05  # of the documents, before it is remarkable
@@ -36,7 +37,8 @@ def _how(split: Mapping[str, Any]) -> str:
         return "train, val and test as the source declares them"
     kept = f"{declared} as declared, {missing}" if split["declared"] != ["train"] else missing
     if split["by"] == "contiguous":
-        return f"{kept} are the last parts of each of {split['units']} texts, which are read in passages"
+        texts = "the text, which is" if split["units"] == 1 else f"each of {split['units']} texts, which are"
+        return f"{kept} are the last parts of {texts} read in passages"
     how = f"{kept} made from train by hash of {split['unit']}"
     if split["joined"]:
         how += f"; {split['joined']:,} of {split['units']:,} joined with near-duplicates"
@@ -59,24 +61,33 @@ def _leaks(leaks: Mapping[str, Any]) -> str:
 
 
 def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
-    n = meta["documents"]
-    if n["duplicates"] > MOST_DUPLICATES * n["read"]:
-        yield (
-            f"warning: {meta['corpus']}: {n['duplicates'] / n['read']:.0%} of the documents are exact "
-            "duplicates and were dropped; are its documents cut too small?"
-        )
     for name, component in meta["splitting"]["components"].items():
+        share = component["duplicates"] / max(component["documents"], 1)
+        if share > MOST_DUPLICATES:
+            yield (
+                f"warning: {name}: {share:.0%} of the documents are exact duplicates and were dropped; are "
+                "its documents cut too small?"
+            )
         for split in SPLITS[1:]:
             own = component["splits"][split]
             reasons = [f"fewer than {FEWEST_DOCUMENTS}"] if own["documents"] < FEWEST_DOCUMENTS else []
             reasons += [f"fewer than {FEWEST_BYTES:,} bytes"] if own["bytes"] < FEWEST_BYTES else []
-            reasons += ["a single one"] if own["units"] == 1 else []
+            reasons += ["from one text"] if own["units"] == 1 else []
             if reasons:
                 of = "" if component["unit"] == "document" else f" of {own['units']:,} {component['unit']}(s)"
                 yield (
                     f"warning: {name}: {split} has {own['documents']:,} documents{of}, "
                     f"{own['bytes']:,} bytes: {', '.join(reasons)}; what is measured on it says little"
                 )
+    least = meta["splitting"]["least_containment"]
+    if least != CONTAINMENT:
+        what = (
+            "no near-duplicates" if least is None else f"only documents that share {least:.0%} of their text"
+        )
+        yield (
+            f"warning: {meta['corpus']}: {what} are joined, as others would keep most of it in train; does a "
+            "text (a licence, a form) stand in many documents?"
+        )
     for split in SPLITS[1:]:
         own = meta["leaks"][split]
         if own["above_half"] or (own["share"] or 0) > MOST_LEAKED:

@@ -8,7 +8,7 @@ not grow with the text: some tens of bytes a document, and `memory_bytes` while 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, write_json
 from stlm.tokens import leaks, near_duplicates
+from stlm.tokens.near_duplicates import Clusters
 from stlm.tokens.raw import RawComponent
 from stlm.tokens.scan import FILES, Scan, scan_text
 from stlm.tokens.shards import SPLITS
@@ -36,8 +37,9 @@ from stlm.tokens.splits import (
 MEMORY = 256 << 20  # bytes, of the search for near-duplicates
 _PARTITION_ROWS = 1 << 20  # about 50 MB while duplicates are looked for
 _PASSAGE_BYTES = 16 << 10  # of a long text that is cut
-_PASSAGES = 100  # of a shorter one
+_PASSAGES = 50  # of a shorter one
 _SHORTEST_PASSAGE = 200  # bytes
+_FEWEST_PASSAGES = 20
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,21 @@ def survey(
 def in_passages(components: Sequence[RawComponent]) -> list[RawComponent]:
     """The components, those of few long texts to be read in passages: hashing some books would empty a split.
 
-    Passages are of 16 kB, or of a hundredth of a shorter text.
+    Passages are of 16 kB, or of a fiftieth of shorter texts.
     """
-    return [
-        replace(own, cut=min(max(own.text_bytes // _PASSAGES, _SHORTEST_PASSAGE), _PASSAGE_BYTES))
-        if _few(own)
-        else own
-        for own in components
-    ]
+    return [replace(own, cut=_passage_bytes(own)) for own in components]
 
 
-def _few(component: RawComponent) -> bool:
-    return component.declared == {0} and component.units(FEW_UNITS) < FEW_UNITS
+def _passage_bytes(component: RawComponent) -> int:
+    """Bytes of a passage; 0 where texts are not cut."""
+    declared = component.declared
+    units = component.train_units(FEW_UNITS)
+    if 0 not in declared or declared == {0, 1, 2} or units == FEW_UNITS:
+        return 0
+    mean = component.train_bytes // max(units, 1)
+    if mean < _SHORTEST_PASSAGE * _FEWEST_PASSAGES:
+        return 0
+    return min(max(mean // _PASSAGES, _SHORTEST_PASSAGE), _PASSAGE_BYTES)
 
 
 def _survey(
@@ -87,6 +92,7 @@ def _survey(
     scan = scan_text(components, folder, progress)
     splits_N = np.memmap(folder / "splits", np.uint8, mode="r+")
     digests_N2 = np.memmap(folder / "digests", np.uint64, mode="r").reshape(-1, 2)
+    usable = [int(np.count_nonzero(splits_N[here] != DROPPED)) for here in scan.slices]
     scan.counts["duplicates"] = mark_duplicates(digests_N2, splits_N)
     scan.counts["kept"] = int(np.count_nonzero(splits_N != DROPPED))
     if scan.counts["kept"] == 0:
@@ -96,6 +102,9 @@ def _survey(
         )
     splitting = _split(components, scan, folder, splits_N, memory_bytes)
     splits_N.flush()
+    for component, rows, here in zip(components, usable, scan.slices, strict=True):
+        kept = int(np.count_nonzero(splits_N[here] != DROPPED))
+        splitting["components"][component.name] |= {"documents": rows, "duplicates": rows - kept}
     grams = DocumentHashes.of_lengths(folder / "grams", _lengths(folder)[:, 1], scan.gram_rate)
     sizes_N = np.memmap(folder / "sizes", np.uint32, mode="r")
     train_bytes = [int(sizes_N[here][splits_N[here] == 0].sum()) for here in scan.slices]
@@ -150,57 +159,49 @@ def _split(
     keys_N = np.memmap(folder / "keys", np.uint64, mode="r")
     sizes_N = np.memmap(folder / "sizes", np.uint32, mode="r")
     sketches = DocumentHashes.of_lengths(folder / "sketches", _lengths(folder)[:, 0], scan.sketch_rate)
-    plans = [_Plan.of(own) for own in components]
-    kept_N = splits_N != DROPPED
+    plans = [_Plan.of(own, here, splits_N) for own, here in zip(components, scan.slices, strict=True)]
     units = []
     of_row_N = np.full(len(splits_N), -1, np.int64)
     first = 0
-    for component, plan, here in zip(components, plans, scan.slices, strict=True):
-        grouped = component.group is not None or component.cut > 0
-        own = Units.of(keys_N[here], np.where(kept_N[here], sizes_N[here], 0), grouped)
+    for plan in plans:
+        own = Units.of(keys_N[plan.free], sizes_N[plan.free], plan.grouped)
         units.append(own)
         if plan.by == "hash":
-            free = kept_N[here] & (splits_N[here] == 0)
-            of_row_N[here] = np.where(free, first + own.of_row, -1)
+            of_row_N[plan.free] = first + own.of_row
         first += len(own.keys)
     links = near_duplicates.linked(sketches, of_row_N, memory_bytes)
-    clusters = clusters_of(units, links)
-    assigned = assign(units, clusters, [plan.shares for plan in plans])
+    clusters, assigned, least = _assigned(plans, units, links)
     described = {}
     first = 0
-    for component, plan, own, split, here in zip(
-        components, plans, units, assigned, scan.slices, strict=True
-    ):
-        rows = splits_N[here]
+    for plan, own, split, here in zip(plans, units, assigned, scan.slices, strict=True):
         if plan.by == "contiguous":
-            rows[rows != DROPPED] = contiguous(own, np.where(kept_N[here], sizes_N[here], 0))[rows != DROPPED]
+            splits_N[plan.free] = contiguous(own, sizes_N[plan.free], plan.missing)
         elif plan.by == "hash":
-            free = rows == 0
-            rows[free] = split[own.of_row[free]]
-        described[component.name] = {
-            **plan.described(component),
+            splits_N[plan.free] = split[own.of_row]
+        counts = clusters.counts(first, first + len(own.keys))
+        _check_splits(plan, splits_N[here], counts)
+        described[plan.component.name] = {
+            **plan.described(),
             "units": len(own.keys),
-            **clusters.counts(first, first + len(own.keys)),
-            "splits": _sizes(rows, own.of_row, sizes_N[here]),
+            **counts,
+            "splits": _sizes(splits_N[here], keys_N[here], sizes_N[here]),
         }
-        _check_splits(component, plan, rows)
         first += len(own.keys)
-    return {
-        "near_duplicate_pairs": len(links),
-        "components": described,
-    }
+    return {"near_duplicate_pairs": len(links), "least_containment": least, "components": described}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a component is split: as declared, by hash, or few long texts by place."""
+    """How a component is split: as declared, by hash, or few long texts by place; `free`: rows to split."""
 
+    component: RawComponent
     by: str
     declared: frozenset[int]
+    free: np.ndarray
     shares: tuple[float, float]
 
     @classmethod
-    def of(cls, component: RawComponent) -> _Plan:
+    def of(cls, component: RawComponent, here: slice, splits_N: np.ndarray) -> _Plan:
         declared = component.declared
         if 0 not in declared:
             raise UserError(
@@ -208,41 +209,79 @@ class _Plan:
                 "on one of them, name its files under `train` in params/corpora.yaml"
             )
         missing = {1, 2} - declared
-        if component.cut:
-            return cls("contiguous", declared, (0.0, 0.0))
-        share = held_out(component.group is not None, component.rows)
-        shares = (share if 1 in missing else 0.0, share if 2 in missing else 0.0)
-        return cls("hash" if missing else "declared", declared, shares)
+        free = here.start + np.flatnonzero(splits_N[here] == 0)
+        by = "declared" if not missing else "contiguous" if component.cut else "hash"
+        share = held_out(component.group is not None, len(free)) if by == "hash" else 0.0
+        return cls(
+            component, by, declared, free, (share if 1 in missing else 0.0, share if 2 in missing else 0.0)
+        )
 
-    def described(self, component: RawComponent) -> dict[str, Any]:
-        grouped = component.group is not None
+    @property
+    def missing(self) -> frozenset[int]:
+        """The splits that are made from train."""
+        return frozenset({1, 2} - self.declared)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a unit may have several rows."""
+        return self.component.group is not None or self.component.cut > 0
+
+    def described(self) -> dict[str, Any]:
+        """What meta.json says of it."""
+        group = self.component.group
         return {
             "by": self.by,
             "declared": [SPLITS[index] for index in sorted(self.declared)],
-            "unit": "file" if component.pieces else component.group if grouped else "document",
+            "unit": "file" if self.component.pieces else "document" if group is None else group,
         }
 
 
-def _sizes(rows: np.ndarray, units: np.ndarray, sizes: np.ndarray) -> dict[str, dict[str, int]]:
+def _assigned(
+    plans: Sequence[_Plan], units: list[Units], links: list[tuple[float, int, int]]
+) -> tuple[Clusters, list[np.ndarray], float | None]:
+    """Clusters, the split of each component's units, and the least containment that joined documents.
+
+    A text that stands in most documents (a licence, a form) links them all, and all would stay in train.
+    Where that leaves val or test empty, or most of a component in train, only documents that share more than
+    a half are joined, or none.
+    """
+    for least in (near_duplicates.CONTAINMENT, near_duplicates.SHORT_CONTAINMENT, None):
+        clusters = clusters_of(units, [link for link in links if least is not None and link[0] >= least])
+        assigned = assign(units, clusters, [plan.shares for plan in plans])
+        stays = np.isin(clusters.roots, clusters.refused)
+        first, fits = 0, True
+        for plan, own, split in zip(plans, units, assigned, strict=True):
+            here = stays[first : first + len(own.keys)]
+            if plan.by == "hash" and here.any():
+                fits &= bool(own.sizes[here].sum() <= own.sizes.sum() / 2)
+                fits &= all((split == index).any() for index in plan.missing)
+            first += len(own.keys)
+        if fits:
+            break
+    return clusters, assigned, least
+
+
+def _sizes(rows: np.ndarray, keys: np.ndarray, sizes: np.ndarray) -> dict[str, dict[str, int]]:
     """Of each split: documents, units, and bytes of text."""
     found = {}
     for index, name in enumerate(SPLITS):
         here = rows == index
         found[name] = {
             "documents": int(here.sum()),
-            "units": len(np.unique(units[here])),
+            "units": len(np.unique(keys[here])),
             "bytes": int(sizes[here].sum(dtype=np.int64)),
         }
     return found
 
 
-def _check_splits(component: RawComponent, plan: _Plan, rows: np.ndarray) -> None:
+def _check_splits(plan: _Plan, rows: np.ndarray, counts: Mapping[str, int]) -> None:
     for index, split in enumerate(SPLITS):
         if not np.any(rows == index):
+            component = plan.component
             kept = int(np.count_nonzero(rows != DROPPED))
             how = {
-                "hash": "split by hash of its "
-                + (f"groups (column {component.group!r})" if component.group else "documents"),
+                "hash": f"split by hash of its {plan.described()['unit']}s, "
+                f"{counts['kept_in_train']} of which may not leave train",
                 "contiguous": f"split in contiguous parts of passages of {component.cut} bytes",
                 "declared": "as the source declares it",
             }[plan.by]

@@ -10,7 +10,7 @@ import pytest
 from raw_samples import WORDS, stories, write_raw, write_splits
 
 from stlm.errors import UserError
-from stlm.files import read_json
+from stlm.files import read_json, write_json
 from stlm.tokens.leaks import measure_leaks
 from stlm.tokens.raw import passages
 from stlm.tokens.shards import SPLITS, read_split
@@ -147,26 +147,116 @@ def test_near_duplicates_go_to_one_split(tmp_path: Path, capfd: pytest.CaptureFi
             if title.strip("!").endswith(f" {book}")
         }
         assert len(joined) == 1
+    assert meta(raw)["splitting"]["least_containment"] == 0.1
     assert meta(raw)["splitting"]["components"]["books"] | {"splits": 0} == {
         "by": "hash", "declared": ["train"], "unit": "title",
         "units": 150, "joined": 60, "clusters": 30, "kept_in_train": 0, "splits": 0,
+        "documents": 420, "duplicates": 0,
     }  # fmt: skip
     assert meta(raw)["leaks"]["test"]["above_fifth"] == meta(raw)["leaks"]["val"]["above_fifth"] == 0
     assert "60 of 150 joined with near-duplicates" in capfd.readouterr().err
 
 
-def test_near_duplicates_across_components_of_a_mix(tmp_path: Path) -> None:
-    from stlm.files import write_json
-
+@pytest.mark.parametrize("more", [0, 900])
+def test_near_duplicates_across_components_of_a_mix(tmp_path: Path, more: int) -> None:
+    """Also where components hold out different shares: 5% of few documents, 1% of many."""
     shared = [text(i, 200) for i in range(300)]
     raw = tmp_path / "raw" / "mix"
     write_raw(raw / "one", [f"{t} One." for t in shared])
-    write_raw(raw / "two", [f"{t} Two." for t in shared])
+    write_raw(raw / "two", [*(f"{t} Two." for t in shared), *(text(("more", i), 60) for i in range(more))])
     write_json(raw / "source.json", {"name": "mix", "kind": "mix", "mix": {"one": 0.5, "two": 0.5}})
     found = tokenize(raw)
     for split in SPLITS:
         own = [t.removesuffix(" One.") for t in found[split] if t.endswith("One.")]
         assert own == [t.removesuffix(" Two.") for t in found[split] if t.endswith("Two.")] != []
+    assert meta(raw)["leaks"]["test"]["share"] == meta(raw)["leaks"]["val"]["share"] == 0
+
+
+def test_lines_that_components_of_a_mix_share_are_kept(tmp_path: Path) -> None:
+    raw = tmp_path / "raw" / "mix"
+    for name in ("one", "two"):
+        lines = ["ACT I", "KING:", *(text((name, i), 12) for i in range(400))]
+        write_splits(raw / name, {"train": rows(lines, file=["a.txt"] * 402)}, group="file", pieces=True)
+    write_json(raw / "source.json", {"name": "mix", "kind": "mix", "mix": {"one": 0.5, "two": 0.5}})
+    found = tokenize(raw)
+    assert sum(t in ("ACT I", "KING:") for own in found.values() for t in own) == 4
+
+
+@pytest.mark.parametrize("kind", ["lines", "licence"])
+def test_a_text_that_stands_everywhere_does_not_stop_the_splitting(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    if kind == "lines":
+        lines = [
+            text((file, i), 9) if i else "SCENE I. A room in the castle of the king."
+            for file in range(40)
+            for i in range(60)
+        ]
+        files = [f"{i // 60}.txt" for i in range(2400)]
+        raw = write_splits(
+            tmp_path / "raw" / "own", {"train": rows(lines, file=files)}, group="file", pieces=True
+        )
+    else:
+        licence = text("licence", 300)
+        raw = write_raw(tmp_path / "raw" / "own", [f"{text(i, 1500)} {licence}" for i in range(60)])
+    found = tokenize(raw)
+    assert found["val"] and found["test"] and len(found["train"]) > 5 * len(found["test"])
+    said = capfd.readouterr().err
+    if kind == "licence":
+        assert "warning: own: only documents that share 50% of their text are joined" in said
+        assert meta(raw)["splitting"]["least_containment"] == 0.5
+    else:
+        assert meta(raw)["splitting"]["least_containment"] == 0.1
+        assert meta(raw)["splitting"]["components"]["own"]["joined"] == 0
+
+
+@pytest.mark.parametrize("column", ["file", None])
+def test_a_declared_test_and_few_training_texts(tmp_path: Path, column: str | None) -> None:
+    """One training file or book: val is its last part, the declared test stays as it is."""
+    test = [f"T{i} " + text(("t", i), 400) for i in range(25)]
+    if column:
+        lines = [text(i, 20) for i in range(300)]
+        files = {"train": rows(lines, file=["a"] * 300), "test": rows(test, file=["b"] * 25)}
+        raw = write_splits(tmp_path / "raw" / "own", files, group="file", pieces=True)
+    else:
+        lines = [text(i, 20) + "\n" for i in range(300)]
+        files = {"train": rows(["".join(lines)]), "test": rows(test)}
+        raw = write_splits(tmp_path / "raw" / "own", files)
+    found = tokenize(raw)
+    assert found["test"] == test
+    assert "".join(found["train"] + found["val"]) == "".join(lines)
+    assert 0.02 < sum(map(len, found["val"])) / len("".join(lines)) < 0.09
+
+
+def test_units_of_other_splits_do_not_count(tmp_path: Path) -> None:
+    for seed in range(4):
+        files = {"train": rows(stories(25, seed=seed)), "test": rows(stories(400, seed=9))}
+        found = tokenize(write_splits(tmp_path / str(seed) / "raw" / "own", files))
+        assert found["val"] and len(found["train"]) + len(found["val"]) == 25
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_documents_without_a_group_stand_alone(tmp_path: Path, empty: str | None) -> None:
+    titles = [empty if i % 2 else f"Book {i // 20}" for i in range(600)]
+    raw = write_splits(
+        tmp_path / "raw" / "own", {"train": rows(stories(600, words=8), title=titles)}, group="title"
+    )
+    found = tokenize(raw)
+    assert meta(raw)["splitting"]["components"]["own"]["units"] == 330
+    assert all(10 < len(found[split]) < 70 for split in ("val", "test"))
+
+
+def test_a_text_too_large_to_hold_out_stays_in_train(tmp_path: Path) -> None:
+    for seed in range(5):
+        texts = [text((seed, i), 3000 if i == 7 else 60) for i in range(30)]
+        assert where(tokenize(write_raw(tmp_path / str(seed) / "raw" / "own", texts)), texts[7]) == ["train"]
+
+
+def test_few_short_texts_are_not_cut(tmp_path: Path) -> None:
+    texts = [text(i, 12) for i in range(15)]
+    found = tokenize(write_raw(tmp_path / "raw" / "own", texts))
+    assert sorted(t for own in found.values() for t in own) == sorted(texts)
+    assert len(found["val"]) == len(found["test"]) == 1
 
 
 def test_a_chain_cannot_swallow_a_corpus(tmp_path: Path) -> None:
@@ -218,8 +308,8 @@ def test_a_long_text_is_split_in_contiguous_parts(tmp_path: Path, capfd: pytest.
     assert sizes[0] == pytest.approx(0.9, abs=0.03) and min(sizes[1:]) > 0.02
     assert all(t.endswith("\n\n") for t in found["train"])
     said = capfd.readouterr().err
-    assert "val and test are the last parts of each of 1 texts, which are read in passages" in said
-    assert "warning: book: val has" in said and "a single one" in said
+    assert "val and test are the last parts of the text, which is read in passages" in said
+    assert "warning: book: val has" in said and "from one text" in said
 
 
 def test_pieces_of_few_files_are_contiguous_and_of_many_stay_together(tmp_path: Path) -> None:
