@@ -34,6 +34,7 @@ from stlm.errors import nearest
 BLOCK_ROWS = 16 * 1024
 BLOCK_BYTES = 16 << 20  # text of a row group
 FILE_BYTES = 1 << 30  # text of a parquet file
+_LONG_ROW = 64 << 10  # bytes; a page has up to 1,024 rows
 FILE = "file"  # the column with the file that a piece is from
 
 
@@ -97,9 +98,18 @@ class Divided(Exception):
 
 
 def is_taken_as_is(file: DataFile, layout: Layout, cut: Cut) -> bool:
-    """Whether a file is parquet with the columns as they are."""
+    """Whether a file is parquet with the columns as they are, and can be read a few megabytes at a time."""
     plain = file.kind == "parquet" and not split_compression(file.name)[1]
-    return plain and not (layout.join or cut.starts or cut.lines or layout.renamed)
+    changed = layout.join or cut.starts or cut.lines or layout.renamed
+    return plain and not changed and not _has_long_rows(file)
+
+
+def _has_long_rows(file: DataFile) -> bool:
+    """Whether rows are so long that a page of them, which is read whole, has hundreds of megabytes."""
+    with damage(file.name):
+        metadata = open_parquet(file.path).metadata
+        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    return sum(sizes) > _LONG_ROW * metadata.num_rows
 
 
 @dataclass(frozen=True)

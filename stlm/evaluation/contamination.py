@@ -9,8 +9,8 @@ whose words stand in the training text in sequence are counted too, however few:
 What counts as an item's text (`Item.own_text`): the question, context or passage and the right answer, as one
 string, without the words of a prompt; of a minimal pair the good sentence; of WinoGrande the sentence with
 the right name in the blank; of a passage of held-out text (`last_word`), all of it. Wrong answers do not
-count. All items of the split are looked at, whatever the study's limit, and of `last_word` those that are
-scored; the training text is the train split of a run's corpus, all of it, whichever part a run sees (as there).
+count. All items of the split are looked at, whatever the study's limit (of `last_word`, those scored); the
+training text is the train split of a run's corpus, all of it, whichever part a run sees (as there).
 
 Generated text (the synthetic corpus) repeats its short phrases by construction: there, a shared n-gram says
 how narrow the grammar is, not that items leaked, and only whole items are news.

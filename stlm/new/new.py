@@ -34,8 +34,8 @@ from stlm.study import (
     load_vocabularies,
     study_names,
 )
+from stlm.tokens.splits import FEW_UNITS, held_out
 
-_FEW_DOCUMENTS = 20  # fewer are read in passages when they are tokenized
 _SOME_DOCUMENTS = 100  # of fewer the held-out splits get a handful
 _LEAST_QUESTIONS = 100  # of last_word: fewer have an interval of more than ten points to each side
 
@@ -168,7 +168,7 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
         lines.append(f"left out, suffixes of no known format: {kinds}")
     if sources.hidden:
         lines.append(f"left out, hidden: {_count(sources.hidden, 'file')}")
-    if found.documents < _FEW_DOCUMENTS:
+    if found.documents < FEW_UNITS:
         lines.append(
             f"few documents ({found.documents:,}): they are cut into passages, the last 10% of each held out"
         )
@@ -239,7 +239,7 @@ def _split_bytes(sources: Sources, found: Look) -> tuple[int, int]:
         split: found.all_bytes * sum(path.stat().st_size for path in paths) / total
         for split, paths in sources.files.items()
     }
-    share = 0.05 if found.documents < 1000 else 0.01
+    share = held_out(False, found.documents)
     held = {split: own[split] if split in own else share * own["train"] for split in ("val", "test")}
     train = own["train"] - sum(size for split, size in held.items() if split not in own)
     return round(train), round(held["test"])

@@ -151,7 +151,8 @@ def _notes(contamination: Contamination) -> list[str]:
         "An item's text: the question or context and the right answer, of a minimal pair the good sentence, "
         "of Last word the passage. "
         "Words as in Brown et al. 2020 (appendix C): lower case, no punctuation, split at white space. All "
-        "items of the split, whatever the limit (of Last word, those scored); the whole train split, whatever part of it a run sees. In "
+        "items of the split, whatever the limit (of Last word, those scored); all of the train split, "
+        "whatever part of it a run sees. In "
         "brackets: the share of all items. Whole item: all of its words in sequence, however few. In "
         "generated text, which repeats its phrases by construction, a shared sequence is no leak.",
     ]

@@ -31,7 +31,7 @@ ENOUGH_HASHES = 256
 MOST_HASHES = 1 << 29
 # A 5-gram in more documents than this is a common phrase, and each is compared with the next one only.
 _COMMON = 8
-_ENTRY_BYTES = 48  # of the index, while it is sorted
+_ENTRY_BYTES = 128  # of the index, while it is sorted and pairs are counted
 _PAIR_BYTES = 48
 _FEWEST_PAIRS = 1000  # that are kept in any case
 
