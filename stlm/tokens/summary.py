@@ -74,9 +74,13 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
             reasons += [f"fewer than {FEWEST_BYTES:,} bytes"] if own["bytes"] < FEWEST_BYTES else []
             reasons += ["from one text"] if own["units"] == 1 else []
             if reasons:
-                of = "" if component["unit"] == "document" else f" of {own['units']:,} {component['unit']}(s)"
+                of = (
+                    ""
+                    if component["unit"] == "document"
+                    else f" of {_count(own['units'], component['unit'])}"
+                )
                 yield (
-                    f"warning: {name}: {split} has {own['documents']:,} documents{of}, "
+                    f"warning: {name}: {split} has {_count(own['documents'], 'document')}{of}, "
                     f"{own['bytes']:,} bytes: {', '.join(reasons)}; what is measured on it says little"
                 )
     least = meta["splitting"]["least_containment"]
@@ -96,3 +100,7 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
                 f"sequences stand in train, {own['above_half']:,} of {own['documents']:,} documents by more "
                 "than a half"
             )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
