@@ -34,6 +34,7 @@ from stlm.validation import read_yaml
 DVC_FILE = Path("dvc.yaml")
 # The stages of this begin list what DVC watches on this machine: they are not the same on another.
 WATCH = "fingerprint-"
+_OPTIONAL = ("evaluation.limit", "evaluation.limit_seed")
 _HEADER = """\
 # The stages of the study `{study}` for DVC, the same as Snakemake's. Written by `stlm use {study}` from
 # params/{study}.yaml: do not edit, run it again when runs, corpora or benchmarks come or go.
@@ -109,7 +110,11 @@ def _study_params(study: Study, root: Path, *keys: str) -> dict[str, list[str]]:
     """The keys of the study's file that a stage depends on; a section left out is no parameter to DVC."""
     file = f"params/{study.name}.yaml"
     present = read_yaml(root / file)
-    return {file: [key for key in keys if key.split(".")[0] in present]}
+    there = [key for key in keys if key.split(".")[0] in present]
+    # Of `evaluation` single keys, which a study may leave out.
+    return {
+        file: [key for key in there if key not in _OPTIONAL or key.split(".")[1] in present["evaluation"]]
+    }
 
 
 def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
@@ -165,7 +170,11 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     stages[f"contamination-{study.name}"] = {
         "cmd": f"stlm contamination {study.name}",
         "deps": contamination_inputs(study),
-        "params": [_study_params(study, root, "evaluation")],
+        "params": [
+            _study_params(
+                study, root, *(f"evaluation.{key}" for key in ("benchmarks", "limit", "limit_seed"))
+            )
+        ],
         "outs": [
             f"{study.folder}/contaminated-items.parquet",
             _in_git(f"{study.folder}/contamination.json"),

@@ -85,7 +85,8 @@ def test_words_of_unicode_character_by_character():
         for character in text.replace("--", " "):
             category = unicodedata.category(character)
             dash = category == "Pd" and character not in "-\u2010\u2011"
-            result += " " if dash else "" if category[0] in "PS" else character.lower()
+            word = f" {character} " if character == "字" else character.lower()
+            result += " " if dash else "" if category[0] in "PS" else word
         return result.replace("\0", " ").split()
 
     rng = random.Random(0)

@@ -74,10 +74,10 @@ def test_benchmarks_that_share_data_or_make_their_own_add_no_dependency(project)
     stages = pipeline.dvc_stages(with_all)
     fetches = [name for name in stages if name.startswith("fetch-")]
     assert fetches == ["fetch-gutenberg_children", "fetch-mmlu"]
-    read = [path for path in stages["evaluate-desk-baseline"]["deps"] if path.startswith("data/raw")]
+    read = [path for path in stages["evaluate-desk-baseline-s0"]["deps"] if path.startswith("data/raw")]
     assert read == ["data/raw/mmlu"]
     alone = pipeline.dvc_stages(load_study("desk", ["evaluation.benchmarks=[mmlu_cloze]"]))
-    assert alone["evaluate-desk-baseline"]["deps"] == stages["evaluate-desk-baseline"]["deps"]
+    assert alone["evaluate-desk-baseline-s0"]["deps"] == stages["evaluate-desk-baseline-s0"]["deps"]
 
 
 def test_another_seed_leaves_the_runs_of_earlier_seeds_alone(project):

@@ -40,7 +40,15 @@ def test_writes_every_table_and_plot(make_study):
     study = make_study(benchmarks={"blimp": 60, "hellaswag": 40})
     report(study)
     found = set(results(study))
-    tables = ("table1", "table2", "table2-acc-norm", "table2-paper-mode", "blimp-phenomena", "contamination")
+    tables = (
+        "table1",
+        "table2",
+        "table2-acc-norm",
+        "table2-paper-mode",
+        "blimp-phenomena",
+        "contamination",
+        "leaks",
+    )
     tables += ("variants", "efficiency", "equal-cost")
     plots = (
         "figure1",

@@ -77,7 +77,8 @@ def test_a_word_of_many_letters_takes_time_by_its_length(letters: str) -> None:
 
 
 LONG = (
-    "import random; from stlm.tokens.bpe import train_bpe\n"
+    "import random, signal; from stlm.tokens.bpe import train_bpe\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell leaves it ignored
     "train_bpe('bpe-60000', [''.join(random.Random(0).choices('abcdefghij', k=1_000_000))], True)"
 )
 

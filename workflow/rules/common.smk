@@ -66,6 +66,11 @@ def evaluation_params(wildcards) -> str:
     return canonical(STUDY.evaluation.model_dump(mode="json"))
 
 
+def items_params(wildcards) -> str:
+    """What decides which items are looked at."""
+    return canonical(STUDY.evaluation.model_dump(mode="json", include={"benchmarks", "limit", "limit_seed"}))
+
+
 def study_params(wildcards) -> str:
     return canonical(STUDY.model_dump(mode="json"))
 

@@ -29,7 +29,7 @@ rule contamination:
     conda:
         "../envs/stlm.yaml"
     params:
-        evaluation=evaluation_params,
+        evaluation=items_params,
         set=set_arguments,
     shell:
         "stlm contamination {wildcards.study}{params.set} 2>&1 | tee {log}"
