@@ -14,6 +14,7 @@ from pathlib import Path
 
 import stlm
 from stlm.errors import Interrupted, UserError
+from stlm.options import add_generate_options, add_new_options, whole_number
 from stlm.process import tune_process
 from stlm.terminal import tune_streams
 
@@ -49,7 +50,7 @@ def fetch(options: argparse.Namespace) -> None:
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
     fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
-    from stlm.pipeline import after_fetch
+    from stlm.recording import after_fetch
 
     after_fetch(options.name, mirror)
 
@@ -210,7 +211,7 @@ def fingerprint(options: argparse.Namespace) -> None:
 
 def sync(options: argparse.Namespace) -> None:
     """Bring Snakemake's records in line after `dvc repro` or `dvc pull`."""
-    from stlm.pipeline import sync as sync_engines
+    from stlm.recording import sync as sync_engines
 
     name = sync_engines()
     print(f"Snakemake's records agree with the results of the study {name}")
@@ -230,67 +231,6 @@ def document(options: argparse.Namespace) -> None:
     print(f"wrote {write_schedule_plots()}")
     print(f"wrote {write_sizes_page()}")
     print(f"wrote {write_bytes_page()}")
-
-
-def _whole_number(least: int):
-    """Of an option: text -> a whole number of at least `least`."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def _minutes(text: str) -> float:
-    """Of an option: text -> minutes, more than none."""
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected minutes, for example 30")
-    return minutes
-
-
-def _add_new_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--text", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs of text"
-    )
-    verb.add_argument("--column", help="column of JSON, CSV, parquet or Arrow files that holds the text")
-    verb.add_argument(
-        "--documents", choices=("file", "line", "paragraph"), help="what a document is in text files"
-    )
-    verb.add_argument(
-        "--separator", default="", metavar="REGEX", help="where text files are cut instead; not kept"
-    )
-    verb.add_argument(
-        "--minutes", type=_minutes, default=30.0, metavar="N", help="time for the study; default: 30"
-    )
-    verb.add_argument("--force", action="store_true", help="replace a corpus and study of this name")
-
-
-def _add_generate_options(verb: argparse.ArgumentParser) -> None:
-    def option(name: str, kind, default, text: str, metavar: str) -> None:
-        verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
-
-    at_least_1 = _whole_number(1)
-    option(
-        "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
-    )
-    option("--temperature", float, 0.8, "0: always the most probable token; 1: as trained; default: 0.8", "T")
-    option("--top-k", at_least_1, None, "draw from the K most probable tokens", "K")
-    option("--top-p", float, 1.0, "draw from the most probable tokens that sum to P", "P")
-    option("--min-p", float, 0.0, "draw from tokens of at least M times the best one's probability", "M")
-    option("--seed", _whole_number(0), 0, "what is drawn; default: 0", "N")
-    option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
-    option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
-    verb.add_argument(
-        "--no-cache",
-        action="store_true",
-        help="read the whole text again for each token: slower, no other text",
-    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -338,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenizing.add_argument(
         "--memory",
-        type=_whole_number(16),
+        type=whole_number(16),
         default=256,
         metavar="MB",
         help="memory of the search for near-duplicate documents; changes no result of up to some million "
@@ -367,10 +307,10 @@ def parser() -> argparse.ArgumentParser:
         ("run", of_checkpoint),
         ("prompt", "the beginning of a document, may be empty; - reads it from stdin"),
     )
-    _add_generate_options(generator)
+    add_generate_options(generator)
     exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
     exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
-    _add_new_options(verb(new, ("name", "of the corpus and study: lower-case letters, digits, _, -")))
+    add_new_options(verb(new, ("name", "of the corpus and study: lower-case letters, digits, _, -")))
     verb(use, of_study)
     fingerprinter = verb(fingerprint, ("name", "data in params/, or a study"))
     fingerprinter.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stlm import pipeline
+from stlm import pipeline, recording
 from stlm.cli import main
 from stlm.manifests import Manifests
 from stlm.study import load_study
@@ -148,16 +148,16 @@ def test_what_is_edited_while_dvc_records_is_not_recorded(mirror, project, monke
             text.write_text(edited)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(pipeline, "_engine", commit)
+    monkeypatch.setattr(recording, "_engine", commit)
     edited = "edited meanwhile\n"
     refused = "DVC: nothing recorded, the files of books are not those"
-    assert pipeline.record_in_dvc().startswith(refused)
+    assert recording.record_in_dvc().startswith(refused)
     assert lock.read_text() == "before\n"
     edited = ""
-    assert pipeline.record_in_dvc().startswith(refused), "not fetched again"
+    assert recording.record_in_dvc().startswith(refused), "not fetched again"
     assert lock.read_text() == "before\n"
     assert main(["fetch", "books"]) == 0
-    assert pipeline.record_in_dvc().startswith("DVC: results recorded")
+    assert recording.record_in_dvc().startswith("DVC: results recorded")
     assert lock.read_text() == "after\n"
 
 

@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
+from stlm.evaluation.made import made_items
 from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
-from stlm.evaluation.texts import made_items
 from stlm.files import atomic_path, read_json, write_json
 from stlm.study import Study
 from stlm.tokens.shards import ComponentTokens, read_split

@@ -27,8 +27,8 @@ from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
+from stlm.evaluation.made import made_items
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, write_predictions
-from stlm.evaluation.texts import made_items
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
 from stlm.study import Run

@@ -1,28 +1,40 @@
-"""Before training: whether the test text has what benchmarks made of it ask for."""
+"""Items of benchmarks that are made of a corpus's own test text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from stlm.errors import UserError
-from stlm.evaluation.benchmarks import TextBenchmark, benchmark
+from stlm.evaluation.benchmarks import Item, TextBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.texts import SplitTexts
 
 
+def made_items(
+    chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig, limit: int | None = None
+) -> list[Item]:
+    """Items made of the test split, the same for every tokenizer; at most `limit`, by default as configured.
+
+    Raises UserError where there are none.
+    """
+    texts = SplitTexts(tokens_folder, "test")
+    limit = limit or config.limit_of(chosen.name, last=True) or chosen.default_limit
+    items = chosen.make(texts, limit, config.limit_seed)
+    if not items:
+        raise UserError(
+            f"{tokens_folder}: {chosen.name} found no item in the {len(texts)} documents of the test split: "
+            "it needs sentences that end in a mark before a capital letter, and spaces between words; leave "
+            "it out of evaluation.benchmarks"
+        )
+    return items
+
+
 def check_made(config: EvaluationConfig, tokens_folder: Path) -> None:
-    """Refuse a benchmark of which evaluation would find no item in the test split of `tokens_folder`.
+    """Refuse, before training, a benchmark of which evaluation would find no item in the test split.
 
     It looks until it has found one: in a text that is fit for the benchmark, a moment.
     """
     for name in config.benchmarks:
         chosen = benchmark(name)
-        if not isinstance(chosen, TextBenchmark):
-            continue
-        texts = SplitTexts(tokens_folder, "test")
-        if not chosen.make(texts, 1, config.limit_seed):
-            raise UserError(
-                f"{tokens_folder}: {name} found no item in the {len(texts)} documents of the test split: it "
-                "needs sentences that end in a mark before a capital letter, and spaces between words; leave "
-                "it out of evaluation.benchmarks"
-            )
+        if isinstance(chosen, TextBenchmark):
+            made_items(chosen, tokens_folder, config, limit=1)

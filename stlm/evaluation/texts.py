@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
-from stlm.errors import UserError
-from stlm.evaluation.benchmarks.items import Item, TextBenchmark
-from stlm.evaluation.config import EvaluationConfig
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenizer import load_tokenizer
 
@@ -34,16 +31,3 @@ class SplitTexts(Sequence[str]):
         if isinstance(index, slice):
             return [self._tokenizer.decode(tokens) for tokens in self._tokens[index]]
         return self._tokenizer.decode(self._tokens[index])
-
-
-def made_items(chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig) -> list[Item]:
-    """Items made of the test split, the same for every tokenizer. UserError where there are none."""
-    texts = SplitTexts(tokens_folder, "test")
-    limit = config.limit_of(chosen.name, last=True) or chosen.default_limit
-    items = chosen.make(texts, limit, config.limit_seed)
-    if not items:
-        raise UserError(
-            f"{tokens_folder}: {chosen.name} found no item in the {len(texts)} documents of the test split; "
-            "leave it out of evaluation.benchmarks"
-        )
-    return items

@@ -91,8 +91,7 @@ def check_name(name: str, force: bool) -> None:
         hint = f" (for example {proposal})" if valid else ""
         raise UserError(
             f"{name!r} {why}: a name is lower-case letters without accents, digits, _ and - between them, "
-            "and "
-            f"begins with a letter{hint}"
+            f"and begins with a letter{hint}"
         )
     other = dict.fromkeys(load_benchmarks(), "benchmark")
     other |= dict.fromkeys(load_vocabularies(), "vocabulary")

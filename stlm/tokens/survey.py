@@ -3,7 +3,7 @@
 The pass over the text (`stlm.tokens.scan`) leaves on disk, for every row, its declared split, its digests,
 its size, and hashes of its words in sequence. From these follow exact duplicates, near-duplicates, the splits
 (`stlm.tokens.splits`) and how much of the held-out text stands in train (`stlm.tokens.leaks`). Memory does
-not grow with the text: some tens of bytes a document, and `memory_bytes` while hashes are sorted.
+not grow with the text: about a hundred bytes a document, and `memory_bytes` while hashes are sorted.
 """
 
 from __future__ import annotations

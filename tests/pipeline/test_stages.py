@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from stlm import pipeline
+from stlm import pipeline, recording
 from stlm.errors import UserError
 from stlm.study import load_study, study_names
 
@@ -133,7 +133,7 @@ def test_a_study_that_is_not_active_and_overrides_are_not_compared(project):
 
 def test_sync_needs_an_active_study(project):
     with pytest.raises(UserError, match="run `stlm use STUDY`"):
-        pipeline.sync()
+        recording.sync()
 
 
 def test_a_damaged_dvc_yaml_is_named(project):
@@ -143,7 +143,7 @@ def test_a_damaged_dvc_yaml_is_named(project):
 
 
 def test_nothing_is_recorded_outside_a_repository(project):
-    assert pipeline.record_in_dvc().startswith("DVC: nothing recorded, this folder is not")
+    assert recording.record_in_dvc().startswith("DVC: nothing recorded, this folder is not")
 
 
 def test_a_published_model_is_evaluated_and_reported(project):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
-from stlm import pipeline
+from stlm import pipeline, recording
 from stlm.errors import UserError
 from stlm.manifests import Manifests, named_mirror
 from stlm.study import load_study
@@ -177,7 +177,7 @@ def finish() -> None:
     elif edited():
         note = "DVC: nothing recorded, params/ changed meanwhile; run `snakemake all` again"
     else:
-        note = pipeline.record_in_dvc()
+        note = recording.record_in_dvc()
     print(note, file=sys.stderr)
 
 
