@@ -1,6 +1,6 @@
 """How fast is scoring, beside the reference harness? Both score the same checkpoint on the same items.
 
-    python benchmarks/evaluation.py --model results/desk/runs/baseline/checkpoints/step-0002500 --share 0.05
+    python benchmarks/evaluation.py --model results/desk/runs/baseline-s0/checkpoints/step-0001000 --share .05
 
 Their side is `lm_eval` with its model `hf` and its default of batches, on the checkpoint exported for
 `transformers`; ours is what `stlm evaluate` runs, in the mode `harness`. The two take turns, benchmark by

@@ -1,6 +1,6 @@
 """How fast could scoring be? The seconds of the products of matrices that the suite cannot do without.
 
-    python benchmarks/evaluation_bound.py --model results/desk/runs/baseline/checkpoints/step-0002500
+    python benchmarks/evaluation_bound.py --model results/desk/runs/baseline-s0/checkpoints/step-0001000
 
 Counted, for all items of the six benchmarks in the mode `harness`, are the tokens that go through the model
 once what options and pairs share is computed once, and the positions that get logits. Two operations for each

@@ -1,6 +1,6 @@
 """How the cost of scoring grows with items, options and context.
 
-    python benchmarks/evaluation_growth.py --model results/desk/runs/baseline/checkpoints/step-0002500
+    python benchmarks/evaluation_growth.py --model results/desk/runs/baseline-s0/checkpoints/step-0001000
 
 Items of random tokens: a context, and options after it. One of the three numbers varies at a time. Beside the
 seconds stand the tokens that went through the model and the positions that got logits, of which the cost is

@@ -1,6 +1,6 @@
 """Are our scores those of the reference harness? Both score the same checkpoint on the same items.
 
-    python benchmarks/parity.py --model results/desk/runs/baseline/checkpoints/step-0002500 --share 0.01
+    python benchmarks/parity.py --model results/desk/runs/baseline-s0/checkpoints/step-0001000 --share 0.01
 
 Their side is `lm_eval`: its tasks, prompts, its model `hf` and its accuracies, on the checkpoint exported
 for `transformers`; ours is what `stlm evaluate` runs, both in float32 on the CPU. Compared are, request by

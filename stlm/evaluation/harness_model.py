@@ -1,4 +1,4 @@
-"""Our models in the reference harness: `lm_eval --model stlm --model_args run=results/desk/runs/baseline`.
+"""Our models in the reference harness: `lm_eval --model stlm --model_args run=results/desk/runs/baseline-s0`.
 
 Prompts, tasks and metrics are the harness's; log-probabilities are those of the engine that `stlm evaluate`
 runs. The command that knows this model is in `stlm.evaluation.harness_command`.
