@@ -17,20 +17,16 @@ Writes results/benchmarks/bad_inputs.json; the exit status is 1 where an input f
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
-import io
 import json
 import os
 import pkgutil
 import re
-import resource
 import shutil
-import signal
 import sys
 import tempfile
+import textwrap
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +35,8 @@ from typing import Any
 
 import bad
 from bad.case import Case
-from bad.project import build, environment
+from bad.child import NOBODY, prepare, start
+from bad.project import build
 from command import command
 
 from stlm.files import write_json
@@ -47,15 +44,12 @@ from stlm.files import write_json
 OUTPUT = Path("results/benchmarks/bad_inputs.json")
 LINES = 16
 """A message of more lines is none: argparse's usage of the longest verb has 8."""
-_MEMORY = 3 << 30  # beyond what the importing process has mapped; the small project needs a tenth of it
-_FILE_SIZE = 256 << 20
 # The last ones are Rust's and C's.
 _TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|Exception ignored|Fatal Python error|panicked at|terminate called"
 )
 # What a refused command may leave: caches, locks and logs.
 _NOT_CONTENT = (".state", ".dvc", ".git", ".snakemake", "logs")
-_NOBODY = 65534
 
 
 @dataclass
@@ -68,10 +62,13 @@ class Outcome:
     message: str
     lines: int
     faults: list[str]
+    printed: str = ""
 
     def record(self) -> dict[str, Any]:
         """As results/benchmarks/bad_inputs.json has it."""
-        arguments = [text if len(text) <= 60 else f"{text[:40]}... ({len(text)})" for text in self.case.arguments]
+        arguments = [
+            text if len(text) <= 60 else f"{text[:40]}... ({len(text)})" for text in self.case.arguments
+        ]
         found = {"arguments": " ".join(arguments), "status": self.status, "lines": self.lines}
         return found | {"message": self.message} | ({"faults": self.faults} if self.faults else {})
 
@@ -80,7 +77,7 @@ def topics(names: Sequence[str] = ()) -> dict[str, list[Case]]:
     """The cases by topic: all of benchmarks/bad/, or the topics named. Names of cases are unique."""
     found: dict[str, list[Case]] = {}
     for module in sorted(name for _, name, _ in pkgutil.iter_modules(bad.__path__)):
-        if module not in ("case", "project") and (not names or module in names):
+        if module not in ("case", "child", "project") and (not names or module in names):
             found[module] = importlib.import_module(f"bad.{module}").cases()
     counted = Counter(case.name for cases in found.values() for case in cases)
     if twice := [name for name, count in counted.items() if count > 1]:
@@ -93,7 +90,9 @@ def main() -> int:
     parser.add_argument("--topic", action="append", default=[], help="of benchmarks/bad/; default: all")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names it is found in")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: a job a processor")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of a case; default: 120")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="of a case; default: 120"
+    )
     parser.add_argument("--project", type=Path, help="a folder to make the small project in, or where it is")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
     return command(parser, run)
@@ -111,10 +110,10 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as temporary:
         os.chmod(temporary, 0o755)  # for commands that run as nobody
         project = options.project or Path(temporary) / "project"
+        prepare()
         if not project.exists():
             build(project)
         built = time.perf_counter()
-        _prepare()
         outcomes = list(Pool(project, Path(temporary), options.jobs, options.timeout).run(cases))
     print(
         f"{len(cases)} inputs in {time.perf_counter() - built:.0f} s, their project in {built - begin:.0f} s",
@@ -149,61 +148,28 @@ def _counted(values: Iterator[int]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def _prepare() -> None:
-    """Import what commands import, once; a fork has it. Nothing is computed: threads do not survive a fork."""
-    os.environ |= environment()
-    for name in (
-        "stlm.cli",
-        "stlm.corpora.fetch",
-        "stlm.documentation",
-        "stlm.evaluation.contamination",
-        "stlm.evaluation.evaluate",
-        "stlm.evaluation.published",
-        "stlm.export.export",
-        "stlm.generation.generate",
-        "stlm.listing",
-        "stlm.new.new",
-        "stlm.recording",
-        "stlm.report.build",
-        "stlm.report.pairwise",
-        "stlm.sizes",
-        "stlm.tokens.tokenize",
-        "stlm.training.loop",
-        "transformers.models.llama.modeling_llama",
-    ):
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
-
-
 class Pool:
     """Runs cases, several at a time, each in a copy of `project` below `temporary`."""
 
     def __init__(self, project: Path, temporary: Path, jobs: int, timeout: float) -> None:
         self.project, self.temporary, self.jobs, self.timeout = project, temporary, jobs, timeout
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        self.memory = pages * resource.getpagesize() + _MEMORY
 
     def run(self, cases: Sequence[tuple[str, Case]]) -> Iterator[Outcome]:
         """The outcomes, in the order of `cases`."""
         waiting = list(enumerate(cases))[::-1]
-        running: dict[int, tuple[int, Started]] = {}
+        running: dict[int, Started] = {}
         done: dict[int, Outcome] = {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 number, (topic, case) = waiting.pop()
-                started = Started(topic, case, self.project, self.temporary / f"case-{number}", self.memory)
-                running[started.process] = (number, started)
-            for process, (number, started) in list(running.items()):
-                late = time.monotonic() - started.begin > self.timeout
-                if late:
-                    os.killpg(process, signal.SIGKILL)
-                ended, status = os.waitpid(process, 0 if late else os.WNOHANG)
-                if ended:
-                    del running[process]
-                    done[number] = started.outcome(os.waitstatus_to_exitcode(status), late)
-                    if faults := done[number].faults:
-                        print(f"{started.topic}: {started.case.name}: {'; '.join(faults)}", file=sys.stderr)
+                running[number] = Started(topic, case, self.project, self.temporary / f"case-{number}")
+            for number, started in list(running.items()):
+                if (outcome := started.outcome(self.timeout)) is not None:
+                    del running[number]
+                    done[number] = outcome
+                    if outcome.faults:
+                        said = f"{outcome.topic}: {outcome.case.name}: {'; '.join(outcome.faults)}"
+                        print(f"{said}\n{textwrap.indent(outcome.printed[-2000:], '    ')}", file=sys.stderr)
             time.sleep(0.005)
         yield from (done[number] for number in sorted(done))
 
@@ -211,51 +177,44 @@ class Pool:
 class Started:
     """A case whose command is running."""
 
-    def __init__(self, topic: str, case: Case, project: Path, folder: Path, memory: int) -> None:
+    def __init__(self, topic: str, case: Case, project: Path, folder: Path) -> None:
         self.topic, self.case, self.folder = topic, case, folder
         self.place = folder / "project"
         shutil.copytree(project, self.place, symlinks=True)
         if case.spoil is not None:
             case.spoil(self.place)
-        (folder / "stdin").write_bytes(case.stdin or b"")
         self.before = _content(self.place)
         if case.unprivileged and os.geteuid() == 0:
             for path in (self.place, *self.place.rglob("*")):
-                os.chown(path, _NOBODY, _NOBODY, follow_symlinks=False)
+                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         self.begin = time.monotonic()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.process = os.fork()
-        if self.process == 0:
-            try:
-                _child(case, folder, memory)
-            finally:
-                os._exit(121)
+        self.child = start(case, self.place, folder)
 
-    def outcome(self, status: int, late: bool) -> Outcome:
-        """What the ended command left, judged; its folder goes."""
-        try:
-            os.killpg(self.process, signal.SIGKILL)  # what it started may live on
-        except ProcessLookupError:
-            pass
-        stdout, stderr = ((self.folder / name).read_bytes().decode(errors="replace") for name in ("1", "2"))
-        stderr = stderr.replace(str(self.place), "PROJECT")
+    def outcome(self, timeout: float) -> Outcome | None:
+        """What the command left, judged, and its folder gone; None while it runs."""
+        late = time.monotonic() - self.begin > timeout
+        if late:
+            self.child.kill()
+        status = self.child.poll(wait=late)
+        if status is None:
+            return None
+        self.child.kill()  # what it started may live on
+        stdout, stderr = (text.replace(str(self.place), "PROJECT") for text in self.child.printed())
         lines = stderr.splitlines()
-        case, printed = self.case, f"{stdout}\n{stderr}"
         faults = ["hang"] if late else []
-        if _TRACEBACK.search(printed):
+        if _TRACEBACK.search(f"{stdout}\n{stderr}"):
             faults.append("traceback")
-        if status != case.status:
-            faults.append(f"status {status}, expected {case.status}")
-        if not re.search(case.expects, printed):
-            faults.append(f"the message has no {case.expects!r}")
+        if status != self.case.status:
+            faults.append(f"status {status}, expected {self.case.status}")
+        if not re.search(self.case.expects, f"{stdout}\n{stderr}"):
+            faults.append(f"the message has no {self.case.expects!r}")
         if status == 2 and len(lines) > LINES:
             faults.append(f"{len(lines)} lines")
         if status == 2 and (wrote := _differences(self.before, _content(self.place))):
             faults.append(f"wrote {', '.join(wrote[:5])}")
         shutil.rmtree(self.folder, ignore_errors=True)
         message = next((line for line in lines if "error:" in line), lines[0] if lines else "")
-        return Outcome(self.topic, case, status, message[:200], len(lines), faults)
+        return Outcome(self.topic, self.case, status, message[:200], len(lines), faults, stdout + stderr)
 
 
 def _content(project: Path) -> dict[str, tuple[int, int]]:
@@ -272,57 +231,6 @@ def _content(project: Path) -> dict[str, tuple[int, int]]:
 
 def _differences(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-
-
-def _child(case: Case, folder: Path, memory: int) -> None:
-    """In the forked child: become the command, and never return."""
-    os.setsid()
-    place = folder / "project"
-    for descriptor, path, flags in (
-        (0, folder / "stdin", os.O_RDONLY),
-        (1, folder / "1", os.O_WRONLY | os.O_CREAT),
-        (2, folder / "2", os.O_WRONLY | os.O_CREAT),
-    ):
-        os.dup2(os.open(path, flags, 0o666), descriptor)
-    os.chdir(place)
-    os.environ.update(case.env)
-    for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, _FILE_SIZE), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))
-    if case.unprivileged and os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
-    if case.process or case.output or any(key.startswith(("PYTHON", "LC_", "LANG")) for key in case.env):
-        _replace(case)
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace"
-    )
-    status = 1
-    try:
-        from stlm.cli import main as stlm
-
-        status = stlm(case.arguments)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _replace(case: Case) -> None:
-    """Become a new process, with the streams that the case asks for."""
-    for descriptor in (1, 2) if case.both else (1,):
-        if case.output == "full":
-            os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
-        elif case.output == "closed":
-            os.close(descriptor)
-    arguments = [sys.executable, "-m", "stlm", *case.arguments]
-    os.execv(sys.executable, [os.fsencode(text) for text in arguments])
 
 
 if __name__ == "__main__":

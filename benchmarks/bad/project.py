@@ -1,14 +1,14 @@
 """The small project that every bad input gets a copy of: everything in it is made by `stlm` itself.
 
-    params/                  the repository's, the synthetic data smaller, and the studies `tiny` and `half`
-    data/                    raw and tokens of `synthetic`, the benchmarks' items
-    results/tiny/            of `tiny`: runs `baseline` and `learned` (checkpoints at steps 3 and 6), the
-                             published model `other`, contamination and report
-    .state/half/baseline/    the state of a run that was stopped
-    published/other/         a published model: `tiny/baseline`, exported
-    exported/                the same
-    texts/                   texts of a user, for `stlm new`
-    dvc.yaml                 `tiny` is the active study
+params/                  the repository's, the synthetic data smaller, and the studies `tiny` and `half`
+data/                    raw and tokens of `synthetic`, the benchmarks' items
+results/tiny/            of `tiny`: runs `baseline` and `learned` (checkpoints at steps 3 and 6), the
+                         published model `other`, contamination and report
+.state/half/baseline/    the state of a run that was stopped
+published/other/         a published model: `tiny/baseline`, exported
+exported/                the same
+texts/                   texts of a user, for `stlm new`
+dvc.yaml                 `tiny` is the active study
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
+from bad.case import Case
+from bad.child import REPOSITORY, Child, start
 from stlm.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 _SMALLER = {
     "corpora.yaml": ("part: corpus, seed: 0, size: 16000", "part: corpus, seed: 0, size: 300"),
     "benchmarks.yaml": ("part: pairs, seed: 1, size: 150", "part: pairs, seed: 1, size: 4"),
@@ -54,9 +54,8 @@ variants:
 published:
   other: {folder: published/other}
 """
-HALF = (
-    TINY.partition("published:")[0].replace("steps: 6", "steps: 100000").replace("save_every: 3", "save_every: 5")
-)
+HALF = TINY.partition("published:")[0]
+HALF = HALF.replace("steps: 6", "steps: 100000").replace("save_every: 3", "save_every: 5")
 _STAGES = (
     "fetch synthetic",
     "fetch synthetic_pairs",
@@ -76,7 +75,7 @@ _STAGES = (
 
 
 def build(folder: Path) -> Path:
-    """Make the small project in `folder`, which must not be there; about half a minute. Returns `folder`."""
+    """Make the small project in `folder`, which must not be there; returns it. Call `prepare` before."""
     shutil.copytree(REPOSITORY / "params", folder / "params")
     for name, (old, new) in _SMALLER.items():
         path = folder / "params" / name
@@ -91,43 +90,30 @@ def build(folder: Path) -> Path:
     for number in range(40):
         text = f"A story of number {number}. " * 20
         (texts / f"{number}.txt").write_text(text, encoding="utf-8")
-    for stage in _STAGES:
-        _start(folder, *stage.split(), check=True)
-    _stop_halfway(folder)
+    with tempfile.TemporaryDirectory() as streams:
+        for stage in _STAGES:
+            child = _start(folder, Path(streams), stage)
+            _check(child, stage, child.poll(wait=True))
+        child = _start(folder, Path(streams), "train half baseline")
+        status = _stop_halfway(child, folder / ".state" / "half" / "baseline" / "state.pt")
+        _check(child, "train half baseline", status, 128 + signal.SIGTERM)
     return folder
 
 
-def environment() -> dict[str, str]:
-    """What every command runs in: one thread, no network, no mirror, the code of this repository."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("STLM_", "WANDB_"))}
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    set_here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return {**kept, **set_here, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+def _start(folder: Path, streams: Path, stage: str) -> Child:
+    return start(Case(stage, tuple(stage.split())), folder, streams)
 
 
-def _start(folder: Path, *arguments: str, check: bool = False) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stlm", *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if check:
-        printed = process.communicate()[0]
-        if process.returncode:
-            raise UserError(f"the small project: stlm {' '.join(arguments)} failed:\n{printed}")
-    return process
-
-
-def _stop_halfway(folder: Path) -> None:
-    """Train `half` until its state is saved, and stop it as a cluster does."""
-    process = _start(folder, "train", "half", "baseline")
-    state = folder / ".state" / "half" / "baseline" / "state.pt"
-    while process.poll() is None and not state.exists():
+def _stop_halfway(child: Child, state: Path) -> int | None:
+    """Let a training go on until its state is saved, and stop it as a cluster does; its exit status."""
+    while (status := child.poll()) is None and not state.exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate()[0]
-    if process.returncode != 128 + signal.SIGTERM:
-        raise UserError(f"the small project: stlm train half baseline did not stop:\n{printed}")
+    if status is None:
+        os.kill(child.process, signal.SIGTERM)
+        status = child.poll(wait=True)
+    return status
+
+
+def _check(child: Child, stage: str, status: int | None, expected: int = 0) -> None:
+    if status != expected:
+        raise UserError(f"the small project: stlm {stage} ended with {status}:\n{''.join(child.printed())}")
