@@ -155,6 +155,7 @@ def write_run(
         benchmarks={name: benchmark_facts(own, [f"{name}-file"]) for name, own in scored.items()},
         limit_seed=0, harness={"package": "lm_eval", "version": "0.4.13"}, scoring_version=2,
         code={"stlm": "0.1.0", "torch": "2", "git": None}, device="cpu", precision="float32",
+        settings=EvaluationConfig(benchmarks=list(benchmarks)).model_dump(mode="json"),
         checkpoints={name: CheckpointFacts.model_validate(own) for name, own in evaluated.items()},
     )  # fmt: skip
     record = facts.without_checkpoints() | {"checkpoints": evaluated}
