@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from stlm.corpora.language import NAMES
+from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
 from stlm.model.config import ModelConfig, parameter_groups
@@ -327,7 +328,7 @@ def read_card(checkpoint: Path) -> Card | None:
     listed = {kept.step: kept.weights_sha256 for kept in train.checkpoints}
     if listed.get(own.step) != own.weights_sha256:  # trained again, or files of two runs
         raise UserError(
-            f"{run / 'train.json'} does not list the weights in {checkpoint}, so that it is not their record: "
+            f"{run / 'train.json'} does not list the weights in {checkpoint}, and so is not their record: "
             f"run `stlm train {own.study} {train.run}`"
         )
     result = None

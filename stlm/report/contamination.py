@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 from pydantic import BaseModel
@@ -67,7 +66,7 @@ class CorpusContamination(BaseModel):
 
 
 class Contamination(BaseModel):
-    """contamination.json: corpus -> benchmark -> numbers of items; `made`: how many items were made, and how."""
+    """contamination.json: corpus -> benchmark -> numbers of items; `made`: what decides which are made."""
 
     sizes: list[int]
     made: dict[str, Any] | None = None
@@ -89,8 +88,8 @@ def read_contamination(study: Study) -> Contamination:
     made = made_settings(study.evaluation)
     if found.sizes != list(SIZES) or found.made != made:
         raise UserError(
-            f"{path}: counted sequences of {_listed(found.sizes)} words, items made with {found.made}; now it is "
-            f"{_listed(SIZES)} words, and the study asks for {made}; {command}"
+            f"{path}: counted sequences of {_listed(found.sizes)} words, items made with {found.made}; now "
+            f"it is {_listed(SIZES)} words, and the study asks for {made}; {command}"
         )
     asked = {b.name: b.version for b in map(benchmark, study.benchmarks)}
     for own in found.corpora.values():

@@ -14,6 +14,7 @@ import pytest
 
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.made import made_settings
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.model.config import ModelConfig
@@ -209,7 +210,8 @@ def write_contamination() -> Callable[..., None]:
             }
             for corpus in study.corpora
         }  # fmt: skip
-        record = {"study": study.name, "sizes": [8, 13], "corpora": corpora}
+        made = made_settings(study.evaluation)
+        record = {"study": study.name, "sizes": [8, 13], "made": made, "corpora": corpora}
         (study.folder / "contamination.json").write_text(json.dumps(record))
 
     return write

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hand_made import set_curve, set_test, set_train
+from hand_made import begin_from, set_curve, set_test, set_train
 
 from stlm.report.curves import read_variants
 from stlm.report.equal_cost import equal_costs
@@ -281,7 +281,7 @@ def test_differences_are_paired_by_seed(make_study):
 def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
     whole = study.runs["baseline"]
     set_train(study, "baseline", tokens=400, seconds=40, flops=400 * whole.flops / whole.tokens)
-    set_train(study, "fast", start={"run": "baseline", "tokens": 400, "flops": 1e9})
+    study = begin_from(study, "fast", "baseline", 400, 1e9)
     pair = rows(study)["fast"].at["tokens"]
     assert pair is None, "its first validation is after 500 tokens"
     set_curve(study, "baseline", [100, 600], [10, 60], [4.0, 2.0])
