@@ -271,7 +271,7 @@ def test_differences_are_paired_by_seed(make_study):
     pair = found.rows[1].at["tokens"]
     assert pair.differences == pytest.approx([-0.3, -0.302])
     # Two models and seeds: a residual of a quarter of 0.002 in each cell, one degree of freedom.
-    assert found.noise == pytest.approx((0.001, 1))
+    assert (found.noise.sd, found.noise.dof) == pytest.approx((0.001, 1))
     assert found.half_width(pair) == pytest.approx(12.7062 * 0.001, rel=1e-4)
     cells = {row[0].text: row for row in equal_cost_table(study, found).rows}
     assert cells["Better"][4].text == "2.199\n−0.301 ±0.013" and cells["Better"][4].bold_line == 1
