@@ -76,7 +76,11 @@ def _read(
     command: str,
     without: frozenset[str],
 ) -> BaseModel:
-    """A section of a record as the settings that it is; UserError for keys too many or too few."""
+    """A section of a record as the settings that it is; UserError for keys too many or too few.
+
+    Keys of `without`, which are not compared, may come and go.
+    """
+    content = {key: own for key, own in content.items() if key not in without or key in kind.model_fields}
     try:
         settings = validate(kind, content, str(path), section)
     except UserError as error:

@@ -18,7 +18,7 @@ from stlm.report.contamination import read_contamination
 from stlm.report.results import read_results
 from stlm.study import PublishedModel, Study
 from stlm.tokens.config import DataConfig
-from stlm.training.config import TrainingConfig
+from stlm.training.config import RECORD_KEYS, TrainingConfig
 
 ONE = {"baseline": ("Baseline", {})}
 # Of every section that may be left out, and of some keys that may not: a value that changes something.
@@ -124,10 +124,11 @@ def test_a_setting_that_no_longer_exists_is_refused_by_name(make_study):
     assert "training.long_gone: no such key" in refused(study)
 
 
-def test_what_is_recorded_and_when_is_not_compared(make_study):
+def test_what_is_recorded_and_when_is_not_compared(make_study, monkeypatch):
+    monkeypatch.setattr("stlm.report.asked.RECORD_KEYS", RECORD_KEYS | {"former"})
     study = make_study(ONE, benchmarks={"blimp": 10})
     run = study.runs["baseline"]
-    training = run.training.model_dump(mode="json") | {"wandb": True, "log_every": 7}
+    training = run.training.model_dump(mode="json") | {"wandb": True, "log_every": 7, "former": 1}
     del training["watch_every"]
     rewrite(run.folder / "train.json", training=training)
     assert set(read_results(study)) == {"baseline"}

@@ -158,7 +158,9 @@ def test_another_recipe_is_no_size_of_the_baseline(study, keys):
     assert not rows(retrain(study, "slow", **keys))["slow"].family
 
 
-@pytest.mark.parametrize("keys", [{"learning_rate": 1e-5, "min_learning_rate": 1e-6}, {"steps": 100, "batch_size": 16}])
+@pytest.mark.parametrize(
+    "keys", [{"learning_rate": 1e-5, "min_learning_rate": 1e-6}, {"steps": 100, "batch_size": 16}]
+)
 def test_a_recipe_of_its_own_on_as_many_tokens_is_still_the_baseline_in_another_size(study, keys):
     assert rows(retrain(study, "slow", **keys))["slow"].family
 
