@@ -20,6 +20,7 @@ from typing import Any
 
 from command import add_models, add_places, command, default_checkpoints, label
 from evaluation_growth import SUITE, work
+from machine import CODE
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """Count, compare, print and write."""
     measured = read_json(MEASURED)["models"]
     peaks = read_json(PEAKS)["models"]["paper"]
-    content: dict[str, Any] = {"models": {}}
+    content: dict[str, Any] = {"code": CODE, "models": {}}
     for checkpoint in options.model or default_checkpoints():
         transformer, description = load_checkpoint(checkpoint)
         digest = description["weights_sha256"]

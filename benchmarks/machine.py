@@ -10,24 +10,21 @@ from typing import Any
 
 import torch
 
-from stlm.training.checkpoints import code_version
+import stlm
+from stlm.provenance import commit_of, processor_name
+
+# The commit of the package and of these scripts, `-dirty` where either differs; found when all begins.
+CODE = commit_of(Path(stlm.__file__).parent, "benchmarks")
 
 
 def machine() -> dict[str, Any]:
     """Where this ran, with which versions."""
-    processor = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        processor = names[0] if names else processor
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken")},
-        "code": code_version()["git"],
+        "code": CODE,
     }

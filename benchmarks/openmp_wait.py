@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from machine import machine
+
 from stlm.files import write_json
 
 RESULT = Path("results/benchmarks/openmp_wait.json")
@@ -61,6 +63,7 @@ def step_seconds(policy: str) -> float:
 
 def main() -> None:
     """Measure, write, print."""
+    known = {"machine": machine(), "cores": os.cpu_count()}
     result: dict[str, dict[str, float]] = {}
     for name in ("alone", "beside one busy process"):
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if name != "alone" else None
@@ -70,7 +73,7 @@ def main() -> None:
             if busy:
                 busy.kill()
         result[name] = {policy: round(min(own[policy] for own in rounds), 4) for policy in POLICIES}
-    write_json(RESULT, {"cores": os.cpu_count(), "unit": "seconds a step, best of three medians", **result})
+    write_json(RESULT, {**known, "unit": "seconds a step, best of three medians", **result})
     print(json.dumps(result, indent=2))
 
 

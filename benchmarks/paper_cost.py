@@ -11,13 +11,13 @@ the speed of a GPU of `--peak-tflops` (dense bfloat16) of which `--use` is reach
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from stlm.files import write_json
 from stlm.model.build import build_model
@@ -105,7 +105,7 @@ def main() -> None:
         "flops": run.flops,
         "weights_gradients_and_optimizer_gb": round(16 * run.parameters.total / 1e9, 2),
         "estimated_gpu_memory_gb": round(estimated_gpu_memory(run) / 1e9, 1),
-        "measured": {**measured, "machine": platform.machine(), "tflops": round(speed / 1e12, 3)},
+        "measured": {**measured, "machine": machine(), "tflops": round(speed / 1e12, 3)},
         "days_a_run_here": round(run.flops / speed / 86400, 1),
         "assumed_gpu": {"peak_tflops": options.peak_tflops, "use": options.use},
         "hours_a_run_on_assumed_gpu": round(gpu_seconds / 3600, 1),

@@ -25,7 +25,7 @@ import datasets
 from command import add_models, add_places, command, default_checkpoints, label
 from harness_parity import RecordingHFLM, agrees, compare, prepare
 from harness_tasks import HARNESS_TASKS
-from machine import machine
+from machine import CODE, machine
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -35,7 +35,7 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, sha256, write_json
 from stlm.tokens.tokenizer import load_tokenizer
-from stlm.training.checkpoints import code_version, load_checkpoint
+from stlm.training.checkpoints import load_checkpoint
 
 OUTPUT = Path("results/benchmarks/parity.json")
 
@@ -111,7 +111,7 @@ def _compare_model(
             folder = Path(temporary) / name
             sample = prepare(name, raw, folder, encoder, model.context, options.share, options.seed)
             result = compare(model, lm, sample)
-            result = {**result, "agrees": agrees(result), **made, "code": code_version()["git"]}
+            result = {**result, "agrees": agrees(result), **made, "code": CODE}
             known["benchmarks"][name] = result
             content["summary"] = summary(content["models"])
             write_json(options.output, content)

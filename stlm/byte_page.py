@@ -13,6 +13,7 @@ from stlm.model.config import ModelConfig, parameter_counts
 from stlm.report.committed import read_committed
 from stlm.report.curves import machine
 from stlm.report.names import difference_text
+from stlm.report.noise import noise_note
 from stlm.report.results import TrainRecord
 from stlm.study import load_study, vocabulary_size
 from stlm.tokens.chunks import SYMBOLS
@@ -70,7 +71,7 @@ def cost_table(root: Path = Path()) -> str:
     if not (folder / "metrics.json").is_file():
         return f"The study has not run yet: `make all STUDY={STUDY}`.\n"
     variants: dict[str, _Variant] = {}
-    for _, train, last in read_committed(folder):  # the baseline's first
+    for _, train, last, _ in read_committed(folder):  # the baseline's first
         own = variants.setdefault(train.variant, _Variant())
         own.trains.append(train)
         own.chunk_bytes.append(last.perplexity.bytes / last.perplexity.tokens)
@@ -83,7 +84,8 @@ def cost_table(root: Path = Path()) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         *(f"| {' | '.join(_cost_cells(own, base, noise))} |" for own in variants.values()),
     ]
-    return "\n".join([*lines, "", *_cost_notes(base, noise)]) + "\n"
+    labels = {name: own.trains[0].label for name, own in variants.items()}
+    return "\n".join([*lines, "", *_cost_notes(base, noise, labels)]) + "\n"
 
 
 @dataclass
@@ -110,8 +112,9 @@ class _Variant:
 def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[str]:
     train = own.trains[0]
     comparable = len({machine(one) for one in (*base.trains, *own.trains)}) == 1
+    models = [one.trains[0].variant for one in (own, base)]
     differences = [value - base.bits[seed] for seed, value in own.bits.items() if seed in base.bits]
-    half = "" if noise is None else f" ±{noise.half_width(len(differences)):.3f}"
+    half = "" if noise is None else f" ±{noise.half_width(differences, models):.3f}"
     return [
         train.label,
         _millions(train.parameters.total),
@@ -125,7 +128,7 @@ def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[
     ]
 
 
-def _cost_notes(base: _Variant, noise: SeedNoise | None) -> list[str]:
+def _cost_notes(base: _Variant, noise: SeedNoise | None, labels: dict[str, str]) -> list[str]:
     notes = [
         "Text read: the tokens or chunks of training times the mean length of those of the test text.",
         f"Training time: a ratio to that of {base.trains[0].label}.",
@@ -135,6 +138,7 @@ def _cost_notes(base: _Variant, noise: SeedNoise | None) -> list[str]:
             "±: 95% interval of the mean difference over seeds, from the noise of the seeds of all variants",
             f"together (standard deviation {noise.sd:.4f}, {noise.dof} degrees of freedom), not adjusted for",
             "the number of differences.",
+            noise_note(noise, labels),
         ]
     return [
         *notes,

@@ -128,6 +128,12 @@ class PublishedModel(Published):
     tokens_folder: Path
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its scores: where it is and how it is loaded, not how it is called."""
+        names = Published.model_fields.keys() - {"label", "parameters"}
+        return self.model_dump(mode="json", include=names)
+
+    @property
     def results_folder(self) -> Path:
         """Where its results go."""
         return Path("results") / self.study / "published" / self.name

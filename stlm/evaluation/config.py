@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Mode = Literal["harness", "paper"]
+# Keys that change how fast an evaluation is, not what it measures: its record may have others.
+BATCH_KEYS = frozenset({"batch_tokens"})
 
 
 class _Strict(BaseModel):

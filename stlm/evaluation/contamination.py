@@ -29,15 +29,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
-from stlm.evaluation.made import made_items
-from stlm.evaluation.ngrams import NOT_FOUND, NGrams, pieces
+from stlm.evaluation.made import made_items, made_settings
+from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
 from stlm.files import atomic_path, read_json, write_json
+from stlm.provenance import code_version
 from stlm.study import Study
 from stlm.tokens.shards import ComponentTokens, read_split
 from stlm.tokens.tokenizer import load_tokenizer
 
-# Brown et al.'s shortest and longest n-gram.
-SIZES = (8, 13)
 RAW = Path("data/raw")
 _EXAMPLES = 3
 ITEMS_SCHEMA = pa.schema(
@@ -68,6 +67,7 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
     shares anything, so that it can be left out of an analysis. `raw` holds a folder for each benchmark.
     Raises UserError for missing or damaged benchmarks and token shards.
     """
+    code = code_version()
     fetched = list(_questions(study, raw))
     corpora: dict[str, Any] = {}
     tables = [ITEMS_SCHEMA.empty_table()]
@@ -94,7 +94,8 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
             first += len(own.ids)
     with atomic_path(study.folder / "contaminated-items.parquet") as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
-    write_json(study.folder / "contamination.json", {"study": study.name, "sizes": SIZES, "corpora": corpora})
+    about = {"study": study.name, "sizes": SIZES, "made": made_settings(study.evaluation), "code": code}
+    write_json(study.folder / "contamination.json", {**about, "corpora": corpora})
 
 
 def _questions(study: Study, raw: Path) -> Iterator[_Questions]:

@@ -24,17 +24,24 @@ from stlm.errors import UserError
 from stlm.evaluation import perplexity, scoring
 from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark, subset
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
-from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.config import BATCH_KEYS, EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
 from stlm.evaluation.made import made_items
-from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, write_predictions
+from stlm.evaluation.predictions import (
+    CheckpointFacts,
+    Facts,
+    TrainedFacts,
+    benchmark_facts,
+    write_predictions,
+)
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
+from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.shards import Document
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
-from stlm.training.checkpoints import code_version, load_checkpoint
+from stlm.training.checkpoints import load_checkpoint
 from stlm.training.devices import cpu_multiplies_bfloat16
 
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
@@ -90,6 +97,8 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
         results[folder.name] = read_json(kept / "result.json")
         tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
+    record = run.folder / "train.json"
+    about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
     write_results(run.folder, about, material, results, tables)
     shutil.rmtree(state, ignore_errors=True)
 
@@ -128,7 +137,9 @@ def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Ma
         scoring_version=SCORING_VERSION,
         code=code_version(),
         device=material.device_name,
+        processor=processor_name(),
         precision=material.precision,
+        settings=material.config.model_dump(mode="json"),
         checkpoints={name: CheckpointFacts.model_validate(result) for name, result in results.items()},
     )
 
@@ -277,11 +288,12 @@ def fingerprint(material: Material, folder: Path, last: bool) -> str:
         "version": SCORING_VERSION,
         "code": code_version(),
         "weights": read_record(folder / "config.json", _Weights).weights_sha256,
-        "config": material.config.model_dump(mode="json", exclude={"checkpoints", "batch_tokens"}),
+        "config": material.config.model_dump(mode="json", exclude={"checkpoints", *BATCH_KEYS}),
         "last": last,
         "precision": material.precision,
-        # Checkpoints of one file are scored on one device, which the file names.
+        # Checkpoints of one file are scored on one device and processor, which the file names.
         "device": material.device_name,
+        "processor": processor_name(),
         **material.digests,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import Item, TextBenchmark, benchmark
@@ -18,8 +19,7 @@ def made_items(
     Raises UserError where there are none.
     """
     texts = SplitTexts(tokens_folder, "test")
-    limit = limit or config.limit_of(chosen.name, last=True) or chosen.default_limit
-    items = chosen.make(texts, limit, config.limit_seed)
+    items = chosen.make(texts, limit or made_limit(chosen, config), config.limit_seed)
     if not items:
         raise UserError(
             f"{tokens_folder}: {chosen.name} found no item in the {len(texts)} documents of the test split: "
@@ -27,6 +27,17 @@ def made_items(
             "it out of evaluation.benchmarks"
         )
     return items
+
+
+def made_limit(chosen: TextBenchmark, config: EvaluationConfig) -> int:
+    """How many items are made at most."""
+    return config.limit_of(chosen.name, last=True) or chosen.default_limit
+
+
+def made_settings(config: EvaluationConfig) -> dict[str, Any]:
+    """What decides, of a study's settings, which items are made: for records of counts of them."""
+    made = [chosen for chosen in map(benchmark, config.benchmarks) if isinstance(chosen, TextBenchmark)]
+    return {"limit_seed": config.limit_seed, "limits": {own.name: made_limit(own, config) for own in made}}
 
 
 def check_made(config: EvaluationConfig, tokens_folder: Path) -> None:

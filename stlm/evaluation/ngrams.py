@@ -27,6 +27,8 @@ _PIECE_TOKENS = 1 << 18  # and of a document, what is decoded at a time
 # Odd, with powers of a long period; this one is Knuth's for 64 bits.
 _MULTIPLIER = np.uint64(6364136223846793005)
 
+# Brown et al.'s shortest and longest n-gram.
+SIZES = (8, 13)
 NOT_FOUND = np.iinfo(np.int64).max
 
 

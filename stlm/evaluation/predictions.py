@@ -18,6 +18,8 @@ from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.benchmarks.items import TextBenchmark
 
 KEY = b"stlm"
+# What `code` of a record says.
+_CODE = ("stlm", "git", "torch")
 
 
 class BenchmarkFacts(BaseModel):
@@ -53,6 +55,17 @@ class TokenizerFacts(BaseModel):
     sha256: str
 
 
+class TrainedFacts(BaseModel):
+    """What trained the weights, as train.json has it; None where it does not say."""
+
+    device: str | None = None
+    processor: str | None = None
+    precision: str | None = None
+    compiled: bool | None = None
+    kernels: bool | None = None
+    code: dict[str, str | None] = {}
+
+
 class Facts(BaseModel):
     """What the predictions of a file are of, and all that they depend on."""
 
@@ -71,7 +84,10 @@ class Facts(BaseModel):
     scoring_version: int
     code: dict[str, str | None]
     device: str
+    processor: str | None = None  # the CPU's model; None: written by an earlier version of STLM, as below
     precision: str
+    settings: dict[str, Any] | None = None  # the study's `evaluation`
+    trained: TrainedFacts | None = None
     checkpoints: dict[str, CheckpointFacts]
 
     def without_checkpoints(self) -> dict[str, Any]:
@@ -123,6 +139,22 @@ def unlike(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
 
     Each reason names both values; of the benchmarks, those that both have count.
     """
+    refusals, warnings = unlike_items(a, b)
+    made = [
+        *(("scored on " + key, getattr(a, key), getattr(b, key)) for key in ("device", "processor")),
+        ("scored in precision", a.precision, b.precision),
+        *((f"scored by {key}", a.code.get(key), b.code.get(key)) for key in _CODE),
+    ]
+    trained = a.trained or TrainedFacts(), b.trained or TrainedFacts()
+    for key in ("device", "processor", "precision", "compiled", "kernels"):
+        made.append((f"trained with {key}", *(getattr(own, key) for own in trained)))
+    made += [(f"trained by {key}", *(own.code.get(key) for own in trained)) for key in _CODE]
+    warnings += [f"{what} {_shown(own)} against {_shown(other)}" for what, own, other in made if own != other]
+    return refusals, warnings
+
+
+def unlike_items(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
+    """As `unlike`, but for the arithmetic, the code and the processors."""
     refusals, warnings = [], []
     if a.scoring_version != b.scoring_version:
         refusals.append(f"scoring version {a.scoring_version} against {b.scoring_version}")
@@ -138,12 +170,10 @@ def unlike(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
         elif own.sha256 != other.sha256:
             shown = [", ".join(digest[:12] for digest in facts.sha256) for facts in (own, other)]
             refusals.append(f"{name}: files of SHA-256 {shown[0]} against {shown[1]}")
-    for key in ("device", "precision", "harness"):
-        own, other = getattr(a, key), getattr(b, key)
-        if own != other:
-            warnings.append(f"{key} {_shown(own)} against {_shown(other)}")
+    if a.harness != b.harness:
+        warnings.append(f"harness {' '.join(a.harness.values())} against {' '.join(b.harness.values())}")
     return refusals, warnings
 
 
-def _shown(value: str | dict[str, str]) -> str:
-    return value if isinstance(value, str) else " ".join(value.values())
+def _shown(value: object) -> str:
+    return "not recorded" if value is None else str(value)

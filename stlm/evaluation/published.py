@@ -42,5 +42,6 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     more = {
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
         "context": transformer.config.context,
+        "published": published.settings,
     }
     write_results(published.results_folder, about, material, {"published": result}, [table], more)

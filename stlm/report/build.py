@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from stlm.files import atomic_directory, write_json, write_text
+from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
 from stlm.report.card import write_cards
@@ -26,8 +27,9 @@ from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.statistics import statistics_records
-from stlm.report.table import csv_text, write_table
+from stlm.report.table import Table, csv_text, write_table
 from stlm.report.training import write_training_pages
+from stlm.report.unlike import rows_of, unlike_note
 from stlm.study import Study
 
 
@@ -37,34 +39,38 @@ def report(study: Study) -> None:
     Everything is read and compared before anything is written; each of the five replaces its predecessor
     whole. Raises UserError naming a run's missing or broken file and the command that makes it.
     """
+    code = code_version()
     results = read_results(study)
     published = read_published(study)
     comparisons = compare_all(results, study.baseline)
     comparisons.disturbing.extend(published_alike(results[study.baseline], published))
     contamination = read_contamination(study)
     note = contamination_note(contamination)
+    rows = rows_of(results, published)
+    made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
     variants = read_variants(study, results)
     compared = efficiencies(variants) if variants else []
     costs = equal_costs(variants) if variants else None
-    tables = [
+    trainings = [
         table1(study, results),
         *filter(None, [variants_table(study, results)]),
         *([equal_cost_table(study, costs)] if costs else []),
         *([efficiency_table(study, compared)] if compared else []),
-        *(
-            replace(table, notes=[*table.notes, *filter(None, [note])])
-            for table in accuracy_tables(study, results, comparisons, published)
-        ),
-        *phenomena_tables(study, results),
+    ]
+    tables = [
+        *_noted(trainings, trained),
+        *_noted(accuracy_tables(study, results, comparisons, published), note, made),
+        *_noted([*phenomena_tables(study, results)], made),
         contamination_table(study, contamination),
         *filter(None, [leaks_table(study, contamination)]),
-        *filter(None, [component_table(study, results)]),
+        *_noted([*filter(None, [component_table(study, results)])], made),
     ]
     with atomic_directory(study.folder / "tables") as folder:
         for table in tables:
             write_table(folder, table)
         write_text(folder / "groups.csv", csv_text(group_records(results)))
         write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
+        write_json(folder / "made.json", {"study": study.name, "code": code})
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
         if compared:
@@ -80,13 +86,21 @@ def report(study: Study) -> None:
         write_cards(folder, study, results, comparisons, contamination)
     collected = metrics(results)
     write_json(study.folder / "metrics.json", collected)
-    print(summary(study, results, collected))
+    print(summary(study, results, collected, made))
+
+
+def _noted(tables: Sequence[Table], *notes: str | None) -> list[Table]:
+    """The tables with further notes below, where there are any."""
+    return [replace(table, notes=[*table.notes, *filter(None, notes)]) for table in tables]
 
 
 def summary(
-    study: Study, results: Mapping[str, RunResult], collected: Mapping[str, Mapping[str, float]]
+    study: Study,
+    results: Mapping[str, RunResult],
+    collected: Mapping[str, Mapping[str, float]],
+    made: str | None = None,
 ) -> str:
-    """The study in a few lines for the terminal; the tables have the intervals."""
+    """The study in a few lines for the terminal; the tables have the intervals. `made`: what is unlike."""
     names = list(dict.fromkeys(name for own in collected.values() for name in own))[2:]
     header = ["", *(name.removeprefix("test_").replace("_", " ") for name in names)]
     rows = [
@@ -101,6 +115,7 @@ def summary(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in (header, *rows)
     ]
+    lines += filter(None, [made])
     return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from stlm.corpora.language import NAMES
+from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
 from stlm.model.config import ModelConfig, parameter_groups
@@ -324,6 +325,12 @@ def read_card(checkpoint: Path) -> Card | None:
         return None
     train = read_record(run / "train.json", TrainRecord)
     own = read_record(checkpoint / "config.json", _Description)
+    listed = {kept.step: kept.weights_sha256 for kept in train.checkpoints}
+    if listed.get(own.step) != own.weights_sha256:  # trained again, or files of two runs
+        raise UserError(
+            f"{run / 'train.json'} does not list the weights in {checkpoint}, and so is not their record: "
+            f"run `stlm train {own.study} {train.run}`"
+        )
     result = None
     if (run / "evaluation.json").is_file():
         result = read_record(run / "evaluation.json", EvaluationRecord).checkpoints.get(checkpoint.name)

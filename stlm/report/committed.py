@@ -9,13 +9,13 @@ from stlm.files import read_json, read_record
 from stlm.report.results import CheckpointResult, EvaluationRecord, TrainRecord
 
 
-def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointResult]]:
-    """Of a study's folder in `results/`, each run's name, train.json and last checkpoint of evaluation.json.
+def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointResult, EvaluationRecord]]:
+    """Each run of a study's folder in `results/`: name, train.json, last checkpoint, and its evaluation.json.
 
     In the order of metrics.json, the baseline's first. Raises UserError naming a file that is missing or
     broken.
     """
     for run in read_json(folder / "metrics.json"):
         train = read_record(folder / "runs" / run / "train.json", TrainRecord)
-        checkpoints = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord).checkpoints
-        yield run, train, max(checkpoints.values(), key=lambda checkpoint: checkpoint.step)
+        scored = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord)
+        yield run, train, max(scored.checkpoints.values(), key=lambda checkpoint: checkpoint.step), scored

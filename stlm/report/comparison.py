@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import pandas as pd
 
 from stlm.errors import UserError
-from stlm.evaluation.predictions import read_facts, unlike
+from stlm.evaluation.predictions import Facts, read_facts, unlike_items
 from stlm.evaluation.statistics import (
     Interval,
     SeedTest,
@@ -268,6 +268,8 @@ def _point(items, base_items, base: str | None, key: Score) -> Point:
 def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]) -> list[str]:
     """What may disturb the comparisons; UserError where a run was scored by other rules or files."""
     facts = {name: result.facts() for name, result in results.items()}
+    for name, result in results.items():
+        _check_one_evaluation(result, facts[name])
     disturbing = []
     silent = [name for name, own in facts.items() if own is None]
     if silent:
@@ -279,7 +281,7 @@ def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]
         base = baselines.get(result.train.seed, name)
         if name == base or facts[name] is None or facts[base] is None:
             continue
-        refusals, warnings = unlike(facts[base], facts[name])
+        refusals, warnings = unlike_items(facts[base], facts[name])
         if refusals:
             raise UserError(
                 f"{result.items_path} was not scored as {results[base].items_path} was "
@@ -299,7 +301,7 @@ def published_alike(base: RunResult, published: Mapping[str, PublishedResult]) -
         if own is None or facts is None:
             disturbing.append(f"{name}: not said how it, or {base.name}, was scored")
             continue
-        refusals, warnings = unlike(own, facts)
+        refusals, warnings = unlike_items(own, facts)
         if refusals:
             raise UserError(
                 f"{model.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): "
@@ -307,6 +309,19 @@ def published_alike(base: RunResult, published: Mapping[str, PublishedResult]) -
             )
         disturbing += [f"{base.name} and {name}: {warning}" for warning in warnings]
     return disturbing
+
+
+def _check_one_evaluation(result: RunResult, facts: Facts | None) -> None:
+    """Refuse an items.parquet that was not written with the evaluation.json beside it."""
+    if facts is None:
+        return
+    for key in ("device", "processor", "precision", "code", "settings"):
+        own, beside = getattr(facts, key), getattr(result.evaluation, key)
+        if own != beside:
+            raise UserError(
+                f"{result.items_path} says {key}: {own}, evaluation.json beside it {beside}: run "
+                f"`{result.evaluate_command}`"
+            )
 
 
 def _check_recorded(result: RunResult, checkpoint: str, found: Mapping[Score, Point]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import benchmark
+from stlm.evaluation.made import made_settings
+from stlm.evaluation.ngrams import SIZES
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
 from stlm.report.table import Cell, Section, Table
@@ -63,9 +66,11 @@ class CorpusContamination(BaseModel):
 
 
 class Contamination(BaseModel):
-    """contamination.json: corpus -> benchmark -> numbers of items."""
+    """contamination.json: corpus -> benchmark -> numbers of items; `made`: what decides which are made."""
 
     sizes: list[int]
+    made: dict[str, Any] | None = None
+    code: dict[str, str | None] = {}
     corpora: dict[str, CorpusContamination]
 
 
@@ -80,6 +85,12 @@ def read_contamination(study: Study) -> Contamination:
             f"{path}: is about {', '.join(found.corpora) or 'no corpus'}, but the runs train on "
             f"{', '.join(study.corpora)}; {command}"
         )
+    made = made_settings(study.evaluation)
+    if found.sizes != list(SIZES) or found.made != made:
+        raise UserError(
+            f"{path}: counted sequences of {_listed(found.sizes)} words, items made with {found.made}; now "
+            f"it is {_listed(SIZES)} words, and the study asks for {made}; {command}"
+        )
     asked = {b.name: b.version for b in map(benchmark, study.benchmarks)}
     for own in found.corpora.values():
         counted = {name: result.version for name, result in own.benchmarks.items()}
@@ -88,6 +99,10 @@ def read_contamination(study: Study) -> Contamination:
                 f"{path}: is about {_versions(counted)}, but the study scores {_versions(asked)}; {command}"
             )
     return found
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
 
 
 def _versions(benchmarks: Mapping[str, str]) -> str:

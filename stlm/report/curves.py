@@ -207,6 +207,6 @@ def _bytes_per_token(result: RunResult) -> float | None:
     return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
 
 
-def machine(train: TrainRecord) -> tuple[str, int | None, int, bool]:
-    """What must be equal for seconds to compare: the device, its threads, the processes, the kernels."""
-    return train.device, train.threads, train.processes, train.kernels
+def machine(train: TrainRecord) -> tuple[str, str | None, int | None, int, bool]:
+    """What must be equal for seconds to compare: device, processor, its threads, processes, kernels."""
+    return train.device, train.processor, train.threads, train.processes, train.kernels

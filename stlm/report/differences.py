@@ -17,10 +17,13 @@ from stlm.report.names import benchmark_label
 from stlm.report.results import RunResult, run_label
 from stlm.report.style import CHANCE, figure, heading, styles
 from stlm.report.table import csv_text
+from stlm.report.unlike import rows_of, unlike_variants
 from stlm.study import Study
 
 _COLUMNS = 3
 _GREY = "#444444"
+# After a row that was not made as the baseline was; table2 says how.
+_OTHERWISE = "‡"
 
 
 class _Difference(NamedTuple):
@@ -51,6 +54,8 @@ def write_differences(
     )
     names = list(dict.fromkeys(run for rows in panels.values() for run in rows))
     looks, labels = styles(results), {run: _label(run, results, comparisons, mode) for run in names}
+    otherwise = unlike_variants(rows_of(results)) & {results[run].train.variant for run in names}
+    labels |= {run: f"{labels[run]} {_OTHERWISE}" for run in names if results[run].train.variant in otherwise}
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     baseline = results[study.baseline].train.label
@@ -76,7 +81,7 @@ def write_differences(
                 axes.tick_params(axis="x", labelbottom=True)
                 axes.set_xlabel("difference (points)")
         heading(drawing, title)
-        handles = _legend(panels)
+        handles = _legend(panels, bool(otherwise))
         drawing.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1)
 
 
@@ -141,7 +146,7 @@ def _fill(sign: str) -> dict[str, Any]:
     return {"fillstyle": "full" if sign == SIGN else "left", "markerfacecoloralt": "white"}
 
 
-def _legend(panels: Mapping[str, Mapping[str, _Difference]]) -> list[Line2D]:
+def _legend(panels: Mapping[str, Mapping[str, _Difference]], otherwise: bool) -> list[Line2D]:
     shown = [own for rows in panels.values() for own in rows.values()]
     texts = {SIGN: "p < 0.05 after Holm's correction"}
     if any(own.sign == SIGN_ITEMS for own in shown):
@@ -152,4 +157,7 @@ def _legend(panels: Mapping[str, Mapping[str, _Difference]]) -> list[Line2D]:
     handles.append(Line2D([], [], color=_GREY, linewidth=3.2, label="interval over items (or over seeds)"))
     if any(own.clustered is not None for own in shown):
         handles.append(Line2D([], [], color=_GREY, linewidth=1.0, label="interval over groups of items"))
+    if otherwise:
+        text = "other arithmetic, code or processor than the baseline's"
+        handles.append(Line2D([], [], linestyle="none", marker=f"${_OTHERWISE}$", color=_GREY, label=text))
     return handles

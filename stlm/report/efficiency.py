@@ -154,8 +154,9 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
     elsewhere = [f"{own.train.label} ({_place(own.train)})" for own in variants if not own.same_machine]
     if elsewhere:
         notes.append(
-            f"Times do not compare with those of the baseline ({_place(base.train)}), the device or the "
-            f"number of threads or processes or the kernels being others: {'; '.join(elsewhere)}."
+            f"Times do not compare with those of the baseline ({_place(base.train)}), the device, the "
+            "processor, the number of threads or processes or the kernels being others: "
+            f"{'; '.join(elsewhere)}."
         )
     return notes
 
@@ -163,7 +164,8 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
 def _place(train: TrainRecord) -> str:
     threads = "" if train.threads is None else f", {train.threads} thread{'s'[: train.threads > 1]}"
     processes = f", {train.processes} processes" if train.processes > 1 else ""
-    return f"{train.device}{threads}{processes}" + (", kernels in C" if train.kernels else "")
+    device = train.device if train.processor is None else f"{train.device}, {train.processor}"
+    return f"{device}{threads}{processes}" + (", kernels in C" if train.kernels else "")
 
 
 def _record(own: Efficiency, base: Efficiency) -> dict[str, object]:

@@ -36,7 +36,8 @@ class Pair:
     `share`: that cost as a part of the baseline's. `kind`, of costs: both trainings `finished` there; the
     variant is `on the way` of a longer one; or it `ended sooner` than the baseline, which is on the way. Of
     parameters: `matched` by a model of that size, or `between sizes`; `flops`: the variant's training FLOPs
-    as a multiple of that model's; `same_budget`: these or the tokens are equal.
+    as a multiple of that model's; `same_budget`: these or the tokens are equal. `models`: the variants that
+    it is of.
     """
 
     values: Mapping[int, float]
@@ -45,6 +46,7 @@ class Pair:
     share: float = 1.0
     flops: float = 1.0
     same_budget: bool = True
+    models: frozenset[str] = frozenset()
 
     @property
     def like_for_like(self) -> bool:
@@ -105,7 +107,7 @@ class EqualCosts:
 
     def half_width(self, pair: Pair) -> float | None:
         """Half of the 95% interval of the pair's difference."""
-        return None if self.noise is None else self.noise.half_width(len(pair.differences))
+        return None if self.noise is None else self.noise.half_width(pair.differences, pair.models)
 
 
 def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
@@ -115,7 +117,9 @@ def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
     sizes = [own for own in variants if own is base or is_size(own, base, "flops")]
     rows = []
     for own in variants:
-        at = {cost: _pair(own, cost) if own is not base and own.compares(cost) else None for cost in COSTS}
+        at = {
+            cost: _pair(own, base, cost) if own is not base and own.compares(cost) else None for cost in COSTS
+        }
         in_family, in_sizes = (any(own is member for member in members) for members in (family, sizes))
         sized = None if in_family or own.beside is None else _of_size(own, family)
         both = None
@@ -128,17 +132,23 @@ def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
     return EqualCosts(rows, seed_noise(compared))
 
 
-def _pair(own: Variant, cost: Cost) -> Pair | None:
+def _pair(own: Variant, baseline: Variant, cost: Cost) -> Pair | None:
     """Both at the baseline's whole cost, or at the variant's where it ended sooner."""
     curve, base = own.beside, own.reference
     share = curve.end(cost) / base.end(cost)
     same_work = abs(curve.end("flops") / base.end("flops") - 1) <= SAME_COST
     if abs(share - 1) <= (SAME_TIME if cost == "seconds" and same_work else SAME_COST):
-        return Pair(curve.last, base.last, "finished")
+        return Pair(curve.last, base.last, "finished", models=_names(own, baseline))
     kind: Kind = "on the way" if share > 1 else "ended sooner"
     place = min(curve.end(cost), base.end(cost))
     values, references = curve.at(cost, place), base.at(cost, place)
-    return None if values is None or references is None else Pair(values, references, kind, min(share, 1.0))
+    if values is None or references is None:
+        return None
+    return Pair(values, references, kind, min(share, 1.0), models=_names(own, baseline))
+
+
+def _names(*variants: Variant) -> frozenset[str]:
+    return frozenset(own.train.variant for own in variants)
 
 
 def is_size(own: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
@@ -174,7 +184,8 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     nearest = min(range(len(sizes)), key=lambda place: abs(sizes[place] - size))
     if abs(size / sizes[nearest] - 1) <= SAME_SIZE:
         ends = {cost: members[nearest].beside.end(cost) for cost in _BUDGETS}
-        return Pair(own.beside.last, bits[nearest], "matched", **_budget(own, ends))
+        of = _names(own, members[nearest])
+        return Pair(own.beside.last, bits[nearest], "matched", models=of, **_budget(own, ends))
     if not sizes[0] < size < sizes[-1]:
         return None
 
@@ -184,7 +195,8 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     common = [seed for seed in bits[0] if all(seed in one for one in bits)]
     references = {seed: between([one[seed] for one in bits]) for seed in common}
     ends = {cost: between([member.beside.end(cost) for member in members]) for cost in _BUDGETS}
-    return Pair(own.beside.last, references, "between sizes", **_budget(own, ends))
+    of = _names(own, *members)
+    return Pair(own.beside.last, references, "between sizes", models=of, **_budget(own, ends))
 
 
 def _budget(own: Variant, ends: Mapping[Cost, float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from stlm.report.curves import COSTS
 from stlm.report.efficiency import comparison_notes
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE, SAME_TIME, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
+from stlm.report.noise import noise_note
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study import Study
@@ -118,6 +119,8 @@ def _notes(found: EqualCosts) -> list[str]:
             f"{found.noise.dof} degrees of freedom), not adjusted for the number of differences. Bold: zero "
             "is outside, both trainings are finished, and what they are compared at is equal for both."
         )
+        trains = [row.variant.train for row in found.rows]
+        notes.append(noise_note(found.noise, {train.variant: train.label for train in trains}))
     return notes + comparison_notes([row.variant for row in found.rows])
 
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Literal
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
 from stlm.report.committed import read_committed
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
+from stlm.report.noise import noise_note
 from stlm.report.results import TrainRecord
 from stlm.report.table import Cell, Table, markdown
+from stlm.report.unlike import Row, unlike_note
 
 FINDINGS = Path("docs/findings.md")
 _BENCHMARK, _MODE = "blimp", "harness"
@@ -100,7 +103,7 @@ def findings_table(study: str, folder: Path) -> Table:
             Cell(count(train.tokens + (train.start.tokens if train.start else 0))),
             Cell(str(len(own.bits))),
             Cell(_mean(own.bits, 1, 3)),
-            Cell("" if own is base else _difference(own.bits, base.bits, bits, 1, 3)),
+            Cell("" if own is base else _difference(own, base, "bits", bits, 1, 3)),
         ]
         if scored:
             row += [
@@ -117,7 +120,7 @@ def findings_table(study: str, folder: Path) -> Table:
         title=f"Study {study}",
         header=header,
         rows=rows,
-        notes=_notes(bits, accuracy, max(len(own.bits) for own in variants.values()), scored),
+        notes=[*_notes(variants, bits, accuracy, scored), *filter(None, [_unlike(folder)])],
     )
 
 
@@ -131,7 +134,7 @@ def _read(folder: Path) -> dict[str, _Variant]:
         if (row["benchmark"], row["metric"]) == (_BENCHMARK, "acc") and row["mode"] == _MODE
     }
     variants: dict[str, _Variant] = {}
-    for run, train, last in read_committed(folder):
+    for run, train, last, _ in read_committed(folder):
         own = variants.setdefault(train.variant, _Variant(train))
         own.bits[train.seed] = last.perplexity.bits_per_byte
         modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}
@@ -139,6 +142,12 @@ def _read(folder: Path) -> dict[str, _Variant]:
             scored = modes[_MODE].acc
             own.accuracy[train.seed], own.items, own.paired = scored.value, scored.n, paired.get(run, {})
     return variants
+
+
+def _unlike(folder: Path) -> str | None:
+    """Which of the study's runs were not made alike."""
+    committed = read_committed(folder)
+    return unlike_note([Row(train.variant, train.label, train, scored) for _, train, _, scored in committed])
 
 
 def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
@@ -149,16 +158,22 @@ def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
 
 
 def _difference(
-    own: Mapping[int, float], base: Mapping[int, float], noise: SeedNoise | None, scale: float, digits: int
+    own: _Variant,
+    base: _Variant,
+    figure: Literal["bits", "accuracy"],
+    noise: SeedNoise | None,
+    scale: float,
+    digits: int,
 ) -> str:
     """The mean over common seeds, with its 95% interval where the noise of seeds is known."""
-    differences = [scale * (value - base[seed]) for seed, value in own.items() if seed in base]
+    values, references = getattr(own, figure), getattr(base, figure)
+    differences = [value - references[seed] for seed, value in values.items() if seed in references]
     if not differences:
         return "–"
-    value = mean(differences)
+    value = scale * mean(differences)
     if noise is None:
         return difference_text(value, digits)
-    half = scale * noise.half_width(len(differences))
+    half = scale * noise.half_width(differences, (own.train.variant, base.train.variant))
     interval = f"[{difference_text(value - half, digits)}, {difference_text(value + half, digits)}]"
     return f"{difference_text(value, digits)} {interval}"
 
@@ -166,7 +181,7 @@ def _difference(
 def _accuracy(own: _Variant, base: _Variant, noise: SeedNoise | None) -> str:
     """Over seeds where there are several; else over items, as the report tested it."""
     if noise is not None or not own.paired.get("difference"):
-        return _difference(own.accuracy, base.accuracy, noise, 100, 1)
+        return _difference(own, base, "accuracy", noise, 100, 1)
     value, low, high = (float(own.paired[f"difference{end}"]) / 100 for end in ("", "_low", "_high"))
     sign = "*" if own.paired["p_holm"] and float(own.paired["p_holm"]) < 0.05 else ""
     groups = [own.paired.get(f"difference_clustered_{end}") for end in ("low", "high")]
@@ -175,7 +190,9 @@ def _accuracy(own: _Variant, base: _Variant, noise: SeedNoise | None) -> str:
     return f"{percent(value, signed=True)}{sign} {bounds(low, high, signed=True)}"
 
 
-def _notes(bits: SeedNoise | None, accuracy: SeedNoise | None, seeds: int, scored: bool) -> list[str]:
+def _notes(
+    variants: Mapping[str, _Variant], bits: SeedNoise | None, accuracy: SeedNoise | None, scored: bool
+) -> list[str]:
     if bits is None:
         notes = [
             "One seed: how far another would move these figures is not known from this study. Bits per byte "
@@ -189,9 +206,14 @@ def _notes(bits: SeedNoise | None, accuracy: SeedNoise | None, seeds: int, score
                 "another seed."
             )
         return notes
+    seeds = max(len(own.bits) for own in variants.values())
+    labels = {name: own.train.label for name, own in variants.items()}
     return [
         f"±: standard deviation over the {seeds} seeds. In brackets 95% intervals of differences, paired by "
         f"seed, from the noise of the seeds of all variants together (standard deviation {bits.sd:.4f} bits "
-        f"per byte{f', {100 * accuracy.sd:.1f} points' if accuracy else ''}; {bits.dof} degrees of freedom), "
-        "not adjusted for their number. Bits per byte are of the test split, after the last step."
+        f"per byte{f', {100 * accuracy.sd:.1f} points' if accuracy else ''}; {bits.dof} "
+        f"degree{'s'[: bits.dof > 1]} of freedom), not adjusted for their number. Bits per byte are of the "
+        "test split, after the last step.",
+        noise_note(bits, labels, "of bits per byte"),
+        *([noise_note(accuracy, labels, f"of {benchmark_label(_BENCHMARK)}")] if accuracy else []),
     ]

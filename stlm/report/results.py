@@ -15,12 +15,11 @@ from pydantic import BaseModel
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
+from stlm.report.asked import check_published, check_scored, check_trained
 from stlm.study import Run, Study
 from stlm.tokens.config import DataConfig
-from stlm.training.config import RECORD_KEYS
 
 ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars", "greedy"]
-_RECORD_KEYS = {f"training.{key}" for key in RECORD_KEYS}
 CURVE_COLUMNS = [
     *("step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"),
     *("val_loss", "val_bits_per_byte", "val_char_perplexity"),
@@ -72,7 +71,8 @@ class StartRecord(BaseModel):
 class TrainRecord(BaseModel):
     """train.json: what was trained, with which settings, and how long it took.
 
-    `loss_spikes` of runs of earlier versions is None: no one looked.
+    `loss_spikes` of runs of earlier versions is None: no one looked. `parts`: what it was computed by, one
+    after the other, where it went on elsewhere or by other code than it began.
     """
 
     run: str
@@ -85,6 +85,8 @@ class TrainRecord(BaseModel):
     seconds: float
     flops: float
     device: str
+    processor: str | None = None
+    parts: list[dict[str, Any]] = []
     precision: str
     compiled: bool = False
     kernels: bool = False
@@ -143,15 +145,24 @@ class CheckpointResult(BaseModel):
 
 
 class EvaluationRecord(BaseModel):
-    """evaluation.json: every evaluated checkpoint by name."""
+    """evaluation.json: every evaluated checkpoint by name, and by what and how it was scored.
 
+    Nothing of the latter in files of earlier versions.
+    """
+
+    device: str | None = None
+    processor: str | None = None
+    precision: str | None = None
+    code: dict[str, str | None] = {}
+    settings: dict[str, Any] | None = None
     checkpoints: dict[str, CheckpointResult]
 
 
 class PublishedRecord(EvaluationRecord):
-    """evaluation.json of a published model, with the number of its parameters."""
+    """evaluation.json of a published model, with the number of its parameters, and how it was loaded."""
 
     parameters: int
+    published: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,7 @@ class PublishedResult:
     label: str
     parameters: int
     parameters_shown: str | None
+    evaluation: EvaluationRecord
     checkpoint: CheckpointResult
     items_path: Path
 
@@ -180,6 +192,7 @@ class RunResult:
     train: TrainRecord
     curve: pd.DataFrame
     watch: pd.DataFrame | None
+    evaluation: EvaluationRecord
     checkpoints: dict[str, CheckpointResult]
     items_path: Path
     evaluate_command: str
@@ -300,6 +313,8 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             record = _read_record(folder / "evaluation.json", PublishedRecord, command)
             if list(record.checkpoints) != ["published"]:
                 raise _broken(folder / "evaluation.json", "is not of a published model", command)
+            check_scored(study.evaluation, record.settings, folder / "evaluation.json", command)
+            check_published(published, record.published, folder / "evaluation.json", command)
             if not (folder / "items.parquet").is_file():
                 raise _broken(folder / "items.parquet", "is missing", command)
         except UserError as error:
@@ -310,6 +325,7 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             published.label,
             record.parameters,
             published.parameters,
+            record,
             record.checkpoints["published"],
             folder / "items.parquet",
         )
@@ -357,35 +373,16 @@ def _read_watch(path: Path, command: str) -> pd.DataFrame | None:
     return rows if len(rows) else None
 
 
-def _check_trained_as_asked(run: Run, train: TrainRecord, path: Path, command: str) -> None:
-    """Refuse results that params/ does not describe, which tables would show under the run's name.
-
-    Keys that only the record or only the run has are of another version of the program.
-    """
-    asked = run.model_dump(mode="json", include={"seed", "corpus", "tokenizer", "model", "training"})
-    found = train.model_dump(mode="json", include=set(asked))
-    # A run's own dump leaves out the default.
-    asked["data"], found["data"] = (own.data.unlimited.model_dump(mode="json") for own in (run, train))
-    for section in ("model", "training", "data"):
-        asked |= {f"{section}.{key}": value for key, value in asked.pop(section).items()}
-        found |= {f"{section}.{key}": value for key, value in found.pop(section).items()}
-    for key, value in asked.items():
-        if key in found and key not in _RECORD_KEYS and found[key] != value:
-            raise UserError(
-                f"{path} was trained with {key}: {found[key]}, the study asks for {value}: run `{command}`, "
-                "or give the --set that it was trained with"
-            )
-
-
 def _read_run(study: Study, run: Run) -> RunResult:
     train_command = f"stlm train {study.name} {run.name}"
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
     train = _read_record(run.folder / "train.json", TrainRecord, train_command)
-    _check_trained_as_asked(run, train, run.folder / "train.json", train_command)
+    check_trained(run, train, run.folder / "train.json", train_command)
     curve = _read_rows(run.folder / "curve.csv", CURVE_COLUMNS, train_command)
     watch = _read_watch(run.folder / "watch.csv", train_command)
     evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
     evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)
+    check_scored(study.evaluation, evaluation.settings, evaluation_path, evaluate_command)
     if not evaluation.checkpoints:
         raise _broken(evaluation_path, "holds no checkpoint", evaluate_command)
     if not items_path.is_file():
@@ -398,4 +395,4 @@ def _read_run(study: Study, run: Run) -> RunResult:
             raise _broken(
                 evaluation_path, f"scored other weights for {name} than train.json lists", evaluate_command
             )
-    return RunResult(run.name, train, curve, watch, checkpoints, items_path, evaluate_command)
+    return RunResult(run.name, train, curve, watch, evaluation, checkpoints, items_path, evaluate_command)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import stlm
 from stlm.errors import UserError
 from stlm.files import atomic_directory, read_json, sha256, write_json
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
+from stlm.provenance import code_version
 from stlm.study import Run
 from stlm.training.locate import WEIGHTS
 
 FORMAT = 1
-
-
-@cache
-def code_version() -> dict[str, str | None]:
-    """The versions of STLM and torch, and the git commit of STLM's code (see :func:`commit_of`)."""
-    git = commit_of(Path(stlm.__file__).parent)
-    return {"stlm": stlm.__version__, "torch": torch.__version__, "git": git}
-
-
-def commit_of(package: Path) -> str | None:
-    """The commit, 12 digits, of the repository that tracks the folder `package`; None where none does.
-
-    With ``-dirty`` where the package or the workflow beside it differs from the commit; results, parameters
-    and documents do not count. A package that was installed, or unpacked inside another project's repository,
-    is not tracked there: that repository's commit says nothing of it.
-    """
-    # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "--no-optional-locks", *arguments]
-        try:
-            done = subprocess.run(
-                command, cwd=package.parent, env=env, capture_output=True, text=True, errors="replace"
-            )
-        except OSError:  # git is not installed
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", f"{package.name}/__init__.py") is None:
-        return None
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if commit is None:  # nothing is committed yet
-        return None
-    changed = git("status", "--porcelain", "--", package.name, "workflow", "Snakefile")
-    return f"{commit}-dirty" if changed else commit
 
 
 def checkpoint_name(step: int) -> str:

@@ -18,11 +18,12 @@ from stlm.errors import Interrupted, UserError
 from stlm.files import disk_errors, read_json, remove_leftovers
 from stlm.model.build import build_model
 from stlm.model.documents import Documents
+from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import load_tokenizer, tokens_table
-from stlm.training.checkpoints import checkpoint_name, code_version, save_checkpoint
+from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device
 from stlm.training.difficulty import Reference
@@ -97,6 +98,8 @@ class Trainer:
         )
         self.state_path = run.state_folder / "state.pt"
         self.output = run.state_folder / "output"
+        # What computes from here on: the code as it is now, whatever is checked out while training goes on.
+        self.made = {"device": self.where.name, "processor": processor_name(), "code": code_version()}
         self.progress = Progress(kernels=self.where.kernels)
         # Of the steps since the last row of the curve, on the device.
         self.losses: list[Tensor] = []
@@ -351,7 +354,9 @@ class Trainer:
             "seconds": round(self.progress.seconds, 1),
             "tokens_per_second": round(run.tokens / self.progress.seconds, 1),
             "flops": run.flops,
-            "device": self.where.name,
+            **self.made,
+            # Where a run stopped and went on elsewhere, or by other code.
+            **({"parts": self.progress.parts} if len(self.progress.parts) > 1 else {}),
             "precision": self.where.precision,
             "compiled": self.where.compiled,
             "kernels": self.progress.kernels,
@@ -366,7 +371,6 @@ class Trainer:
             },
             "checkpoints": self.progress.checkpoints,
             "loss_spikes": self.watch.spikes.found,
-            "code": code_version(),
         }
 
     def fit(self, signals: StopSignals) -> None:
@@ -375,6 +379,8 @@ class Trainer:
         Raises ``Interrupted``, its state saved, after the step in which a signal came.
         """
         progress, records = self.progress, NoRecords()
+        if progress.step < self.config.steps and self.made not in progress.parts:
+            progress.parts.append(self.made)
         if self.group.leads:
             records = Records(self.run, self.output / "dvclive", progress, self.mark)
         self.model.train()

@@ -15,8 +15,9 @@ from stlm.evaluation.evaluate import evaluate_run
 from stlm.evaluation.predictions import KEY, Facts, read_facts, unlike, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.files import sha256
+from stlm.provenance import code_version
 from stlm.report.pairwise import compare, find_predictions
-from stlm.training.checkpoints import code_version, load_checkpoint
+from stlm.training.checkpoints import load_checkpoint
 
 CONFIG = EvaluationConfig(
     benchmarks={"synthetic_pairs": {"limit": 12}, "synthetic_choice": {}}, intermediate_limit=10, limit_seed=5

@@ -4,6 +4,7 @@ from fractions import Fraction
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.api import OLS
@@ -171,17 +172,91 @@ def test_the_noise_of_seeds_equals_a_least_squares_fit_of_models_and_seeds(missi
     for (model, seed), figure in zip(cells, figures, strict=True):
         values.setdefault(model, {})[seed] = figure
     noise = seed_noise(values)
-    assert noise == pytest.approx((fit.mse_resid**0.5, fit.df_resid))
+    assert (noise.sd, noise.dof) == pytest.approx((fit.mse_resid**0.5, fit.df_resid))
+    of_model = pd.Series(np.asarray(fit.resid) ** 2).groupby([model for model, _ in cells]).sum()
+    assert dict(noise.shares) == pytest.approx(dict(of_model / of_model.sum()), abs=1e-9)
+    assert list(noise.shares.values()) == sorted(noise.shares.values(), reverse=True)
     if not missing:
         low, high = fit.t_test([-1, 1, 0, 0, 0, 0]).conf_int()[0]
-        assert 2 * noise.half_width(3) == pytest.approx(high - low)
+        assert 2 * noise.half_width([0.0] * 3, "ab") == pytest.approx(high - low)
 
 
 def test_the_noise_of_seeds_is_unknown_from_one_seed_or_one_model():
     assert seed_noise({"a": {0: 1.0}, "b": {0: 2.0}}) is None
     assert seed_noise({"a": {0: 1.0, 1: 2.0}}) is None, "what the seeds do to all is not noise"
     assert seed_noise({}) is None
-    assert seed_noise({"a": {0: 1.0, 1: 3.0}, "b": {0: 2.0, 1: 4.0}}) == pytest.approx((0.0, 1))
+    none = seed_noise({"a": {0: 1.0, 1: 3.0}, "b": {0: 2.0, 1: 4.0}})
+    assert (none.sd, none.dof, none.p) == pytest.approx((0.0, 1, 1.0))
+
+
+def of_models(figures: np.ndarray) -> dict[str, dict[int, float]]:
+    """By name and seed, from [models, seeds]."""
+    return {f"m{place}": dict(enumerate(own.tolist())) for place, own in enumerate(figures)}
+
+
+def misses(deviations: np.ndarray, simulations: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """How often the pooled interval and ours of each difference from the first model miss zero, [models - 1].
+
+    In studies of models of equal mean with such noise, two seeds each; and how often noise is called unequal.
+    """
+    rng = np.random.default_rng(seed)
+    pooled, ours, called = np.zeros(len(deviations) - 1), np.zeros(len(deviations) - 1), 0
+    for _ in range(simulations):
+        figures = rng.standard_normal((len(deviations), 2)) * deviations[:, None] + rng.standard_normal(2)
+        noise = seed_noise(of_models(figures))
+        called += bool(noise.unequal)
+        for place, differences in enumerate((figures - figures[0])[1:]):
+            found = abs(differences.mean())
+            pooled[place] += found > noise.half_width(differences, ())
+            ours[place] += found > noise.half_width(differences, ("m0", f"m{place + 1}"))
+    return pooled / simulations, ours / simulations, called
+
+
+@pytest.fixture
+def fewer_draws(monkeypatch):
+    """Simulations within simulations: fewer of the inner ones."""
+    monkeypatch.setattr("stlm.evaluation.statistics.RESAMPLES", 500)
+
+
+def test_equal_noise_is_seldom_called_unequal_and_intervals_keep_their_level(fewer_draws):
+    pooled, ours, called = misses(np.ones(10), 400, 0)
+    low, high = stats.binom.ppf([0.0005, 0.9995], 400, 0.05)
+    assert low <= called <= high
+    assert (ours <= pooled).all(), "never narrower than the pooled interval"
+    assert ours.mean() < 0.06
+
+
+def test_models_of_much_noise_get_wider_intervals_and_the_others_keep_theirs(fewer_draws):
+    """Two of 19 models carry most of the variance: the pooled interval misses a quarter for them, or more."""
+    deviations = np.ones(19)
+    deviations[[3, 7]] = 6.0
+    pooled, ours, called = misses(deviations, 250, 1)
+    noisy, calm = [2, 6], [place for place in range(18) if place not in (2, 6)]
+    assert called > 150
+    assert pooled[noisy].mean() > 0.25
+    assert ours[noisy].mean() < 0.75 * pooled[noisy].mean()
+    assert ours[calm].mean() < 0.05
+
+
+def test_a_noisy_baseline_widens_every_difference(fewer_draws):
+    deviations = np.ones(19)
+    deviations[0] = 8.0
+    pooled, ours, _ = misses(deviations, 150, 2)
+    assert pooled.mean() > 0.4
+    assert ours.mean() < 0.75 * pooled.mean()
+
+
+def test_two_large_shares_do_not_hide_each_other():
+    """The largest share alone (Cochran's C) would be no sign: 0.39 is critical for 20 models of two seeds."""
+    figures = np.random.default_rng(5).standard_normal((19, 2))
+    figures[[3, 7]] = [[0, 9.0], [9.0, 0]]
+    noise = seed_noise(of_models(figures))
+    assert set(noise.unequal) == {"m3", "m7"}
+    quiet = [0.5, 0.7]
+    assert noise.half_width(quiet, ("m0", "m1")) == noise.half_width(quiet, ())
+    wide = [0.5, 9.0]
+    assert noise.half_width(wide, ("m0", "m3")) == paired_t(wide).interval.half_width
+    assert noise.half_width([0.5], ("m0", "m3")) > noise.half_width([0.5], ())
 
 
 def equal_models(rng: np.random.Generator, items: int) -> np.ndarray:

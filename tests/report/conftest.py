@@ -14,6 +14,7 @@ import pytest
 
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
+from stlm.evaluation.made import made_settings
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.model.config import ModelConfig
@@ -155,6 +156,7 @@ def write_run(
         benchmarks={name: benchmark_facts(own, [f"{name}-file"]) for name, own in scored.items()},
         limit_seed=0, harness={"package": "lm_eval", "version": "0.4.13"}, scoring_version=2,
         code={"stlm": "0.1.0", "torch": "2", "git": None}, device="cpu", precision="float32",
+        settings=EvaluationConfig(benchmarks=list(benchmarks)).model_dump(mode="json"),
         checkpoints={name: CheckpointFacts.model_validate(own) for name, own in evaluated.items()},
     )  # fmt: skip
     record = facts.without_checkpoints() | {"checkpoints": evaluated}
@@ -208,7 +210,8 @@ def write_contamination() -> Callable[..., None]:
             }
             for corpus in study.corpora
         }  # fmt: skip
-        record = {"study": study.name, "sizes": [8, 13], "corpora": corpora}
+        made = made_settings(study.evaluation)
+        record = {"study": study.name, "sizes": [8, 13], "made": made, "corpora": corpora}
         (study.folder / "contamination.json").write_text(json.dumps(record))
 
     return write

@@ -19,6 +19,16 @@ def set_train(study, run: str, **keys) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
+def begin_from(study, run: str, origin: str, tokens: int, flops: float, **keys):
+    """The study with a run that starts from another's weights, and its record to match."""
+    own = study.runs[run]
+    training = own.training.model_copy(update={"start_from": origin})
+    start = {"run": origin, "tokens": tokens, "flops": flops}
+    set_train(study, run, training=training.model_dump(mode="json"), start=start, **keys)
+    changed = own.model_copy(update={"training": training})
+    return study.model_copy(update={"runs": study.runs | {run: changed}})
+
+
 def set_test(study, run: str, **keys) -> None:
     """Change what the last checkpoint measured on test text."""
     path = study.runs[run].folder / "evaluation.json"

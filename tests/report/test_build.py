@@ -69,7 +69,8 @@ def test_writes_every_table_and_plot(make_study):
         | {f"plots/data/{name}.csv" for name in plots}
         | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
         | {f"cards/{run}.md" for run in study.runs}
-        | {"tables/groups.csv", "tables/statistics.csv", "metrics.json", "contamination.json"}
+        | {"tables/groups.csv", "tables/statistics.csv", "tables/made.json"}
+        | {"metrics.json", "contamination.json"}
     )
     for name in plots:
         assert (study.folder / f"plots/{name}.png").read_bytes().startswith(PNG)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hand_made import begin_from
 from huggingface_hub import ModelCard
 
 from stlm.evaluation.statistics import wilson
@@ -111,9 +112,11 @@ def test_contamination_is_told(make_study, write_contamination) -> None:
 
 def test_what_a_run_began_with_is_told(make_study) -> None:
     study = make_study(TWO, benchmarks={"blimp": 200})
+    study = begin_from(study, "sincos", "baseline", 123_456, 7.5e12)
     path = study.runs["sincos"].folder / "train.json"
-    before = {"run": "baseline", "tokens": 123_456, "flops": 7.5e12, "truncation": {"relative_error": 0.125}}
-    write_json(path, {**json.loads(path.read_text()), "start": before})
+    record = json.loads(path.read_text())
+    record["start"]["truncation"] = {"relative_error": 0.125}
+    write_json(path, record)
     found = cards(study)
     assert "after those of baseline" in found["sincos"]
     assert "123,456 tokens and about 7.50e+12" in found["sincos"] and "12.5% of their norm" in found["sincos"]

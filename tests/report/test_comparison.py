@@ -218,14 +218,16 @@ def test_files_that_say_nothing_of_themselves_are_still_reported(make_study, cha
     assert [text.split(":")[0] for text in comparisons.disturbing] == ["sincos"]
 
 
-def test_other_devices_are_told(make_study, change_facts):
+def test_another_harness_is_told(make_study, change_facts):
     study = make_study(TWO, benchmarks={"blimp": 50})
     assert compare_all(read_results(study), "baseline").disturbing == []
-    change_facts(study.runs["sincos"].folder / "items.parquet", device="A GPU")
+    harness = {"package": "lm_eval", "version": "0.5"}
+    change_facts(study.runs["sincos"].folder / "items.parquet", harness=harness)
     comparisons = compare_all(read_results(study), "baseline")
-    assert comparisons.disturbing == ["baseline and sincos: device cpu against A GPU"]
+    told = "baseline and sincos: harness lm_eval 0.4.13 against lm_eval 0.5"
+    assert comparisons.disturbing == [told]
     (table, *_) = accuracy_tables(study, read_results(study), comparisons)
-    assert "Not scored alike: baseline and sincos: device cpu against A GPU." in table.notes
+    assert f"Not scored alike: {told}." in table.notes
 
 
 def test_items_that_disagree_with_the_record_are_refused(make_study):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hand_made import set_curve, set_test, set_train
+from hand_made import begin_from, set_curve, set_test, set_train
 
 from stlm.report.curves import read_variants
 from stlm.report.equal_cost import equal_costs
@@ -158,7 +158,9 @@ def test_another_recipe_is_no_size_of_the_baseline(study, keys):
     assert not rows(retrain(study, "slow", **keys))["slow"].family
 
 
-@pytest.mark.parametrize("keys", [{"learning_rate": 1e-5}, {"steps": 100, "batch_size": 16}])
+@pytest.mark.parametrize(
+    "keys", [{"learning_rate": 1e-5, "min_learning_rate": 1e-6}, {"steps": 100, "batch_size": 16}]
+)
 def test_a_recipe_of_its_own_on_as_many_tokens_is_still_the_baseline_in_another_size(study, keys):
     assert rows(retrain(study, "slow", **keys))["slow"].family
 
@@ -271,7 +273,7 @@ def test_differences_are_paired_by_seed(make_study):
     pair = found.rows[1].at["tokens"]
     assert pair.differences == pytest.approx([-0.3, -0.302])
     # Two models and seeds: a residual of a quarter of 0.002 in each cell, one degree of freedom.
-    assert found.noise == pytest.approx((0.001, 1))
+    assert (found.noise.sd, found.noise.dof) == pytest.approx((0.001, 1))
     assert found.half_width(pair) == pytest.approx(12.7062 * 0.001, rel=1e-4)
     cells = {row[0].text: row for row in equal_cost_table(study, found).rows}
     assert cells["Better"][4].text == "2.199\n−0.301 ±0.013" and cells["Better"][4].bold_line == 1
@@ -281,7 +283,7 @@ def test_differences_are_paired_by_seed(make_study):
 def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
     whole = study.runs["baseline"]
     set_train(study, "baseline", tokens=400, seconds=40, flops=400 * whole.flops / whole.tokens)
-    set_train(study, "fast", start={"run": "baseline", "tokens": 400, "flops": 1e9})
+    study = begin_from(study, "fast", "baseline", 400, 1e9)
     pair = rows(study)["fast"].at["tokens"]
     assert pair is None, "its first validation is after 500 tokens"
     set_curve(study, "baseline", [100, 600], [10, 60], [4.0, 2.0])

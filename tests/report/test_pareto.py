@@ -4,7 +4,7 @@ import csv
 import json
 
 import numpy as np
-from hand_made import set_test, set_train
+from hand_made import begin_from, set_test, set_train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
@@ -69,8 +69,9 @@ def test_a_variant_on_other_tokens_neither_is_on_the_front_nor_bends_it(make_stu
     variants = SIZES | {"continued": ("Continued", {}), "long": ("Long", {"width": 32})}
     study = make_study(variants, benchmarks={}, skills={"continued": 0.9, "long": 0.95})
     base, long = study.runs["baseline"], study.runs["long"]
-    start = {"run": "baseline", "tokens": base.tokens, "flops": base.flops}
-    set_train(study, "continued", start=start, tokens=base.tokens // 4, flops=base.flops / 4)
+    own = {"tokens": base.tokens // 4, "flops": base.flops / 4}
+    study = begin_from(study, "continued", "baseline", base.tokens, base.flops)
+    set_train(study, "continued", **own)
     set_train(study, "long", tokens=2 * long.tokens, flops=2 * long.flops)
     found = front_of(study, tmp_path)
     assert min(float(row["value"]) for row in found.values()) == float(found["long"]["value"])

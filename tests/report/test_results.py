@@ -143,7 +143,7 @@ def test_items_of_another_evaluation_are_refused(make_study):
             r"training.betas: \[0.9, 0.95\], the study asks for \[0.9, 0.99\]",
         ),
         ({"data": {"attention": "within"}}, "data.attention: across, the study asks for within"),
-        ({"data": {"weights": {"a": 1.0}}}, r"data.weights: {}, the study asks for {'a': 1.0}"),
+        ({"data": {"weights": {"a": 1.0}}}, r"data.weights.a: not set, the study asks for 1.0"),
     ],
 )
 def test_results_of_another_recipe_are_refused(make_study, changed, key):
@@ -159,25 +159,14 @@ def test_results_of_another_recipe_are_refused(make_study, changed, key):
         read_results(asked)
 
 
-def test_settings_of_the_record_and_of_other_versions_are_not_compared(make_study):
-    study = make_study(TWO)
-    run = study.runs["sincos"]
-    path = run.folder / "train.json"
-    record = json.loads(path.read_text())
-    record["training"] |= {"wandb": True, "log_every": 7, "long_gone": 1}
-    del record["model"]["rope_theta"]
-    path.write_text(json.dumps(record))
-    assert set(read_results(study)) == set(study.runs)
-
-
 def test_results_of_other_data_than_the_default_are_refused_too(make_study):
     study = make_study(TWO)
     path = study.runs["sincos"].folder / "train.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"data": {"sequence": ["b", "a"]}}))
+    sequence = DataConfig(sequence=("b", "a"))
+    path.write_text(json.dumps(record | {"data": sequence.model_dump(mode="json")}))
     with pytest.raises(UserError, match=r"data.sequence: \['b', 'a'\], the study asks for \[\]"):
         read_results(study)
-    sequence = DataConfig(sequence=("b", "a"))
     for data in (sequence, sequence.model_copy(update={"max_epochs": 4.0})):
         asked = {**study.runs, "sincos": study.runs["sincos"].model_copy(update={"data": data})}
         assert set(read_results(study.model_copy(update={"runs": asked}))) == set(study.runs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import stlm
-from stlm.training.checkpoints import code_version, commit_of
+from stlm.provenance import code_version, commit_of
 
 
 def git(folder: Path, *arguments: str) -> str:
