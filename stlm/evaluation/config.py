@@ -8,7 +8,7 @@ Mode = Literal["harness", "paper"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BenchmarkConfig(_Strict):
