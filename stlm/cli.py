@@ -50,9 +50,11 @@ def fetch(options: argparse.Namespace) -> None:
     if mirror is not None and not mirror.is_dir():
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
-    fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
+    from stlm.pipeline import active_study
     from stlm.recording import after_fetch
 
+    active_study()  # refuses a damaged dvc.yaml, which is read again once the data are there
+    fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
     after_fetch(options.name, mirror)
 
 
@@ -137,10 +139,13 @@ def generate(options: argparse.Namespace) -> None:
     """Continue a prompt by a trained model, printing the text as it is drawn."""
     prompt = options.prompt
     if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    try:
+        # Bytes that the locale has no characters for may be UTF-8 all the same.
+        prompt = prompt.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        on_stdin = " on stdin" if options.prompt == "-" else ""
+        raise UserError(f"the prompt{on_stdin} is not UTF-8: {error}") from None
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
 
@@ -172,7 +177,8 @@ def study(options: argparse.Namespace) -> None:
     from stlm.pipeline import active_study
     from stlm.study import load_study
 
-    print(runs_table(load_study(options.study or active_study() or "smoke", options.set)))
+    name = options.study if options.study is not None else active_study() or "smoke"
+    print(runs_table(load_study(name, options.set)))
 
 
 def sizes(options: argparse.Namespace) -> None:
@@ -222,11 +228,12 @@ def sync(options: argparse.Namespace) -> None:
 def document(options: argparse.Namespace) -> None:
     """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
     from stlm.byte_page import write_bytes_page
-    from stlm.documentation import write_params_readme, write_readme_results
+    from stlm.documentation import check_repository, write_params_readme, write_readme_results
     from stlm.report.findings import write_findings
     from stlm.report.schedules import write_schedule_plots
     from stlm.sizes import write_sizes_page
 
+    check_repository()
     print(f"wrote {write_params_readme()}")
     print(f"wrote {write_readme_results()}")
     print(f"wrote {write_findings()}")

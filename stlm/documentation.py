@@ -150,6 +150,15 @@ def _table(model: type[BaseModel]) -> list[str]:
     return lines
 
 
+def check_repository(root: Path = Path()) -> None:
+    """Nothing is written elsewhere than where all pages are: in the repository. `UserError` otherwise."""
+    for path in (PARAMS_README, README, Path("docs") / "sizes.md"):
+        if not (root / path).is_file():
+            raise UserError(
+                f"{path}: no such file in {root.resolve()}; run this in the top folder of STLM's repository"
+            )
+
+
 def params_readme() -> str:
     """The text of params/README.md."""
     parts = [_HEAD]

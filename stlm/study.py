@@ -26,17 +26,19 @@ from stlm.model.config import (
     parameter_counts,
     training_flops_per_token,
 )
+from stlm.project import where_to_stand
 from stlm.study_file import Published, StudyFile
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 from stlm.tokens.config import DataConfig
 from stlm.tokens.names import bpe_size
 from stlm.training.config import TrainingConfig
-from stlm.validation import parse_yaml, read_yaml, validate, where_to_stand
+from stlm.validation import parse_yaml, read_yaml, validate
 
 PARAMS = Path("params")
 NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 LONGEST_NAME = 100
 """Characters of a name: files, folders and stages have more in theirs, and file systems take 255 bytes."""
+_DEEPEST = 20
 NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -231,8 +233,7 @@ def _check_study_name(name: str, root: Path) -> None:
             f"most {LONGEST_NAME}; without folder and suffix{hint}"
         )
     if name in NOT_STUDIES or not (root / PARAMS / f"{name}.yaml").exists():
-        names = study_names(root)
-        hint = nearest(name, names) if names else f"; {where_to_stand()}"
+        hint = where_to_stand(root) or nearest(name, study_names(root))
         raise UserError(f"{PARAMS}/{name}.yaml: no such study{hint}")
 
 
@@ -258,14 +259,15 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
         raise UserError(f"{flag}: expected key.path=value, for example model.layers=2")
     value = parse_yaml(text, flag)
     parts = key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        below = content
-        for earlier in parts[:depth]:
-            below = below[earlier] or {}
-        if isinstance(below.get(part), list | str | int | float):
-            raise UserError(f"{flag}: {'.'.join(parts[: depth + 1])} is a value, it has no keys")
-        if below.get(part) is None:
-            below[part] = {}
+    if len(parts) > _DEEPEST:
+        raise UserError(f"{flag}: no parameter is so deep; expected key.path=value")
+    below: Any = content
+    for depth, part in enumerate(parts[:-1], start=1):
+        below = below.get(part)
+        if below is None:
+            break
+        if not isinstance(below, Mapping):
+            raise UserError(f"{flag}: {'.'.join(parts[:depth])} is a value, it has no keys")
     nested: Any = value
     for part in reversed(parts):
         nested = {part: nested}

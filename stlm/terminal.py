@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from stlm.files import reason
 
+_STREAMS = ("stdin", "stdout", "stderr")
 _LOOK_ALIKES = {
     "−": "-",
     "–": "-",
@@ -47,14 +48,15 @@ def tune_streams() -> None:
 
 def _open_closed() -> None:
     """Give the streams that are closed, None in Python, a file that is empty and takes everything."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(number)
-            except OSError:
-                _silence(number)
-            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, stream)
+    closed = [number for number, name in enumerate(_STREAMS) if getattr(sys, name) is None]
+    for number in closed:  # all of them first: a file that is opened takes the lowest number that is free
+        try:
+            os.fstat(number)
+        except OSError:
+            _silence(number)
+    for number in closed:
+        stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, _STREAMS[number], stream)
 
 
 def _silence(number: int) -> None:

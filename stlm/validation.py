@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from stlm import yaml_core
 from stlm.errors import UserError, nearest
 from stlm.files import unreadable
+from stlm.project import where_to_stand
 
 _PROBLEMS = 10
 """So many lines are shown of a file's problems."""
@@ -35,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {where_to_stand()}") from None
+        raise UserError(f"{path}: no such file{where_to_stand()}") from None
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
@@ -45,13 +45,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = "nothing" if content is None else type(content).__name__
         raise UserError(f"{path}: expected keys and values, found {found}")
     return content
-
-
-def where_to_stand() -> str:
-    """Where a command must be run, for an error about a file of the project that is not there."""
-    here = os.getcwd()
-    there = os.path.isdir("params")
-    return f"{here} has a params/ without it" if there else f"run from the project's top folder, not {here}"
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> Iterable[str]:

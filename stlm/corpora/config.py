@@ -88,6 +88,8 @@ class _Files(_Strict):
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
+        except (RecursionError, OverflowError):
+            raise ValueError("too deep or too large a regular expression") from None
         return pattern
 
     @field_validator("separator")

@@ -89,7 +89,9 @@ class EvaluationConfig(_Strict):
     @classmethod
     def _names_to_mapping(cls, value: object) -> object:
         if isinstance(value, list | tuple):
-            if len(set(map(str, value))) < len(value):
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError("expected names")
+            if len(set(value)) < len(value):
                 raise ValueError("a benchmark is listed twice")
             return {name: {} for name in value}
         if isinstance(value, dict):

@@ -137,7 +137,9 @@ def _check_separator(pattern: str) -> None:
     try:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
-        raise UserError(f"--separator {pattern!r}: not a regular expression: {error}") from None
+        raise UserError(f"--separator {shortened(pattern)!r}: not a regular expression: {error}") from None
+    except (RecursionError, OverflowError):
+        raise UserError(f"--separator {shortened(pattern)!r}: too deep or too large an expression") from None
     if pattern and compiled.fullmatch(""):
         raise UserError(f"--separator {pattern!r} matches the empty text, so it would cut everywhere")
 
