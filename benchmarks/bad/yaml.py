@@ -371,31 +371,35 @@ def _places() -> list[Case]:
 def _dvc() -> list[Case]:
     """What dvc.yaml may have become."""
     found = []
-    verbs = cycle(
+    readers = cycle(
         [("train", "tiny", "baseline"), ("report", "tiny"), ("sync",), ("study",), ("fetch", "synthetic")]
     )
     for what, text, said in (
-        ("empty", "", "dvc.yaml"),
-        ("a list", "- a\n", "dvc.yaml"),
+        ("empty", "", "found nothing"),
+        ("a list", "- a\n", "found list"),
         ("not YAML", "a: [\n", "dvc.yaml, line"),
         ("without vars", "stages: {}\n", "stlm use STUDY"),
         ("vars that are a text", "vars: tiny\n", "stlm use STUDY"),
-        ("a study that is a list", "vars: [{study: [tiny]}]\n", "stlm use"),
-        (
-            "a study that is a path",
-            "vars: [{study: ../params/tiny}]\n",
-            "no study's name|does not list|stlm use",
-        ),
-        ("stages that are a list", "vars: [{study: tiny}]\nstages: [a]\n", "stlm use tiny"),
-        ("stages that are a text", "vars: [{study: tiny}]\nstages: all\n", "stlm use tiny"),
-        ("a stage that is nothing", "vars: [{study: tiny}]\nstages: {a: }\n", "stlm use tiny"),
+        ("a study that is a list", "vars: [{study: [tiny]}]\n", "stlm use STUDY"),
+        ("stages that are a list", "vars: [{study: tiny}]\nstages: [a]\n", "stlm use STUDY"),
+        ("stages that are a text", "vars: [{study: tiny}]\nstages: all\n", "stlm use STUDY"),
         ("a number as a stage", "vars: [{study: tiny}]\nstages: {1: {}}\n", "a key is a text"),
         ("NUL bytes", "vars: [{study: tiny}]\n\0", "dvc.yaml"),
         ("conflicts of git", "<<<<<<< HEAD\nvars: [{study: tiny}]\n=======\n", "dvc.yaml"),
     ):
         for _ in range(2):
-            verb = next(verbs)
+            verb = next(readers)
             found.append(Case(f"dvc.yaml: {what}: {verb[0]}", verb, put("dvc.yaml", text), said))
+    stage = put("dvc.yaml", "vars: [{study: tiny}]\nstages: {a: }\n")
+    path = put("dvc.yaml", "vars: [{study: ../params/tiny}]\n")
+    gone = put("dvc.yaml", "vars: [{study: gone}]\n")
+    found += [
+        Case("dvc.yaml: a stage that is nothing", ("report", "tiny"), stage, "stlm use tiny"),
+        Case("dvc.yaml: a study that is a path", ("study",), path, "no study's name"),
+        Case("dvc.yaml: a study that is a path: sync", ("sync",), path, "no study's name"),
+        Case("dvc.yaml: a study that is gone", ("study",), gone, "gone.yaml: no such study"),
+        Case("dvc.yaml: a study that is gone: sync", ("sync",), gone, "gone.yaml: no such study"),
+    ]
     return found
 
 
