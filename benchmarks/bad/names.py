@@ -170,15 +170,13 @@ def cases() -> list[Case]:
                 f"fingerprint: a model: {what}", ("fingerprint", "tiny", name), None, "has no published model"
             )
         )
-    for name, what in PLACES:
-        for arguments in (
-            ("generate", name, "Once"),
-            ("export", name, "out"),
-            ("compare", name, "tiny/baseline"),
-            ("compare", "tiny/baseline", name),
-        ):
-            place = arguments.index(name, 1) if name in arguments[1:] else 1
-            found.append(Case(f"{arguments[0]} {place}: {what}", arguments))
+    # `export` finds checkpoints as `generate` does, and `compare` its second as its first: some are enough.
+    for number, (name, what) in enumerate(PLACES):
+        found.append(Case(f"generate: {what}", ("generate", name, "Once")))
+        found.append(Case(f"compare: {what}", ("compare", name, "tiny/baseline")))
+        if number % 4 == 0:
+            found.append(Case(f"export: {what}", ("export", name, "out")))
+            found.append(Case(f"compare, the second: {what}", ("compare", "tiny/baseline", name)))
     for name, what in DATA:
         found.append(Case(f"fetch: {what}", ("fetch", name), None, "is in none of"))
         found.append(Case(f"tokenize: a corpus: {what}", ("tokenize", name, "bytes"), None, "unknown corpus"))
