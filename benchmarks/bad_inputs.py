@@ -49,7 +49,7 @@ _TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|Exception ignored|Fatal Python error|panicked at|terminate called"
 )
 # What a refused command may leave: caches, locks and logs.
-_NOT_CONTENT = (".state", ".dvc", ".git", ".snakemake", "logs")
+_NOT_CONTENT = (".state", ".dvc", ".git", ".snakemake", ".locks", "logs")
 
 
 @dataclass
@@ -89,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topic", action="append", default=[], help="of benchmarks/bad/; default: all")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names it is found in")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth case alone; default: 1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: a job a processor")
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="of a case; default: 120"
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     cases = [
         (topic, case)
         for topic, of_topic in topics(options.topic).items()
-        for case in of_topic
+        for case in of_topic[:: options.every]
         if re.search(options.only, case.name)
     ]
     begin = time.perf_counter()

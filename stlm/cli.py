@@ -9,14 +9,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import stlm
 from stlm.errors import Interrupted, UserError
+from stlm.files import of_the_machine
 from stlm.options import add_generate_options, add_new_options, whole_number
 from stlm.process import tune_process
-from stlm.terminal import tune_streams
+from stlm.terminal import flush_output, tell, tune_streams
 
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
@@ -34,35 +35,37 @@ def _study(options: argparse.Namespace):
 def fetch(options: argparse.Namespace) -> None:
     """Fetch a corpus, mix, benchmark or vocabulary into data/raw/NAME/."""
     from stlm.corpora.fetch import fetch as fetch_entry
-    from stlm.errors import nearest
+    from stlm.errors import nearest, shortened
     from stlm.study import load_benchmarks, load_corpora, load_vocabularies
 
     corpora = load_corpora()
     entries = {**corpora, **load_benchmarks(), **load_vocabularies()}
     if options.name not in entries:
         raise UserError(
-            f"{options.name!r} is in none of params/corpora.yaml, benchmarks.yaml and vocabularies.yaml"
-            f"{nearest(options.name, entries)}"
+            f"{shortened(options.name)!r} is in none of params/corpora.yaml, benchmarks.yaml and "
+            f"vocabularies.yaml{nearest(options.name, entries)}"
         )
     mirror = options.mirror or os.environ.get("STLM_MIRROR")
     mirror = Path(mirror).expanduser() if mirror else None
     if mirror is not None and not mirror.is_dir():
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
-    fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
+    from stlm.pipeline import active_study
     from stlm.recording import after_fetch
 
+    active_study()  # refuses a damaged dvc.yaml, which is read again once the data are there
+    fetch_entry(entries[options.name], RAW / options.name, mirror, corpora=corpora)
     after_fetch(options.name, mirror)
 
 
 def tokenize(options: argparse.Namespace) -> None:
     """Tokenize data/raw/CORPUS/ into data/tokens/CORPUS/TOKENIZER/."""
-    from stlm.errors import nearest
+    from stlm.errors import nearest, shortened
     from stlm.study import load_corpora, vocabulary_size
 
     corpora = load_corpora()
     if options.corpus not in corpora:
-        raise UserError(f"unknown corpus {options.corpus!r}{nearest(options.corpus, corpora)}")
+        raise UserError(f"unknown corpus {shortened(options.corpus)!r}{nearest(options.corpus, corpora)}")
     vocabulary_size(options.tokenizer)  # refuses an unknown name before the heavy imports
     from stlm.tokens.tokenize import tokenize_corpus
 
@@ -96,11 +99,12 @@ def evaluate(options: argparse.Namespace) -> None:
         evaluate_published(study.published[options.run], study.evaluation)
         return
     if study.published and options.run not in study.runs:
-        from stlm.errors import nearest
+        from stlm.errors import nearest, shortened
 
         known = [*study.runs, *study.published]
         raise UserError(
-            f"study {study.name!r} has no run or model {options.run!r}{nearest(options.run, known)}"
+            f"study {study.name!r} has no run or model {shortened(options.run)!r}"
+            f"{nearest(options.run, known)}"
         )
     run = study.run(options.run)
     from stlm.evaluation.evaluate import evaluate_run
@@ -135,10 +139,13 @@ def generate(options: argparse.Namespace) -> None:
     """Continue a prompt by a trained model, printing the text as it is drawn."""
     prompt = options.prompt
     if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    try:
+        # Bytes that the locale has no characters for may be UTF-8 all the same.
+        prompt = prompt.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        on_stdin = " on stdin" if options.prompt == "-" else ""
+        raise UserError(f"the prompt{on_stdin} is not UTF-8: {error}") from None
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
 
@@ -170,7 +177,8 @@ def study(options: argparse.Namespace) -> None:
     from stlm.pipeline import active_study
     from stlm.study import load_study
 
-    print(runs_table(load_study(options.study or active_study() or "smoke", options.set)))
+    name = options.study if options.study is not None else active_study() or "smoke"
+    print(runs_table(load_study(name, options.set)))
 
 
 def sizes(options: argparse.Namespace) -> None:
@@ -220,11 +228,12 @@ def sync(options: argparse.Namespace) -> None:
 def document(options: argparse.Namespace) -> None:
     """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
     from stlm.byte_page import write_bytes_page
-    from stlm.documentation import write_params_readme, write_readme_results
+    from stlm.documentation import check_repository, write_params_readme, write_readme_results
     from stlm.report.findings import write_findings
     from stlm.report.schedules import write_schedule_plots
     from stlm.sizes import write_sizes_page
 
+    check_repository()
     print(f"wrote {write_params_readme()}")
     print(f"wrote {write_readme_results()}")
     print(f"wrote {write_findings()}")
@@ -233,9 +242,16 @@ def document(options: argparse.Namespace) -> None:
     print(f"wrote {write_bytes_page()}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose help, where it cannot be written, is an error as any other output."""
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        (file or sys.stderr).write(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="stlm",
         description="Research on super tiny language models: the stages of the pipeline, a verb each.",
     )
@@ -278,7 +294,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenizing.add_argument(
         "--memory",
-        type=whole_number(16),
+        type=whole_number(16, 1 << 24),
         default=256,
         metavar="MB",
         help="memory of the search for near-duplicate documents; changes no result of up to some million "
@@ -300,7 +316,9 @@ def parser() -> argparse.ArgumentParser:
         "parameters", metavar="PARAMETERS", nargs="*", help="for example 20M; default: 10M 50M 100M"
     )
     sizer.add_argument("--tokenizer", default="gpt2", help="whose vocabulary: gpt2, bytes or bpe-N")
-    sizer.add_argument("--context", type=int, default=512, help="longest sequence, in tokens")
+    sizer.add_argument(
+        "--context", type=whole_number(2, 10**9), default=512, help="longest sequence, in tokens"
+    )
     of_checkpoint = "STUDY/RUN, a run's folder or a checkpoint's; @STEP after it: that checkpoint"
     generator = verb(
         generate,
@@ -322,24 +340,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status: 0, 2 for an error that the user can mend, 128 + a signal's number."""
+    """Run one verb; the exit status: 0, 2 for an error that the user can mend, 128 + a signal's number.
+
+    Other exceptions are mistakes of the program, and leave it with their traceback; so do all where the
+    variable STLM_TRACEBACK is set.
+    """
     tune_streams()
-    options = parser().parse_args(arguments)
-    tune_process()
+    return flush_output(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
+        options = parser().parse_args(arguments)
+        tune_process()
         options.function(options)
+    except SystemExit as stop:  # argparse's, after --help or for its own errors
+        return stop.code if isinstance(stop.code, int) else 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("STLM_TRACEBACK"):
+            raise
+        tell(f"error: {error}")
         return 2
     except Interrupted as stop:
-        with suppress(BrokenPipeError):  # the signal may have ended the reader of a log, too
-            print(stop, file=sys.stderr)
+        tell(str(stop))
         return stop.status
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        tell("interrupted; the same command goes on from what is saved")
         return 130
     except BrokenPipeError:
-        # The reader of a listing, such as `head`, had enough.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
-        return 141
+        return 141  # the reader of a listing, such as `head`, had enough
+    except Exception as error:
+        said = of_the_machine(error)
+        if said is None or os.environ.get("STLM_TRACEBACK"):
+            raise
+        tell(f"error: {said}")
+        return 2
     return 0

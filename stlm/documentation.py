@@ -50,6 +50,9 @@ schema that checks the files (a test fails when they differ): do not edit it.
 - `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
 - A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
   work starts. `stlm study NAME` checks a study and lists its runs.
+- Files are read as YAML 1.2: `off`, `yes`, `1:30` and dates are texts, `010` is ten, `0o10` eight. A key that
+  is not a text (`true`, `~`, `12`) must be in quotes. Names of studies, variants and published models are
+  lower-case letters, digits, `_` and `-`, at most 100 characters.
 - From the command line, one run of the pipeline only: `snakemake --cores 1 all --config study=desk
   'set=training.learning_rate=1e-3 model.layers=2'`; a single stage takes `--set model.layers=2`.
 
@@ -148,6 +151,15 @@ def _table(model: type[BaseModel]) -> list[str]:
         cells = (f"`{name}`", _type_name(field.annotation) + _bounds(field), _default(field), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
+
+
+def check_repository(root: Path = Path()) -> None:
+    """Nothing is written elsewhere than where all pages are: in the repository. `UserError` otherwise."""
+    for path in (PARAMS_README, README, Path("docs") / "sizes.md"):
+        if not (root / path).is_file():
+            raise UserError(
+                f"{path}: no such file in {root.resolve()}; run this in the top folder of STLM's repository"
+            )
 
 
 def params_readme() -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_COMPARED = 200  # characters of a word that are compared
+_LISTED = 50  # choices that are listed
+
 
 class UserError(Exception):
     """Bad input. The message names the file, key or flag, what was found and what was expected.
@@ -25,10 +28,20 @@ class Interrupted(Exception):
         self.status = 128 + signal_number
 
 
+def shortened(text: str, longest: int = 80) -> str:
+    """A text of the user's as a message shows it: its beginning, where it is longer than ``longest``."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint to append to an error: the choice most like ``word``, or all of them where none is like it."""
+    """A hint to append to an error: the choice most like ``word``, or all of them where none is like it.
+
+    Of many choices the first ones are listed.
+    """
     choices = sorted(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:_COMPARED], choices, n=1, cutoff=0.5)
     if close:
         return f" (did you mean {close[0]!r}?)"
+    if len(choices) > _LISTED:
+        return f" (choices: {', '.join(choices[:_LISTED])} and {len(choices) - _LISTED} more)"
     return f" (choices: {', '.join(choices)})" if choices else ""

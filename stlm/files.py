@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from stlm.errors import UserError
+from stlm.errors import UserError, shortened
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -150,7 +150,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the stage that writes it has not run") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
 
@@ -175,8 +175,33 @@ def sha256(path: Path) -> str:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {_DISK_ERRORS.get(error.errno) or error.strerror or error}")
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise where reading ``path`` ended with ``error``."""
+    return UserError(f"{path}: cannot be read: {reason(error)}")
+
+
+def of_the_machine(error: Exception) -> str | None:
+    """What to say of an error that the system raised, not the program; None for any other.
+
+    Of a file the user can find out more; an error of the system without an errno is a library's own.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename or error.filename2
+        if name is None:
+            writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+            return f"{'the output cannot be written: ' if writing else ''}{reason(error)}"
+        return f"{shortened(os.fsdecode(name), 200)}: {reason(error)}"
+    said = str(error)
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
+        asked = f" ({shortened(said.splitlines()[0], 200)})" if said else ""
+        return f"not enough memory{asked}; choose smaller numbers: of the model, its batches or its context"
+    return None
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in words."""
+    return _DISK_ERRORS.get(error.errno) or error.strerror or str(error)

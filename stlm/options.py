@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
+
+from stlm.errors import shortened
 
 
-def whole_number(least: int):
-    """Of an option: text -> a whole number of at least `least`."""
+def whole_number(least: int, most: int = 10**18):
+    """Of an option: text -> a whole number of at least `least` and at most `most`."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        # Digits are counted first: Python converts no text of thousands of them.
+        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+            bound = "" if most == 10**18 else f" and at most {most:,}"
+            raise argparse.ArgumentTypeError(
+                f"{shortened(text)!r}: expected a whole number of at least {least}{bound}"
+            )
         return int(text)
 
     return number
@@ -23,7 +30,7 @@ def _minutes(text: str) -> float:
     except ValueError:
         minutes = 0.0
     if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected minutes, for example 30")
+        raise argparse.ArgumentTypeError(f"{shortened(text)!r}: expected minutes, for example 30")
     return minutes
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
-from stlm.files import write_text
+from stlm.files import disk_errors, write_text
 from stlm.manifests import Manifests, model_manifest, refresh_all
 from stlm.study import (
     PublishedModel,
@@ -268,10 +268,14 @@ def active_study(root: Path = Path()) -> str | None:
     path = root / DVC_FILE
     if not path.exists():
         return None
+    content = read_yaml(path)
     try:
-        return str(read_yaml(path)["vars"][0]["study"])
+        name = content["vars"][0]["study"]
     except (KeyError, IndexError, TypeError):
-        raise UserError(f"{path}: not as `stlm use` writes it; run `stlm use STUDY`") from None
+        name = None
+    if not isinstance(name, str) or not isinstance(content.get("stages") or {}, dict):
+        raise UserError(f"{path}: not as `stlm use` writes it; run `stlm use STUDY`")
+    return name
 
 
 def use(name: str, root: Path = Path()) -> bool:
@@ -286,8 +290,9 @@ def use(name: str, root: Path = Path()) -> bool:
     )
     text = _HEADER.format(study=name) + body
     path = root / DVC_FILE
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return False
+    with disk_errors(path):
+        if path.exists() and path.read_bytes() == text.encode():
+            return False
     write_text(path, text)
     return True
 

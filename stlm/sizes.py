@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stlm.errors import UserError
+from stlm.errors import UserError, shortened
 from stlm.files import write_text
 from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
 from stlm.tokens.chunks import SYMBOLS
 
+_MOST = 1e15
 SIZES_PAGE = Path("docs") / "sizes.md"
 
 # What the table shows of each size: label -> keys of `model` beside the size's own.
@@ -66,10 +68,14 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, float]:
     """Sizes as people write them, 20M or 1.5e6, by that text. Raises ``UserError`` for anything else."""
     found = {}
     for text in texts:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kMB]?)", text)
-        if match is None:
-            raise UserError(f"{text!r} is no number of parameters; expected for example 20M, 500k or 1.5e6")
-        found[text] = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]]
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kMB]?)", text)
+        number = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
+        if not 0 < number <= _MOST:
+            raise UserError(
+                f"{shortened(text)!r} is no number of parameters up to {_MOST:.0e}; expected for example "
+                "20M, 500k or 1.5e6"
+            )
+        found[text] = number
     return found
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stlm.checks import check_benchmarks, check_data, check_names, check_start
 from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
-from stlm.errors import UserError, nearest
+from stlm.errors import UserError, nearest, shortened
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json
 from stlm.model.config import (
@@ -26,14 +26,19 @@ from stlm.model.config import (
     parameter_counts,
     training_flops_per_token,
 )
+from stlm.project import where_to_stand
 from stlm.study_file import Published, StudyFile
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 from stlm.tokens.config import DataConfig
+from stlm.tokens.names import bpe_size
 from stlm.training.config import TrainingConfig
 from stlm.validation import parse_yaml, read_yaml, validate
 
 PARAMS = Path("params")
 NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+LONGEST_NAME = 100
+"""Characters of a name: files, folders and stages have more in theirs, and file systems take 255 bytes."""
+_DEEPEST = 20
 NOT_STUDIES = {"corpora", "benchmarks", "vocabularies", "active"}
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -174,7 +179,7 @@ class Study(BaseModel):
     def run(self, name: str) -> Run:
         """The run of that name; a ``UserError`` with the nearest one otherwise."""
         if name not in self.runs:
-            raise UserError(f"study {self.name!r} has no run {name!r}{nearest(name, self.runs)}")
+            raise UserError(f"study {self.name!r} has no run {shortened(name)!r}{nearest(name, self.runs)}")
         return self.runs[name]
 
 
@@ -220,6 +225,24 @@ def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
     return _catalogue(root, "vocabularies", VocabularyEntry)
 
 
+def is_name(text: str) -> bool:
+    """Whether a study, a variant or a published model may have this name."""
+    return len(text) <= LONGEST_NAME and NAME.fullmatch(text) is not None
+
+
+def _check_study_name(name: str, root: Path) -> None:
+    """A study is a name, never a path; it must have a file in params/."""
+    if not is_name(name):
+        hint = nearest(Path(name).stem, study_names(root)) if len(name) <= LONGEST_NAME else ""
+        raise UserError(
+            f"{shortened(name)!r} is no study's name: lower-case letters, digits, _ and - between them, at "
+            f"most {LONGEST_NAME}; without folder and suffix{hint}"
+        )
+    if name in NOT_STUDIES or not (root / PARAMS / f"{name}.yaml").exists():
+        hint = where_to_stand(root) or nearest(name, study_names(root))
+        raise UserError(f"{PARAMS}/{name}.yaml: no such study{hint}")
+
+
 def study_names(root: Path = Path()) -> list[str]:
     """The studies that params/ has."""
     return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in NOT_STUDIES)
@@ -237,18 +260,20 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
+    flag = f"--set {shortened(override)}"
     if not separator or not all(key.split(".")):
-        raise UserError(f"--set {override}: expected key.path=value, for example model.layers=2")
-    value = parse_yaml(text, f"--set {override}")
+        raise UserError(f"{flag}: expected key.path=value, for example model.layers=2")
+    value = parse_yaml(text, flag)
     parts = key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        below = content
-        for earlier in parts[:depth]:
-            below = below[earlier] or {}
-        if isinstance(below.get(part), list | str | int | float):
-            raise UserError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, it has no keys")
-        if below.get(part) is None:
-            below[part] = {}
+    if len(parts) > _DEEPEST:
+        raise UserError(f"{flag}: no parameter is so deep; expected key.path=value")
+    below: Any = content
+    for depth, part in enumerate(parts[:-1], start=1):
+        below = below.get(part)
+        if below is None:
+            break
+        if not isinstance(below, Mapping):
+            raise UserError(f"{flag}: {'.'.join(parts[:depth])} is a value, it has no keys")
     nested: Any = value
     for part in reversed(parts):
         nested = {part: nested}
@@ -267,16 +292,11 @@ def vocabulary_size(tokenizer: str) -> int:
     if cuts_chunks(tokenizer):
         make_chunker(tokenizer)
         return SYMBOLS
-    match = re.fullmatch(r"bpe-(\d+)", tokenizer)
-    if not match:
+    size = bpe_size(tokenizer)
+    if size is None:
         raise UserError(
-            f"tokenizer: {tokenizer!r} is none of gpt2, bytes, bpe-N (for example bpe-4096), words, spaces, "
-            "stride-N (for example stride-4)"
-        )
-    size = int(match[1])
-    if size < 258:
-        raise UserError(
-            f"tokenizer: {tokenizer!r} is too small: 256 bytes, the end of text and a merge need 258"
+            f"tokenizer: {shortened(tokenizer)!r} is none of gpt2, bytes, bpe-N (for example bpe-4096), "
+            "words, spaces, stride-N (for example stride-4)"
         )
     return size
 
@@ -345,15 +365,14 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     ``overrides`` are ``key.path=value`` texts, the value in YAML, as after ``--set``. Raises ``UserError``
     with every problem found.
     """
+    _check_study_name(name, root)
     path = root / PARAMS / f"{name}.yaml"
-    if not path.is_file() or name in NOT_STUDIES:
-        raise UserError(f"{PARAMS}/{name}.yaml: no such study{nearest(name, study_names(root))}")
     file = f"{PARAMS}/{name}.yaml"
     raw = read_yaml(path)
     for override in overrides:
         raw = _override(raw, override)
     if overrides:
-        file += f" (with --set {' '.join(overrides)})"
+        file += f" (with --set {shortened(' '.join(overrides), 200)})"
     parsed = validate(StudyFile, raw, file)
     if parsed.baseline not in parsed.variants:
         raise UserError(
@@ -362,8 +381,11 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         )
     for key in ("variants", "published"):
         for own in getattr(parsed, key):
-            if not NAME.fullmatch(own):
-                raise UserError(f"{file}: {key}.{own}: a name is lower-case letters, digits, _ and -")
+            if not is_name(own):
+                raise UserError(
+                    f"{file}: {key}: {shortened(own)!r}: a name is lower-case letters, digits, _ and -, and "
+                    f"begins with a letter; at most {LONGEST_NAME}"
+                )
     if len(set(parsed.seeds)) < len(parsed.seeds):
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
     corpora = load_corpora(root)

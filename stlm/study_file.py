@@ -12,7 +12,7 @@ from stlm.evaluation.config import EvaluationConfig
 class Variant(BaseModel):
     """A model variant: what differs from the study's baseline."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     label: str | None = Field(None, description="Name in tables and plots; default: the variant's key.")
     paper_row: str | None = Field(
@@ -28,7 +28,7 @@ class Variant(BaseModel):
 class Published(BaseModel):
     """A published model, scored as the study's runs are and shown beside them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     folder: str = Field(
         min_length=1,
@@ -46,7 +46,7 @@ class Published(BaseModel):
 class StudyFile(BaseModel):
     """The keys of ``params/<study>.yaml``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     description: str = Field(description="What the study is for, in a line or two.")
     corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")

@@ -1,62 +1,49 @@
-"""Strict YAML: a mistake in it is told by file, key, what was found and the nearest valid choice."""
+"""Strict parameters: a mistake in it is told by file, key, what was found and the nearest valid choice."""
 
 from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from stlm import yaml_core
 from stlm.errors import UserError, nearest
+from stlm.files import unreadable
+from stlm.project import where_to_stand
 
+_PROBLEMS = 10
+"""So many lines are shown of a file's problems."""
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads ``6e-4`` as the number it is in YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """The content of a YAML text; errors name ``source`` and the line."""
     try:
-        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        return yaml_core.load(text)
+    except yaml_core.YamlError as error:
+        where = f", line {error.line}" if error.line and not source.startswith("--set") else ""
+        raise UserError(f"{source}{where}: not valid YAML: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; run from the project's top folder") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{where_to_stand()}") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: expected keys and values, found {found}")
     return content
 
 
@@ -87,7 +74,7 @@ def _problems(error: ValidationError, model: type[BaseModel], file: str, prefix:
         location = problem["loc"]
         key = ".".join(part for part in (prefix, *(str(x) for x in location)) if part)
         found = problem["input"]
-        shown = "" if isinstance(found, dict | list) else f", found {found!r}"
+        shown = "" if isinstance(found, dict | list) else f", found {reprlib.repr(found)}"
         if problem["type"] == "extra_forbidden":
             hint = nearest(str(location[-1]), _keys_at(model, location))
             lines.append(f"{file}: {key}: no such key{hint}")
@@ -104,6 +91,8 @@ def _problems(error: ValidationError, model: type[BaseModel], file: str, prefix:
                 lines.append(f"{file}: {key_only}{message}")
             else:
                 lines.append(f"{file}: {key}: {message}{shown}")
+    if len(lines) > _PROBLEMS:
+        lines[_PROBLEMS - 1 :] = [f"{file}: and {len(lines) - _PROBLEMS + 1} problems more"]
     return "\n".join(lines)
 
 
@@ -112,13 +101,6 @@ def validate(model: type[_Model], content: Any, file: str, prefix: str = "") -> 
     try:
         # By way of JSON, strict mode takes lists for tuples and whole numbers for floats, but no "400" or
         # true for 400.
-        return model.model_validate_json(json.dumps(content, default=_not_json), strict=True)
+        return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise UserError(_problems(error, model, file, prefix)) from None
-    except TypeError as error:  # a key of a mapping that is no text
-        raise UserError(f"{file}: {prefix + ': ' if prefix else ''}{error}") from None
-
-
-def _not_json(value: Any) -> str:
-    """YAML's dates, which no parameter is: as text, so that the check that follows names their key."""
-    return str(value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+
+from stlm.cli import main
 
 
 def stlm(*arguments, cwd, env=None):
@@ -66,7 +69,7 @@ def test_a_mistake_is_told_without_traceback_and_exits_2(arguments, expected, pr
 def test_outside_a_project_the_error_says_where_to_be(tmp_path):
     done = stlm("fetch", "blimp", cwd=tmp_path)
     assert done.returncode == 2
-    assert "run from the project's top folder" in done.stderr
+    assert "run it in the project's top folder" in done.stderr
 
 
 LOCALES = {
@@ -97,3 +100,88 @@ def test_any_text_is_printed_in_any_locale(arguments, status, locale, project):
     assert done.returncode == status, done.stderr
     assert b"Traceback" not in done.stderr
     assert done.stdout if status == 0 else done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file without space, Linux's")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["--help"], "1"), (["--version"], ""), (["sizes", "10M"], "1")],
+)
+def test_output_that_cannot_be_written_is_an_error_in_a_line(arguments, unbuffered, project):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stlm", *arguments],
+            cwd=project,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "no space left" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["sizes", "10M"], 0), (["--help"], 0), (["sizes", "x"], 2)]
+)
+def test_closed_streams_take_no_file_of_ours(arguments, status, project):
+    """With its streams closed, a process opens its first files under their numbers."""
+    command = f"exec {sys.executable} -m stlm {' '.join(arguments)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=project).returncode == status
+    code = (
+        "import os, sys; from stlm.terminal import tune_streams; tune_streams()\n"
+        "descriptor = os.open('mine', os.O_RDWR | os.O_CREAT)\n"
+        "print('library'); sys.stdout.flush(); os.write(1, b'library')\n"
+        "sys.exit(descriptor < 3 or os.fstat(descriptor).st_size)"
+    )
+    done = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" <&- >&- 2>&-', code], cwd=project)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "refused", "data/raw"), "error: data/raw: permission denied"),
+        (OSError(errno.ENAMETOOLONG, "long", "x" * 300), "error: xxx"),
+        (OSError(errno.ENOSPC, "full"), "error: the output cannot be written: no space left"),
+        (MemoryError(), "error: not enough memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "not enough memory",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_told_in_a_line(error, said, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("stlm.sizes.parse_sizes", fail)
+    assert main(["sizes", "10M"]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+    assert len(told) < 400
+    monkeypatch.setenv("STLM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["sizes", "10M"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        ValueError("x"),
+        RuntimeError("x"),
+        RecursionError(),
+        OSError("a library's"),
+        TypeError(),
+    ],
+)
+def test_a_mistake_of_the_program_keeps_its_traceback(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("stlm.sizes.parse_sizes", fail)
+    with pytest.raises(type(error)):
+        main(["sizes", "10M"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 
@@ -12,8 +13,9 @@ from stlm.documentation import PARAMS_README, README, params_readme, readme_with
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS, data_names
 from stlm.listing import runs_table
-from stlm.pipeline import dvc_stages, train_inputs
+from stlm.pipeline import dvc_stages, train_inputs, use
 from stlm.study import load_benchmarks, load_study, vocabulary_size
+from stlm.validation import read_yaml
 
 ROWS = ["baseline", "sincos", "learned", "simple-ffn", "dropout-free"]
 
@@ -274,3 +276,100 @@ def test_a_reference_must_be_able_to_read_the_run(project):
     overrides += ["variants.own.model.context=128", "variants.own.corpus=wikitext2"]
     with pytest.raises(UserError, match="trained on synthetic, with another vocabulary"):
         load_study("smoke", overrides)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "../params/smoke",
+        "./smoke",
+        "params/smoke.yaml",
+        "smoke.yaml",
+        "/etc/x",
+        "smoke\n",
+        "Smoke",
+        "smоke",
+        "s" * 101,
+        "s" * 300,
+        "s\0",
+    ],
+)
+def test_a_study_is_a_name_and_never_a_path(name, project):
+    with pytest.raises(UserError, match="no study's name") as error:
+        load_study(name)
+    assert len(str(error.value)) < 400
+    with pytest.raises(UserError, match="no study's name"):
+        use(name)
+    assert not (project / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("010", "put it in quotes: '010'"),
+        ("~", "put it in quotes: '~'"),
+        ("true", "put it in quotes: 'true'"),
+        ("1:30", "'1:30': a name is"),
+        ("2026-02-31", "'2026-02-31': a name is"),
+        ("../learned", "a name is"),
+        ("a" * 101, "at most 100"),
+    ],
+)
+def test_a_variants_name_is_what_is_written_or_refused(name, said, project):
+    edit(project, "  learned:\n", f"  {name}:\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_study("smoke")
+
+
+@pytest.mark.parametrize("name", ["off", "yes", "no", "on", "y"])
+def test_words_of_yaml_1_1_are_names(name, project):
+    edit(project, "  learned:\n", f"  {name}:\n")
+    assert name in load_study("smoke").runs
+    use("smoke")
+    assert f"train-smoke-{name}" in read_yaml(project / "dvc.yaml")["stages"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.steps=1_000", "training.steps: .*'1_000'"),
+        ("model.layers=1000000000000", "model.layers: .*10000"),
+        ("model.layers=" + "9" * 5000, "5,000 digits"),
+        ("model.bytes={encoder_layers: 1000000}", "encoder_layers"),
+        ("variants.baseline.model.layers.more=1", "model.layers"),
+        (".".join("k" * 200) + "=1", "no parameter is so deep"),
+        ("evaluation.benchmarks=[[a]]", "expected names"),
+        ("tokenizer=bpe-0300", "is none of"),
+        ("tokenizer=bpe-99999999999", "at most 1,000,000"),
+        ("tokenizer=stride-04", "expected words, spaces or stride-N"),
+        ("corpus=no", "unknown corpus 'no'"),
+    ],
+)
+def test_values_out_of_bounds_are_told_shortly(override, said, project):
+    with pytest.raises(UserError, match=said) as error:
+        load_study("smoke", [override])
+    assert len(str(error.value)) < 1000
+
+
+def test_of_many_mistakes_the_first_are_told(project):
+    variants = "".join(f"  v{n}: {{nonsense: 1}}\n" for n in range(500))
+    edit(project, "  learned:\n", f"{variants}  learned:\n")
+    with pytest.raises(UserError, match="and 491 problems more") as error:
+        load_study("smoke")
+    assert len(str(error.value).splitlines()) == 10
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(project):
+    (project / "params" / "smoke.yaml").chmod(0)
+    with pytest.raises(UserError, match=r"params/smoke.yaml: cannot be read: permission denied"):
+        load_study("smoke")
+
+
+def test_a_folder_in_a_files_place_is_named(project):
+    (project / "params" / "smoke.yaml").unlink()
+    (project / "params" / "smoke.yaml").mkdir()
+    with pytest.raises(UserError, match=r"params/smoke.yaml: cannot be read: a folder stands"):
+        load_study("smoke")

@@ -44,7 +44,8 @@ _MODULES = (
 
 def prepare() -> None:
     """Import what commands import, once. Nothing is computed: threads do not survive a fork."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("STLM_", "WANDB_"))}
+    ours = ("STLM_", "WANDB_", "PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     # One thread, no network, no mirror, no GPU, and the code of this repository.
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))

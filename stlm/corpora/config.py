@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stlm.corpora.text_files import Cut, Documents
-from stlm.errors import nearest
+from stlm.errors import nearest, shortened
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -32,7 +32,7 @@ SPLITS = {
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Files(_Strict):
@@ -88,6 +88,8 @@ class _Files(_Strict):
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
+        except (RecursionError, OverflowError):
+            raise ValueError("too deep or too large a regular expression") from None
         return pattern
 
     @field_validator("separator")
@@ -208,10 +210,10 @@ class _Entry(_Strict):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name) > 100:
             raise ValueError(
-                f"{name!r} cannot be a name, as it names folders and stages: use the letters A to Z, a to z, "
-                "digits, _ and -, and begin with a letter or digit"
+                f"{shortened(name)!r} cannot be a name, as it names folders and stages: use the letters A to "
+                "Z, a to z, digits, _ and -, at most 100, and begin with a letter or digit"
             )
         return name
 

@@ -10,7 +10,7 @@ BATCH_KEYS = frozenset({"batch_tokens"})
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BenchmarkConfig(_Strict):
@@ -91,7 +91,9 @@ class EvaluationConfig(_Strict):
     @classmethod
     def _names_to_mapping(cls, value: object) -> object:
         if isinstance(value, list | tuple):
-            if len(set(map(str, value))) < len(value):
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError("expected names")
+            if len(set(value)) < len(value):
                 raise ValueError("a benchmark is listed twice")
             return {name: {} for name in value}
         if isinstance(value, dict):

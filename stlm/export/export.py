@@ -34,7 +34,9 @@ def export(run: str, folder: Path, force: bool = False) -> None:
     card = read_card(checkpoint)
     text = None
     if card is not None:
-        text = card.markdown(library_name="transformers", use=_USE.format(folder=folder.name))
+        # Any folder can be written to, also one whose name is not UTF-8; the card is.
+        named = folder.name.encode(errors="backslashreplace").decode()
+        text = card.markdown(library_name="transformers", use=_USE.format(folder=named))
     export_llama(checkpoint, folder, text)
     print(f"wrote {folder}" + ("" if text else "; no model card, as no train.json is beside the checkpoint"))
 

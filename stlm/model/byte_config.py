@@ -6,19 +6,29 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Bound by what a process can list; the deepest Transformers have a thousand.
+MOST_LAYERS = 10_000
+_TRIED = 10_000
+
 
 def check_divides(key: str, found: int, of: str, whole: int) -> None:
     """Raises ValueError where one key's number does not divide another's."""
     if whole % found:
-        fit = [number for number in range(1, whole + 1) if whole % number == 0]
-        near = min(fit, key=lambda number: abs(number - found))
-        raise ValueError(f"{key}: {found} does not divide {of}: {whole} (nearest that does: {near})")
+        # Outwards from what was found; of huge numbers, not for ever.
+        near = (
+            number
+            for off in range(1, min(max(found, whole), _TRIED))
+            for number in (found - off, found + off)
+            if 0 < number <= whole and whole % number == 0
+        )
+        nearest = next(near, 1)
+        raise ValueError(f"{key}: {found} does not divide {of}: {whole} (nearest that does: {nearest})")
 
 
 class ByteConfig(BaseModel):
     """Bytes in, bytes out: what takes the place of embedding and head (paper, section 5.2)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     width: int = Field(
         64, ge=2, description="Byte dimension: of the byte embedding and both byte transformers."
@@ -30,10 +40,11 @@ class ByteConfig(BaseModel):
     encoder_layers: int = Field(
         2,
         ge=1,
+        le=MOST_LAYERS,
         description="Blocks of the transformer within each chunk, which sees all of the chunk's bytes.",
     )
     decoder_layers: int = Field(
-        2, ge=1, description="Blocks of the transformer that writes a chunk, byte after byte."
+        2, ge=1, le=MOST_LAYERS, description="Blocks of the transformer that writes a chunk, byte after byte."
     )
     pooling: Literal["mean", "attention", "last", "query"] = Field(
         "mean",

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stlm.model.byte_config import ByteConfig, check_divides
+from stlm.model.byte_config import MOST_LAYERS, ByteConfig, check_divides
 from stlm.model.reduction import PARTS, LoraConfig, LowRankConfig, SharingConfig
 
 # Bytes of a chunk where nobody knows yet: about those of a corpus' words or byte-pair tokens.
@@ -18,7 +18,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    layers: int = Field(8, ge=1, description="Transformer blocks.")
+    layers: int = Field(8, ge=1, le=MOST_LAYERS, description="Transformer blocks.")
     width: int = Field(512, ge=1, description="Model dimension (the residual stream's).")
     heads: int = Field(16, ge=1, description="Query heads. Must divide `width`.")
     kv_heads: int = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from stlm.model.byte_config import MOST_LAYERS
 from stlm.model.config import ModelConfig, parameter_counts
 
 # The paper's three sizes, in parameters.
@@ -51,12 +52,15 @@ def propose(parameters: float, vocab_size: int = 50257, context: int = 512) -> M
             for layers in (1, 2)
         )
         first, layer = parameter_counts(one).total, parameter_counts(two).total - parameter_counts(one).total
-        most = 1 + math.floor((parameters * (1 + _TOLERANCE) - first) / layer)
-        for layers in range(1, most + 1):
+        # Layers of which the model is within the tolerance, at most those that a model may have.
+        least, most = (parameters * (1 + sign * _TOLERANCE) for sign in (-1, 1))
+        fewest = max(1, 1 + math.ceil((least - first) / layer))
+        deepest = min(MOST_LAYERS, 1 + math.floor((most - first) / layer))
+        if fewest <= deepest:
+            layers = min(max(width // WIDTH_PER_LAYER, fewest), deepest)
             off = abs(math.log((first + (layers - 1) * layer) / parameters))
             shape = abs(math.log(width / layers / WIDTH_PER_LAYER))
-            if first + (layers - 1) * layer >= parameters * (1 - _TOLERANCE):
-                found.append((shape, off, one.model_copy(update={"layers": layers})))
+            found.append((shape, off, one.model_copy(update={"layers": layers})))
     if not found:
         raise ValueError(
             f"no model of the rule has {parameters:,.0f} parameters, within {_TOLERANCE:.0%}, with a "

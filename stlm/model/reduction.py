@@ -16,7 +16,7 @@ PARTS = ("attention", "ffn")
 class SharingConfig(BaseModel):
     """Layers that use the same matrices. Norms, gains, shifts and adapters stay each layer's own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     what: Literal["ffn", "attention", "all"] = Field(
         description="Whose matrices are shared: the feed-forward network's (MobiLlama, Thawakar et al. "
@@ -92,7 +92,7 @@ class LowRankConfig(BaseModel):
     A matrix's own rank, where given, comes before that of its network.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ffn: int | None = Field(
         None, ge=1, description="Rank of the feed-forward matrices, gate and up as one; null: full."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stlm.corpora.formats import DataFile, default_cut, known_suffix
 from stlm.corpora.text_files import Cut
-from stlm.errors import UserError
+from stlm.errors import UserError, shortened
 from stlm.evaluation.benchmarks import LAST_WORD
 from stlm.files import write_text
 from stlm.model.config import ModelConfig
@@ -25,9 +25,10 @@ from stlm.new.sources import Sources, find_sources, text_column
 from stlm.new.speed import Speed
 from stlm.new.write import Chosen, Corpus, append_entry, corpus_entry, study_text
 from stlm.study import (
-    NAME,
+    LONGEST_NAME,
     NOT_STUDIES,
     PARAMS,
+    is_name,
     load_benchmarks,
     load_corpora,
     load_study,
@@ -83,15 +84,15 @@ def new(
 
 def check_name(name: str, force: bool) -> None:
     """A name must be one that studies, folders and stages may have, and not be taken unless `force`."""
-    if not NAME.fullmatch(name) or name in NOT_STUDIES:
+    if not is_name(name) or name in NOT_STUDIES:
         letters = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
         proposal = re.sub(r"[^a-z0-9_]+", "-", letters).strip("-_")
         why = "is the name of a file in params/" if name in NOT_STUDIES else "cannot name a study"
-        valid = NAME.fullmatch(proposal) and proposal not in NOT_STUDIES
+        valid = is_name(proposal) and proposal not in NOT_STUDIES
         hint = f" (for example {proposal})" if valid else ""
         raise UserError(
-            f"{name!r} {why}: a name is lower-case letters without accents, digits, _ and - between them, "
-            f"and begins with a letter{hint}"
+            f"{shortened(name)!r} {why}: a name is lower-case letters without accents, digits, _ and - "
+            f"between them, at most {LONGEST_NAME}, and begins with a letter{hint}"
         )
     other = dict.fromkeys(load_benchmarks(), "benchmark")
     other |= dict.fromkeys(load_vocabularies(), "vocabulary")
@@ -136,7 +137,9 @@ def _check_separator(pattern: str) -> None:
     try:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
-        raise UserError(f"--separator {pattern!r}: not a regular expression: {error}") from None
+        raise UserError(f"--separator {shortened(pattern)!r}: not a regular expression: {error}") from None
+    except (RecursionError, OverflowError):
+        raise UserError(f"--separator {shortened(pattern)!r}: too deep or too large an expression") from None
     if pattern and compiled.fullmatch(""):
         raise UserError(f"--separator {pattern!r} matches the empty text, so it would cut everywhere")
 

@@ -63,7 +63,7 @@ def _comment(text: str, indent: int = 0) -> list[str]:
 def corpus_entry(corpus: Corpus) -> str:
     """The entry, to be appended to params/corpora.yaml; its comments are inside of it."""
     lines = [
-        f"{corpus.name}:",
+        f"{scalar(corpus.name)}:",
         "  # Written by `stlm new`; a copy of `sources` under another name makes another corpus.",
         f"  description: {scalar(corpus.about)}",
     ]
@@ -118,7 +118,7 @@ def study_text(chosen: Chosen) -> str:
     lines = [
         *_head(chosen),
         f"description: {scalar(f'Five techniques compared on {corpus.about}.')}",
-        f"corpus: {corpus.name}",
+        f"corpus: {scalar(corpus.name)}",
         *_comment(_about_vocabulary(fit, chosen.train_bytes)),
         f"tokenizer: bpe-{fit.vocabulary}",
         *_comment(_about_seeds(fit)),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stlm.errors import UserError, nearest
+from stlm.errors import UserError, nearest, shortened
 
 # Symbols: the bytes, and two that end a chunk.
 END, END_OF_TEXT, SYMBOLS = 256, 257, 258
@@ -251,12 +251,12 @@ def make_chunker(name: str) -> Chunker:
     """The chunker `words`, `spaces` or `stride-N`; any other name is a `UserError`."""
     if name in ("words", "spaces"):
         return Words() if name == "words" else Spaces()
-    match = re.fullmatch(r"stride-([1-9]\d*)", name)
+    match = re.fullmatch(r"stride-([1-9][0-9]*)", name)
     if not match:
         hint = nearest(name, ["words", "spaces", "stride-4"])
-        raise UserError(f"unknown chunks {name!r}: expected words, spaces or stride-N{hint}")
-    if int(match[1]) > LONGEST:
-        raise UserError(f"tokenizer {name!r}: N must be at most {LONGEST}")
+        raise UserError(f"unknown chunks {shortened(name)!r}: expected words, spaces or stride-N{hint}")
+    if len(match[1]) > 2 or int(match[1]) > LONGEST:
+        raise UserError(f"tokenizer {shortened(name)!r}: N must be at most {LONGEST}")
     return Stride(int(match[1]))
 
 

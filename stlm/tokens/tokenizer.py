@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from stlm.errors import UserError, nearest
 from stlm.files import atomic_path, read_record, write_json
 from stlm.tokens.chunks import Chunker, ChunkTable, Pieces, chunk_table, cuts_chunks, make_chunker
+from stlm.tokens.names import bpe_size
 
 EOT = "<|endoftext|>"
 DESCRIPTION = "tokenizer-name.json"
@@ -240,15 +241,12 @@ def trained_tokenizer(name: str, content: bytes) -> Tokenizer:
 
 def bpe_vocab_size(name: str) -> int:
     """The N of `bpe-N`; any other name is a `UserError`."""
-    match = re.fullmatch(r"bpe-(\d+)", name)
-    if not match:
+    size = bpe_size(name)
+    if size is None:
         hint = nearest(name, ["gpt2", "bytes", "bpe-4096", "words", "spaces", "stride-4"])
         raise UserError(
             f"unknown tokenizer {name!r}: expected gpt2, bytes, bpe-N, words, spaces or stride-N{hint}"
         )
-    size = int(match[1])
-    if size < 258:
-        raise UserError(f"tokenizer {name!r}: N must be at least 258 (256 bytes, a merge, the end of text)")
     return size
 
 

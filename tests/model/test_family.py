@@ -8,6 +8,7 @@ import torch
 from stlm.cli import main
 from stlm.errors import UserError
 from stlm.model.build import build_model
+from stlm.model.byte_config import check_divides
 from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
 from stlm.sizes import HEADER, SIZES_PAGE, family, parse_sizes, rows, sizes_page, text_table
@@ -50,6 +51,24 @@ def test_a_size_that_no_shape_has_is_refused():
     with pytest.raises(UserError, match=r"--context: 1 tokens leave nothing"):
         family({"1M": 1e6}, 4096, context=1)
     assert parse_sizes(["20M", "1.5e6", "500k"]) == {"20M": 20e6, "1.5e6": 1.5e6, "500k": 5e5}
+
+
+@pytest.mark.parametrize("text", ["1e400", "1e30", "1e16", "0", "9" * 5000, "1e" + "9" * 5000, "٢M", "nan"])
+def test_a_size_beyond_all_bounds_is_refused_at_once(text):
+    with pytest.raises(UserError, match="no number of parameters"):
+        parse_sizes([text])
+
+
+def test_a_size_of_more_layers_than_a_model_may_have_is_refused():
+    with pytest.raises(ValueError, match="no model of the rule"):
+        propose(1e15)
+
+
+def test_the_nearest_divisor_of_a_huge_number_is_looked_for_nearby():
+    with pytest.raises(ValueError, match=r"heads: 7 does not divide width: 10{17} \(nearest that does: 8\)"):
+        check_divides("heads", 7, "width", 10**17)
+    with pytest.raises(ValueError, match="nearest that does: 1\\)"):
+        check_divides("heads", 10**17, "width", 10**18 - 11)
 
 
 def test_the_tables_figures_are_those_of_models():

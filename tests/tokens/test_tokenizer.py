@@ -132,7 +132,13 @@ def test_more_ids_than_two_bytes_hold() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("gtp2", "did you mean 'gpt2'"), ("bpe-", "bpe-N"), ("bpe-100", "at least 258")],
+    [
+        ("gtp2", "did you mean 'gpt2'"),
+        ("bpe-", "bpe-N"),
+        ("bpe-100", "need 258"),
+        ("bpe-0300", "bpe-N"),
+        ("bpe-1000001", "at most"),
+    ],
 )
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
