@@ -55,7 +55,8 @@ def canonical(content: object) -> str:
 
 
 def source_params(wildcards) -> str:
-    return canonical(pipeline.source_entries(wildcards.name))
+    known = FETCHED.get(wildcards.name)
+    return canonical(pipeline.source_entries(wildcards.name) if known is None else known)
 
 
 def run_params(wildcards) -> str:
@@ -182,6 +183,7 @@ def finish() -> None:
 
 
 STUDY, FETCHED = load()
+UNRECORDED = workflow.is_main_process and recording.unrecorded(STUDY)
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
 CORES = workflow.resource_settings.cores or MACHINE
