@@ -30,7 +30,15 @@ from stlm.evaluation.interface import Progress
 from stlm.evaluation.made import made_items
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, write_predictions
 from stlm.evaluation.token_model import TokenModel
-from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
+from stlm.files import (
+    atomic_directory,
+    atomic_path,
+    read_json,
+    read_record,
+    remove_leftovers,
+    sha256,
+    write_json,
+)
 from stlm.study import Run
 from stlm.tokens.shards import Document
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
@@ -107,6 +115,8 @@ def write_results(
     `about` are the facts of the model, `more` what only `evaluation.json` says of it.
     """
     found = facts(about, material, results)
+    for name in ("items.parquet", "evaluation.json"):
+        remove_leftovers(folder, name)
     with atomic_path(folder / "items.parquet") as temporary:
         write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}

@@ -97,6 +97,32 @@ def test_git_holds_the_small_results_alone(by_snakemake):
     assert not [path for path in kept if ".snakemake" in path]
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        *(
+            "dvc_plots/index.html",
+            ".snakemake/log/a.log",
+            "logs/smoke/report.log",
+            ".dvc/tmp/lock",
+            "report.html",
+        ),
+        *(
+            "report.zip",
+            "results/smoke/.tables.x1.partial/a.csv",
+            "results/smoke/.plots.x1.old/content/a.svg",
+        ),
+        *(
+            "results/smoke/runs/learned/.curve.csv.x1.partial",
+            ".dvc.yaml.x1.partial",
+            ".state/recorded/smoke.json",
+        ),
+    ],
+)
+def test_git_ignores_what_the_engines_and_kills_leave(fresh, left):
+    assert fresh.run("git", "check-ignore", left).strip() == left
+
+
 def test_both_make_the_same_weights(by_snakemake, by_dvc):
     assert weights(by_snakemake, "baseline") == weights(by_dvc, "baseline")
     assert weights(by_snakemake, "learned") == weights(by_dvc, "learned")
@@ -166,6 +192,9 @@ def test_dvc_compares_commits(changed):
     assert len(curves["HEAD"]) == len(curves["HEAD~1"]) == 2
     assert curves["HEAD"] != curves["HEAD~1"]
     assert "results/smoke/plots/figure1.svg" in plots["data"]
+    project.run("dvc", "plots", "diff", "HEAD~1", "HEAD")
+    assert (project.folder / "dvc_plots").is_dir()
+    assert "dvc_plots" not in project.run("git", "status", "--porcelain")
 
 
 @pytest.mark.parametrize(
