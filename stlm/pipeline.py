@@ -7,6 +7,11 @@ study names. Both run the same commands.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,12 @@ _OPTIONAL = ("evaluation.limit", "evaluation.limit_seed")
 _HEADER = """\
 # The stages of the study `{study}` for DVC, the same as Snakemake's. Written by `stlm use {study}` from
 # params/{study}.yaml: do not edit, run it again when runs, corpora or benchmarks come or go.
+# {digests}
 """
+# With hundreds of runs, parsing this file takes seconds: its head says what it holds. libyaml writes the same
+# text as PyYAML's own code, in a quarter of the time; not every installation has it.
+_HEAD = re.compile(rb"# [^\n]*\n# [^\n]*\n# ([^\n]*)\nvars:\n- study: ([a-z0-9_-]+)\nstages:\n")
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
@@ -43,9 +53,14 @@ def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
     return [] if path is None else [str(path)]
 
 
-def tokenize_inputs(corpus: str, tokenizer: str, root: Path = Path()) -> list[str]:
-    """The folders that ``stlm tokenize`` reads: the corpus and, where it is published, the vocabulary."""
-    published = [tokenizer] if tokenizer in load_vocabularies(root) else []
+def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] | None = None) -> list[str]:
+    """The folders that ``stlm tokenize`` reads: the corpus and, where it is published, the vocabulary.
+
+    ``vocabularies``: the names of the published ones, where they have been read.
+    """
+    published = (
+        [tokenizer] if tokenizer in (load_vocabularies() if vocabularies is None else vocabularies) else []
+    )
     return [f"data/raw/{name}" for name in (corpus, *published)]
 
 
@@ -88,13 +103,21 @@ def report_inputs(study: Study) -> list[str]:
     return [*of_runs, *of_published, f"{study.folder}/contamination.json", *texts]
 
 
-def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
-    """What params/ says of the data ``name``: file stem -> key -> entry, a mix with its components."""
-    catalogues = {
+def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
+    """The data that params/ lists: file stem -> name -> entry."""
+    return {
         "corpora": load_corpora(root),
         "benchmarks": load_benchmarks(root),
         "vocabularies": load_vocabularies(root),
     }
+
+
+def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
+    """What params/ says of the data ``name``: file stem -> key -> entry, a mix with its components."""
+    return _source_entries(name, _catalogues(root))
+
+
+def _source_entries(name: str, catalogues: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for stem, catalogue in catalogues.items():
         if name in catalogue:
             names = [name, *(getattr(catalogue[name], "mix", None) or {})]
@@ -102,10 +125,12 @@ def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
     raise UserError(f"{name!r} is in none of params/{{{','.join(catalogues)}}}.yaml")
 
 
-def _study_params(study: Study, root: Path, *keys: str) -> dict[str, list[str]]:
-    """The keys of the study's file that a stage depends on; a section left out is no parameter to DVC."""
+def _study_params(study: Study, present: Mapping[str, Any], *keys: str) -> dict[str, list[str]]:
+    """The keys of the study's file that a stage depends on; a section left out is no parameter to DVC.
+
+    ``present``: what the file holds.
+    """
     file = f"params/{study.name}.yaml"
-    present = read_yaml(root / file)
     there = [key for key in keys if key.split(".")[0] in present]
     # Of `evaluation` single keys, which a study may leave out.
     return {
@@ -115,10 +140,11 @@ def _study_params(study: Study, root: Path, *keys: str) -> dict[str, list[str]]:
 
 def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
     """The data that the study needs fetched: name -> its ``source_entries``."""
+    catalogues = _catalogues(root)
     tokenizers = {run.tokenizer for run in study.runs.values()}
-    vocabularies = [name for name in load_vocabularies(root) if name in tokenizers]
+    vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
     names = (*study.corpora, *vocabularies, *data_names(study.benchmarks))
-    return {name: source_entries(name, root) for name in names}
+    return {name: _source_entries(name, catalogues) for name in names}
 
 
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -144,6 +170,8 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     runs = study.runs.values()
     tokens = list(dict.fromkeys((run.corpus, run.tokenizer) for run in runs))
     manifests = Manifests(root)
+    present = read_yaml(root / f"params/{study.name}.yaml")
+    vocabularies = load_vocabularies(root)
     stages: dict[str, dict[str, Any]] = {}
     for name, entries in fetched(study, root).items():
         deps = fetch_inputs(name, manifests)
@@ -156,19 +184,19 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     for corpus, tokenizer in tokens:
         stages[f"tokenize-{corpus}-{tokenizer}"] = {
             "cmd": f"stlm tokenize {corpus} {tokenizer}",
-            "deps": tokenize_inputs(corpus, tokenizer, root),
+            "deps": tokenize_inputs(corpus, tokenizer, vocabularies),
             "outs": [f"data/tokens/{corpus}/{tokenizer}"],
         }
     for run in runs:
-        stages |= _run_stages(study, run, root)
+        stages |= _run_stages(study, run, present)
     for published in study.published.values():
-        stages |= _published_stage(study, published, root)
+        stages |= _published_stage(study, published, present)
     stages[f"contamination-{study.name}"] = {
         "cmd": f"stlm contamination {study.name}",
         "deps": contamination_inputs(study),
         "params": [
             _study_params(
-                study, root, *(f"evaluation.{key}" for key in ("benchmarks", "limit", "limit_seed"))
+                study, present, *(f"evaluation.{key}" for key in ("benchmarks", "limit", "limit_seed"))
             )
         ],
         "outs": [
@@ -211,7 +239,7 @@ def dvc_plots(study: Study) -> list[Any]:
     ] + [f"{study.folder}/plots/figure1.svg"]
 
 
-def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]:
+def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Training and evaluation of one run."""
     variant = f"variants.{run.variant}"
     # Where there are several seeds, the run's name has its own: another one more is nothing to it.
@@ -220,7 +248,7 @@ def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]
         f"train-{study.name}-{run.name}": {
             "cmd": f"stlm train {study.name} {run.name}",
             "deps": train_inputs(study, run),
-            "params": [_study_params(study, root, "model", "training", "data", *seeds, variant)],
+            "params": [_study_params(study, present, "model", "training", "data", *seeds, variant)],
             "outs": [
                 f"{run.folder}/checkpoints",
                 _in_git(f"{run.folder}/dvclive"),
@@ -232,20 +260,22 @@ def _run_stages(study: Study, run: Run, root: Path) -> dict[str, dict[str, Any]]
         f"evaluate-{study.name}-{run.name}": {
             "cmd": f"stlm evaluate {study.name} {run.name}",
             "deps": evaluate_inputs(study, run),
-            "params": [_study_params(study, root, "evaluation", variant)],
+            "params": [_study_params(study, present, "evaluation", variant)],
             "outs": [f"{run.folder}/items.parquet", _in_git(f"{run.folder}/evaluation.json")],
         },
     }
 
 
-def _published_stage(study: Study, published: PublishedModel, root: Path) -> dict[str, dict[str, Any]]:
+def _published_stage(
+    study: Study, published: PublishedModel, present: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Evaluation of a published model."""
     folder = published.results_folder
     return {
         f"evaluate-{study.name}-{published.name}": {
             "cmd": f"stlm evaluate {study.name} {published.name}",
             "deps": published_inputs(study, published),
-            "params": [_study_params(study, root, "evaluation", f"published.{published.name}")],
+            "params": [_study_params(study, present, "evaluation", f"published.{published.name}")],
             "outs": [f"{folder}/items.parquet", _in_git(f"{folder}/evaluation.json")],
         },
     }
@@ -256,11 +286,18 @@ def _in_git(path: str) -> dict[str, dict[str, bool]]:
     return {path: {"cache": False}}
 
 
-def _dvc_content(study: Study, root: Path, watch: bool) -> dict[str, Any]:
-    """What ``dvc.yaml`` holds; ``watch``: with the stages that watch the files of this machine."""
-    watched = watch_stages(study, root) if watch else {}
-    stages = {**watched, **dvc_stages(study, root)}
-    return {"vars": [{"study": study.name}], "stages": stages, "plots": dvc_plots(study)}
+def _dvc_content(study: Study, root: Path) -> dict[str, Any]:
+    """What ``dvc.yaml`` holds but for the stages that watch the files of this machine."""
+    return {"vars": [{"study": study.name}], "stages": dvc_stages(study, root), "plots": dvc_plots(study)}
+
+
+def _digests(content: Mapping[str, Any], body: bytes) -> str:
+    """What the head of ``dvc.yaml`` says of it: digests of stages and text.
+
+    ``content`` is without the stages that watch the files of this machine.
+    """
+    stages = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return f"{stages[:32]} {hashlib.sha256(body).hexdigest()[:32]}"
 
 
 def active_study(root: Path = Path()) -> str | None:
@@ -268,6 +305,9 @@ def active_study(root: Path = Path()) -> str | None:
     path = root / DVC_FILE
     if not path.exists():
         return None
+    with suppress(OSError), path.open("rb") as file:
+        if head := _HEAD.match(file.read(2000)):
+            return head[2].decode()
     content = read_yaml(path)
     try:
         name = content["vars"][0]["study"]
@@ -285,10 +325,10 @@ def use(name: str, root: Path = Path()) -> bool:
     """
     study = load_study(name, root=root)
     refresh_all(study, fetched(study, root), root)
-    body = yaml.safe_dump(
-        _dvc_content(study, root, watch=True), sort_keys=False, width=110, allow_unicode=True
-    )
-    text = _HEADER.format(study=name) + body
+    asked = _dvc_content(study, root)
+    listed = {**asked, "stages": {**watch_stages(study, root), **asked["stages"]}}
+    body = yaml.dump(listed, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
+    text = _HEADER.format(study=name, digests=_digests(asked, body.encode())) + body
     path = root / DVC_FILE
     with disk_errors(path):
         if path.exists() and path.read_bytes() == text.encode():
@@ -305,11 +345,17 @@ def check_active(study: Study, root: Path = Path()) -> None:
     """
     if study.overrides or active_study(root) != study.name:
         return
+    asked = _dvc_content(study, root)
+    text = (root / DVC_FILE).read_bytes()
+    head = _HEAD.match(text)
+    if head and head[1].decode(errors="replace") == _digests(asked, text[head.end(1) + 1 :]):
+        return
+    # Edited, or written by another version: what it lists counts, not how it is written.
     listed = read_yaml(root / DVC_FILE)
     stages = {
         name: stage for name, stage in (listed.get("stages") or {}).items() if not name.startswith(WATCH)
     }
-    if {**listed, "stages": stages} != _dvc_content(study, root, watch=False):
+    if {**listed, "stages": stages} != asked:
         raise UserError(
             f"dvc.yaml does not list the stages that params/{study.name}.yaml asks for: "
             f"run `stlm use {study.name}`, then this again"

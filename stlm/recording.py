@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stlm.errors import UserError
-from stlm.files import write_text
+from stlm.files import read_json, read_record, write_json, write_text
 from stlm.manifests import Manifests, changed_sources
-from stlm.pipeline import DVC_FILE, WATCH, active_study, check_active, fetched, use
-from stlm.study import load_study
+from stlm.pipeline import DVC_FILE, WATCH, active_study, check_active, dvc_stages, fetched, use
+from stlm.study import Study, load_study
 from stlm.validation import read_yaml
+
+LOCK = Path("dvc.lock")
+# What this machine remembers of the last recording, a file a study.
+RECORDED = Path(".state/recorded")
 
 
 def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
@@ -30,42 +37,105 @@ def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedPro
     )
 
 
+def _outputs(study: Study, root: Path) -> Iterator[Path]:
+    """Every file and folder that the study's stages make."""
+    for stage in dvc_stages(study, root).values():
+        for entry in (*stage["outs"], *stage.get("metrics", ())):
+            yield root / (entry if isinstance(entry, str) else next(iter(entry)))
+
+
+def _state(study: Study, root: Path) -> str | None:
+    """A digest of parameters, DVC's files, and outputs by time and size; None where one is missing."""
+    digest = hashlib.sha256(study.model_dump_json().encode())
+    digest.update(json.dumps(fetched(study, root)).encode())
+    try:
+        for name in (DVC_FILE, LOCK):
+            digest.update((root / name).read_bytes())
+        for path in _outputs(study, root):
+            found = path.stat()
+            digest.update(f"{found.st_mtime_ns} {found.st_size}".encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _has_dvc(root: Path) -> bool:
+    return (root / ".dvc").is_dir() and (root / ".git").exists()
+
+
+def _is_recorded(study: Study, root: Path) -> bool:
+    try:
+        remembered: Any = read_json(root / RECORDED / f"{study.name}.json")
+    except UserError:
+        return False
+    return isinstance(remembered, dict) and remembered.get("state") == _state(study, root)
+
+
+def _remember(study: Study, root: Path) -> None:
+    if (state := _state(study, root)) is not None:
+        write_json(root / RECORDED / f"{study.name}.json", {"state": state})
+
+
+def unrecorded(study: Study, root: Path = Path()) -> bool:
+    """Whether all results of the study are there, but perhaps not recorded in DVC, as after a kill.
+
+    Costs a look at each output's time stamp, no reading.
+    """
+    if study.overrides or not _has_dvc(root) or _is_recorded(study, root):
+        return False
+    return all(path.exists() for path in _outputs(study, root))
+
+
 def record_in_dvc(root: Path = Path()) -> str:
     """Tell DVC that the outputs in place belong to the inputs in place, after Snakemake made them all.
 
-    Not where the local files that the study is made from are others by now: `dvc commit` would take what was
-    made from the old ones as made from the new. Returns what was done, for people. Never an error: the
-    results are there, whatever DVC says.
+    Not where the local files that the study is made from are others by now, or the parameters: `dvc commit`
+    would take what was made from the old ones as made from the new. Returns what was done, for people. Never
+    an error: the results are there, whatever DVC says.
     """
-    if not (root / ".dvc").is_dir() or not (root / ".git").exists():
+    if not _has_dvc(root):
         return "DVC: nothing recorded, this folder is not a clone of a git repository with DVC"
-    if changed := _changed(root):
-        return changed
-    lock = root / "dvc.lock"
-    before = lock.read_text(encoding="utf-8") if lock.exists() else None
-    done = _engine("dvc", "commit", "--force", "--quiet", root=root)
-    if done.returncode:
-        return f"DVC: nothing recorded, `dvc commit --force` failed:\n{done.stderr.strip()}"
-    if changed := _changed(root):
-        # Edited while DVC read them.
-        if before is None:
-            lock.unlink(missing_ok=True)
-        else:
-            write_text(lock, before)
-        return changed
-    return "DVC: results recorded in dvc.lock; `dvc status` is clean"
-
-
-def _changed(root: Path) -> str:
-    """Why nothing may be recorded, where local files are not those that the results are made from."""
     try:
         name = active_study(root)
         if name is None:
             return "DVC: nothing recorded, there is no dvc.yaml; run `stlm use STUDY`"
         study = load_study(name, root=root)
-        changed = changed_sources(study, fetched(study, root), root)
+        if _is_recorded(study, root):
+            return "DVC: results are recorded in dvc.lock"
+        _check_trained(study, root)
+        if changed := _changed(study, root):
+            return changed
+        lock = root / LOCK
+        before = lock.read_text(encoding="utf-8") if lock.exists() else None
+        done = _engine("stlm.dvc_command", "commit", "--force", "--quiet", root=root)
+        if done.returncode:
+            return f"DVC: nothing recorded, `dvc commit --force` failed:\n{done.stderr.strip()}"
+        if changed := _changed(study, root):
+            # Edited while DVC read them.
+            if before is None:
+                lock.unlink(missing_ok=True)
+            else:
+                write_text(lock, before)
+            return changed
+        _remember(study, root)
     except UserError as error:
         return f"DVC: nothing recorded: {error}"
+    return "DVC: results recorded in dvc.lock; `dvc status` is clean"
+
+
+def _check_trained(study: Study, root: Path) -> None:
+    """Refuse to record what was trained with other parameters: `snakemake --touch` takes all as today's."""
+    from stlm.report.results import TrainRecord, _check_trained_as_asked
+
+    for run in study.runs.values():
+        path = run.folder / "train.json"
+        command = f"stlm train {study.name} {run.name}"
+        _check_trained_as_asked(run, read_record(root / path, TrainRecord), path, command)
+
+
+def _changed(study: Study, root: Path) -> str:
+    """Why nothing may be recorded, where local files are not those that the results are made from."""
+    changed = changed_sources(study, fetched(study, root), root)
     if not changed:
         return ""
     return (
@@ -79,8 +149,10 @@ def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:
     manifests = Manifests(root, mirror)
     manifests.after_fetch(name)
     study = active_study(root)
-    stages = {} if study is None else read_yaml(root / DVC_FILE).get("stages") or {}
-    if f"fetch-{name}" in stages and f"{WATCH}{name}" not in stages and manifests.watched(name):
+    if study is None or not manifests.watched(name):
+        return
+    stages = read_yaml(root / DVC_FILE).get("stages") or {}
+    if f"fetch-{name}" in stages and f"{WATCH}{name}" not in stages:
         print(f"{name}: DVC does not watch its files yet; `stlm use {study}` lets it", file=sys.stderr)
 
 
@@ -93,9 +165,10 @@ def sync(root: Path = Path()) -> str:
     name = active_study(root)
     if name is None:
         raise UserError("there is no dvc.yaml: run `stlm use STUDY`")
-    check_active(load_study(name, root=root), root)
+    study = load_study(name, root=root)
+    check_active(study, root)
     use(name, root)  # the manifests of today, and no stage that watches what is not on this machine
-    status = _engine("dvc", "status", "--json", root=root)
+    status = _engine("stlm.dvc_command", "status", "--json", root=root)
     if status.returncode:
         raise UserError(f"`dvc status` failed:\n{status.stderr.strip()}")
     changed = json.loads(status.stdout)
@@ -109,4 +182,5 @@ def sync(root: Path = Path()) -> str:
     touched = _engine("snakemake", *command, root=root)
     if touched.returncode:
         raise UserError(f"`snakemake --touch all` failed:\n{touched.stderr.strip()}")
+    _remember(study, root)
     return name

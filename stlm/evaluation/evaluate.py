@@ -36,7 +36,15 @@ from stlm.evaluation.predictions import (
     write_predictions,
 )
 from stlm.evaluation.token_model import TokenModel
-from stlm.files import atomic_directory, atomic_path, read_json, read_record, sha256, write_json
+from stlm.files import (
+    atomic_directory,
+    atomic_path,
+    read_json,
+    read_record,
+    remove_leftovers,
+    sha256,
+    write_json,
+)
 from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.shards import Document
@@ -116,6 +124,8 @@ def write_results(
     `about` are the facts of the model, `more` what only `evaluation.json` says of it.
     """
     found = facts(about, material, results)
+    for name in ("items.parquet", "evaluation.json"):
+        remove_leftovers(folder, name)
     with atomic_path(folder / "items.parquet") as temporary:
         write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from stlm.files import atomic_directory, write_json, write_text
+from stlm.files import atomic_directory, remove_leftovers, write_json, write_text
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
@@ -65,6 +65,8 @@ def report(study: Study) -> None:
         *filter(None, [leaks_table(study, contamination)]),
         *_noted([*filter(None, [component_table(study, results)])], made),
     ]
+    for name in ("tables", "plots", "training", "cards", "metrics.json"):
+        remove_leftovers(study.folder, name)  # of a report that was killed
     with atomic_directory(study.folder / "tables") as folder:
         for table in tables:
             write_table(folder, table)

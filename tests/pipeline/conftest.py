@@ -93,7 +93,7 @@ class Project:
     def run(self, *command: str, status: int = 0) -> str:
         """Run a command, check its exit status; what it printed, both streams together."""
         process = self.start(*command)
-        printed = process.communicate(timeout=300)[0]
+        printed = process.communicate(timeout=1500)[0]
         assert process.returncode == status, f"{' '.join(command)}: {process.returncode}\n{printed}"
         return printed
 

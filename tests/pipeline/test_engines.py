@@ -84,6 +84,7 @@ def test_dvc_lists_the_stages_that_are_in_dvc_yaml(fresh):
 
 def test_after_snakemake_dvc_has_nothing_to_do(by_snakemake):
     assert json.loads(by_snakemake.run("dvc", "status", "--json")) == {}
+    assert "Nothing to be done" in by_snakemake.run("snakemake", "-n", "all")
     assert by_snakemake.repro() == []
     assert by_snakemake.run("git", "status", "--porcelain") == ""
 
@@ -94,6 +95,32 @@ def test_git_holds_the_small_results_alone(by_snakemake):
     assert "results/smoke/runs/learned/evaluation.json" in kept
     assert not [path for path in kept if path.endswith((".parquet", ".safetensors", ".arrow", ".gitignore"))]
     assert not [path for path in kept if ".snakemake" in path]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        *(
+            "dvc_plots/index.html",
+            ".snakemake/log/a.log",
+            "logs/smoke/report.log",
+            ".dvc/tmp/lock",
+            "report.html",
+        ),
+        *(
+            "report.zip",
+            "results/smoke/.tables.x1.partial/a.csv",
+            "results/smoke/.plots.x1.old/content/a.svg",
+        ),
+        *(
+            "results/smoke/runs/learned/.curve.csv.x1.partial",
+            ".dvc.yaml.x1.partial",
+            ".state/recorded/smoke.json",
+        ),
+    ],
+)
+def test_git_ignores_what_the_engines_and_kills_leave(fresh, left):
+    assert fresh.run("git", "check-ignore", left).strip() == left
 
 
 def test_both_make_the_same_weights(by_snakemake, by_dvc):
@@ -143,7 +170,7 @@ def test_dvc_runs_what_a_changed_variant_touches_and_sync_tells_snakemake(done, 
     assert weights(done, "learned") == weights(changed[0], "learned")
     assert done.snakemake("-n", "all") == OF_LEARNED, "its records are of the old parameters"
     done.run("stlm", "sync")
-    assert done.snakemake("-n", "all") == []
+    assert "Nothing to be done" in done.run("snakemake", "-n", "all")
 
 
 def test_dvc_compares_commits(changed):
@@ -165,6 +192,9 @@ def test_dvc_compares_commits(changed):
     assert len(curves["HEAD"]) == len(curves["HEAD~1"]) == 2
     assert curves["HEAD"] != curves["HEAD~1"]
     assert "results/smoke/plots/figure1.svg" in plots["data"]
+    project.run("dvc", "plots", "diff", "HEAD~1", "HEAD")
+    assert (project.folder / "dvc_plots").is_dir()
+    assert "dvc_plots" not in project.run("git", "status", "--porcelain")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +221,47 @@ def test_training_killed_goes_on(done, command):
     assert json.loads(done.run("dvc", "status", "--json")) == {}
 
 
+def test_a_recording_that_was_cut_short_is_made_up_for(done):
+    lock = (done.folder / "dvc.lock").read_text()
+    done.edit("description: a study", "description: one study")
+    with done.start("snakemake", "--cores", "1", "all", start_new_session=True) as process:
+        for line in process.stdout:
+            if (
+                "1 of 2 steps" in line or "(50%) done" in line
+            ):  # the report is made, `all` and recording are left
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (done.folder / "dvc.lock").read_text() == lock
+    assert json.loads(done.run("dvc", "status", "--json")) != {}
+    assert "Results are not recorded in DVC yet" in done.run("snakemake", "-n", "all")
+    assert (done.folder / "dvc.lock").read_text() == lock, "a dry run records nothing"
+    printed = done.run("snakemake", "--cores", "1", "all")
+    assert "DVC: results recorded" in printed
+    assert "stlm report" not in printed
+    assert done.repro() == []
+    assert "Nothing to be done" in done.run("snakemake", "--cores", "1", "all")
+
+
+def test_all_after_a_part_is_recorded_and_a_part_is_not(done):
+    done.edit(LEARNED, f"{LEARNED}    training: {{learning_rate: 2.0e-3}}\n")
+    assert "nothing recorded" in done.run("snakemake", "--cores", "1", "all", "--until", "report")
+    assert "nothing recorded" in done.run(
+        "snakemake", "--cores", "1", "all", "--until", "report", "--forceall"
+    )
+    assert "train-smoke-learned" in json.loads(done.run("dvc", "status", "--json"))
+    assert done.snakemake("all") == []
+    assert json.loads(done.run("dvc", "status", "--json")) == {}
+    assert done.repro() == []
+
+
+def test_results_of_other_parameters_are_not_recorded_though_touched(done):
+    lock = (done.folder / "dvc.lock").read_text()
+    done.edit(LEARNED, f"{LEARNED}    training: {{learning_rate: 2.0e-3}}\n")
+    done.run("snakemake", "--cores", "1", "--touch", "all")
+    printed = done.run("snakemake", "--cores", "1", "all")
+    assert "nothing recorded: results/smoke/runs/learned/train.json was trained with" in printed
+    assert (done.folder / "dvc.lock").read_text() == lock
+
+
 def test_pushed_results_are_not_made_again_in_a_clone(done, tmp_path):
     store = str(tmp_path / "store")
     done.run("dvc", "remote", "add", "--local", "--default", "store", store)
@@ -202,6 +273,7 @@ def test_pushed_results_are_not_made_again_in_a_clone(done, tmp_path):
     clone.run("stlm", "sync")
     assert clone.snakemake("-n", "all") == []
     assert clone.repro() == []
+    assert "Nothing to be done" in clone.run("snakemake", "-n", "all")
     assert clone.run("git", "status", "--porcelain") == ""
     assert weights(clone, "learned") == weights(done, "learned")
     clone.edit("size: 300", "size: 301", "params/corpora.yaml")

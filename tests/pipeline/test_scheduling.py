@@ -1,4 +1,4 @@
-"""Where there is a GPU, trainings and evaluations take turns on it, and CPU work runs beside them."""
+"""Where there are GPUs, trainings and evaluations each have their own, and CPU work runs beside them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,24 @@ outputs = {{
 }}[verb]
 for output in map(str, outputs):
     Path(output).mkdir(parents=True) if output.endswith("/") else Path(output).write_text(verb)
-job = {{"verb": verb, "begin": begin, "end": time.time(), "threads": int(os.environ["OMP_NUM_THREADS"])}}
+job = {{"verb": verb, "begin": begin, "end": time.time(), "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "devices": os.environ.get("CUDA_VISIBLE_DEVICES"), "name": names[-1]}}
 with open("jobs.jsonl", "a") as file:
     file.write(json.dumps(job) + "\\n")
 """
+
+
+TORCHRUN = """#!/bin/sh
+while [ "$1" != stlm ]; do shift; done
+shift
+exec stlm "$@"
+"""
+
+
+def listing(gpus: int) -> str:
+    """A stand-in for nvidia-smi on a machine with so many."""
+    lines = [f"GPU {number}: A card (UUID: GPU-{number})" for number in range(gpus)]
+    return "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines)
 
 
 def program(path: Path, text: str) -> None:
@@ -52,7 +66,7 @@ def program(path: Path, text: str) -> None:
 def jobs(fresh, tmp_path):
     """Runs the study of `fresh` with stand-ins for `stlm` and `nvidia-smi`; what was at work when."""
 
-    def run(*arguments: str, gpu: bool, status: int = 0) -> list[dict]:
+    def run(*arguments: str, gpu: bool, status: int = 0, gpus: int = 0, seeds: int = 1) -> list[dict]:
         folder, bin_folder = tmp_path / "project", tmp_path / "bin"
         shutil.copytree(fresh.folder, folder, symlinks=True)
         bin_folder.mkdir()
@@ -61,7 +75,10 @@ def jobs(fresh, tmp_path):
         python.symlink_to(sys.executable)
         program(bin_folder / "stlm", STAND_IN.format(python=sys.executable))
         if gpu:
-            program(bin_folder / "nvidia-smi", "#!/bin/sh\n")
+            program(bin_folder / "nvidia-smi", listing(gpus))
+            program(bin_folder / "torchrun", TORCHRUN)
+        with (folder / "params/smoke.yaml").open("a") as file:
+            file.write(f"seeds: {list(range(seeds))}\n")
         packages = os.pathsep.join(filter(None, sys.path))
         done = subprocess.run(
             [str(python), "-m", "snakemake", "all", "--config", "set=training.log_every=3", *arguments],
@@ -118,6 +135,42 @@ def test_on_two_gpus_two_train_at_a_time(jobs):
     on_gpu = [job for job in done if job["verb"] in ("train", "evaluate")]
     assert beside(on_gpu, on_gpu) > 0
     assert {job["threads"] for job in done if job["verb"] == "train"} == {2}
+
+
+def overlapping(jobs: list[dict]) -> list[tuple[dict, dict]]:
+    """The pairs of jobs that were at work at the same time."""
+    return [
+        (a, b)
+        for i, a in enumerate(jobs)
+        for b in jobs[i + 1 :]
+        if a["begin"] < b["end"] and b["begin"] < a["end"]
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_at_the_same_time_see_gpus_of_their_own(jobs, monkeypatch, processes):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    wanted = ("--cores", "10", "--resources", "gpu=4")
+    done = jobs(*wanted, f"--config=processes={processes}", gpu=True, gpus=4, seeds=2)
+    trains = [job for job in done if job["verb"] == "train"]
+    on_gpu = trains + [job for job in done if job["verb"] == "evaluate"]
+    assert len(on_gpu) == 8
+    assert {len(job["devices"].split(",")) for job in trains} == {processes}
+    pairs = overlapping(on_gpu)
+    assert len(overlapping(trains)) >= 4 // processes - 1
+    for a, b in pairs:
+        assert not set(a["devices"].split(",")) & set(b["devices"].split(",")), (a, b)
+    assert all(job["devices"] is None for job in done if job["verb"] not in ("train", "evaluate"))
+
+
+@pytest.mark.parametrize("processes", ["0", "-2", "two", "1.5", "true"])
+def test_a_number_of_processes_that_is_none_is_refused_in_a_line(fresh, processes):
+    printed = fresh.run("snakemake", "-n", "all", f"--config=processes={processes}", status=2)
+    (line,) = (line for line in printed.splitlines() if line.startswith("error"))
+    assert line.lower().startswith(
+        f"error: --config processes={processes}: expected a whole number of 1 or more"
+    )
+    assert "Traceback" not in printed
 
 
 def test_without_a_gpu_runs_share_the_cores(jobs):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import yaml
+from dvc.fs import LocalFileSystem
 
-from stlm import pipeline, recording
+from stlm import dvc_command, pipeline, recording, validation
 from stlm.errors import UserError
 from stlm.study import load_study, study_names
 
@@ -160,3 +163,81 @@ def test_a_published_model_is_evaluated_and_reported(project):
     assert {manifest, str(study.runs["baseline"].tokens_folder)} <= set(stage["deps"])
     assert stage["params"] == [{"params/smoke.yaml": ["evaluation", "published.tiny-llama"]}]
     assert paths(stage["outs"]) <= set(stages["report-smoke"]["deps"])
+
+
+def with_runs(project, count: int) -> None:
+    """Give smoke `count` variants."""
+    path = project / "params/smoke.yaml"
+    text = path.read_text()
+    variants = "".join(f"  v{number}: {{training: {{warmup_steps: {number}}}}}\n" for number in range(count))
+    path.write_text(f"{text[: text.index('variants:')]}variants:\n  baseline:\n{variants}")
+
+
+def test_params_and_dvc_yaml_are_parsed_as_often_for_many_runs_as_for_one(project, monkeypatch):
+    read: list[str] = []
+    parse = validation.parse_yaml
+
+    def counted(text, source):
+        read.append(source)
+        return parse(text, source)
+
+    monkeypatch.setattr(validation, "parse_yaml", counted)
+    counts = []
+    for runs in (1, 20):
+        with_runs(project, runs)
+        read.clear()
+        pipeline.use("smoke")
+        pipeline.check_active(load_study("smoke"))
+        pipeline.active_study()
+        counts.append(len(read))
+        assert "dvc.yaml" not in read, "its head is enough"
+    assert counts[0] == counts[1]
+
+
+def test_a_dvc_yaml_that_was_edited_by_hand_is_compared_by_what_it_lists(project):
+    pipeline.use("smoke")
+    path = project / "dvc.yaml"
+    edit(path, "stages:\n", "# a remark\nstages:\n")
+    pipeline.check_active(load_study("smoke"))
+    edit(path, "cmd: stlm train smoke sincos", "cmd: stlm train smoke learned")
+    with pytest.raises(UserError, match="run `stlm use smoke`"):
+        pipeline.check_active(load_study("smoke"))
+
+
+def test_libyaml_writes_the_same_dvc_yaml(project, monkeypatch):
+    with_runs(project, 3)
+    pipeline.use("smoke")
+    written = (project / "dvc.yaml").read_text()
+    monkeypatch.setattr(pipeline, "_DUMPER", yaml.SafeDumper)
+    assert pipeline.use("smoke") is False
+    assert (project / "dvc.yaml").read_text() == written
+
+
+def test_dvc_reads_a_file_of_parameters_once_and_writes_its_lock_whole(project, monkeypatch):
+    param = pytest.importorskip("dvc.dependency.param")
+    common = importlib.import_module("dvc.utils.serialize._common")
+    for module, name in ((param, "load_path"), (param, "read_param_file"), (common, "_dump_data")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    reads: list[str] = []
+    load = param.load_path
+    monkeypatch.setattr(param, "load_path", lambda path, *rest: (reads.append(path), load(path, *rest))[1])
+    dvc_command.read_parameters_once()
+    dvc_command.write_whole()
+    path = str(project / "params/smoke.yaml")
+    system = LocalFileSystem()
+    first, second = (param.read_param_file(system, path, ["training"], flatten=True) for _ in range(2))
+    assert first == second and first["training"] is not second["training"]
+    assert reads == [path]
+    edit(project / "params/smoke.yaml", "  steps: ", "  steps: 1")
+    assert param.read_param_file(system, path, ["training"], flatten=True) != first
+    assert reads == [path, path]
+
+    def half(data, stream):
+        stream.write("half")
+        raise KeyboardInterrupt
+
+    lock = project / "dvc.lock"
+    lock.write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        common._dump_data(lock, {}, half)
+    assert lock.read_text() == "before"

@@ -55,7 +55,8 @@ def canonical(content: object) -> str:
 
 
 def source_params(wildcards) -> str:
-    return canonical(pipeline.source_entries(wildcards.name))
+    known = FETCHED.get(wildcards.name)
+    return canonical(pipeline.source_entries(wildcards.name) if known is None else known)
 
 
 def run_params(wildcards) -> str:
@@ -75,12 +76,35 @@ def study_params(wildcards) -> str:
     return canonical(STUDY.model_dump(mode="json"))
 
 
+def processes() -> int:
+    """Processes that train each run, of --config processes=N."""
+    found = config.get("processes", 1)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        print(
+            f"error: --config processes={found}: expected a whole number of 1 or more, for example processes=2",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return found
+
+
+def on_gpus(count: int) -> str:
+    """What stands before a command that `count` GPUs of its own belong to. A cluster gives its jobs theirs."""
+    return f"python -m stlm.gpus {count} " if GPUS and workflow.is_main_process else ""
+
+
 def launch(wildcards, threads) -> str:
     """How training is started. Asks for `threads` as `set_arguments` does: the results are the same."""
     if PROCESSES == 1:
-        return "stlm"
+        return f"{on_gpus(1)}stlm"
     own = max(1, threads // PROCESSES)
-    return f"OMP_NUM_THREADS={own} torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
+    torchrun = f"torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
+    return f"OMP_NUM_THREADS={own} {on_gpus(PROCESSES)}{torchrun}"
+
+
+def launch_alone(wildcards, threads) -> str:
+    """How evaluation is started, in one process."""
+    return f"{on_gpus(1)}stlm"
 
 
 def set_arguments(wildcards, threads) -> str:
@@ -182,6 +206,7 @@ def finish() -> None:
 
 
 STUDY, FETCHED = load()
+UNRECORDED = workflow.is_main_process and recording.unrecorded(STUDY)
 # Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
 MACHINE = os.cpu_count() or 1
 CORES = workflow.resource_settings.cores or MACHINE
@@ -190,7 +215,7 @@ CORES = workflow.resource_settings.cores or MACHINE
 # GPU runs share the cores: tiny models train faster side by side on few threads each than one after the other
 # on all (docs/log.md).
 GPUS = 1 if shutil.which("nvidia-smi") else 0
-PROCESSES = config.get("processes", 1)
+PROCESSES = processes()
 SHARES = (workflow.resource_settings.resources.get("gpu").value or 1) + 1 if GPUS else len(STUDY.runs)
 RUN_THREADS = max(1, CORES // SHARES)
 BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)

@@ -12,10 +12,11 @@ rule evaluate:
     resources:
         gpu=GPUS,
     params:
+        launch=launch_alone,
         evaluation=evaluation_params,
         set=set_arguments,
     shell:
-        "stlm evaluate {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
+        "{params.launch} evaluate {wildcards.study} {wildcards.run}{params.set} 2>&1 | tee {log}"
 
 
 rule contamination:
@@ -49,8 +50,9 @@ rule evaluate_published:
     resources:
         gpu=GPUS,
     params:
+        launch=launch_alone,
         evaluation=evaluation_params,
         published=published_params,
         set=set_arguments,
     shell:
-        "stlm evaluate {wildcards.study} {wildcards.published}{params.set} 2>&1 | tee {log}"
+        "{params.launch} evaluate {wildcards.study} {wildcards.published}{params.set} 2>&1 | tee {log}"
