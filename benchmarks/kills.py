@@ -9,8 +9,11 @@ over the undisturbed duration. Every fifth kill is aimed at the writing of DVC's
 Snakemake, at the recording at its end; with DVC, at dvc.lock, which DVC writes in place after each stage.
 
 Compared, bit by bit, is all that holds no wall-clock time: data, tokens, weights, curves, scores of items,
-evaluations, tables, plots, cards, DVCLive's metrics, the manifests, and the digests in dvc.lock. Afterwards
-`dvc status` must be clean, and no half-written file may be left where git would take it.
+evaluations, tables, plots, DVCLive's metrics, the manifests, and the digests in dvc.lock. Of the pages that
+do (cards, tables of cost, curves of speed), another report is compared, written once all times in train.json
+and curve.csv are set to 1. `dvc status` must be clean, and no half-written file be left in data/ or results/.
+
+The engines run side by side, on a core each. Commit nothing meanwhile: checkpoints name the commit.
 
 Where a kill meets DVC in the middle of writing dvc.lock, DVC reads it no more. The file is then deleted, as
 docs/engines.md says; this is counted (`lock_deleted`).
@@ -33,10 +36,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import yaml
@@ -45,6 +52,7 @@ from machine import machine
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_json
+from stlm.training.checkpoints import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/kills.json")
@@ -52,6 +60,10 @@ ENGINES = {"snakemake": ("--cores", "1", "all"), "dvc": ("repro",)}
 AIMED = 5  # every so many kills one is aimed at DVC's records
 # Wall-clock times: keys of JSON, columns of CSV, and rows of tables of these names are left out.
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
+# Of the report: these show times in their text.
+TIMED = re.compile(
+    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*-curve\.svg|training/[^/]*\.html)$"
+)
 NOT_COMPARED = {".git", ".dvc", ".snakemake", ".state", "logs", "workflow", "profiles", "params"}
 CORPORA = """\
 synthetic:
@@ -89,6 +101,7 @@ variants:
   learned:
     model: {positions: learned}
 """
+WRITING = Lock()
 GIT = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     **{
@@ -117,11 +130,15 @@ def run(options: argparse.Namespace) -> int:
         content = {}
     if {key: content.get(key) for key in settings} != settings:
         content = {**settings, "machine": machine(), "left_out": TIMES.pattern, "engines": {}}
-    with tempfile.TemporaryDirectory() as temporary:
+    engines = options.engine or list(ENGINES)
+    # Resolved: processes are told apart by their folders.
+    with (
+        tempfile.TemporaryDirectory(dir=Path(tempfile.gettempdir()).resolve()) as temporary,
+        ThreadPoolExecutor(len(engines)) as side_by_side,
+    ):
         fresh = Place.fresh(Path(temporary) / "fresh")
-        for engine in options.engine or ENGINES:
-            _of_engine(content, engine, fresh, options)
-            write_json(options.output, content)
+        for done in [side_by_side.submit(_of_engine, content, each, fresh, options) for each in engines]:
+            done.result()
     for engine, found in content["engines"].items():
         print(
             json.dumps({"engine": engine, **{k: found[k] for k in ("killed", "identical", "lock_deleted")}})
@@ -145,13 +162,13 @@ def _of_engine(content: dict[str, Any], engine: str, fresh: Place, options: argp
         aimed = number % AIMED == AIMED - 2
         kill = place.kill(engine, draw, None if aimed else fraction * found["seconds"])
         lock_deleted = place.finish(engine)
-        written = place.written()
+        status, left, written = place.status(), place.leavings(), place.written()
         names = sorted(written.keys() | found["files"].keys())
         kill |= {
             "lock_deleted": lock_deleted,
             "differing": [name for name in names if written.get(name) != found["files"].get(name)],
-            "status": place.status(),
-            "left": place.leavings(),
+            "status": status,
+            "left": left,
         }
         found["kills"].append(kill)
         kills = found["kills"]
@@ -161,7 +178,8 @@ def _of_engine(content: dict[str, Any], engine: str, fresh: Place, options: argp
             "identical": not any(each["differing"] or each["status"] or each["left"] for each in kills),
         }
         print(f"{engine} {number + 1}: {json.dumps(kill)}", file=sys.stderr)
-        write_json(options.output, content)
+        with WRITING:
+            write_json(options.output, content)
         if not (kill["differing"] or kill["status"] or kill["left"]):
             shutil.rmtree(place.root)
         else:
@@ -274,10 +292,13 @@ class Place:
             return False
 
     def _no_job_is_left(self) -> None:
-        """A job that outlives its engine would go on writing."""
-        for process in psutil.process_iter(["cwd", "cmdline"]):
-            if process.info["cwd"] and Path(process.info["cwd"]) == self.root:
-                raise UserError(f"this job outlived the kill: {' '.join(process.info['cmdline'] or [])}")
+        """Wait until all processes have gone; one that outlives its engine would go on writing."""
+        for _ in range(300):
+            here = [p for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(self.root)]
+            if not here:
+                return
+            time.sleep(0.1)
+        raise UserError(f"this job outlived the kill: {' '.join(here[0].info['cmdline'] or [])}")
 
     def _at_work(self, engine: str) -> str:
         """The last command that the log tells of."""
@@ -315,14 +336,28 @@ class Place:
         return sorted(str(path.relative_to(self.root)) for path in found)
 
     def written(self) -> dict[str, str]:
-        """A digest of each file, wall-clock times left out."""
+        """A digest of each file, wall-clock times left out; last, the report is written anew without them."""
+        found = self._digests(lambda name: not TIMED.search(name))
+        for run in (self.root / "results/smoke/runs").iterdir():
+            record = read_json(run / "train.json")
+            write_json(run / "train.json", {key: 1.0 if TIMES.search(key) else record[key] for key in record})
+            curve = pd.read_csv(run / "curve.csv", dtype=str)
+            curve.loc[:, [name for name in curve if TIMES.search(name)]] = "1.0"
+            curve.to_csv(run / "curve.csv", index=False)
+        self._run("stlm", "report", "smoke")
+        again = self._digests(lambda name: bool(TIMED.search(name)))
+        return found | {f"{name} (times set to 1)": digest for name, digest in again.items()}
+
+    def _digests(self, wanted: Callable[[str], bool]) -> dict[str, str]:
+        names = {path: str(path.relative_to(self.root)) for path in sorted(self.root.rglob("*"))}
         return {
-            str(path.relative_to(self.root)): hashlib.sha256(_timeless(path)).hexdigest()
-            for path in sorted(self.root.rglob("*"))
+            name: hashlib.sha256(_timeless(path)).hexdigest()
+            for path, name in names.items()
             if path.is_file()
-            and path.relative_to(self.root).parts[0] not in NOT_COMPARED
+            and Path(name).parts[0] not in NOT_COMPARED
             and path.name != ".snakemake_timestamp"
-            and not path.name.endswith(".partial")
+            and not name.endswith(".partial")
+            and wanted(name)
         }
 
 
@@ -364,7 +399,7 @@ def _without_times(value: Any) -> Any:
 
 def _code() -> str:
     """A digest of the code: kills of another version do not count."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(code_version()["git"]).encode())
     for folder in ("stlm", "workflow"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
