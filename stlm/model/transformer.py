@@ -19,6 +19,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
 from stlm.model.feed_forward import FFNS
 from stlm.model.fused import RMSNorm
+from stlm.model.fused_attention import fused_attention
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.projection import INITIAL_STD, projection, projections, share
@@ -119,15 +120,7 @@ class Attention(nn.Module):
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None, dropout: float
     ) -> Tensor:
         """Causal attention, [B, H, L, E], of the keys that `sees_B1LL` leaves."""
-        return F.scaled_dot_product_attention(
-            q_BHLE,
-            k_BKLE,
-            v_BKLE,
-            attn_mask=sees_B1LL,
-            is_causal=sees_B1LL is None,
-            dropout_p=dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        return fused_attention(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, dropout if self.training else 0.0)
 
     def forward(
         self,
