@@ -1,7 +1,7 @@
 """The checks of benchmarks/gpu_check.py: each a function that returns figures, or raises.
 
-They run on CUDA, or at tiny shapes on a CPU. Trainings in float32 are held against the same on the CPU, within
-what another order of sums makes.
+They run on CUDA, or at tiny shapes on a CPU. Trainings in float32 are held against the same on the CPU,
+within what another order of sums makes.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attention() -> dict[str, Any]:
-    """Ways to attend within documents and causally, with grouped heads: right, and how fast with gradients."""
+    """Ways to attend within documents and causally, with grouped heads: right, and how fast."""
     B, L, H, K, E = (24, 512, 16, 4, 32) if on_cuda() else (2, 64, 4, 2, 16)
     tokens_BL = torch.randint(0, L // 4, (B, L), device=device())  # an end of text every L / 4 tokens or so
     masks = {"documents": Documents.of(tokens_BL, 0).sees, "causal": None}

@@ -104,7 +104,7 @@ def make_run(name: str, tokenizer: str = "bytes", data: dict | None = None, mode
 
 @contextmanager
 def on_the_cpu():
-    """Trainings here run on the CPU, without kernels of ours: the reference."""
+    """Trainings here run on the CPU, the reference."""
     cpu = Device(torch.device("cpu"), "float32", False)
     with mock.patch.object(loop, "choose_device", return_value=cpu):
         yield
