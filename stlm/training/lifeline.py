@@ -25,6 +25,8 @@ LOST = (
 # Seconds for the process to notice by itself and to end in order; torchrun kills after 30.
 GRACE = 15.0
 _FOREVER = timedelta(days=3650)
+# What torch raises where a connection is closed, and where this process has left the group itself.
+_CLOSED = (RuntimeError, ValueError)
 
 
 class Exit:
@@ -70,7 +72,7 @@ class Lifeline:
     def farewell(self) -> bool:
         """Part in peace; whether the next one did, too."""
         self.release()
-        with suppress(RuntimeError):  # gone already
+        with suppress(*_CLOSED):  # it is gone already
             self._say(lost=False)
             self._sent.wait(timedelta(seconds=GRACE))
         self._thread.join(GRACE)
@@ -85,9 +87,9 @@ class Lifeline:
             dist.irecv(heard, self._next, group=self._group).wait(_FOREVER)
             if not heard:
                 return
-        except RuntimeError:
-            pass  # its connection is closed
-        with suppress(RuntimeError):
+        except _CLOSED:
+            pass
+        with suppress(*_CLOSED):
             self._say(lost=True)
         if self._released.wait(GRACE):
             return
