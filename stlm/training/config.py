@@ -84,8 +84,8 @@ class TrainingConfig(BaseModel):
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="torch.compile; `auto`: on CUDA, not on a CPU. Where it fails, training warns and goes on "
-        "without.",
+        description="torch.compile; `auto`: on CUDA, not on a CPU. Where it fails, training warns and goes "
+        "on without.",
     )
     checkpoints: tuple[int, ...] = Field(
         (), description="Steps at which the weights are kept and evaluated; the last step always is."
