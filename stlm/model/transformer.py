@@ -110,11 +110,13 @@ class Attention(nn.Module):
     def _attend_scheduled(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
     ) -> Tensor:
-        """Attention whose dropout a schedule changes.
+        """Attention [B, L, H, E] whose dropout a schedule changes.
 
-        It stays out of the compiled graph, which would be compiled anew at each value of the number.
+        It stays out of the compiled graph, which would be compiled anew at each value of the number; and, as
+        torch computes it by other means without dropout, at another order of the result in memory.
         """
-        return self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
+        y_BHLE = self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
+        return y_BHLE.transpose(1, 2).contiguous()
 
     def _attend(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None, dropout: float
@@ -158,7 +160,7 @@ class Attention(nn.Module):
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
             if self.scheduled:
-                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL).transpose(1, 2)
+                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL)
             else:
                 y_BLHE = self._attend(*qkv, sees_B1LL, self.dropout).transpose(1, 2)
         y_BLD = y_BLHE.reshape(B, L, D)
