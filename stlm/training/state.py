@@ -39,9 +39,8 @@ class Progress:
     grad_norm: float = math.nan
     watch: dict[str, Any] = field(default_factory=dict)
     kernels: bool = False
-    row needs of a run that stopped between two rows. `kernels`, `compiled`: all of it was computed so (None:
-    an earlier version did not say). `parts`: the devices, processors and versions of the code that it was
-    computed by, each once, in order.
+    compiled: bool | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fingerprint(content: dict[str, Any]) -> str:
