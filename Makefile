@@ -9,7 +9,7 @@ READY := .venv/.ready
 TESTS = $(BIN)/python -m pytest --numprocesses $(CORES) --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all report test test-fast lint format lock clean
+.PHONY: help setup all report test test-fast gpu-check lint format lock clean
 
 help: ## list the targets
 	@echo "make TARGET [STUDY=smoke|desk|paper] [CORES=$(CORES)]"
@@ -38,6 +38,9 @@ test: lint ## the code style, and all tests, on CORES cores (minutes); prints th
 
 test-fast: $(READY) ## the unit tests alone, without the two engines
 	$(TESTS) -m "not engine and not slow and not network"
+
+gpu-check: $(READY) ## whatever has never run on a GPU (minutes); without one on the CPU, the rest skipped
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(READY) ## check the code style and Snakemake's own advice
 	$(BIN)/ruff check

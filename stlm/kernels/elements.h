@@ -12,13 +12,15 @@
 #define FEW 16384
 
 /* e^x for x up to 0: 2^n e^r with r within half of ln 2, by a polynomial fitted for the smallest relative error,
-   3e-9; with the rounding of float32 2e-7. Below -87, where float32 ends, it is zero. */
+   3e-9; with the rounding of float32 2e-7. Below -87, where float32 ends, it is zero, whatever the rest makes of it.
+   What is not a number stays it: the last operation is a product, not a sum of bits, which would make some payloads
+   numbers. */
 static inline float exponential(float x) {
-    float held = x < -87.0f ? -87.0f : x;
-    /* Added to it, what is behind the point is rounded off, and the lowest bits are n. */
-    float shifted = held * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    /* Added to 1.5 2^23 + 127, what is behind the point is rounded off, and the lowest bits are n + 127: the exponent
+       of 2^n. */
+    float shifted = x * 1.44269504f + 12583039.0f, n = shifted - 12583039.0f;
     /* ln 2 in two parts, the first with few digits: n times it is exact. */
-    float r = held - n * 0.693359375f + n * 2.12194440e-4f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.381459124e-3f;
     p = p * r + 8.368716840e-3f;
     p = p * r + 4.166838820e-2f;
@@ -26,12 +28,12 @@ static inline float exponential(float x) {
     p = p * r + 4.999999345e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    uint32_t bits, power;
-    memcpy(&bits, &p, sizeof bits);
-    memcpy(&power, &shifted, sizeof power);
-    bits += power << 23;
-    memcpy(&p, &bits, sizeof p);
-    return x < -87.0f ? 0.0f : p;
+    uint32_t bits;
+    float power;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits <<= 23;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? 0.0f : p * power;
 }
 
 /* 1 / (1 + e^-x), of the exponential of a number below 0. */
@@ -58,7 +60,8 @@ static inline float from_bfloat16(uint16_t x) {
     return y;
 }
 
-/* To the nearest, to even between two. What arithmetic makes not a number stays it. */
+/* To the nearest, to even between two. What is not a number stays it where its payload is of bfloat16's bits, as that
+   of elements and of arithmetic is. A payload of float32's may be rounded to infinity or zero: see rms_norm. */
 static inline uint16_t to_bfloat16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

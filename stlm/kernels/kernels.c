@@ -31,6 +31,8 @@
 
 /* y = x / rms(x) * gain of float32 rows; `inverse` [N] keeps 1 / rms(x) (Zhang and Sennrich 2019). */
 void NAME(rms_norm)(int64_t N, int64_t D, const float *x, const float *gain, float eps, ELEMENT *y, float *inverse) {
+    int spoilt = 0;
+    for (int64_t d = 0; d < D; d++) spoilt |= gain[d] != gain[d];
 #pragma omp parallel for schedule(static) if (N * D > FEW)
     for (int64_t n = 0; n < N; n++) {
         const float *xn = x + n * D;
@@ -41,6 +43,11 @@ void NAME(rms_norm)(int64_t N, int64_t D, const float *x, const float *gain, flo
         float own = 1.0f / sqrtf(squares / D + eps);
         inverse[n] = own;
         for (int64_t d = 0; d < D; d++) yn[d] = STORE(xn[d] * own * gain[d]);
+        if (own == own && !spoilt) continue;
+        for (int64_t d = 0; d < D; d++) {
+            float exact = xn[d] * own * gain[d];
+            if (exact != exact) yn[d] = STORE(NAN);
+        }
     }
 }
 

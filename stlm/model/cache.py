@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
+from stlm.model.fused_attention import fused_attention
 
 
 class Cache:
@@ -84,12 +85,5 @@ class LayerCache:
         sees_LN = None
         if begin:
             sees_LN = torch.ones(L, end, dtype=torch.bool, device=q_BLHE.device).tril(begin)
-        y_BHLE = F.scaled_dot_product_attention(
-            q_BLHE.transpose(1, 2),
-            k_BKNE,
-            v_BKNE,
-            attn_mask=sees_LN,
-            is_causal=sees_LN is None,
-            enable_gqa=H != k_BKNE.shape[1],
-        )
+        y_BHLE = fused_attention(q_BLHE.transpose(1, 2), k_BKNE, v_BKNE, sees_LN)
         return y_BHLE.transpose(1, 2)

@@ -19,6 +19,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
 from stlm.model.feed_forward import FFNS
 from stlm.model.fused import RMSNorm
+from stlm.model.fused_attention import fused_attention
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.projection import INITIAL_STD, projection, projections, share
@@ -109,25 +110,19 @@ class Attention(nn.Module):
     def _attend_scheduled(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
     ) -> Tensor:
-        """Attention whose dropout a schedule changes.
+        """Attention [B, L, H, E] whose dropout a schedule changes.
 
-        It stays out of the compiled graph, which would be compiled anew at each value of the number.
+        It stays out of the compiled graph, which would be compiled anew at each value of the number; and, as
+        torch computes it by other means without dropout, at another order of the result in memory.
         """
-        return self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
+        y_BHLE = self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
+        return y_BHLE.transpose(1, 2).contiguous()
 
     def _attend(
         self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None, dropout: float
     ) -> Tensor:
         """Causal attention, [B, H, L, E], of the keys that `sees_B1LL` leaves."""
-        return F.scaled_dot_product_attention(
-            q_BHLE,
-            k_BKLE,
-            v_BKLE,
-            attn_mask=sees_B1LL,
-            is_causal=sees_B1LL is None,
-            dropout_p=dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        return fused_attention(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, dropout if self.training else 0.0)
 
     def forward(
         self,
@@ -165,7 +160,7 @@ class Attention(nn.Module):
         else:
             qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
             if self.scheduled:
-                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL).transpose(1, 2)
+                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL)
             else:
                 y_BLHE = self._attend(*qkv, sees_B1LL, self.dropout).transpose(1, 2)
         y_BLD = y_BLHE.reshape(B, L, D)

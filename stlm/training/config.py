@@ -83,7 +83,9 @@ class TrainingConfig(BaseModel):
         "device multiplies it natively (recorded in train.json).",
     )
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile; `auto`: on CUDA, not on a CPU."
+        "auto",
+        description="torch.compile; `auto`: on CUDA, not on a CPU. Where it fails, training warns and goes "
+        "on without.",
     )
     checkpoints: tuple[int, ...] = Field(
         (), description="Steps at which the weights are kept and evaluated; the last step always is."

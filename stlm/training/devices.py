@@ -74,3 +74,11 @@ def choose_device(config: TrainingConfig) -> Device:
         torch.set_float32_matmul_precision("high")
     compiled = cuda if config.compile == "auto" else config.compile
     return Device(torch.device("cuda" if cuda else "cpu"), precision, compiled)
+
+
+def compiler_error(error: Exception) -> str:
+    """The line of an error of torch.compile that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The first of some names the backend alone.
+    telling = [line for line in lines if not (line.startswith("backend=") and line.endswith("raised:"))]
+    return telling[0] if telling else type(error).__name__

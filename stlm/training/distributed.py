@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stlm.errors import Interrupted, UserError
 from stlm.training.config import TrainingConfig
+from stlm.training.lifeline import LOST, Exit, Lifeline
 from stlm.training.signals import STOPPING
 
 # What torchrun tells the processes that it starts.
@@ -111,13 +112,14 @@ def _exchange(collective: Callable[[], object]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
-        if not lost and not _GLOO_LOST.search(str(error)):
+        if not _lost(error):
             raise
-        raise LostPeer(
-            f"a process of this training ended without a word (killed, or out of memory?); the same command "
-            f"goes on from what is saved ({str(error).splitlines()[0]})"
-        ) from None
+        raise LostPeer(f"{LOST} ({str(error).splitlines()[0]})") from None
+
+
+def _lost(error: RuntimeError) -> bool:
+    kinds = dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError
+    return isinstance(error, kinds) or bool(_GLOO_LOST.search(str(error)))
 
 
 @contextmanager
@@ -140,31 +142,68 @@ def processes() -> Iterator[Group]:
     cuda = torch.cuda.is_available()
     if cuda:
         _take_gpu(int(os.environ["LOCAL_RANK"]), size)
-    store, rank, size = next(dist.rendezvous("env://"))
-    # Beside NCCL, gloo carries what must not wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    exit_ = Exit()
+    store, rank = _meet(cuda, size)
     group = Group(rank, size)
+    lifeline = Lifeline(rank, size, lambda: _first_to_tell(store))
     try:
         yield group
     except Interrupted as stop:
         _end_undisturbed()
+        exit_.status = stop.status
         with suppress(LostPeer):  # it ended first; the state is saved
             group.wait()
-            dist.destroy_process_group()
+            lifeline.farewell()
         if group.leads:
             raise
         raise SystemExit(stop.status) from None
     except BaseException as error:
         _end_undisturbed()
+        lifeline.release()
+        exit_.status = (
+            2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        )
         # Before this process ends and the others see it, so that the cause is told and not its effects.
-        first = store.add("stlm/told", 1) == 1
-        # Gloo's threads, left at work, can abort a Python that ends. NCCL would wait for those who failed.
+        first = _first_to_tell(store)
+        # NCCL would wait for those who failed.
         if not cuda:
             dist.destroy_process_group()
         if first or not isinstance(error, UserError):
             raise
         raise SystemExit(2) from None
-    dist.destroy_process_group()
+    if lifeline.farewell():
+        dist.destroy_process_group()
+    else:
+        exit_.status = 0
+
+
+def _meet(cuda: bool, size: int) -> tuple[dist.Store, int]:
+    """Join the others: the store that all share, and this process's rank."""
+    # NCCL's own watchdog would abort the process (SIGABRT) as soon as another one is gone; the lifeline ends
+    # it as promised.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        # Beside NCCL, gloo carries what must not wait for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise UserError(
+            f"the {size} processes of this training did not find one another at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: did one end, or is the address "
+            f"unreachable? ({str(error).splitlines()[0]})"
+        ) from None
+    return store, rank
+
+
+def _first_to_tell(store: dist.Store) -> bool:
+    """Whether no other process has told yet why the group ends; yes where there is no one left to ask."""
+    try:
+        return store.add("stlm/told", 1) == 1
+    except RuntimeError:
+        return True
 
 
 def _end_undisturbed() -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import load_tokenizer, tokens_table
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.config import RECORD_KEYS
-from stlm.training.devices import Device, choose_device
+from stlm.training.devices import Device, choose_device, compiler_error
 from stlm.training.difficulty import Reference
 from stlm.training.distributed import Group, Share, processes
 from stlm.training.divergence import explain
@@ -76,7 +77,7 @@ class Trainer:
             self.model.use(tokens_table(load_tokenizer(run.tokens_folder / "tokenizer")))
         if self.start:
             self.start.give(self.model)
-        self.loss = torch.compile(self.model.loss) if self.where.compiled else self.model.loss
+        self.loss = self.model.loss
         self.optimizer = build_optimizer(self.model, self.config, self.where.dtype)
         self.mark = fingerprint(
             {
@@ -100,7 +101,7 @@ class Trainer:
         self.output = run.state_folder / "output"
         # What computes from here on: the code as it is now, whatever is checked out while training goes on.
         self.made = {"device": self.where.name, "processor": processor_name(), "code": code_version()}
-        self.progress = Progress(kernels=self.where.kernels)
+        self.progress = Progress(kernels=self.where.kernels, compiled=self.where.compiled)
         # Of the steps since the last row of the curve, on the device.
         self.losses: list[Tensor] = []
         self.norm = torch.tensor(math.nan)
@@ -110,6 +111,46 @@ class Trainer:
         """What watches the run, going on from the records of the progress so far; the leader alone looks."""
         every = self.config.watch_every if self.group.leads else 0
         return Watch(self.model, every, self.eager_hidden, self.progress.watch)
+
+    def compile(self) -> None:
+        """Compile the loss, if the recipe wants it, by the first micro-batch's forward and backward pass.
+
+        Where that fails in one process, for want of a compiler say, the whole group trains without, and the
+        leader warns. Comes before `resume`, and is no part of the training time.
+        """
+        why_not = None
+        if self.where.compiled:
+            self.loss = torch.compile(self.model.loss)
+            why_not = self.compile_failure()
+        if not self.group.largest(int(why_not is not None)):
+            return
+        self.where = replace(self.where, compiled=False)
+        self.loss = self.model.loss
+        self.progress.compiled, self.progress.kernels = False, self.where.kernels
+        if self.group.leads:
+            reason = why_not or "another process could not"
+            print(
+                f"{self.run.name}: torch.compile failed, training without it, more slowly: {reason}",
+                file=sys.stderr,
+            )
+
+    def compile_failure(self) -> str | None:
+        """Why the first use of the compiled loss failed, in a line; None where it did not."""
+        self.model.train()
+        if self.config.dropout_schedule != "constant":
+            self.model.schedule_dropout(dropout_factor(self.config, 1))
+        tokens = next(self.micro_batches(1, self.share))
+        try:
+            with self.where.autocast():
+                loss = self.loss(tokens[:, :-1], tokens[:, 1:], documents=self.documents(tokens[:, :-1]))
+            loss.backward()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the compiler's many; training shows what it was not to blame for
+            return compiler_error(error)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return None
 
     def check_vocabulary(self) -> None:
         """Refuse token shards whose ids the model has no embedding for; a byte-level one reads any."""
@@ -149,7 +190,15 @@ class Trainer:
         if progress is None:
             return False
         self.progress = progress
-        if progress.kernels != self.where.kernels and progress.step < self.config.steps:
+        if progress.compiled is None:  # a state of an earlier version
+            progress.compiled = self.where.compiled
+        if progress.compiled != self.where.compiled and progress.step < self.config.steps:
+            if self.group.leads:
+                so_far = "compiled" if progress.compiled else "not, or not all, compiled"
+                now = "compiled" if self.where.compiled else "not"
+                print(f"{self.run.name}: so far {so_far}, now {now}: rounding differs", file=sys.stderr)
+            progress.compiled = progress.kernels = False
+        elif progress.kernels != self.where.kernels and progress.step < self.config.steps:
             if self.group.leads:
                 so_far = "with kernels in C" if progress.kernels else "not, or not all, with kernels in C"
                 now = "with" if self.where.kernels else "without"
@@ -358,7 +407,7 @@ class Trainer:
             # Where a run stopped and went on elsewhere, or by other code.
             **({"parts": self.progress.parts} if len(self.progress.parts) > 1 else {}),
             "precision": self.where.precision,
-            "compiled": self.where.compiled,
+            "compiled": self.progress.compiled,
             "kernels": self.progress.kernels,
             "threads": torch.get_num_threads(),
             "processes": self.group.size,
@@ -473,6 +522,7 @@ def train(run: Run) -> None:
 
 def _train(run: Run, group: Group, signals: StopSignals) -> None:
     trainer = Trainer(run, group)
+    trainer.compile()
     resumed = trainer.resume()
     if group.leads:
         print(

@@ -26,8 +26,9 @@ class Progress:
     """How far a run has come.
 
     `losses` of the steps since the last row of the curve, and the last step's `grad_norm`, are what the next
-    row needs of a run that stopped between two rows. `kernels`: all of it was computed with them. `parts`:
-    the devices, processors and versions of the code that it was computed by, each once, in order.
+    row needs of a run that stopped between two rows. `kernels`, `compiled`: all of it was computed so (None:
+    an earlier version did not say). `parts`: the devices, processors and versions of the code that it was
+    computed by, each once, in order.
     """
 
     step: int = 0
@@ -38,6 +39,7 @@ class Progress:
     grad_norm: float = math.nan
     watch: dict[str, Any] = field(default_factory=dict)
     kernels: bool = False
+    compiled: bool | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -189,6 +189,8 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(rank, action, message
     assert said.count(message) == 1, said
     assert said.count("error: ") == 1, said
     assert "Traceback" not in said.split("torch/distributed/elastic")[0]
+    if "kill" in action:
+        assert sorted(re.findall(r"exitcode +: (-?\d+)", said)) == ["-9", "2"], said
 
 
 @pytest.mark.slow
