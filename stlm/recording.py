@@ -125,12 +125,13 @@ def record_in_dvc(root: Path = Path()) -> str:
 
 def _check_trained(study: Study, root: Path) -> None:
     """Refuse to record what was trained with other parameters: `snakemake --touch` takes all as today's."""
-    from stlm.report.results import TrainRecord, _check_trained_as_asked
+    from stlm.report.asked import check_trained
+    from stlm.report.results import TrainRecord
 
     for run in study.runs.values():
         path = run.folder / "train.json"
         command = f"stlm train {study.name} {run.name}"
-        _check_trained_as_asked(run, read_record(root / path, TrainRecord), path, command)
+        check_trained(run, read_record(root / path, TrainRecord), path, command)
 
 
 def _changed(study: Study, root: Path) -> str:
