@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stlm.errors import UserError
+from stlm.files import read_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
@@ -91,7 +92,7 @@ def test_damaged_checkpoints_are_told(checkpoint):
     for content, expected in [
         (text[:40], "config.json: not valid JSON"),
         ("[]", "config.json: not a checkpoint's description"),
-        (json.dumps({**json.loads(text), "format": 99}), "config.json: not a checkpoint's description"),
+        (json.dumps({**read_json(config), "format": 99}), "config.json: not a checkpoint's description"),
         (text.replace('"width": 16', '"width": 32'), "damaged"),
         (text.replace('"width": 16', '"width": 17'), "config.json: model: "),
     ]:
