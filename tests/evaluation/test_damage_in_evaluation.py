@@ -23,6 +23,7 @@ from stlm.files import read_json, sha256, write_json
 from stlm.generation.generate import load_generator
 from stlm.report.card import read_card
 from stlm.report.pairwise import find_predictions
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
 CONFIG = EvaluationConfig(benchmarks=["synthetic_pairs"], modes=["harness"], limit=10)
@@ -131,12 +132,9 @@ def test_every_flipped_bit_of_the_items_is_noticed(run):
     assert find_predictions(str(run.folder)).step == 30
 
 
-def test_every_file_of_a_checkpoint_is_noticed_by_whoever_loads_it(run, monkeypatch):
-    from stlm.tokens.tokenizer import load_tokenizer
-
-    checkpoint = save_llama(
-        Path("results/tiny/runs/llama"), load_tokenizer(run.tokens_folder / "tokenizer"), 32
-    )
+def test_every_file_of_a_checkpoint_is_noticed_by_whoever_loads_it(run):
+    tokenizer = load_tokenizer(run.tokens_folder / "tokenizer")
+    checkpoint = save_llama(Path("results/tiny/runs/llama"), tokenizer, 32)
     weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
     device = torch.device("cpu")
     before = load_checkpoint(checkpoint)[1]

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_waits_to_be_published(stopped):
     folder = stopped.state_folder / "output" / "checkpoints" / "step-0000003"
     for name in ("model.safetensors", "config.json"):
         flip(folder / name, 8 * 100)
-        with pytest.raises(UserError, match=rf"step-0000003/{name}: damaged.*delete \.state/test/tiny-run"):
+        with pytest.raises(UserError, match=rf"step-0000003/{name}: .*delete \.state/test/tiny-run"):
             Trainer(stopped).resume()
         flip(folder / name, 8 * 100)
     train(stopped)
