@@ -198,11 +198,8 @@ def _read_checked(path: Path) -> tuple[Any, dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {remedy(path)}") from None
     if digest != found.get("sha256"):
-        expected = f"{found['sha256'][:12]}..." if found else f"in a key {CHECKSUM!r}, which is damaged"
-        raise UserError(
-            f"{path}: damaged, or changed by hand: its content has SHA-256 {digest[:12]}..., expected "
-            f"{expected}; {remedy(path)}"
-        )
+        differs = differing(digest, found["sha256"]) if found else f"its key {CHECKSUM!r} is damaged"
+        raise UserError(f"{path}: damaged, or changed by hand: {differs}; {remedy(path)}")
     return content, files
 
 
@@ -253,6 +250,12 @@ def sha256(path: Path) -> str:
         raise
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def differing(found: str, expected: str) -> str:
+    """Two SHA-256 for a message, as short as they still differ."""
+    shown = 12 if found[:12] != expected[:12] else max(len(found), len(expected))
+    return f"its SHA-256 is {found[:shown]}, expected {expected[:shown]}"
 
 
 def content_sha256(path: Path) -> str:

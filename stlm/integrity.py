@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stlm.errors import UserError
-from stlm.files import content_sha256, read_json, recorded_files, sha256, write_record
+from stlm.files import content_sha256, differing, read_json, recorded_files, sha256, write_record
 from stlm.remedy import next_command, remedy
 
 CACHE = Path(".state/checked.json")
@@ -147,10 +147,7 @@ def _size(path: Path) -> int:
 
 def _compare(path: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise UserError(
-            f"{path}: damaged, or changed by hand: its SHA-256 is {found[:12]}..., expected "
-            f"{expected[:12]}...; {remedy(path)}"
-        )
+        raise UserError(f"{path}: damaged, or changed by hand: {differing(found, expected)}; {remedy(path)}")
 
 
 def seal(path: Path) -> None:

@@ -27,6 +27,7 @@ from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_published, read_results, run_label
+from stlm.report.sources import read_texts
 from stlm.report.statistics import statistics_records
 from stlm.report.table import Table, csv_text, write_table
 from stlm.report.training import write_training_pages
@@ -49,6 +50,8 @@ def report(study: Study) -> None:
     note = contamination_note(contamination)
     rows = rows_of(results, published)
     made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
+    for corpus, tokenizer in {(own.train.corpus, own.train.tokenizer) for own in results.values()}:
+        read_texts(corpus, tokenizer)  # the cards' writer reads them again: what is damaged is told before
     variants = read_variants(study, results)
     compared = efficiencies(variants) if variants else []
     costs = equal_costs(variants) if variants else None

@@ -1,4 +1,4 @@
-"""Pages of committed results show what the report wrote, to the bit; results of earlier versions as they are."""
+"""Pages of committed results show what the report wrote, to the bit; those of earlier versions are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def test_tables_are_what_the_report_wrote(folder):
     path.write_bytes(whole.replace(b"\n", b"\r\n"))
     assert findings_table("toy", folder), "git may change line ends"
     path.write_bytes(whole.replace(b",0,", b",1,", 1))
-    with pytest.raises(UserError, match=r"statistics\.csv: damaged, or changed by hand.*run: stlm report toy"):
+    with pytest.raises(
+        UserError, match=r"statistics\.csv: damaged, or changed by hand.*run: stlm report toy"
+    ):
         findings_table("toy", folder)
 
 
@@ -39,7 +41,7 @@ def test_no_run_is_lost_from_metrics(folder):
     path = folder / "metrics.json"
     assert [name for name, *_ in read_committed(folder)] == ["baseline", "sincos"]
     path.write_text(path.read_text().replace('"sincos"', '"baseline"'))
-    with pytest.raises(UserError, match=r"metrics\.json: damaged.* found the runs baseline, expected baseline, s"):
+    with pytest.raises(UserError, match=r"metrics\.json: damaged.* the runs baseline, expected baseline, s"):
         list(read_committed(folder))
 
 
