@@ -13,7 +13,7 @@ from stlm.report.build import report
 from stlm.report.committed import read_committed, read_table
 from stlm.report.findings import findings_table
 
-TWO = {"baseline": {}, "sincos": {"model": {"positions": "sincos"}}}
+TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 
 
 @pytest.fixture
