@@ -10,31 +10,45 @@ import pytest
 from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.report.build import report
-from stlm.report.committed import read_committed, read_table
+from stlm.report.committed import read_committed, read_table, write_checksums
 from stlm.report.findings import findings_table
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 
 
-@pytest.fixture
-def folder(make_study) -> Path:
+def test_the_report_lists_the_tables_that_pages_show(make_study):
     study = make_study(TWO)
     report(study)
-    return study.folder
+    assert findings_table("toy", study.folder)
+    path = study.folder / "tables" / "statistics.csv"
+    path.write_bytes(path.read_bytes().replace(b",0,", b",1,", 1))
+    with pytest.raises(UserError, match=r"statistics\.csv: damaged.*run: stlm report toy"):
+        findings_table("toy", study.folder)
+    # `dvc metrics` compares numbers.
+    for own in json.loads((study.folder / "metrics.json").read_text()).values():
+        assert all(isinstance(value, int | float) for value in own.values())
 
 
-def test_tables_are_what_the_report_wrote(folder):
-    path = folder / "tables" / "statistics.csv"
-    assert read_table(path) == path.read_text()
-    assert findings_table("toy", folder)
+@pytest.fixture
+def folder(make_study) -> Path:
+    """A study's results with a table as the report writes it."""
+    folder = make_study(TWO).folder
+    (folder / "tables").mkdir()
+    (folder / "tables" / "a.csv").write_text("run,value\nbaseline,1\n")
+    write_checksums(folder / "tables", ["baseline", "sincos"])
+    write_json(folder / "metrics.json", {"baseline": {}, "sincos": {}})
+    return folder
+
+
+def test_tables_are_read_as_they_were_written(folder):
+    path = folder / "tables" / "a.csv"
     whole = path.read_bytes()
+    assert read_table(path) == whole.decode()
     path.write_bytes(whole.replace(b"\n", b"\r\n"))
-    assert findings_table("toy", folder), "git may change line ends"
-    path.write_bytes(whole.replace(b",0,", b",1,", 1))
-    with pytest.raises(
-        UserError, match=r"statistics\.csv: damaged, or changed by hand.*run: stlm report toy"
-    ):
-        findings_table("toy", folder)
+    assert read_table(path) == whole.decode(), "git may change line ends"
+    path.write_bytes(whole.replace(b"1", b"3"))
+    with pytest.raises(UserError, match=r"a\.csv: damaged.*run: stlm report toy"):
+        read_table(path)
 
 
 def test_no_run_is_lost_from_metrics(folder):
@@ -43,18 +57,8 @@ def test_no_run_is_lost_from_metrics(folder):
     path.write_text(path.read_text().replace('"sincos"', '"baseline"'))
     with pytest.raises(UserError, match=r"metrics\.json: damaged.* the runs baseline, expected baseline, s"):
         list(read_committed(folder))
-
-
-def test_reports_of_earlier_versions_have_no_list(folder):
-    (folder / "tables" / "checksum.json").unlink()
-    write_json(folder / "metrics.json", {"baseline": {}})
+    (folder / "tables" / "checksum.json").unlink()  # earlier versions wrote none
     assert [name for name, *_ in read_committed(folder)] == ["baseline"]
-
-
-def test_metrics_hold_numbers_alone(folder):
-    """`dvc metrics` compares them."""
-    for own in json.loads((folder / "metrics.json").read_text()).values():
-        assert all(isinstance(value, int | float) for value in own.values())
 
 
 def test_all_committed_results_can_be_read(root):
