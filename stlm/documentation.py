@@ -27,6 +27,7 @@ from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
+from stlm.report.committed import read_table
 from stlm.study import PARAMS
 from stlm.study_file import Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
@@ -190,7 +191,7 @@ def readme_with_results(root: Path = Path()) -> str:
         "## What you get",
         f"The study `desk`: models of about 4M parameters, trained on children's books (tables, plots and "
         f"metrics in [{SHOWN}/]({SHOWN})).",
-        table.read_text(encoding="utf-8").strip(),
+        read_table(table).strip(),
         f"![Character perplexity on validation text during training, all runs]({SHOWN}/plots/figure1.svg)",
     ]
     return before + _BEGIN + "\n\n".join(shown) + "\n\n" + _END + after

@@ -1,7 +1,11 @@
-"""Atomic writes: a file or folder is there whole, or as it was before.
+"""Atomic writes: a file or folder is there whole, or as it was before. Records: JSON that checks itself.
 
-Each writes beside its target, flushes to the disk and renames. A failure of the disk (full, read-only, not
-permitted) becomes a :class:`~stlm.errors.UserError` that names the path, and leaves nothing half-written.
+Each write goes beside its target, is flushed to the disk and renamed. A failure of the disk (full, read-only,
+not permitted) becomes a :class:`~stlm.errors.UserError` that names the path, and leaves nothing half-written.
+
+A *record* is a JSON object with a key `checksum`: the SHA-256 of the rest, and of files beside it. Reading
+compares it. It is of the content and not of the bytes: neither git's line ends nor an indentation change it.
+Files of earlier versions have none, and are read as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +24,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from stlm.errors import UserError, shortened
+from stlm.remedy import next_command, remedy
 
 Record = TypeVar("Record", bound=BaseModel)
+
+CHECKSUM = "checksum"
+_TEXTS = (".csv", ".md")  # of which git may change the line ends
 
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk; free some and run again",
@@ -143,16 +151,82 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_record(
+    path: Path, content: Mapping[str, Any], beside: Iterable[str] = (), files: Mapping[str, str] | None = None
+) -> None:
+    """Write a JSON object with its checksum, atomically; `beside` names files of its folder to list in it.
+
+    `files` are others to list, by name: the SHA-256 of each, as `content_sha256` has it.
+    """
+    assert CHECKSUM not in content
+    listed = {**{name: content_sha256(Path(path).parent / name) for name in beside}, **(files or {})}
+    # As it will be read: keys are texts, tuples lists.
+    as_read = json.loads(json.dumps(content, allow_nan=False))
+    checksum = {"sha256": _digest(as_read, listed), **({"files": listed} if listed else {})}
+    write_json(path, {**content, CHECKSUM: checksum})
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file that a stage wrote."""
+    """Read a JSON file that a stage wrote, without its checksum. Raises `UserError` where it is damaged."""
+    return _read_checked(path)[0]
+
+
+def recorded_files(path: Path) -> dict[str, str]:
+    """The files that a record lists, by name: SHA-256 of each. Empty for a record of an earlier version."""
+    return _read_checked(path)[1]
+
+
+def record_sha256(path: Path) -> str:
+    """The SHA-256 of a record's content, whether it has a checksum or is of an earlier version."""
+    content, _ = _read_checked(path)
+    return _digest(content, {})
+
+
+def _read_checked(path: Path) -> tuple[Any, dict[str, str]]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = _checksum(content)
+        if found is None:
+            return content, {}
+        files = found.get("files", {})
+        digest = _digest(content, files)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the stage that writes it has not run") from None
+        command = next_command(path) or "the stage that writes it has not run"
+        raise UserError(f"{path}: no such file; {command}") from None
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
+        raise UserError(f"{path}: not valid JSON ({error}); {remedy(path)}") from None
+    if digest != found.get("sha256"):
+        differs = differing(digest, found["sha256"]) if found else f"its key {CHECKSUM!r} is damaged"
+        raise UserError(f"{path}: damaged, or changed by hand: {differs}; {remedy(path)}")
+    return content, files
+
+
+def _checksum(content: Any) -> dict[str, Any] | None:
+    """Take the checksum out of a record; None where it has none, empty where it is damaged."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if CHECKSUM not in content:
+        # A letter of its name may have changed: the rest would pass for a record of an earlier version.
+        return {} if _is_checksum(content[next(reversed(content))]) else None
+    value = content.pop(CHECKSUM)
+    return value if _is_checksum(value) else {}
+
+
+def _is_checksum(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= {"sha256", "files"}
+        and isinstance(value.get("sha256"), str)
+        and isinstance(value.get("files", {}), dict)
+    )
+
+
+def _digest(content: Any, files: Mapping[str, str]) -> str:
+    """The SHA-256 of a record's content and of what it says of files beside it."""
+    text = json.dumps([content, files] if files else content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
@@ -163,7 +237,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the whole file"
         raise UserError(
-            f"{path}: not what its stage writes ({key}: {first['msg']}); delete it and run its stage again"
+            f"{path}: not what its stage writes ({key}: {first['msg']}); {remedy(path)}"
         ) from None
 
 
@@ -172,6 +246,25 @@ def sha256(path: Path) -> str:
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def differing(found: str, expected: str) -> str:
+    """Two SHA-256 for a message, as short as they still differ."""
+    shown = 12 if found[:12] != expected[:12] else max(len(found), len(expected))
+    return f"its SHA-256 is {found[:shown]}, expected {expected[:shown]}"
+
+
+def content_sha256(path: Path) -> str:
+    """The SHA-256 of a file; of a text that git may keep (CSV, Markdown), whatever its line ends are."""
+    path = Path(path)
+    if path.suffix not in _TEXTS:
+        return sha256(path)
+    try:
+        return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -39,7 +39,7 @@ from stlm.corpora.formats import DataFile, Tally, default_cut
 from stlm.corpora.sources import Found, take
 from stlm.corpora.text_files import MAX_DOCUMENT, Cut
 from stlm.errors import UserError
-from stlm.files import atomic_directory, disk_errors, sha256, write_json
+from stlm.files import atomic_directory, disk_errors, sha256, write_record
 
 ROOM = {CorpusEntry: "corpus", BenchmarkEntry: "benchmark", VocabularyEntry: "vocabulary"}
 
@@ -101,7 +101,7 @@ def _fetch_mix(
     with atomic_directory(folder) as temporary:
         for component in entry.mix:
             _fetch_one(corpora[component], temporary / component, mirror, cache, owner=entry.name)
-        write_json(temporary / "source.json", record)
+        write_record(temporary / "source.json", record)
     return record
 
 
@@ -117,7 +117,7 @@ def _fetch_one(
             with atomic_directory(folder) as temporary:
                 record = _from_source(entry, source, temporary, mirror, cache, downloads / entry.name)
                 record["tried"] = tried
-                write_json(temporary / "source.json", record)
+                write_record(temporary / "source.json", record)
         except SourceError as error:
             said = str(error)
             said = said if said.startswith(source.kind) else f"{source.kind}: {said}"

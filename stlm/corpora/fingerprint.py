@@ -8,25 +8,17 @@ because the time of its change (ctime) cannot be.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stlm.corpora.config import CorpusEntry, Entry, FolderSource, MirrorSource, VocabularyEntry
 from stlm.corpora.errors import SourceError, shown
 from stlm.corpora.sources import local_root, matched_files
-from stlm.errors import UserError
-from stlm.files import sha256, write_text
+from stlm.integrity import Digests
 
 LOCAL_KINDS = ("mirror", "folder")
 LocalSource = MirrorSource | FolderSource
-# A file changed this recently (seconds) may change again within one tick of its file system's clock.
-_SETTLED = 2.0
-_UNREADABLE = "unreadable"
 
 
 class Fingerprint(NamedTuple):
@@ -34,50 +26,6 @@ class Fingerprint(NamedTuple):
 
     files: int
     sha256: str
-
-
-class Digests:
-    """SHA-256 of files, kept in a JSON file so that unchanged files are not read again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._changed = False
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            kept = {}  # the file only saves time
-        self._kept: dict[str, Any] = kept if isinstance(kept, dict) else {}
-
-    def sha256(self, file: Path) -> str | None:
-        """The SHA-256 of ``file``; None where it is gone, `unreadable` where it may not be read."""
-        key = os.path.abspath(file)
-        try:
-            before = _state(os.stat(key))
-            kept = self._kept.get(key)
-            if isinstance(kept, list) and kept[:-1] == before:
-                return kept[-1]
-            digest = sha256(file)
-            after = os.stat(key)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, UserError):
-            return _UNREADABLE
-        if _state(after) == before and time.time() - max(after.st_ctime, after.st_mtime) > _SETTLED:
-            self._kept[key] = [*before, digest]
-            self._changed = True
-        return digest
-
-    def save(self) -> None:
-        """Keep what was computed, unless nothing was."""
-        if not self._changed:
-            return
-        self._changed = False
-        with suppress(UserError):  # a project that cannot be written to: computed again next time
-            write_text(self._path, json.dumps(self._kept))
-
-
-def _state(stat: os.stat_result) -> list[int]:
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def of_contents(contents: Mapping[str, str]) -> Fingerprint:

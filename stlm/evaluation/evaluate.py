@@ -43,8 +43,9 @@ from stlm.files import (
     read_record,
     remove_leftovers,
     sha256,
-    write_json,
+    write_record,
 )
+from stlm.integrity import check_beside
 from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.shards import Document
@@ -96,12 +97,12 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     for number, folder in enumerate(folders, 1):
         last = number == len(folders)
         kept = state / f"{folder.name}-{fingerprint(material, folder, last)[:16]}"
-        if not kept.is_dir():
+        if not _is_whole(kept):
             label = f"{run.name} {folder.name} ({number}/{len(folders)})"
             result, table = evaluate_checkpoint(material, folder, last, label)
             with atomic_directory(kept) as temporary:
-                write_json(temporary / "result.json", result)
                 pq.write_table(table, temporary / "items.parquet", compression="zstd")
+                write_record(temporary / "result.json", result, beside=["items.parquet"])
         results[folder.name] = read_json(kept / "result.json")
         tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
@@ -109,6 +110,19 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
     write_results(run.folder, about, material, results, tables)
     shutil.rmtree(state, ignore_errors=True)
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a checkpoint's results are kept there; damaged ones are not, and said to be."""
+    if not kept.is_dir():
+        return False
+    try:
+        read_json(kept / "result.json")
+        check_beside(kept / "result.json", "items.parquet")
+    except UserError as error:
+        print(f"{error}\n(scoring {kept.name} again)", file=sys.stderr)
+        return False
+    return True
 
 
 def write_results(
@@ -121,7 +135,8 @@ def write_results(
 ) -> None:
     """Write `items.parquet`, the scores of every option, and `evaluation.json`, each with its facts.
 
-    `about` are the facts of the model, `more` what only `evaluation.json` says of it.
+    `about` are the facts of the model, `more` what only `evaluation.json` says of it. That lists the SHA-256
+    of `items.parquet`.
     """
     found = facts(about, material, results)
     for name in ("items.parquet", "evaluation.json"):
@@ -129,7 +144,7 @@ def write_results(
     with atomic_path(folder / "items.parquet") as temporary:
         write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
-    write_json(folder / "evaluation.json", summary)
+    write_record(folder / "evaluation.json", summary, beside=["items.parquet"])
 
 
 def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:

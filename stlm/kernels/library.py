@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stlm.errors import UserError
 from stlm.files import atomic_path
+from stlm.integrity import check_seal, seal
 
 SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c"))
 _HEADER = Path(__file__).parent / "elements.h"
@@ -119,14 +120,14 @@ def kernels() -> Found:
 
 
 def compiled() -> Path:
-    """The library for this machine, in the user's cache, compiled if it is not there yet."""
+    """The library for this machine, in the user's cache, compiled if it is not there yet, or damaged."""
     openmp, compiler = _openmp_of_torch(), os.environ.get("CC") or "cc"
     texts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*SOURCES, _HEADER)]
     user = str(os.getuid())
     key = "\n".join([*texts, compiler, *FLAGS, openmp, torch.__version__, _processor(), user])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = home / "stlm" / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
+    if not _is_whole(path):
         command = shlex.split(compiler)
         if not command or shutil.which(command[0]) is None:
             raise OSError(f"no C compiler ({compiler})")
@@ -137,9 +138,19 @@ def compiled() -> Path:
             # Linked to torch's own OpenMP, whose threads then serve both.
             _run(*command, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-lc", "-o", str(temporary))
             ctypes.CDLL(str(temporary))  # what cannot be loaded is not kept
+            seal(temporary)
     if path.stat().st_uid != os.getuid():
         raise OSError(f"{path}: belongs to another user")
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there and as it was compiled: its numbers are taken on trust."""
+    try:
+        check_seal(path)
+    except UserError:
+        return False
+    return True
 
 
 def _run(*command: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from stlm.files import atomic_directory, remove_leftovers, write_json, write_text
+from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
 from stlm.report.card import write_cards
+from stlm.report.committed import write_checksums
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
@@ -26,6 +27,7 @@ from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
 from stlm.report.results import RunResult, read_published, read_results, run_label
+from stlm.report.sources import read_texts
 from stlm.report.statistics import statistics_records
 from stlm.report.table import Table, csv_text, write_table
 from stlm.report.training import write_training_pages
@@ -48,6 +50,8 @@ def report(study: Study) -> None:
     note = contamination_note(contamination)
     rows = rows_of(results, published)
     made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
+    for corpus, tokenizer in {(own.train.corpus, own.train.tokenizer) for own in results.values()}:
+        read_texts(corpus, tokenizer)  # the cards' writer reads them again: what is damaged is told before
     variants = read_variants(study, results)
     compared = efficiencies(variants) if variants else []
     costs = equal_costs(variants) if variants else None
@@ -67,12 +71,14 @@ def report(study: Study) -> None:
     ]
     for name in ("tables", "plots", "training", "cards", "metrics.json"):
         remove_leftovers(study.folder, name)  # of a report that was killed
+    collected = metrics(results)
     with atomic_directory(study.folder / "tables") as folder:
         for table in tables:
             write_table(folder, table)
         write_text(folder / "groups.csv", csv_text(group_records(results)))
         write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
-        write_json(folder / "made.json", {"study": study.name, "code": code})
+        write_record(folder / "made.json", {"study": study.name, "code": code})
+        write_checksums(folder, collected)
     with atomic_directory(study.folder / "plots") as folder:
         write_plots(folder, study, results, comparisons)
         if compared:
@@ -86,7 +92,6 @@ def report(study: Study) -> None:
         write_training_pages(folder, study, results)
     with atomic_directory(study.folder / "cards") as folder:
         write_cards(folder, study, results, comparisons, contamination)
-    collected = metrics(results)
     write_json(study.folder / "metrics.json", collected)
     print(summary(study, results, collected, made))
 

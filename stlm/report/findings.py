@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Literal
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
-from stlm.report.committed import read_committed
+from stlm.report.committed import read_committed, read_table
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
 from stlm.report.noise import noise_note
 from stlm.report.results import TrainRecord
@@ -78,7 +79,7 @@ def _block(root: Path, study: str, what: str = _SHORT) -> str:
     if what == _SHORT:
         table = markdown(findings_table(study, folder))
     elif path.is_file():
-        table = path.read_text(encoding="utf-8")
+        table = read_table(path)
     else:
         raise UserError(
             f"{FINDINGS}: shows {path.relative_to(root)}, which is missing: run `stlm report {study}`"
@@ -126,8 +127,8 @@ def findings_table(study: str, folder: Path) -> Table:
 
 def _read(folder: Path) -> dict[str, _Variant]:
     """Variants in the report's order, from the files of their runs."""
-    with (folder / "tables" / "statistics.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "run"]
+    statistics = read_table(folder / "tables" / "statistics.csv")
+    rows = [row for row in csv.DictReader(io.StringIO(statistics)) if row["kind"] == "run"]
     paired = {
         row["run"]: row
         for row in rows  # the last checkpoint's come last

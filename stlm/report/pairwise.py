@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
 from stlm.evaluation.statistics import Interval, holm
+from stlm.integrity import check_beside
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.names import percent
 from stlm.report.results import read_outcomes
@@ -78,6 +79,7 @@ def find_predictions(name: str) -> Predictions:
     """
     place, step = split_step(name)
     path = _items_file(place)
+    check_beside(path.with_name("evaluation.json"), path.name)
     try:
         found = pq.read_table(path, columns=["checkpoint", "step"])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

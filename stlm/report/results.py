@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
+from stlm.integrity import check_beside
 from stlm.report.asked import check_published, check_scored, check_trained
 from stlm.study import Run, Study
 from stlm.tokens.config import DataConfig
@@ -317,6 +318,7 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             check_published(published, record.published, folder / "evaluation.json", command)
             if not (folder / "items.parquet").is_file():
                 raise _broken(folder / "items.parquet", "is missing", command)
+            check_beside(folder / "evaluation.json", "items.parquet")
         except UserError as error:
             problems.append(str(error))
             continue
@@ -380,6 +382,7 @@ def _read_run(study: Study, run: Run) -> RunResult:
     check_trained(run, train, run.folder / "train.json", train_command)
     curve = _read_rows(run.folder / "curve.csv", CURVE_COLUMNS, train_command)
     watch = _read_watch(run.folder / "watch.csv", train_command)
+    check_beside(run.folder / "train.json", "curve.csv", "watch.csv")
     evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
     evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)
     check_scored(study.evaluation, evaluation.settings, evaluation_path, evaluate_command)
@@ -387,6 +390,7 @@ def _read_run(study: Study, run: Run) -> RunResult:
         raise _broken(evaluation_path, "holds no checkpoint", evaluate_command)
     if not items_path.is_file():
         raise _broken(items_path, "is missing", evaluate_command)
+    check_beside(evaluation_path, "items.parquet")
     checkpoints = dict(sorted(evaluation.checkpoints.items(), key=lambda item: item[1].step))
     trained = {checkpoint.step: checkpoint.weights_sha256 for checkpoint in train.checkpoints}
     for name, checkpoint in checkpoints.items():

@@ -13,7 +13,9 @@ from pydantic import BaseModel
 
 from stlm.corpora.config import SPLITS as SPLIT_NAMES
 from stlm.errors import UserError, nearest
-from stlm.files import read_record, sha256
+from stlm.files import read_record
+from stlm.integrity import Listed, check_files
+from stlm.remedy import remedy
 from stlm.tokens.shards import SPLITS
 from stlm.tokens.words import normalize_title
 
@@ -264,18 +266,9 @@ def raw_components(folder: Path) -> list[RawComponent]:
 def _component(folder: Path, name: str, weight: float, source: _Source) -> RawComponent:
     files = [entry for entry in source.files if entry.path.endswith(".parquet")]
     if not files:
-        raise UserError(f"{folder / 'source.json'}: names no parquet file; run `stlm fetch` again")
-    for entry in files:
-        path = folder / entry.path
-        if not path.exists():
-            raise UserError(f"{path}: no such file, but source.json names it; run `stlm fetch` again")
-        if path.stat().st_size != entry.bytes:
-            raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes, but {entry.bytes:,} were fetched: truncated or "
-                "changed; run `stlm fetch` again"
-            )
-        if sha256(path) != entry.sha256:
-            raise UserError(f"{path}: corrupt: its SHA-256 is not the one fetched; run `stlm fetch` again")
+        source_json = folder / "source.json"
+        raise UserError(f"{source_json}: names no parquet file; {remedy(source_json)}")
+    check_files(Listed(folder / entry.path, entry.sha256, entry.bytes) for entry in files)
     files.sort(key=lambda entry: entry.path)
     return RawComponent(
         name=name,
@@ -301,7 +294,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _corrupt(path: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0]
-    return UserError(f"{path}: truncated or corrupt parquet file ({reason}); run `stlm fetch` again")
+    return UserError(f"{path}: truncated or corrupt parquet file ({reason}); {remedy(path)}")
 
 
 def _check_column(path: Path, schema: pa.Schema, column: str) -> None:

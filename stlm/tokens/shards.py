@@ -18,6 +18,8 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
 from stlm.files import atomic_path, read_record, sha256
+from stlm.integrity import Listed, check_files
+from stlm.remedy import remedy
 
 SPLITS = ("train", "val", "test")
 
@@ -127,6 +129,7 @@ class Meta(BaseModel):
     eot: int
     dtype: str
     components: dict[str, _Component]
+    tokenizer_sha256: str | None = None  # of the folder beside it; None where an earlier version wrote this
 
 
 def write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
@@ -163,12 +166,17 @@ def write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
 def read_split(folder: Path, split: str) -> list[ComponentTokens]:
     """A split (train, val, test) of `data/tokens/<corpus>/<tokenizer>/`, one entry a component of a mix.
 
-    Memory-mapped: nothing is copied. Each shard's SHA-256 is compared with meta.json's first; one that is
-    missing, truncated or corrupt is a `UserError` that names it.
+    Memory-mapped: nothing is copied. Each shard's SHA-256 is compared with meta.json's first, that of a large
+    one once a change (`stlm.integrity`). A missing, truncated or damaged one is a `UserError` that names it.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{nearest(split, SPLITS)}")
     meta = read_meta(folder)
+    check_files(
+        Listed(folder / entry.path, entry.sha256, entry.size)
+        for component in meta.components.values()
+        for entry in getattr(component.splits, split).shards
+    )
     return [
         ComponentTokens(
             name,
@@ -186,19 +194,11 @@ def read_meta(folder: Path) -> Meta:
 
 def _open(folder: Path, entry: ShardEntry, dtype: str) -> Shard:
     path = folder / entry.path
-    if not path.exists():
-        raise UserError(f"{path}: no such shard, but meta.json names it; tokenize the corpus again")
-    size = path.stat().st_size
-    if size != entry.size:
-        what = "truncated" if size < entry.size else "changed"
-        raise UserError(f"{path}: {what} shard: {size:,} bytes, expected {entry.size:,}; tokenize again")
-    if sha256(path) != entry.sha256:
-        raise UserError(f"{path}: corrupt shard: its SHA-256 differs from meta.json's; tokenize again")
     batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
     tokens = batch.column("tokens")
     values = tokens.values.to_numpy(zero_copy_only=True)
     if values.dtype != dtype or len(values) != entry.tokens or batch.num_rows != entry.documents:
-        raise UserError(f"{path}: shard and meta.json do not belong together; tokenize the corpus again")
+        raise UserError(f"{path}: shard and meta.json do not belong together; {remedy(path)}")
     return Shard(
         values,
         tokens.offsets.to_numpy(zero_copy_only=True),

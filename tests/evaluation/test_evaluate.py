@@ -23,7 +23,7 @@ from stlm.evaluation import evaluate
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
-from stlm.files import sha256
+from stlm.files import read_json, sha256
 from stlm.report.results import EvaluationRecord, score_items
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
@@ -230,7 +230,7 @@ def test_last_words_come_from_the_test_split_and_have_one_mode(run):
         for i in range(400)
     ]  # fmt: skip
     pq.write_table(pa.table({"text": texts}), corpus / "train.parquet")
-    source = json.loads((corpus / "source.json").read_text())
+    source = read_json(corpus / "source.json")
     source["files"][0] |= {
         "sha256": sha256(corpus / "train.parquet"),
         "bytes": (corpus / "train.parquet").stat().st_size,
@@ -267,7 +267,7 @@ def test_bad_input_is_named(run):
     with pytest.raises(UserError, match=r"step-0000010/config\.json: not what its stage writes"):
         evaluate_run(run, CONFIG)
     description = run.tokens_folder / "tokenizer" / "tokenizer-name.json"
-    content = json.loads(description.read_text())
+    content = read_json(description)
     description.write_text(json.dumps(content | {"name": "bpe-257"}))
     with pytest.raises(UserError, match=r"another tokenizer than .* stlm train tiny tiny-run"):
         evaluate_run(run, CONFIG)

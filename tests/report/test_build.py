@@ -69,7 +69,7 @@ def test_writes_every_table_and_plot(make_study):
         | {f"plots/data/{name}.csv" for name in plots}
         | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
         | {f"cards/{run}.md" for run in study.runs}
-        | {"tables/groups.csv", "tables/statistics.csv", "tables/made.json"}
+        | {f"tables/{name}" for name in ("groups.csv", "statistics.csv", "made.json", "checksum.json")}
         | {"metrics.json", "contamination.json"}
     )
     for name in plots:

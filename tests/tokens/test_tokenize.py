@@ -334,9 +334,9 @@ def test_bad_raw_folders(tmp_path: Path) -> None:
     path = raw / "train-00000.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
-    check_refused(tmp_path, raw, r"train-00000\.parquet: .* truncated or changed; run `stlm fetch` again")
+    check_refused(tmp_path, raw, r"train-00000\.parquet: truncated: ")
     path.write_bytes(whole[:500] + b"zz" + whole[502:])
-    check_refused(tmp_path, raw, r"train-00000\.parquet: corrupt")
+    check_refused(tmp_path, raw, r"train-00000\.parquet: damaged")
     path.unlink()
     check_refused(tmp_path, raw, r"train-00000\.parquet: no such file")
 

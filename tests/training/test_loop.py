@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from stlm.errors import UserError
 from stlm.files import read_json
+from stlm.integrity import seal
 from stlm.kernels import library
 from stlm.tokens.batches import ValidationSet
 from stlm.training import loop, publish
@@ -332,7 +333,7 @@ def test_a_damaged_state_is_told(make_run, monkeypatch):
     whole = state.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"not a state at all", b""):
         state.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"state.pt: the saved state is damaged.*delete"):
+        with pytest.raises(UserError, match=r"state.pt: damaged.*delete .state/"):
             train(run)
 
 
@@ -346,7 +347,8 @@ def test_a_state_that_would_run_code_is_refused(make_run, monkeypatch, tmp_path)
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"fingerprint": Malicious()}, run.state_folder / "state.pt")
-    with pytest.raises(UserError, match="damaged"):
+    seal(run.state_folder / "state.pt")
+    with pytest.raises(UserError, match="the saved state is damaged"):
         train(run)
     assert not (tmp_path / "owned").exists()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stlm.errors import UserError
+from stlm.files import read_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
@@ -80,6 +81,7 @@ def test_damaged_checkpoints_are_told(checkpoint):
     folder, _ = checkpoint
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole, text = weights.read_bytes(), config.read_text()
+    plain = json.dumps(read_json(config), indent=2)  # without a checksum, as earlier versions wrote it
     for damaged in (whole[:-10], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         weights.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model.safetensors: the weights are damaged"):
@@ -91,9 +93,10 @@ def test_damaged_checkpoints_are_told(checkpoint):
     for content, expected in [
         (text[:40], "config.json: not valid JSON"),
         ("[]", "config.json: not a checkpoint's description"),
-        (json.dumps({**json.loads(text), "format": 99}), "config.json: not a checkpoint's description"),
-        (text.replace('"width": 16', '"width": 32'), "damaged"),
-        (text.replace('"width": 16', '"width": 17'), "config.json: model: "),
+        (json.dumps({**read_json(config), "format": 99}), "config.json: not a checkpoint's description"),
+        (text.replace('"width": 16', '"width": 32'), "config.json: damaged"),
+        (plain.replace('"width": 16', '"width": 32'), "the weights are damaged"),
+        (plain.replace('"width": 16', '"width": 17'), "config.json: model: "),
     ]:
         config.write_text(content)
         with pytest.raises(UserError, match=expected):

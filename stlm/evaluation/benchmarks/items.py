@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.evaluation.config import Mode
 from stlm.evaluation.interface import Request
+from stlm.files import read_record
+from stlm.integrity import Listed, check_files
 
 Row = Mapping[str, Any]
 
@@ -107,8 +110,9 @@ class FileBenchmark(Benchmark):
         )
 
     def load(self, folder: Path) -> tuple[str, list[Item]]:
-        """The split used and its items. UserError: missing or corrupt file, missing column, bad row."""
+        """The split used and its items. UserError: missing or damaged file, missing column, bad row."""
         split, files = self.files(folder)
+        check_fetched(folder, files)
         items = [item for file in files for item in self._read_file(file)]
         if not items:
             raise UserError(f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}")
@@ -153,6 +157,33 @@ class TextBenchmark(Benchmark):
 
     make: Callable[[Sequence[str], int, int], list[Item]]
     default_limit: int
+
+
+class _Fetched(BaseModel):
+    path: str
+    sha256: str
+    bytes: int
+
+
+class _Source(BaseModel):
+    """What source.json says of the files that were fetched."""
+
+    files: list[_Fetched]
+
+
+def check_fetched(folder: Path, files: Iterable[Path]) -> None:
+    """Compare files of `data/raw/NAME/` with its source.json. A folder that has none was not fetched.
+
+    Raises UserError for a file that is damaged, or that `stlm fetch` did not write.
+    """
+    source = folder / "source.json"
+    if not source.exists():
+        return
+    listed = {folder / one.path: one for one in read_record(source, _Source).files}
+    for file in files:
+        if file not in listed:
+            raise UserError(f"{file}: not of the files that source.json lists; run: stlm fetch {folder.name}")
+        check_files([Listed(file, listed[file].sha256, listed[file].bytes)])
 
 
 def gold_index(label: object, labels: Sequence[str]) -> int:

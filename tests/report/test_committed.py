@@ -1,0 +1,67 @@
+"""Pages of committed results show what the report wrote, to the bit; those of earlier versions are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stlm.errors import UserError
+from stlm.files import write_json
+from stlm.report.build import report
+from stlm.report.committed import read_committed, read_table, write_checksums
+from stlm.report.findings import findings_table
+
+TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
+
+
+def test_the_report_lists_the_tables_that_pages_show(make_study):
+    study = make_study(TWO)
+    report(study)
+    assert findings_table("toy", study.folder)
+    path = study.folder / "tables" / "statistics.csv"
+    path.write_bytes(path.read_bytes().replace(b",0,", b",1,", 1))
+    with pytest.raises(UserError, match=r"statistics\.csv: damaged.*run: stlm report toy"):
+        findings_table("toy", study.folder)
+    # `dvc metrics` compares numbers.
+    for own in json.loads((study.folder / "metrics.json").read_text()).values():
+        assert all(isinstance(value, int | float) for value in own.values())
+
+
+@pytest.fixture
+def folder(make_study) -> Path:
+    """A study's results with a table as the report writes it."""
+    folder = make_study(TWO).folder
+    (folder / "tables").mkdir()
+    (folder / "tables" / "a.csv").write_text("run,value\nbaseline,1\n")
+    write_checksums(folder / "tables", ["baseline", "sincos"])
+    write_json(folder / "metrics.json", {"baseline": {}, "sincos": {}})
+    return folder
+
+
+def test_tables_are_read_as_they_were_written(folder):
+    path = folder / "tables" / "a.csv"
+    whole = path.read_bytes()
+    assert read_table(path) == whole.decode()
+    path.write_bytes(whole.replace(b"\n", b"\r\n"))
+    assert read_table(path) == whole.decode(), "git may change line ends"
+    path.write_bytes(whole.replace(b"1", b"3"))
+    with pytest.raises(UserError, match=r"a\.csv: damaged.*run: stlm report toy"):
+        read_table(path)
+
+
+def test_no_run_is_lost_from_metrics(folder):
+    path = folder / "metrics.json"
+    assert [name for name, *_ in read_committed(folder)] == ["baseline", "sincos"]
+    path.write_text(path.read_text().replace('"sincos"', '"baseline"'))
+    with pytest.raises(UserError, match=r"metrics\.json: damaged.* the runs baseline, expected baseline, s"):
+        list(read_committed(folder))
+    (folder / "tables" / "checksum.json").unlink()  # earlier versions wrote none
+    assert [name for name, *_ in read_committed(folder)] == ["baseline"]
+
+
+def test_all_committed_results_can_be_read(root):
+    for folder in sorted(path.parent for path in (root / "results").glob("*/metrics.json")):
+        assert list(read_committed(folder))
+        assert read_table(folder / "tables" / "statistics.csv")
