@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stlm.files import read_json, read_record
+from stlm.report.documents import Documents, checkpoint_documents
 from stlm.report.results import CheckpointResult, EvaluationRecord, TrainRecord
 
 
@@ -19,3 +20,11 @@ def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointR
         train = read_record(folder / "runs" / run / "train.json", TrainRecord)
         scored = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord)
         yield run, train, max(scored.checkpoints.values(), key=lambda checkpoint: checkpoint.step), scored
+
+
+def committed_documents(folder: Path, run: str, last: CheckpointResult) -> Documents | None:
+    """The documents of a run's last checkpoint, which git keeps too; None of an earlier version of STLM.
+
+    Raises UserError where they are missing or not what evaluation.json says.
+    """
+    return checkpoint_documents(folder / "runs" / run, last, f"stlm evaluate {folder.name} {run}")

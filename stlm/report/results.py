@@ -210,6 +210,7 @@ class PublishedResult:
     evaluation: EvaluationRecord
     checkpoint: CheckpointResult
     items_path: Path
+    evaluate_command: str
 
 
 @dataclass(frozen=True)
@@ -359,6 +360,7 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             record,
             record.checkpoints["published"],
             folder / "items.parquet",
+            command,
         )
     if problems:
         raise UserError("\n".join(problems))
