@@ -61,7 +61,7 @@ RECIPE = {
     "training.checkpoints": [100, 200, 300],
     "training.log_every": 7,
     "training.validate_every": 100,
-    "training.validation_tokens": 2000,
+    "training.validation_bytes": 7000,
     "training.save_every": 8,
 }
 # Of a kill's moment; most of a run's writes are saves of the state.

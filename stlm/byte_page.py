@@ -10,11 +10,12 @@ from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
 from stlm.model.config import ModelConfig, parameter_counts
-from stlm.report.committed import read_committed
+from stlm.report.committed import committed_documents, read_committed
 from stlm.report.curves import machine
+from stlm.report.documents import FEW_NOTE, Documents, amount_note, compare_seeds, interval_text
 from stlm.report.names import difference_text
 from stlm.report.noise import noise_note
-from stlm.report.results import TrainRecord
+from stlm.report.results import TextRecord, TrainRecord
 from stlm.study import load_study, vocabulary_size
 from stlm.tokens.chunks import SYMBOLS
 
@@ -71,30 +72,36 @@ def cost_table(root: Path = Path()) -> str:
     if not (folder / "metrics.json").is_file():
         return f"The study has not run yet: `make all STUDY={STUDY}`.\n"
     variants: dict[str, _Variant] = {}
-    for _, train, last, _ in read_committed(folder):  # the baseline's first
-        own = variants.setdefault(train.variant, _Variant())
+    for run, train, last, _ in read_committed(folder):  # the baseline's first
+        own = variants.setdefault(train.variant, _Variant(last.perplexity))
         own.trains.append(train)
         own.chunk_bytes.append(last.perplexity.bytes / last.perplexity.tokens)
         own.bits[train.seed] = last.perplexity.bits_per_byte
+        own.documents[train.seed] = committed_documents(folder, run, last)
     base = next(iter(variants.values()))
     noise = seed_noise({name: own.bits for name, own in variants.items()})
+    kept = any(own is not None for own in base.documents.values())
     lines = [
         "| variant | parameters | in the place of embedding and head | text read (MB) | training FLOPs | "
-        "training time | bits per byte (test) | difference | by seed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-        *(f"| {' | '.join(_cost_cells(own, base, noise))} |" for own in variants.values()),
+        f"training time | bits per byte (test) | difference | by seed |{' over documents |' if kept else ''}",
+        f"| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |{' ---: |' if kept else ''}",
+        *(f"| {' | '.join(_cost_cells(own, base, noise, kept))} |" for own in variants.values()),
     ]
     labels = {name: own.trains[0].label for name, own in variants.items()}
-    return "\n".join([*lines, "", *_cost_notes(base, noise, labels)]) + "\n"
+    text = amount_note((own.trains[0].label, own.measured) for own in variants.values())
+    return "\n".join([*lines, "", text, *_cost_notes(base, noise, labels)]) + "\n"
 
 
 @dataclass
 class _Variant:
-    """A variant's records and mean bytes of a chunk, a seed each, and its bits per byte by seed."""
+    """A variant's records and mean bytes of a chunk, a seed each, and its bits per byte by seed, of how much
+    text, and of each document."""
 
+    measured: TextRecord
     trains: list[TrainRecord] = field(default_factory=list)
     chunk_bytes: list[float] = field(default_factory=list)
     bits: dict[int, float] = field(default_factory=dict)
+    documents: dict[int, Documents | None] = field(default_factory=dict)
 
     @property
     def text(self) -> float:
@@ -109,7 +116,7 @@ class _Variant:
         return mean(train.seconds for train in self.trains)
 
 
-def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[str]:
+def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None, kept: bool) -> list[str]:
     train = own.trains[0]
     comparable = len({machine(one) for one in (*base.trains, *own.trains)}) == 1
     models = [one.trains[0].variant for one in (own, base)]
@@ -125,7 +132,13 @@ def _cost_cells(own: _Variant, base: _Variant, noise: SeedNoise | None) -> list[
         f"{mean(own.bits.values()):.3f}",
         "" if own is base else f"{difference_text(mean(differences))}{half}",
         "" if own is base else ", ".join(map(difference_text, differences)),
+        *([("" if own is base else _over_documents(own, base))] if kept else []),
     ]
+
+
+def _over_documents(own: _Variant, base: _Variant) -> str:
+    found = compare_seeds(own.documents, base.documents)
+    return "–" if found is None else interval_text(found.interval, found.few, signed=True)
 
 
 def _cost_notes(base: _Variant, noise: SeedNoise | None, labels: dict[str, str]) -> list[str]:
@@ -140,6 +153,9 @@ def _cost_notes(base: _Variant, noise: SeedNoise | None, labels: dict[str, str])
             "the number of differences.",
             noise_note(noise, labels),
         ]
+    if any(own is not None for own in base.documents.values()):
+        notes.append("Over documents: the difference's 95% interval over documents, paired.")
+        notes += [FEW_NOTE] if any(own is not None and own.few for own in base.documents.values()) else []
     return [
         *notes,
         "",

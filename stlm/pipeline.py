@@ -91,12 +91,11 @@ def published_inputs(study: Study, published: PublishedModel) -> list[str]:
 def report_inputs(study: Study) -> list[str]:
     """What ``stlm report`` reads: the small results of every run, each item's scores, the study's
     contamination, and where the runs' text is from and how much it is."""
-    names = ("curve.csv", "watch.csv", "train.json", "evaluation.json", "items.parquet")
+    scores = ("evaluation.json", "items.parquet", "documents.parquet")
+    names = ("curve.csv", "watch.csv", "train.json", *scores)
     of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
     of_published = [
-        f"{published.results_folder}/{name}"
-        for published in study.published.values()
-        for name in ("evaluation.json", "items.parquet")
+        f"{published.results_folder}/{name}" for published in study.published.values() for name in scores
     ]
     tokens = list(dict.fromkeys(str(run.tokens_folder) for run in study.runs.values()))
     texts = [*(f"data/raw/{corpus}" for corpus in study.corpora), *tokens]
@@ -261,7 +260,7 @@ def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str,
             "cmd": f"stlm evaluate {study.name} {run.name}",
             "deps": evaluate_inputs(study, run),
             "params": [_study_params(study, present, "evaluation", variant)],
-            "outs": [f"{run.folder}/items.parquet", _in_git(f"{run.folder}/evaluation.json")],
+            "outs": _scores(run.folder),
         },
     }
 
@@ -270,15 +269,22 @@ def _published_stage(
     study: Study, published: PublishedModel, present: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Evaluation of a published model."""
-    folder = published.results_folder
     return {
         f"evaluate-{study.name}-{published.name}": {
             "cmd": f"stlm evaluate {study.name} {published.name}",
             "deps": published_inputs(study, published),
             "params": [_study_params(study, present, "evaluation", f"published.{published.name}")],
-            "outs": [f"{folder}/items.parquet", _in_git(f"{folder}/evaluation.json")],
+            "outs": _scores(published.results_folder),
         },
     }
+
+
+def _scores(folder: Path) -> list[Any]:
+    """What an evaluation writes. Documents are few: git keeps their scores, for pages to compare them."""
+    return [
+        f"{folder}/items.parquet",
+        *(_in_git(f"{folder}/{name}") for name in ("documents.parquet", "evaluation.json")),
+    ]
 
 
 def _in_git(path: str) -> dict[str, dict[str, bool]]:

@@ -23,7 +23,7 @@ def _command(first: str, *rest: str) -> str | None:
             return f"run: stlm fetch {name}"
         case ("data", "tokens", corpus, tokenizer, *_) if rest[3:]:
             return f"run: stlm tokenize {corpus} {tokenizer}"
-        case ("results", study, "runs", run, "evaluation.json" | "items.parquet"):
+        case ("results", study, "runs", run, "evaluation.json" | "items.parquet" | "documents.parquet"):
             return f"run: stlm evaluate {study} {run}"
         case ("results", study, "published", model, _):
             return f"run: stlm evaluate {study} {model}"

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from stlm import yaml_core
 from stlm.errors import UserError, nearest
 from stlm.files import unreadable
+from stlm.former_keys import former_key
 from stlm.project import where_to_stand
 
 _PROBLEMS = 10
@@ -76,7 +77,9 @@ def _problems(error: ValidationError, model: type[BaseModel], file: str, prefix:
         found = problem["input"]
         shown = "" if isinstance(found, dict | list) else f", found {reprlib.repr(found)}"
         if problem["type"] == "extra_forbidden":
-            hint = nearest(str(location[-1]), _keys_at(model, location))
+            instead = former_key(key, found)
+            close = nearest(str(location[-1]), _keys_at(model, location))
+            hint = f" any more: {instead}" if instead else close
             lines.append(f"{file}: {key}: no such key{hint}")
         elif problem["type"] == "missing":
             lines.append(f"{file}: {key}: this key is missing")

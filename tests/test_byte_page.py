@@ -6,12 +6,15 @@ import math
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from stlm import byte_page
 from stlm.byte_page import PAGE, bytes_page, cost_table, parameters_table
 from stlm.errors import UserError
 from stlm.files import write_json
+from stlm.report.documents import Documents
 from stlm.study import load_study
 
 
@@ -127,3 +130,18 @@ def test_a_page_without_its_marks_is_an_error(root, project):
     (project / PAGE).write_text(text.replace("<!-- /cost -->\n", ""), encoding="utf-8")
     with pytest.raises(UserError, match="/cost"):
         bytes_page()
+
+
+def test_differences_are_paired_by_document_where_their_scores_are_kept(project, monkeypatch):
+    write_results(project)
+    sizes = np.arange(100, 160)
+
+    def documents(folder, run, last) -> Documents:
+        rates = np.linspace(1.5, 2.5, 60) + (0.2 if run.startswith("words") else 0.0)
+        return Documents(np.array(["toy"] * 60), np.arange(60, dtype=np.uint64), rates * sizes, sizes)
+
+    monkeypatch.setattr(byte_page, "committed_documents", documents)
+    table = cost_table()
+    assert cells(table)["variant"][-1] == "over documents"
+    assert cells(table)["Bytes, words"][-1] == "[+0.200, +0.200]"
+    assert "Over documents" in table

@@ -105,6 +105,22 @@ def edit(project, old, new, name="smoke"):
             "evaluation:\n  perplexity: {stride: 200}",
             r"evaluation.perplexity.stride: 200 is above model.context: 128",
         ),
+        (
+            "  validation_bytes: *",
+            "  validation_tokens: 1000",
+            r"params/smoke.yaml: training.validation_tokens: .*validation_bytes takes its place.*about "
+            r"validation_bytes: 3500",
+        ),
+        (
+            "  validation_bytes: *",
+            "  validation_documents: 5",
+            r"params/smoke.yaml: training.validation_documents: .*validation_bytes takes its place",
+        ),
+        (
+            "evaluation:",
+            "evaluation:\n  perplexity: {max_tokens: 1000}",
+            r"params/smoke.yaml: evaluation.perplexity.max_tokens: .*max_bytes takes its place.*3500",
+        ),
         ("  dropout: *", "  dropout: .nan", r"params/smoke.yaml: model.dropout: "),
         (
             "  positions: rope",

@@ -37,10 +37,11 @@ class PerplexityConfig(_Strict):
         gt=0,
         description="documents of the test split, a seeded random subset; null: all of them",
     )
-    max_tokens: int | None = Field(
+    max_bytes: int | None = Field(
         default=None,
         gt=0,
-        description="tokens after which no further document of the test split is taken; null: no bound",
+        description="UTF-8 bytes of text after which no further document of the test split is taken, so that "
+        "the documents are the same whatever the tokenizer; null: no bound",
     )
 
 

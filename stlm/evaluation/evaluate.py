@@ -28,6 +28,7 @@ from stlm.evaluation.config import BATCH_KEYS, EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
 from stlm.evaluation.made import made_items
+from stlm.evaluation.perplexity import TestText
 from stlm.evaluation.predictions import (
     CheckpointFacts,
     Facts,
@@ -48,7 +49,6 @@ from stlm.files import (
 from stlm.integrity import check_beside
 from stlm.provenance import code_version, processor_name
 from stlm.study import Run
-from stlm.tokens.shards import Document
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.devices import cpu_multiplies_bfloat16
@@ -58,6 +58,9 @@ HARNESS = {"package": "lm_eval", "version": "0.4.13"}
 # Goes up whenever the same weights, text and settings would get other numbers.
 SCORING_VERSION = 3
 RAW = Path("data/raw")
+# A table of each kind of thing scored, by the name of its file.
+_SCHEMAS = {"items": scoring.ITEMS_SCHEMA, "documents": perplexity.DOCUMENTS_SCHEMA}
+_FILES = [f"{name}.parquet" for name in _SCHEMAS]
 _STEP = re.compile(r"step-[0-9]+")
 
 
@@ -71,9 +74,7 @@ class Material(NamedTuple):
     config: EvaluationConfig
     device: str
     precision: Literal["float32", "bfloat16"]
-    documents: list[Document]
-    components: list[str]  # of the corpus, one a document
-    documents_total: int
+    text: TestText
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
     encoder: RequestEncoder | ChunkRequests
     digests: dict[str, Any]
@@ -84,8 +85,16 @@ class Material(NamedTuple):
         return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
 
 
+class Scored(NamedTuple):
+    """A checkpoint's part of `evaluation.json`, the rows of its options, and those of its documents."""
+
+    result: dict[str, Any]
+    items: pa.Table
+    documents: pa.Table
+
+
 def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
-    """Score the checkpoints of `run`; write `evaluation.json` and `items.parquet` to its folder, atomically.
+    """Score the checkpoints of `run`; write evaluation.json and {items,documents}.parquet to its folder.
 
     `raw` holds a folder for each benchmark. Each finished checkpoint is kept in the run's state folder until
     all are: killed, a second call goes on with the next. Raises UserError for missing or damaged files.
@@ -93,22 +102,25 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     folders = checkpoint_folders(run, config)
     material = load_material(run, config, raw)
     state = run.state_folder / "evaluation"
-    results, tables = {}, []
+    scored: dict[str, Scored] = {}
     for number, folder in enumerate(folders, 1):
         last = number == len(folders)
         kept = state / f"{folder.name}-{fingerprint(material, folder, last)[:16]}"
         if not _is_whole(kept):
             label = f"{run.name} {folder.name} ({number}/{len(folders)})"
-            result, table = evaluate_checkpoint(material, folder, last, label)
+            found = evaluate_checkpoint(material, folder, last, label)
             with atomic_directory(kept) as temporary:
-                pq.write_table(table, temporary / "items.parquet", compression="zstd")
-                write_record(temporary / "result.json", result, beside=["items.parquet"])
-        results[folder.name] = read_json(kept / "result.json")
-        tables.append(pq.read_table(kept / "items.parquet", schema=scoring.ITEMS_SCHEMA))
+                for name in _SCHEMAS:
+                    pq.write_table(getattr(found, name), temporary / f"{name}.parquet", compression="zstd")
+                write_record(temporary / "result.json", found.result, beside=_FILES)
+        tables = {
+            name: pq.read_table(kept / f"{name}.parquet", schema=schema) for name, schema in _SCHEMAS.items()
+        }
+        scored[folder.name] = Scored(read_json(kept / "result.json"), **tables)
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
-    write_results(run.folder, about, material, results, tables)
+    write_results(run.folder, about, material, scored)
     shutil.rmtree(state, ignore_errors=True)
 
 
@@ -118,7 +130,7 @@ def _is_whole(kept: Path) -> bool:
         return False
     try:
         read_json(kept / "result.json")
-        check_beside(kept / "result.json", "items.parquet")
+        check_beside(kept / "result.json", *_FILES)
     except UserError as error:
         print(f"{error}\n(scoring {kept.name} again)", file=sys.stderr)
         return False
@@ -129,22 +141,25 @@ def write_results(
     folder: Path,
     about: Mapping[str, Any],
     material: Material,
-    results: dict[str, Any],
-    tables: list[pa.Table],
+    scored: Mapping[str, Scored],
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `items.parquet`, the scores of every option, and `evaluation.json`, each with its facts.
+    """Write `items.parquet`, the scores of every option, `documents.parquet`, those of every document of the
+    test text, and `evaluation.json`, each with its facts.
 
     `about` are the facts of the model, `more` what only `evaluation.json` says of it. That lists the SHA-256
-    of `items.parquet`.
+    of the two others.
     """
+    results = {name: own.result for name, own in scored.items()}
     found = facts(about, material, results)
-    for name in ("items.parquet", "evaluation.json"):
+    for name in ("items.parquet", "documents.parquet", "evaluation.json"):
         remove_leftovers(folder, name)
-    with atomic_path(folder / "items.parquet") as temporary:
-        write_predictions(temporary, pa.concat_tables(tables).unify_dictionaries(), found)
+    for name in _SCHEMAS:
+        table = pa.concat_tables(getattr(own, name) for own in scored.values()).unify_dictionaries()
+        with atomic_path(folder / f"{name}.parquet") as temporary:
+            write_predictions(temporary, table, found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
-    write_record(folder / "evaluation.json", summary, beside=["items.parquet"])
+    write_record(folder / "evaluation.json", summary, beside=_FILES)
 
 
 def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:
@@ -219,9 +234,7 @@ def gather_material(
         config=config,
         device=device,
         precision="float32" if isinstance(encoder, ChunkRequests) else arithmetic(config, device),
-        documents=text.documents,
-        components=text.components,
-        documents_total=text.total,
+        text=text,
         benchmarks=benchmarks,
         encoder=encoder,
         digests={
@@ -243,10 +256,8 @@ def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfl
     return "bfloat16" if native else "float32"
 
 
-def evaluate_checkpoint(
-    material: Material, folder: Path, last: bool, label: str
-) -> tuple[dict[str, Any], pa.Table]:
-    """The checkpoint's part of `evaluation.json`, and the rows of its options; `label` names it in bars."""
+def evaluate_checkpoint(material: Material, folder: Path, last: bool, label: str) -> Scored:
+    """What a checkpoint scored; `label` names it in bars."""
     transformer, description = load_checkpoint(folder)
     tokenizer = material.encoder.tokenizer
     if transformer.config.bytes is None and transformer.config.vocab_size != tokenizer.vocab_size:
@@ -260,8 +271,8 @@ def evaluate_checkpoint(
 
 def score_model(
     material: Material, transformer: nn.Module, name: str, about: dict[str, Any], last: bool, label: str
-) -> tuple[dict[str, Any], pa.Table]:
-    """Perplexity and benchmarks of a model, after `about` (with its step), and the rows of its options.
+) -> Scored:
+    """Perplexity and benchmarks of a model, after `about` (with its step).
 
     `name` is the checkpoint's, `label` stands in progress bars.
     """
@@ -272,10 +283,11 @@ def score_model(
     else:
         model = TokenModel(transformer, encoder, material.device, material.precision, config.batch_tokens)
     stride = config.perplexity.stride or max(1, model.context // 2)
-    windows = sum(1 + max(0, math.ceil((len(d.tokens) - model.context) / stride)) for d in material.documents)
+    lengths = [len(document.tokens) for document in material.text.documents]
+    windows = sum(1 + max(0, math.ceil((length - model.context) / stride)) for length in lengths)
     with _bar(f"{label} perplexity", "window", windows) as progress:
-        measured = perplexity.measure(model, material.documents, material.components, stride, progress)
-    measured["documents_total"] = material.documents_total
+        measured, nats = perplexity.measure(model, material.text, stride, progress)
+    documents = perplexity.document_rows(name, about["step"], material.text, nats)
     benchmarks: dict[str, Any] = {}
     tables = []
     for chosen, split, items in material.benchmarks:
@@ -303,14 +315,15 @@ def score_model(
         "perplexity": measured,
         "benchmarks": benchmarks,
     }
-    table = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
-    return result, table
+    items = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
+    return Scored(result, items, documents)
 
 
 def fingerprint(material: Material, folder: Path, last: bool) -> str:
     """Changes with anything that the checkpoint's scores depend on."""
     depends = {
         "version": SCORING_VERSION,
+        "files": list(_SCHEMAS),
         "code": code_version(),
         "weights": read_record(folder / "config.json", _Weights).weights_sha256,
         "config": material.config.model_dump(mode="json", exclude={"checkpoints", *BATCH_KEYS}),

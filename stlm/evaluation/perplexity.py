@@ -8,78 +8,121 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from stlm.errors import UserError
 from stlm.evaluation.config import PerplexityConfig
 from stlm.evaluation.interface import LanguageModel, Progress, no_progress
-from stlm.tokens.shards import Document, read_split
+from stlm.evaluation.statistics import few_units, ratio_bootstrap
+from stlm.tokens.held_out import held_out, text_digest, text_ids
+from stlm.tokens.shards import Document
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+# One row a document of the test text, in the order of the split; `text` is 64 bits of a hash of its text,
+# `nats` its negative log-probability. `n_tokens` are the model's own.
+DOCUMENTS_SCHEMA = pa.schema(
+    [
+        ("checkpoint", _NAMES),
+        ("step", pa.int64()),
+        ("component", _NAMES),
+        ("text", pa.uint64()),
+        ("nats", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("n_bytes", pa.int64()),
+        ("n_chars", pa.int64()),
+    ]
+)
 
 
 class TestText(NamedTuple):
-    """Documents of the test split, in their order, each with its component of the corpus; and how many there
-    are in all."""
+    """Documents of the test split, in their order, each with its component of the corpus and the hash of its
+    text; and how many documents and bytes there are in all."""
 
     documents: list[Document]
     components: list[str]
-    total: int
+    ids: np.ndarray  # uint64 [documents]
+    documents_total: int
+    bytes_total: int
+
+    def encoded(self, tokens: Sequence[Sequence[int]]) -> TestText:
+        """The same text in another tokenizer's tokens, of each document."""
+        documents = [
+            document._replace(tokens=np.asarray(ids, dtype=np.int32))
+            for document, ids in zip(self.documents, tokens, strict=True)
+        ]
+        return self._replace(documents=documents)
 
 
 def load_documents(tokens_folder: Path, config: PerplexityConfig, seed: int) -> TestText:
-    """The documents of the test split that `config` takes.
+    """The documents of the test split that `config` takes: the same ones whatever the tokenizer.
 
     Their tokens are without the end-of-text token at the end of a shard's rows, which is no part of the text.
     With a bound the documents are drawn by `seed`, so that they do not all come from the corpus' beginning;
     a mix's components give their shares of it, each at least one document.
     """
-    documents, names, total = [], [], 0
-    components = read_split(tokens_folder, "test")
-    weights = sum(component.weight for component in components)
-    for component in components:
-        own = [document._replace(tokens=document.tokens[:-1]) for document in component]
-        taken = _choose(own, config, component.weight / weights, seed)
-        documents += taken
-        names += [component.name] * len(taken)
-        total += len(own)
-    return TestText(documents, names, total)
-
-
-def _choose(documents: list[Document], config: PerplexityConfig, share: float, seed: int) -> list[Document]:
-    """The documents that are taken of a component, which gives its `share` of the bounds."""
-    order = np.arange(len(documents))
-    if config.max_documents is not None or config.max_tokens is not None:
-        most = None if config.max_documents is None else max(1, round(config.max_documents * share))
-        order = np.random.default_rng(seed).permutation(len(documents))[:most]
-    if config.max_tokens is not None:
-        before = np.cumsum([0, *(len(documents[i].tokens) for i in order[:-1])])[: len(order)]
-        order = order[before < config.max_tokens * share]
-    return [documents[i] for i in sorted(order)]
+    text = held_out(tokens_folder, "test", config.max_bytes, config.max_documents, seed)
+    return TestText(
+        [document._replace(tokens=document.tokens[:-1]) for document in text.documents],
+        text.components,
+        text_ids(tokens_folder, text.documents),
+        text.documents_total,
+        text.bytes_total,
+    )
 
 
 def measure(
-    model: LanguageModel,
-    documents: Sequence[Document],
-    components: Sequence[str],
-    stride: int | None,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """The perplexities of `documents`: every byte once, each document's first token after the end of text.
+    model: LanguageModel, text: TestText, stride: int | None, progress: Progress = no_progress
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The perplexities of `text`, and each document's nats.
 
-    Where they are of several `components` of a mix, also those of each, under the key `components`.
+    Every byte counts once, each document's first token after the end of text.
+
+    Where the documents are of several components of a mix, also those of each, under the key `components`.
     """
-    scores = model.document_loglikelihoods([d.tokens for d in documents], stride, progress)
-    measured = {**_summary(documents, scores), "stride": stride, "split": "test"}
-    names = list(dict.fromkeys(components))
-    if len(names) > 1:
+    scores = model.document_loglikelihoods([d.tokens for d in text.documents], stride, progress)
+    nats = -np.asarray(scores, dtype=float)
+    names = np.array(text.components)
+    measured = {
+        **_summary(text.documents, nats, names),
+        "stride": stride,
+        "split": "test",
+        "documents_total": text.documents_total,
+        "bytes_total": text.bytes_total,
+        "text_sha256": text_digest(text.ids, text.components),
+    }
+    distinct = list(dict.fromkeys(text.components))
+    if len(distinct) > 1:
         measured["components"] = {}
-        for name in names:
-            own = [i for i, component in enumerate(components) if component == name]
-            measured["components"][name] = _summary([documents[i] for i in own], [scores[i] for i in own])
-    return measured
+        for name in distinct:
+            own = np.flatnonzero(names == name)
+            measured["components"][name] = _summary([text.documents[i] for i in own], nats[own], names[own])
+    return measured, nats
 
 
-def _summary(documents: Sequence[Document], scores: Sequence[float]) -> dict[str, Any]:
-    """Perplexities of documents from their log-likelihoods in nats."""
-    nats = -math.fsum(scores)
+def document_rows(name: str, step: int, text: TestText, nats: np.ndarray) -> pa.Table:
+    """A checkpoint's rows of documents.parquet."""
+    n = len(text.documents)
+    columns = {
+        "checkpoint": [name] * n,
+        "step": [step] * n,
+        "component": text.components,
+        "text": text.ids,
+        "nats": nats,
+        "n_tokens": [len(document.tokens) for document in text.documents],
+        "n_bytes": [document.n_bytes for document in text.documents],
+        "n_chars": [document.n_chars for document in text.documents],
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in DOCUMENTS_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=DOCUMENTS_SCHEMA)
+
+
+def _summary(documents: Sequence[Document], nats_D: np.ndarray, strata_D: np.ndarray) -> dict[str, Any]:
+    """Perplexities of documents from their negative log-likelihoods in nats.
+
+    `interval` is the 95% interval of bits per byte over documents, resampled within their components; null
+    where a component has one document alone.
+    """
+    nats = math.fsum(nats_D)
     if not math.isfinite(nats):
         raise UserError(
             f"the log-probability of the test split is {-nats}: the checkpoint's weights give no finite "
@@ -87,8 +130,12 @@ def _summary(documents: Sequence[Document], scores: Sequence[float]) -> dict[str
         )
     tokens = sum(len(d.tokens) for d in documents)
     n_bytes, n_chars = sum(d.n_bytes for d in documents), sum(d.n_chars for d in documents)
+    interval = ratio_bootstrap(nats_D / math.log(2), [d.n_bytes for d in documents], strata_D)
     return {
         "bits_per_byte": nats / math.log(2) / n_bytes,
+        "interval": None
+        if interval is None
+        else {**interval._asdict(), "few_documents": few_units(strata_D)},
         "char_perplexity": math.exp(nats / n_chars),
         "token_perplexity": math.exp(nats / tokens),
         "documents": len(documents),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
@@ -26,12 +24,11 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     material = gather_material(config, published.tokens_folder, raw, encoder, tokenizer_sha256(folder))
     written = load_tokenizer(published.tokens_folder / "tokenizer")
     # Every byte comes back from our tokenizers: the text is the same.
-    texts = [written.decode(document.tokens.tolist()) for document in material.documents]
-    encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
-    documents = [d._replace(tokens=ids) for d, ids in zip(material.documents, encoded, strict=True)]
+    texts = [written.decode(document.tokens.tolist()) for document in material.text.documents]
+    text = material.text.encoded(tokenizer.encode_batch(texts))
     checkpoint = {"step": 0, "tokens": 0, "weights_sha256": weights_sha256(folder)}
-    result, table = score_model(
-        material._replace(documents=documents),
+    scored = score_model(
+        material._replace(text=text),
         transformer,
         "published",
         checkpoint,
@@ -44,4 +41,4 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
         "context": transformer.config.context,
         "published": published.settings,
     }
-    write_results(published.results_folder, about, material, {"published": result}, [table], more)
+    write_results(published.results_folder, about, material, {"published": scored}, more)

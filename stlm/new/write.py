@@ -151,7 +151,7 @@ def study_text(chosen: Chosen) -> str:
         f"  warmup_steps: {warmup}",
         f"  checkpoints: {sorted({max(1, steps // 4), max(1, steps // 2)} - {steps})}",
         f"  validate_every: {every}",
-        "  validation_tokens: 50000",
+        "  validation_bytes: 175000",
         f"  log_every: {max(1, steps // 100)}",
         f"  save_every: {every}",
         "",
@@ -294,7 +294,7 @@ def _benchmarks(chosen: Chosen) -> list[str]:
         "  intermediate_limit: 200 # questions at all checkpoints but the last",
         "  precision: auto",
         "  perplexity:",
-        "    max_tokens: 100000",
+        "    max_bytes: 350000",
     ]
 
 

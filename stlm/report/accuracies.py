@@ -10,6 +10,7 @@ from statistics import mean, stdev
 
 from stlm.evaluation.statistics import Interval
 from stlm.report.comparison import SIGN, Comparisons, mark, significant
+from stlm.report.documents import FEW_NOTE, amount_note, interval_text
 from stlm.report.last_word import word_perplexity
 from stlm.report.names import benchmark_label, bounds, count, p_value, percent
 from stlm.report.notes import accuracy_notes, items_scored
@@ -159,9 +160,27 @@ class _Table2:
                 *(self._heading(b) for b in benchmarks),
             ],
             rows=rows,
-            notes=accuracy_notes(self.study, self.results, self.comparisons, own, mode, metric, references),
+            notes=[
+                *accuracy_notes(self.study, self.results, self.comparisons, own, mode, metric, references),
+                *self._text_notes(),
+            ],
             records=records,
         )
+
+    def _text_notes(self) -> list[str]:
+        """How much text bits per byte and character perplexity are of."""
+        rows = [(run_label(own, self.results), own.last.perplexity) for own in self.results.values()]
+        rows += [(own.label, own.checkpoint.perplexity) for own in self.published.values()]
+        notes = [amount_note(rows, "Bits per byte and character perplexity")]
+        intervals = [text.interval for _, text in rows if text.interval is not None]
+        if intervals:
+            notes[0] += (
+                " Below bits per byte: its 95% interval over documents; models of the same documents differ "
+                "more surely than these overlap (table bits-per-byte)."
+            )
+        if any(interval.few_documents for interval in intervals):
+            notes.append(FEW_NOTE)
+        return notes
 
     def _scored_benchmarks(self) -> list[str]:
         scored = {b for r in self.results.values() for b in r.last.benchmarks}
@@ -302,7 +321,15 @@ def _perplexities(checkpoint: CheckpointResult, record: dict[str, object]) -> li
     """Bits per byte and character perplexity of the test text, put into `record` too."""
     bits, characters = checkpoint.perplexity.bits_per_byte, checkpoint.perplexity.char_perplexity
     record |= {"test_bits_per_byte": round(bits, 4), "test_char_perplexity": round(characters, 4)}
-    return [Cell(f"{bits:.3f}"), Cell(f"{characters:.3f}")]
+    interval = checkpoint.perplexity.interval
+    if interval is None:
+        return [Cell(f"{bits:.3f}"), Cell(f"{characters:.3f}")]
+    record |= {
+        "test_bits_per_byte_low": round(interval.low, 4),
+        "test_bits_per_byte_high": round(interval.high, 4),
+    }
+    over = interval_text(Interval(interval.low, interval.high), interval.few_documents)
+    return [Cell(f"{bits:.3f}\n{over}"), Cell(f"{characters:.3f}")]
 
 
 def _accuracy(

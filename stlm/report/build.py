@@ -9,12 +9,14 @@ from stlm.files import atomic_directory, remove_leftovers, write_json, write_rec
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
+from stlm.report.bits_table import bits_table
 from stlm.report.card import write_cards
 from stlm.report.committed import write_checksums
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
 from stlm.report.curves import read_variants
+from stlm.report.documents import amount_note
 from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
 from stlm.report.equal_cost import equal_costs
 from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
@@ -67,6 +69,7 @@ def report(study: Study) -> None:
         *_noted([*phenomena_tables(study, results)], made),
         contamination_table(study, contamination),
         *filter(None, [leaks_table(study, contamination)]),
+        *_noted([bits_table(study, results, published)], made),
         *_noted([*filter(None, [component_table(study, results)])], made),
     ]
     for name in ("tables", "plots", "training", "cards", "metrics.json"):
@@ -122,6 +125,7 @@ def summary(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in (header, *rows)
     ]
+    lines.append(amount_note((run_label(own, results), own.last.perplexity) for own in results.values()))
     lines += filter(None, [made])
     return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
 

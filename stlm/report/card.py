@@ -21,11 +21,13 @@ from stlm.integrity import check_beside
 from stlm.model.config import ModelConfig, parameter_groups
 from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
 from stlm.report.contamination import Contamination, contamination_note
+from stlm.report.documents import amount
 from stlm.report.hyperparameters import settings
 from stlm.report.names import benchmark_label, bounds, percent
 from stlm.report.results import (
     CheckpointResult,
     EvaluationRecord,
+    Perplexity,
     RunResult,
     TrainRecord,
     read_outcomes,
@@ -227,8 +229,8 @@ class Card:
             notes.append(f"No better than guessing, by their widest interval: {', '.join(guessing)}.")
         table = Table("results", "Zero-shot accuracy", header, rows, notes, texts=2)
         return (
-            f"Test split of {self.train.corpus}: **{own.bits_per_byte:.4f} bits per byte**, character "
-            f"perplexity {own.char_perplexity:.4f}."
+            f"Test split of {self.train.corpus}, {amount(own)}: **{own.bits_per_byte:.4f} bits per byte**"
+            f"{_over_documents(own)}, character perplexity {own.char_perplexity:.4f}."
         ) + (f"\n\n{markdown(table)}" if rows else "")
 
     def _guessing(self) -> list[str]:
@@ -272,6 +274,13 @@ class Card:
             }
             results.append(_entry(benchmark_label(benchmark), benchmark, named, "accuracy"))
         return {"name": self.title, "results": results}
+
+
+def _over_documents(own: Perplexity) -> str:
+    if own.interval is None:
+        return ""
+    few = ", of so few documents that it is too narrow" if own.interval.few_documents else ""
+    return f" (95% interval over documents {own.interval.low:.3f} to {own.interval.high:.3f}{few})"
 
 
 def _language(tag: str | None) -> str:

@@ -13,6 +13,7 @@ from stlm.errors import UserError
 from stlm.files import content_sha256, read_json, read_record, write_record
 from stlm.integrity import check_beside
 from stlm.remedy import remedy
+from stlm.report.documents import Documents, checkpoint_documents
 from stlm.report.results import CheckpointResult, EvaluationRecord, TrainRecord
 
 _LIST = "checksum.json"
@@ -53,3 +54,11 @@ def _runs(folder: Path) -> list[str]:
             f"{', '.join(expected)}; {remedy(path)}"
         )
     return runs
+
+
+def committed_documents(folder: Path, run: str, last: CheckpointResult) -> Documents | None:
+    """The documents of a run's last checkpoint, which git keeps too; None of an earlier version of STLM.
+
+    Raises UserError where they are missing or not what evaluation.json says.
+    """
+    return checkpoint_documents(folder / "runs" / run, last, f"stlm evaluate {folder.name} {run}")

@@ -177,20 +177,24 @@ def _variant(
 
 
 def _same_validation(train: TrainRecord, base: TrainRecord) -> bool:
-    """Whether both were validated on the same documents: tokens choose them by the tokenizer."""
+    """Whether both were validated on the same documents."""
+    if train.corpus != base.corpus or (train.validation is None) != (base.validation is None):
+        return False
+    if train.validation is not None and base.validation is not None:
+        return train.validation.text_sha256 == base.validation.text_sha256
+    # Of earlier versions, which drew so many documents, or so many tokens, by the tokenizer.
     documents, tokens = (
         (train.training.get(key), base.training.get(key))
         for key in ("validation_documents", "validation_tokens")
     )
-    if train.corpus != base.corpus or documents[0] != documents[1]:
+    if documents[0] != documents[1]:
         return False
     return documents[0] is not None or (train.tokenizer == base.tokenizer and tokens[0] == tokens[1])
 
 
 def _same_test(own: RunResult, base: RunResult) -> bool:
     """Whether both were measured on the same test text, whatever their tokenizers."""
-    size = base.last.perplexity.bytes
-    return own.train.corpus == base.train.corpus and size is not None and own.last.perplexity.bytes == size
+    return own.train.corpus == base.train.corpus and own.last.perplexity.same_text(base.last.perplexity)
 
 
 def token_length(own: RunResult, base: RunResult) -> float | None:

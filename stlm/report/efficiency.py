@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from stlm.files import write_text
 from stlm.report.curves import COSTS, Cost, Variant
+from stlm.report.documents import amount_note
 from stlm.report.names import cost_text, count, seeds_label
 from stlm.report.results import TrainRecord
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
@@ -116,7 +117,9 @@ def _notes(found: Sequence[Efficiency]) -> list[str]:
 
 def comparison_notes(variants: Sequence[Variant]) -> list[str]:
     """What limits any comparison of these curves, of which the first is the baseline's."""
-    base, notes = variants[0], []
+    base = variants[0]
+    texts = [(own.train.label, own.train.validation) for own in variants if own.train.validation is not None]
+    notes = [amount_note(texts, "Validation bits per byte")] if base.train.validation is not None else []
     if any(own.seeds > 1 for own in variants):
         notes.append("Where a variant has several seeds: the mean of their curves.")
     other_tokens = [own.train.label for own in variants if own.beside is not None and not own.same_tokens]

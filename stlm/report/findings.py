@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,10 +14,18 @@ from typing import Literal
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
-from stlm.report.committed import read_committed, read_table
+from stlm.report.committed import committed_documents, read_committed, read_table
+from stlm.report.documents import (
+    FEW_NOTE,
+    Difference,
+    Documents,
+    amount_note,
+    compare_seeds,
+    interval_text,
+)
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
 from stlm.report.noise import noise_note
-from stlm.report.results import TrainRecord
+from stlm.report.results import TextRecord, TrainRecord
 from stlm.report.table import Cell, Table, markdown
 from stlm.report.unlike import Row, unlike_note
 
@@ -32,10 +40,13 @@ _BLOCK = re.compile(_BEGIN.format(what="([a-z0-9 -]+)", study="([a-z0-9_-]+)") +
 
 @dataclass
 class _Variant:
-    """A variant's first record, and by seed: bits per byte on test text, accuracy, and its difference."""
+    """A variant's first record, and by seed: bits per byte on test text (`text` says on how much), those of
+    each document, accuracy, and its difference."""
 
     train: TrainRecord
+    text: TextRecord
     bits: dict[int, float] = field(default_factory=dict)
+    documents: dict[int, Documents | None] = field(default_factory=dict)
     accuracy: dict[int, float] = field(default_factory=dict)
     items: int = 0
     paired: dict[str, str] = field(default_factory=dict)
@@ -94,6 +105,8 @@ def findings_table(study: str, folder: Path) -> Table:
     bits = seed_noise({name: own.bits for name, own in variants.items()})
     accuracy = seed_noise({name: own.accuracy for name, own in variants.items()})
     scored = any(own.accuracy for own in variants.values())
+    over_documents = {name: compare_seeds(own.documents, base.documents) for name, own in variants.items()}
+    kept = any(over_documents.values())
     rows = []
     for own in variants.values():
         train = own.train
@@ -106,6 +119,10 @@ def findings_table(study: str, folder: Path) -> Table:
             Cell(_mean(own.bits, 1, 3)),
             Cell("" if own is base else _difference(own, base, "bits", bits, 1, 3)),
         ]
+        if kept:
+            over = None if own is base else over_documents[train.variant]
+            shown = "–" if over is None else interval_text(over.interval, over.few, signed=True)
+            row.append(Cell("" if own is base else shown))
         if scored:
             row += [
                 Cell(_mean(own.accuracy, 100, 1)),
@@ -114,6 +131,8 @@ def findings_table(study: str, folder: Path) -> Table:
         rows.append(row)
     header = ["", "parameters", "training FLOPs", "tokens", "seeds", "bits per byte (test)"]
     header.append(f"difference from {base.train.label}")
+    if kept:
+        header.append("over documents")
     if scored:
         header += [f"{benchmark_label(_BENCHMARK)} (%, n = {base.items:,})", "difference (points)"]
     return Table(
@@ -121,8 +140,24 @@ def findings_table(study: str, folder: Path) -> Table:
         title=f"Study {study}",
         header=header,
         rows=rows,
-        notes=[*_notes(variants, bits, accuracy, scored), *filter(None, [_unlike(folder)])],
+        notes=[
+            *_notes(variants, bits, accuracy, scored),
+            amount_note((own.train.label, own.text) for own in variants.values()),
+            *_document_notes(over_documents.values()),
+            *filter(None, [_unlike(folder)]),
+        ],
     )
+
+
+def _document_notes(compared: Iterable[Difference | None]) -> list[str]:
+    """What the column `over documents` says, where the study's runs kept the scores of their documents."""
+    found = [own for own in compared if own is not None]
+    if not found:
+        return []
+    note = (
+        "Over documents: the difference's 95% interval when documents are resampled, paired; not other seeds."
+    )
+    return [note, *([FEW_NOTE] if any(own.few for own in found) else [])]
 
 
 def _read(folder: Path) -> dict[str, _Variant]:
@@ -136,8 +171,9 @@ def _read(folder: Path) -> dict[str, _Variant]:
     }
     variants: dict[str, _Variant] = {}
     for run, train, last, _ in read_committed(folder):
-        own = variants.setdefault(train.variant, _Variant(train))
+        own = variants.setdefault(train.variant, _Variant(train, last.perplexity))
         own.bits[train.seed] = last.perplexity.bits_per_byte
+        own.documents[train.seed] = committed_documents(folder, run, last)
         modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}
         if _MODE in modes:
             scored = modes[_MODE].acc

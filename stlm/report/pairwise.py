@@ -18,6 +18,7 @@ from stlm.evaluation.statistics import Interval, holm
 from stlm.integrity import check_beside
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.names import percent
+from stlm.report.pairwise_text import TextComparison, compare_text, text_json, text_lines
 from stlm.report.results import read_outcomes
 from stlm.training.locate import RESULTS, split_step
 
@@ -63,12 +64,13 @@ class Row:
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """What `stlm compare` found; `warnings` say what may disturb it."""
+    """What `stlm compare` found; `warnings` say what may disturb it. `text`: on test text, if on the same."""
 
     a: Predictions
     b: Predictions
     rows: list[Row]
     warnings: list[str]
+    text: TextComparison | None = None
 
 
 def find_predictions(name: str) -> Predictions:
@@ -133,7 +135,10 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
         replace(row, paired=replace(row.paired, adjusted=p)) for row, p in zip(rows, adjusted, strict=True)
     ]
     forced = [f"{reason} (--force)" for reason in refusals]
-    return PairwiseComparison(a, b, rows, list(dict.fromkeys([*forced, *warnings])))
+    text = compare_text((a.path, a.step), (b.path, b.step))
+    if isinstance(text, str):
+        warnings, text = [*warnings, text], None
+    return PairwiseComparison(a, b, rows, list(dict.fromkeys([*forced, *warnings])), text)
 
 
 def as_json(found: PairwiseComparison) -> str:
@@ -155,7 +160,8 @@ def as_json(found: PairwiseComparison) -> str:
         | {"p": row.paired.p, "p_holm": row.paired.adjusted}
         for row in found.rows
     ]
-    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows}, indent=2)
+    text = {"bits_per_byte": None if found.text is None else text_json(found.text)}
+    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows} | text, indent=2)
 
 
 def as_text(found: PairwiseComparison) -> str:
@@ -183,6 +189,7 @@ def as_text(found: PairwiseComparison) -> str:
         "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
         f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05,",
         f"{SIGN_ITEMS} where it is but the interval over groups includes zero.",
+        *([] if found.text is None else text_lines(found.text)),
         *(f"warning: {warning}" for warning in found.warnings),
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from stlm.files import write_text
 from stlm.report.curves import spent, token_length
+from stlm.report.documents import amount, comparable
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE
 from stlm.report.labels import label_points
 from stlm.report.names import count
@@ -72,7 +73,8 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
         for own in points
     ]
     write_text(folder / "data" / "pareto.csv", csv_text(records))
-    title = f"Parameters and bits per byte (test), study {study.name}"
+    text = amount(results[study.baseline].last.perplexity)
+    title = f"Parameters and bits per byte (test: {text}), study {study.name}"
     with figure(folder, "pareto", title, 11, 4.4 + 0.16 * len(points)) as drawing:
         panels = drawing.subplots(1, 2, sharey=True)
         for axes, name, size in zip(
@@ -90,12 +92,13 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
 
 
 def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
-    """A point a variant of the baseline's corpus: bits per byte compare on one text alone."""
+    """A point a variant measured on the baseline's text: bits per byte compare on one text alone."""
     looks, base = styles(results), results[study.baseline]
     points: dict[str, _Point] = {}
     for name, result in results.items():
         train = result.train
-        if train.corpus != base.train.corpus:
+        alike = comparable(result.last.perplexity, base.last.perplexity)
+        if train.corpus != base.train.corpus or not alike:
             continue
         if train.variant not in points:
             cost, token = spent(result, results), token_length(result, base)

@@ -69,11 +69,32 @@ class StartRecord(BaseModel):
     truncation: Truncation | None = None
 
 
+class TextRecord(BaseModel):
+    """How much held-out text a figure is of, of how much there is; `text_sha256` is equal for equal text.
+
+    What earlier versions did not write is None.
+    """
+
+    documents: int | None = None
+    documents_total: int | None = None
+    bytes: int | None = None
+    bytes_total: int | None = None
+    tokens: int | None = None
+    text_sha256: str | None = None
+
+    def same_text(self, other: TextRecord) -> bool:
+        """Whether both are of the same text; of earlier versions' of as many bytes. Of one corpus."""
+        if self.text_sha256 is not None and other.text_sha256 is not None:
+            return self.text_sha256 == other.text_sha256
+        return self.bytes is not None and self.bytes == other.bytes
+
+
 class TrainRecord(BaseModel):
     """train.json: what was trained, with which settings, and how long it took.
 
     `loss_spikes` of runs of earlier versions is None: no one looked. `parts`: what it was computed by, one
-    after the other, where it went on elsewhere or by other code than it began.
+    after the other, where it went on elsewhere or by other code than it began. `validation`: the text that
+    the curve is of, None of earlier versions.
     """
 
     run: str
@@ -96,6 +117,7 @@ class TrainRecord(BaseModel):
     model: dict[str, Any]
     training: dict[str, Any]
     data: DataConfig = DataConfig()
+    validation: TextRecord | None = None
     loss_spikes: list[LossSpike] | None = None
     start: StartRecord | None = None
     corpus: str
@@ -129,11 +151,20 @@ class BenchmarkResult(BaseModel):
     modes: dict[str, ModeResult]
 
 
-class Perplexity(BaseModel):
+class DocumentInterval(BaseModel):
+    """The 95% interval of bits per byte over documents; `few_documents`: so few that it is too narrow."""
+
+    low: float
+    high: float
+    few_documents: bool
+
+
+class Perplexity(TextRecord):
+    """Figures of the test text. `interval` is None for one document, and of earlier versions."""
+
     bits_per_byte: float
     char_perplexity: float
-    tokens: int | None = None
-    bytes: int | None = None
+    interval: DocumentInterval | None = None
     components: dict[str, Perplexity] = {}
 
 
@@ -180,6 +211,7 @@ class PublishedResult:
     evaluation: EvaluationRecord
     checkpoint: CheckpointResult
     items_path: Path
+    evaluate_command: str
 
 
 @dataclass(frozen=True)
@@ -330,6 +362,7 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             record,
             record.checkpoints["published"],
             folder / "items.parquet",
+            command,
         )
     if problems:
         raise UserError("\n".join(problems))

@@ -109,6 +109,7 @@ _LATEX = {
     "×": r"$\times$",
     "·": r"$\cdot$",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",

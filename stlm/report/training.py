@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
+from stlm.report.documents import amount
 from stlm.report.names import count
 from stlm.report.results import LossSpike, RunResult, run_label
 from stlm.report.style import CHANCE, figure, heading, plain_log_ticks
@@ -94,6 +95,7 @@ def _facts(result: RunResult) -> Table:
         "last training loss": _last(curve["train_loss"], " nats a token"),
         "last validation loss": _last(validated["val_loss"], " nats a token"),
         "last validation bits per byte": _last(validated["val_bits_per_byte"]),
+        "validation text": "–" if train.validation is None else amount(train.validation),
         "gradient norm": f"{norms.median():.3g} (median), {norms.max():.3g} (largest)",
         "loss spikes": "not looked for" if spikes is None else str(len(spikes)),
     }

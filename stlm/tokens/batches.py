@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,8 +11,9 @@ import numpy as np
 
 from stlm.errors import UserError, nearest
 from stlm.tokens.config import DataConfig
+from stlm.tokens.held_out import held_out, text_digest, text_ids
 from stlm.tokens.order import Difficulty, Order
-from stlm.tokens.shards import ComponentTokens, Document, read_meta, read_split
+from stlm.tokens.shards import ComponentTokens, read_meta, read_split
 
 # Slots after which the assignment of a batch's rows to the components of a mix repeats.
 # Shares of up to four decimals are met exactly.
@@ -199,30 +199,29 @@ class ValidationSet:
     """Windows over a fixed choice of validation documents, every token of their text a target exactly once.
 
     The documents stand one after the other as in training, the end-of-text token before each, and are read
-    in windows of `context` tokens that do not overlap. Each component of a mix gives its share of
-    `max_tokens` in whole documents (at least one), the first in the order of a hash of their tokens, so that
-    the choice hardly changes when documents are added. Tokenizers have orders of their own; of
-    `max_documents`, which takes the place of `max_tokens`, they choose the same.
+    in windows of `context` tokens that do not overlap. They are whole documents, drawn until they have
+    `max_bytes` of text: the same ones whatever the tokenizer (`stlm.tokens.held_out`).
 
     `n_tokens`, `n_bytes`, `n_chars` count the text of these documents: what the masked losses sum over.
     """
 
-    def __init__(self, folder: Path, context: int, max_tokens: int, max_documents: int | None = None) -> None:
+    def __init__(self, folder: Path, context: int, max_bytes: int) -> None:
         self.context = context
-        components = read_split(folder, "val")
-        total = sum(component.weight for component in components)
-        chosen = [
-            document
-            for component in components
-            for document in (
-                _choose(component, max_tokens * component.weight / total)
-                if max_documents is None
-                else _draw(component, max_documents * component.weight / total)
-            )
-        ]
+        text = held_out(folder, "val", max_bytes)
+        chosen = text.documents
         self.n_tokens = sum(len(document.tokens) - 1 for document in chosen)
         self.n_bytes = sum(document.n_bytes for document in chosen)
         self.n_chars = sum(document.n_chars for document in chosen)
+        # What train.json says of the text.
+        self.record: dict[str, int | str] = {
+            "documents": len(chosen),
+            "documents_total": text.documents_total,
+            "bytes": self.n_bytes,
+            "bytes_total": text.bytes_total,
+            "chars": self.n_chars,
+            "tokens": self.n_tokens,
+            "text_sha256": text_digest(text_ids(folder, chosen), text.components),
+        }
         self._eot = read_meta(folder).eot
         # The last document's end of text is no target, and nothing follows it.
         stream = np.concatenate([[self._eot], *(document.tokens for document in chosen)])[:-1]
@@ -237,25 +236,3 @@ class ValidationSet:
         for start in range(0, len(x_NL), batch_size):
             rows = slice(start, start + batch_size)
             yield x_NL[rows], y_NL[rows], y_NL[rows] != self._eot
-
-
-def _choose(component: ComponentTokens, max_tokens: float) -> list[Document]:
-    """The first documents in hash order that together have `max_tokens` tokens; at least one."""
-
-    def place(document: Document) -> bytes:
-        return hashlib.blake2b(document.tokens.tobytes(), digest_size=16).digest()
-
-    chosen, tokens = [], 0
-    for document in sorted(component, key=place):
-        chosen.append(document)
-        tokens += len(document.tokens)
-        if tokens >= max_tokens:
-            break
-    return chosen
-
-
-def _draw(component: ComponentTokens, max_documents: float) -> list[Document]:
-    """So many documents, at least one, drawn by their places in the corpus."""
-    order = np.random.default_rng(0).permutation(len(component))
-    taken = set(order[: max(1, round(max_documents))].tolist())
-    return [document for place, document in enumerate(component) if place in taken]

@@ -6,18 +6,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Keys of earlier versions that records still have; none of them changed the weights.
+FORMER_KEYS = frozenset({"validation_documents", "validation_tokens"})
 # Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
-RECORD_KEYS = frozenset(
-    {
-        "log_every",
-        "save_every",
-        "validate_every",
-        "validation_documents",
-        "validation_tokens",
-        "wandb",
-        "watch_every",
-    }
-)
+RECORD_KEYS = FORMER_KEYS | {
+    "log_every",
+    "save_every",
+    "validate_every",
+    "validation_bytes",
+    "wandb",
+    "watch_every",
+}
 
 
 class TrainingConfig(BaseModel):
@@ -93,16 +92,11 @@ class TrainingConfig(BaseModel):
     validate_every: int = Field(
         500, ge=1, description="Steps between validations; the last step always is one."
     )
-    validation_tokens: int = Field(
-        200_000, ge=1, description="Tokens of the validation split that a validation reads, whole documents."
-    )
-    # Left out of records where it changes nothing: runs made before it was there are equal.
-    validation_documents: int | None = Field(
-        None,
+    validation_bytes: int = Field(
+        700_000,
         ge=1,
-        description="Documents of the validation split that a validation reads, instead of "
-        "`validation_tokens`: the same ones whatever the tokenizer.",
-        exclude_if=lambda value: value is None,
+        description="UTF-8 bytes of the validation split that a validation reads, in whole documents: the "
+        "same ones whatever the tokenizer.",
     )
     log_every: int = Field(10, ge=1, description="Steps between rows of curve.csv.")
     watch_every: int = Field(

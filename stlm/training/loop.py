@@ -67,9 +67,7 @@ class Trainer:
         )
         # The end of text where attention stays within documents.
         self.eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
-        self.validation = ValidationSet(
-            run.tokens_folder, context, self.config.validation_tokens, self.config.validation_documents
-        )
+        self.validation = ValidationSet(run.tokens_folder, context, self.config.validation_bytes)
         # Copied beside the checkpoints at the end, which are of no use without.
         check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
         self.check_vocabulary()
@@ -417,6 +415,7 @@ class Trainer:
             "model": run.model.model_dump(),
             "training": run.training.model_dump(mode="json"),
             "data": run.data.model_dump(mode="json"),
+            "validation": self.validation.record,
             "final": {
                 "train_loss": validated["train_loss"],
                 **{key: value for key, value in validated.items() if key.startswith("val_")},

@@ -23,6 +23,8 @@ from stlm.evaluation import evaluate
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
+from stlm.evaluation.predictions import read_facts
+from stlm.evaluation.statistics import ratio_bootstrap
 from stlm.files import read_json, sha256
 from stlm.report.results import EvaluationRecord, score_items
 from stlm.tokens.shards import read_split
@@ -132,6 +134,30 @@ def test_bits_per_byte_counts_every_byte_of_the_test_split_once(run):
     assert measured["stride"] == stride
 
 
+def test_each_documents_bits_are_kept_and_say_how_sure_the_sum_is(run):
+    evaluate_run(run, EvaluationConfig(perplexity={"max_bytes": 500}))
+    record, _ = outputs(run)
+    documents = pd.read_parquet(run.folder / "documents.parquet")
+    assert read_facts(run.folder / "documents.parquet") == read_facts(run.folder / "items.parquet")
+    texts = [document for part in read_split(run.tokens_folder, "test") for document in part]
+    for name, checkpoint in record["checkpoints"].items():
+        measured, own = checkpoint["perplexity"], documents[documents["checkpoint"] == name]
+        assert 1 < len(own) == measured["documents"] < measured["documents_total"] == len(texts)
+        assert measured["bytes_total"] == sum(document.n_bytes for document in texts)
+        assert 500 <= own["n_bytes"].sum() == measured["bytes"]
+        assert own["n_tokens"].sum() == measured["tokens"] and own["n_chars"].sum() == measured["chars"]
+        bits = own["nats"] / math.log(2)
+        assert bits.sum() / measured["bytes"] == pytest.approx(measured["bits_per_byte"])
+        low, high = ratio_bootstrap(bits, own["n_bytes"])
+        assert measured["interval"] == {"low": low, "high": high, "few_documents": len(own) < 10}
+        assert low < measured["bits_per_byte"] < high
+    assert documents.groupby("checkpoint", observed=True)["text"].agg(tuple).nunique() == 1
+    evaluate_run(run, EvaluationConfig(perplexity={"max_bytes": 1}))
+    record, _ = outputs(run)
+    assert {c["perplexity"]["documents"] for c in record["checkpoints"].values()} == {1}
+    assert {c["perplexity"]["interval"] for c in record["checkpoints"].values()} == {None}
+
+
 def test_limits_are_recorded_and_the_same_at_every_checkpoint(run):
     config = EvaluationConfig(
         benchmarks={"synthetic_pairs": {"limit": 20}, "synthetic_choice": {}},
@@ -159,7 +185,8 @@ def test_limits_are_recorded_and_the_same_at_every_checkpoint(run):
 
 def test_after_an_error_finished_checkpoints_are_kept(run, scored):
     evaluate_run(run, CONFIG)
-    whole = {name: (run.folder / name).read_bytes() for name in ("evaluation.json", "items.parquet")}
+    names = ("evaluation.json", "items.parquet", "documents.parquet")
+    whole = {name: (run.folder / name).read_bytes() for name in names}
     for name in whole:
         (run.folder / name).unlink()
     scored.clear()

@@ -111,10 +111,14 @@ def test_the_files_are_those_of_a_run(run: Run) -> None:
     assert own.keys() == other.keys() - {"parameters", "context"}
     (own_scores,), (other_scores,) = own.pop("checkpoints").values(), other.pop("checkpoints").values()
     assert own_scores.keys() == other_scores.keys()
-    for key in ("bytes", "chars", "documents", "documents_total"):
+    for key in ("bytes", "chars", "documents", "documents_total", "bytes_total", "text_sha256"):
         assert own_scores["perplexity"][key] == other_scores["perplexity"][key]
     for name, benchmark in own_scores["benchmarks"].items():
         assert benchmark.keys() == other_scores["benchmarks"][name].keys()
+    texts = [pq.read_table(folder / "documents.parquet") for folder in (run.folder, published.results_folder)]
+    assert texts[0].schema.names == texts[1].schema.names
+    for column in ("component", "text", "n_bytes", "n_chars"):
+        assert texts[0][column].to_pylist() == texts[1][column].to_pylist()
     tables = [pq.read_table(folder / "items.parquet") for folder in (run.folder, published.results_folder)]
     assert tables[0].schema.names == tables[1].schema.names
     for column in ("benchmark", "mode", "item", "group", "option", "gold", "n_bytes", "n_chars"):

@@ -18,9 +18,11 @@ from stlm.evaluation.statistics import (
     clustered,
     clustered_bootstrap,
     expanded_tail,
+    few_units,
     holm,
     mcnemar_exact,
     paired_t,
+    ratio_bootstrap,
     seed_noise,
     wilson,
 )
@@ -291,6 +293,72 @@ def test_clustered_interval_keeps_its_level_where_the_one_over_items_does_not():
     assert_rate(robust)
     assert_rate(resampled)
     assert naive > 0.1 * SIMULATIONS
+
+
+def documents(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and bytes of documents of skewed length; longer ones are easier."""
+    lengths = np.exp(rng.normal(9.0, 0.7, n))
+    return lengths * (2.0 + 0.15 * rng.standard_normal(n) - 0.05 * (np.log(lengths) - 9.0)), lengths
+
+
+def test_the_interval_of_a_ratio_is_that_of_scipys_bootstrap():
+    """Of many units and one stratum it is Efron's: the factor n / (n - 1) and t's tail are nearly 1."""
+    bits, lengths = documents(np.random.default_rng(3), 400)
+    found = ratio_bootstrap(bits, lengths)
+    expected = stats.bootstrap(
+        (bits, lengths),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=9999,
+        rng=np.random.default_rng(5),
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert found.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.06 * width)
+    assert ratio_bootstrap(bits, lengths) == found, "seeded"
+    # Differences of two models on the same units: what they share cancels.
+    paired = ratio_bootstrap(bits - 0.99 * bits, lengths)
+    assert paired.low == pytest.approx(0.01 * found.low) and paired.half_width < 0.02 * found.half_width
+
+
+def test_the_variance_of_a_ratio_within_strata_is_linearizations():
+    """Rao and Wu's, against Taylor's: sum over strata of n / (n - 1) times the squared deviations."""
+    rng = np.random.default_rng(4)
+    strata = np.repeat(["books", "speech", "web"], [30, 60, 90])
+    bits, lengths = documents(rng, 180)
+    bits = bits * np.repeat([1.0, 1.5, 1.2], [30, 60, 90])
+    residuals = bits - bits.sum() / lengths.sum() * lengths
+    variance = 0.0
+    for name in np.unique(strata):
+        own = residuals[strata == name]
+        variance += len(own) / (len(own) - 1) * ((own - own.mean()) ** 2).sum()
+    half = 1.96 * variance**0.5 / lengths.sum()
+    assert ratio_bootstrap(bits, lengths, strata).half_width == pytest.approx(half, rel=0.08)
+    # What tells the strata apart is no noise: they always have their parts of the text.
+    assert ratio_bootstrap(bits, lengths).half_width > 1.3 * half
+
+
+@pytest.mark.parametrize(("units", "least"), [(5, 0.85), (20, 0.90), (60, 0.92)])
+def test_intervals_over_documents_hold_the_true_value_about_as_often_as_they_say(units, least):
+    truth = np.divide(*(part.sum() for part in documents(np.random.default_rng(6), 1_000_000)))
+    rng = np.random.default_rng(7)
+    holds = 0
+    for _ in range(400):
+        interval = ratio_bootstrap(*documents(rng, units))
+        holds += interval.low <= truth <= interval.high
+    assert least <= holds / 400 <= 0.98
+
+
+def test_one_unit_has_no_interval():
+    assert ratio_bootstrap([3.0], [2.0]) is None
+    assert ratio_bootstrap([], []) is None
+    assert ratio_bootstrap([3.0, 4.0, 5.0], [2.0, 2.0, 2.0], ["a", "a", "b"]) is None
+    low, high = ratio_bootstrap([3.0, 4.0], [2.0, 2.0])
+    assert (low, high) == (1.5, 2.0), "both units alone: no interval can be wider"
+    assert few_units(["a"] * 9) and not few_units(["a"] * 10)
+    assert few_units(["a"] * 20 + ["b"] * 9)
 
 
 def test_ties_count_one_kth():

@@ -51,7 +51,7 @@ training:
   warmup_steps: 2
   checkpoints: [5]
   validate_every: 5
-  validation_tokens: 2000
+  validation_bytes: 7000
   log_every: 2
   save_every: 5
 evaluation: {benchmarks: [synthetic_pairs], modes: [paper]}

@@ -30,7 +30,7 @@ outputs = {{
     "tokenize": ["data/tokens/" + "/".join(names) + "/"],
     "train": [f"{{run}}/{{part}}" for part in
               ("checkpoints/", "dvclive/", "curve.csv", "watch.csv", "train.json")],
-    "evaluate": [run / "items.parquet", run / "evaluation.json"],
+    "evaluate": [run / name for name in ("items.parquet", "documents.parquet", "evaluation.json")],
     "contamination": [f"results/{{names[0]}}/contaminat{{end}}" for end in ("ed-items.parquet", "ion.json")],
     "report": [f"results/{{names[0]}}/{{part}}" for part in
                ("tables/", "plots/", "training/", "cards/", "metrics.json")],

@@ -1,9 +1,14 @@
 """Curves and records of a made-up study, changed by hand."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+
+from stlm.evaluation.perplexity import TestText, document_rows, measure
+from stlm.tokens.shards import Document
 
 
 def set_curve(study, run: str, tokens, seconds, bits) -> None:
@@ -35,3 +40,26 @@ def set_test(study, run: str, **keys) -> None:
     record = json.loads(path.read_text())
     list(record["checkpoints"].values())[-1]["perplexity"].update(keys)
     path.write_text(json.dumps(record))
+
+
+def set_documents(study, run: str, bits, n_bytes, components=None, texts=None, total: int = 40) -> None:
+    """Give the last checkpoint these documents, in all files as `stlm evaluate` writes them.
+
+    `bits` and `n_bytes` of each; `texts`: numbers that stand for their texts.
+    """
+    folder = study.runs[run].folder
+    path = folder / "evaluation.json"
+    record = json.loads(path.read_text())
+    name, checkpoint = list(record["checkpoints"].items())[-1]
+    components = components or ["toy"] * len(bits)
+    documents = [Document(np.zeros(n // 4, np.int32), n, n) for n in n_bytes]
+    ids = np.array(range(len(bits)) if texts is None else texts, np.uint64)
+    text = TestText(documents, components, ids, total, 10 * sum(n_bytes))
+
+    class Model:
+        def document_loglikelihoods(self, tokens, stride, progress):
+            return [-own * math.log(2) for own in bits]
+
+    checkpoint["perplexity"], nats = measure(Model(), text, 5)
+    path.write_text(json.dumps(record))
+    pq.write_table(document_rows(name, checkpoint["step"], text, nats), folder / "documents.parquet")

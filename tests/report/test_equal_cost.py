@@ -314,13 +314,18 @@ def test_another_tokenizer_is_compared_by_the_test_text(study):
     assert any("compared by test text" in note and note.endswith("Fast.") for note in table.notes)
 
 
-def test_bytes_in_chunks_are_compared_on_the_same_validation_text(study):
+@pytest.mark.parametrize("former", [False, True])
+def test_bytes_in_chunks_are_compared_on_the_same_validation_text(study, former):
     """Documents are chosen whatever the tokenizer; tokens count for the text that they hold."""
     runs = dict(study.runs)
     for name, tokenizer in (("baseline", "bpe-512"), ("fast", "words")):
-        training = runs[name].training.model_copy(update={"validation_documents": 3})
-        runs[name] = runs[name].model_copy(update={"training": training, "tokenizer": tokenizer})
-        set_train(study, name, training=training.model_dump(mode="json"), tokenizer=tokenizer)
+        runs[name] = runs[name].model_copy(update={"tokenizer": tokenizer})
+        recipe = runs[name].training.model_dump(mode="json")
+        if former:  # a record of an earlier version
+            del recipe["validation_bytes"]
+            recipe |= {"validation_documents": 3, "validation_tokens": 200_000}
+        validation = None if former else {"documents": 3, "bytes": 900, "text_sha256": "three"}
+        set_train(study, name, training=recipe, tokenizer=tokenizer, validation=validation)
     set_test(study, "baseline", tokens=400, bytes=1000)
     set_test(study, "fast", tokens=200, bytes=1000, bits_per_byte=9.0)
     set_curve(study, "fast", [100, 300], [20, 50], [3.0, 2.0])

@@ -159,7 +159,7 @@ def test_a_corpus_shorter_than_a_context(tokens: Path) -> None:
 def test_validation_scores_every_byte_once(tokens: Path, batch_size: int) -> None:
     tokenizer = load_tokenizer(tokens / "tokenizer")
     (component,) = read_split(tokens, "val")
-    validation = ValidationSet(tokens, CONTEXT, max_tokens=10**9)
+    validation = ValidationSet(tokens, CONTEXT, max_bytes=10**9)
     before, targets = [], []
     for x_BL, y_BL, mask_BL in validation.batches(batch_size):
         assert x_BL.shape == y_BL.shape == mask_BL.shape and x_BL.shape[1] == CONTEXT

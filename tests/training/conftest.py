@@ -36,7 +36,7 @@ def make_run(tmp_path, monkeypatch, tokens_folder):
             "learning_rate": 1e-2,
             "min_learning_rate": 1e-3,
             "validate_every": 4,
-            "validation_tokens": 500,
+            "validation_bytes": 500,
             "log_every": 2,
             "save_every": 3,
             "precision": "float32",

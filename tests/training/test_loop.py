@@ -65,6 +65,9 @@ def test_a_run_learns_and_writes_what_it_promises(make_run):
     assert summary["parameters"]["total"] == run.parameters.total
     assert [entry["step"] for entry in summary["checkpoints"]] == [20, 60]
     assert summary["final"]["val_bits_per_byte"] == validated[-1]
+    text = summary["validation"]
+    assert run.training.validation_bytes <= text["bytes"] < text["bytes_total"]
+    assert 1 < text["documents"] < text["documents_total"]
     live = read_json(run.folder / "dvclive" / "metrics.json")
     assert live["val"]["bits_per_byte"] == validated[-1]
     assert not run.state_folder.exists()
@@ -75,7 +78,7 @@ def test_validation_is_the_exact_sum_over_the_text(make_run):
     run = make_run(steps=2)
     train(run)
     model, _ = load_checkpoint(run.folder / "checkpoints" / "step-0000002")
-    validation = ValidationSet(run.tokens_folder, run.model.context, run.training.validation_tokens)
+    validation = ValidationSet(run.tokens_folder, run.model.context, run.training.validation_bytes)
     nats = 0.0
     with torch.no_grad():
         for x_BL, y_BL, mask_BL in validation.batches(1):

@@ -3,6 +3,7 @@ rule evaluate:
         evaluate_inputs,
     output:
         scores="results/{study}/runs/{run}/items.parquet",
+        documents="results/{study}/runs/{run}/documents.parquet",
         record="results/{study}/runs/{run}/evaluation.json",
     log:
         "logs/{study}/evaluate/{run}.log",
@@ -41,6 +42,7 @@ rule evaluate_published:
         published_inputs,
     output:
         scores="results/{study}/published/{published}/items.parquet",
+        documents="results/{study}/published/{published}/documents.parquet",
         record="results/{study}/published/{published}/evaluation.json",
     log:
         "logs/{study}/evaluate/{published}.log",

@@ -1,0 +1,25 @@
+"""Keys that params/ had in earlier versions, and what takes their place."""
+
+from __future__ import annotations
+
+# The end of a key's path -> the key that took its place: budgets of tokens or documents, now of bytes.
+_BUDGETS = {
+    "training.validation_tokens": "validation_bytes",
+    "training.validation_documents": "validation_bytes",
+    "perplexity.max_tokens": "max_bytes",
+}
+_BYTES_PER_TOKEN = 3.5  # of English, of a token of bpe-4096
+
+
+def former_key(path: str, found: object) -> str | None:
+    """What to write in the place of the key at `path` with the value `found`; None where it never was one."""
+    former = next((key for key in _BUDGETS if f".{path}".endswith(f".{key}")), None)
+    if former is None:
+        return None
+    key = _BUDGETS[former]
+    tokens = isinstance(found, int) and not isinstance(found, bool) and former.endswith("_tokens")
+    example = f"; {found} tokens are about {key}: {round(_BYTES_PER_TOKEN * found)}" if tokens else ""
+    return (
+        f"{key} takes its place, UTF-8 bytes of text in whole documents, the same ones whatever the "
+        f"tokenizer (bytes in a token of English: bpe-4096 3.5, gpt2 4.5, bytes 1{example})"
+    )
