@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -139,13 +140,13 @@ def generate(options: argparse.Namespace) -> None:
     """Continue a prompt by a trained model, printing the text as it is drawn."""
     prompt = options.prompt
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
-    try:
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
+    with suppress(UnicodeError):  # of what is not UTF-8 the model's tokenizer tells the place
         # Bytes that the locale has no characters for may be UTF-8 all the same.
         prompt = prompt.encode(errors="surrogateescape").decode()
-    except UnicodeError as error:
-        on_stdin = " on stdin" if options.prompt == "-" else ""
-        raise UserError(f"the prompt{on_stdin} is not UTF-8: {error}") from None
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
 

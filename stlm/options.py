@@ -7,14 +7,17 @@ import re
 
 from stlm.errors import shortened
 
+# Of an option that has no bound of its own; more digits are no number that anyone means.
+_MOST = 10**30
 
-def whole_number(least: int, most: int = 10**18):
+
+def whole_number(least: int, most: int = _MOST):
     """Of an option: text -> a whole number of at least `least` and at most `most`."""
 
     def number(text: str) -> int:
         # Digits are counted first: Python converts no text of thousands of them.
-        if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
-            bound = "" if most == 10**18 else f" and at most {most:,}"
+        if not re.fullmatch("[0-9]{1,31}", text) or not least <= int(text) <= most:
+            bound = "" if most == _MOST else f" and at most {most:,}"
             raise argparse.ArgumentTypeError(
                 f"{shortened(text)!r}: expected a whole number of at least {least}{bound}"
             )
@@ -58,7 +61,7 @@ def add_generate_options(verb: argparse.ArgumentParser) -> None:
     def option(name: str, kind, default, text: str, metavar: str) -> None:
         verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
 
-    at_least_1 = whole_number(1)
+    at_least_1 = whole_number(1, 10**18)
     option(
         "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
     )

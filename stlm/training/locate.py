@@ -13,7 +13,8 @@ WEIGHTS = "model.safetensors"
 
 def split_step(name: str) -> tuple[str, int | None]:
     """`NAME@STEP` or `NAME@step-STEP` as the name and the step; None where there is no @STEP."""
-    match = re.fullmatch(r"(.+)@(?:step-)?(\d+)", name)
+    # No step has more digits; Python refuses to read some thousand of them.
+    match = re.fullmatch(r"(.+)@(?:step-)?([0-9]{1,18})", name, re.DOTALL)
     return (match[1], int(match[2])) if match else (name, None)
 
 
