@@ -82,11 +82,10 @@ def train(options: argparse.Namespace) -> None:
     """Train one run of a study; killed, it goes on from its last state."""
     study = _study(options)
     run = study.run(options.run)
-    from stlm.evaluation.made import check_made
+    from stlm.preflight import check_training
     from stlm.training.loop import train as train_run
 
-    check_made(study.evaluation, run.tokens_folder)
-
+    check_training(study, run)
     train_run(run)
 
 

@@ -143,6 +143,11 @@ class PublishedModel(Published):
         """Where its results go."""
         return Path("results") / self.study / "published" / self.name
 
+    @property
+    def state_folder(self) -> Path:
+        """Where finished parts of its evaluation are kept; no run has its name."""
+        return Path(".state") / self.study / self.name
+
 
 class Study(BaseModel):
     """The runs that one report compares, and published models beside them."""
@@ -185,6 +190,8 @@ class Study(BaseModel):
 
 def _catalogue(root: Path, name: str, model: type[_Model]) -> dict[str, _Model]:
     path = root / PARAMS / f"{name}.yaml"
+    if outside := where_to_stand(root):
+        raise UserError(f"{PARAMS}/{name}.yaml: no such file{outside}")
     content = read_yaml(path)
     spelled: dict[str, str] = {}
     for key in map(str, content):

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from stlm.evaluation.config import EvaluationConfig
-from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
+from stlm.evaluation.evaluate import RAW, About, Subject, gather_material, score_model, write_results
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
+from stlm.evaluation.kept import Failures, Kept
 from stlm.study import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
 
@@ -29,15 +30,13 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     texts = [written.decode(document.tokens.tolist()) for document in material.documents]
     encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
     documents = [d._replace(tokens=ids) for d, ids in zip(material.documents, encoded, strict=True)]
-    checkpoint = {"step": 0, "tokens": 0, "weights_sha256": weights_sha256(folder)}
-    result, table = score_model(
-        material._replace(documents=documents),
-        transformer,
-        "published",
-        checkpoint,
-        last=True,
-        label=published.name,
-    )
+    checkpoint = About(step=0, tokens=0, weights_sha256=weights_sha256(folder))
+    arguments = f"{published.study} {published.name}"
+    kept, failures = Kept(published.state_folder / "evaluation"), Failures(arguments, material.unreadable)
+    material = material._replace(documents=documents)
+    subject = Subject("published", checkpoint, True, published.name)
+    result, table = score_model(material, subject, lambda: transformer, kept, failures)
+    failures.tell(kept)
     about = {"study": published.study, "run": published.name, "label": published.label}
     more = {
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
@@ -45,3 +44,4 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
         "published": published.settings,
     }
     write_results(published.results_folder, about, material, {"published": result}, [table], more)
+    kept.forget()

@@ -128,19 +128,40 @@ class FileBenchmark(Benchmark):
             if missing:
                 raise UserError(
                     f"{file}: {self.name} lacks the column(s) {', '.join(missing)}; "
-                    f"found {', '.join(found)}; expected {', '.join(self.columns)}"
+                    f"found {', '.join(found)}; expected {', '.join(self.columns)}; "
+                    f"run: stlm fetch {self.data_name}"
                 )
-            rows = pq.read_table(file, columns=list(self.columns)).to_pylist()
+            table = pq.read_table(file, columns=list(self.columns))
+            rows = table.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{file}: not a readable parquet file ({error}); run: stlm fetch {self.data_name}"
             ) from error
         items: list[Item] = []
         try:
-            items.extend(self.read(rows))
+            for item in self.read(rows):
+                items.append(item)
+                if len(item.options) < 2:
+                    raise BadRow(f"{len(item.options)} option(s), expected 2 or more")
         except (BadRow, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"{file}: a row of {self.name} after item {len(items)}: {error}") from error
+            # A row is an item, so that the one it stopped at is known.
+            number = len(items) if not items or len(items[-1].options) > 1 else len(items) - 1
+            raise UserError(
+                f"{file}: {self.name}, row {number}: {_why(error, rows[number], table.schema)}; "
+                f"run: stlm fetch {self.data_name}"
+            ) from error
         return items
+
+
+def _why(error: Exception, row: Row, schema: Any) -> str:
+    """What is wrong with a row, with the column: one without a value, or the columns' types."""
+    empty = [name for name, value in row.items() if value is None]
+    if empty:
+        return f"the column {empty[0]} has no value"
+    if isinstance(error, BadRow):
+        return str(error)
+    types = ", ".join(f"{field.name} {field.type}" for field in schema)
+    return f"not as expected ({error}); the columns are {types}"
 
 
 @dataclass(frozen=True, kw_only=True)
