@@ -107,7 +107,9 @@ def evaluate(options: argparse.Namespace) -> None:
         )
     run = study.run(options.run)
     from stlm.evaluation.evaluate import evaluate_run
+    from stlm.preflight import check_evaluation
 
+    check_evaluation(run)
     evaluate_run(run, study.evaluation)
 
 

@@ -6,6 +6,7 @@ takes longer than a moment is done once for a file and its change. Nothing is wr
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -103,7 +104,7 @@ def check_evaluation(run: Run) -> None:
     for name in _EVALUATION_FILES:
         with found.look():
             _is_file(run.folder / name)
-    for folder in (run.folder, run.state_folder):
+    for folder in (run.folder, run.state_folder / "evaluation"):
         with found.look():
             check_writable(folder)
     found.conclude(f"run {run.name}")
@@ -224,9 +225,9 @@ def check_memory(found: Findings, run: Run, device: str, precision: str, compile
     """
     from stlm.training.memory import machine_room, training_memory
 
-    group = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    sequences = max(1, run.training.batch_size // max(1, group // run.training.accumulation))
+    # Parts of a micro-batch as in `stlm.training.distributed.Group.share`.
+    group, here = _processes("WORLD_SIZE"), _processes("LOCAL_WORLD_SIZE")
+    sequences = max(1, run.training.batch_size // (group // math.gcd(group, run.training.accumulation)))
     need = training_memory(run, precision, compiled, sequences)
     room, processes = (_gpu_room(), 1) if device == "cuda" else (machine_room(), here)
     if room is None:
@@ -239,6 +240,12 @@ def check_memory(found: Findings, run: Run, device: str, precision: str, compile
             f"({room.what} {_size(room.total)}); if it is killed, lower training.batch_size and raise "
             "training.accumulation"
         )
+
+
+def _processes(variable: str) -> int:
+    """What torchrun says of the group in a variable; 1 where it does not, or says what training refuses."""
+    said = os.environ.get(variable, "") if "RANK" in os.environ else ""
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def _gpu_room() -> Room:

@@ -238,7 +238,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(UserError, match=r"no parquet file of the split test .* stlm fetch mmlu"):
         benchmark("mmlu").load(tmp_path)
     path = write(tmp_path, "mmlu", [ROWS["mmlu"][1], ROWS["mmlu"][1] | {"answer": 4}])
-    with pytest.raises(UserError, match=r"mmlu, row 1: the answer 4 is none of 0, 1, 2, 3; run: stlm fetch mmlu"):
+    with pytest.raises(
+        UserError, match=r"mmlu, row 1: the answer 4 is none of 0, 1, 2, 3; run: stlm fetch mmlu"
+    ):
         benchmark("mmlu").load(tmp_path)
     write(tmp_path, "mmlu", [ROWS["mmlu"][1] | {"choices": None}])
     with pytest.raises(UserError, match="mmlu, row 0: the column choices has no value; run: stlm fetch mmlu"):

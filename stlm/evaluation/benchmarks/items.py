@@ -78,13 +78,14 @@ class Benchmark:
 class FileBenchmark(Benchmark):
     """A benchmark whose items are rows of parquet files with the hub's columns.
 
-    `splits` are tried in order. `read` turns numbered rows into items (ids within their file order) and
-    raises BadRow. `data`: the folder of data/raw/ where it is not the benchmark's own name, so that several
-    benchmarks read what is fetched once.
+    `splits` are tried in order. `lists`: those of the `columns` that hold a list in each row. `read` turns
+    numbered rows into items (ids within their file order) and raises BadRow. `data`: the folder of data/raw/
+    where it is not the benchmark's own name, so that several benchmarks read what is fetched once.
     """
 
     splits: tuple[str, ...]
     columns: tuple[str, ...]
+    lists: tuple[str, ...] = ()
     read: Callable[[Iterable[Row]], Iterator[Item]]
     data: str | None = None
 
@@ -111,7 +112,10 @@ class FileBenchmark(Benchmark):
         split, files = self.files(folder)
         items = [item for file in files for item in self._read_file(file)]
         if not items:
-            raise UserError(f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}")
+            raise UserError(
+                f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}"
+                f"; run: stlm fetch {self.data_name}"
+            )
         # Files that count their rows from zero each would repeat ids.
         if len({item.id for item in items}) < len(items):
             items = [item._replace(id=f"{number}-{item.id}") for number, item in enumerate(items)]
@@ -123,7 +127,8 @@ class FileBenchmark(Benchmark):
         import pyarrow.parquet as pq
 
         try:
-            found = pq.read_schema(file).names
+            schema = pq.read_schema(file)
+            found = schema.names
             missing = [column for column in self.columns if column not in found]
             if missing:
                 raise UserError(
@@ -131,6 +136,13 @@ class FileBenchmark(Benchmark):
                     f"found {', '.join(found)}; expected {', '.join(self.columns)}; "
                     f"run: stlm fetch {self.data_name}"
                 )
+            for column in self.columns:
+                kind = schema.field(column).type
+                if column in self.lists and not pa.types.is_nested(kind):
+                    raise UserError(
+                        f"{file}: {self.name}: column {column}: found {kind}, expected a list; "
+                        f"run: stlm fetch {self.data_name}"
+                    )
             table = pq.read_table(file, columns=list(self.columns))
             rows = table.to_pylist()
         except (pa.ArrowException, OSError) as error:
