@@ -98,16 +98,19 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     found.conclude(f"run {run.name}")
 
 
-def check_evaluation(run: Run) -> None:
-    """Refuse to score `run` where its results could not be written. Raises UserError, a line a problem."""
+def check_evaluation(name: str, results: Path, state: Path) -> None:
+    """Refuse to score the run or model `name` where its results, or finished parts, could not be written.
+
+    `results` and `state` are its folders of both. Raises UserError, a line a problem.
+    """
     found = Findings()
-    for name in _EVALUATION_FILES:
+    for file in _EVALUATION_FILES:
         with found.look():
-            _is_file(run.folder / name)
-    for folder in (run.folder, run.state_folder / "evaluation"):
+            _is_file(results / file)
+    for folder in (results, state / "evaluation"):
         with found.look():
             check_writable(folder)
-    found.conclude(f"run {run.name}")
+    found.conclude(name)
 
 
 def check_tokens(run: Run) -> None:

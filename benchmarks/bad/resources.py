@@ -200,10 +200,16 @@ def _folders() -> list[Case]:
         Case("evaluate: items.parquet is a folder", _EVALUATE, _folder(f"{runs}/items.parquet"), in_place),
         Case("evaluate: .state is a file", _EVALUATE, _file(".state"), no_folder),
         Case(
+            "evaluate: a published model's items.parquet is a folder",
+            ("evaluate", "tiny", "other"),
+            _folder("results/tiny/published/other/items.parquet"),
+            in_place,
+        ),
+        Case(
             "evaluate: what is kept is a file", _EVALUATE, _file(".state/tiny/baseline/evaluation"), no_folder
         ),
     ]
-    for folder in (".state/tiny", runs, f"{runs}/checkpoints"):
+    for folder in (".state/tiny/baseline", runs, f"{runs}/checkpoints"):
         cases.append(
             Case(
                 f"train: {folder} cannot be written",

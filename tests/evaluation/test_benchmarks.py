@@ -243,7 +243,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     ):
         benchmark("mmlu").load(tmp_path)
     write(tmp_path, "mmlu", [ROWS["mmlu"][1] | {"choices": None}])
-    with pytest.raises(UserError, match="mmlu: column choices: found null, expected a list; run: stlm fetch mmlu"):
+    with pytest.raises(
+        UserError, match="mmlu: column choices: found null, expected a list; run: stlm fetch mmlu"
+    ):
         benchmark("mmlu").load(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

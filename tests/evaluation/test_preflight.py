@@ -154,10 +154,10 @@ def test_a_file_in_a_folders_place_is_refused(check, run, tmp_path, place):
     with pytest.raises(UserError, match=rf"{place}: a file stands where a folder is to be written; move it"):
         check()
     if place.endswith("output"):
-        check_evaluation(run)
+        check_evaluation(run.name, run.folder, run.state_folder)
         return
     with pytest.raises(UserError, match="stands where a folder is to be written"):
-        check_evaluation(run)
+        check_evaluation(run.name, run.folder, run.state_folder)
 
 
 def test_a_folder_where_nothing_can_be_made_is_refused(tmp_path, monkeypatch):
@@ -224,5 +224,5 @@ def test_wandb_without_a_login_is_told(check, monkeypatch, tmp_path):
 
 def test_what_passes_can_be_evaluated(check, run):
     check()
-    check_evaluation(run)
+    check_evaluation(run.name, run.folder, run.state_folder)
     evaluate_run(run, EvaluationConfig(benchmarks=["synthetic_pairs", "synthetic_choice"]))
