@@ -29,12 +29,13 @@ _COMPILED_KEEPS = 0.5
 class Memory(NamedTuple):
     """Bytes that a process holds at the very least: its `weights` with the optimizer's moments, their
     `gradients`, and for each `sequence` of a micro-batch, of which it works on `sequences` at once, what the
-    backward pass needs of the forward pass."""
+    backward pass needs of the forward pass. `validation`: the logits of one of its batches."""
 
     weights: int
     gradients: int
     sequence: int
     sequences: int
+    validation: int
 
     @property
     def least(self) -> int:
@@ -44,7 +45,8 @@ class Memory(NamedTuple):
     @property
     def likely(self) -> int:
         """About the peak of the process."""
-        return _PROCESS + self.weights + self.gradients + _OVER_LEAST * self.sequence * self.sequences
+        step = self.gradients + _OVER_LEAST * self.sequence * self.sequences
+        return _PROCESS + self.weights + max(step, self.validation)
 
     def sequences_that_fit(self, total: int) -> int:
         """The largest micro-batch that `total` bytes could hold."""
@@ -62,7 +64,18 @@ def training_memory(run: Run, precision: str, compiled: bool, sequences: int) ->
     # The batch itself, in whole numbers of 8 bytes.
     sequence = int(run.model.context * (per_token + 8))
     held = parameters * (4 + moments) + run.model.layers * _LAYER_OBJECTS
-    return Memory(held, 4 * parameters, sequence, sequences)
+    return Memory(held, 4 * parameters, sequence, sequences, _validation(run))
+
+
+def _validation(run: Run) -> int:
+    """Bytes of a validation batch's logits and of their log-softmax, both whole and in float32."""
+    training, model = run.training, run.model
+    if model.bytes is not None:
+        return 0
+    windows = training.batch_size
+    if training.validation_documents is None:
+        windows = min(windows, -(-training.validation_tokens // model.context))
+    return 8 * windows * model.context * model.vocab_size
 
 
 def _activations(model: ModelConfig, narrow: int) -> float:

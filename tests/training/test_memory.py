@@ -56,6 +56,17 @@ def test_moments_are_those_of_the_optimizer(make_run):
     assert adamw.weights - one.weights == 8 * parameters
 
 
+def test_a_validation_batch_of_a_large_vocabulary_counts(make_run):
+    """Its logits are held whole, those of a training step in parts."""
+    recipe = {"batch_size": 24, "validation_tokens": 10**6}
+    need = training_memory(sized(make_run, PEAKS[4][0], **recipe), "float32", False, 1)
+    assert need.likely - need.weights > 24 * 512 * 50257 * 8 > need.least
+    few = training_memory(
+        sized(make_run, PEAKS[4][0], **recipe | {"validation_tokens": 500}), "float32", False, 1
+    )
+    assert few.likely < need.likely / 2
+
+
 def test_the_machine_has_memory_unless_less_is_allowed(monkeypatch):
     room = machine_room()
     assert room is not None and 0 < room.free <= room.total
