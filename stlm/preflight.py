@@ -85,7 +85,6 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
             with found.look():
                 last_checkpoint(run, other)
     check_folders(found, run)
-    check_benchmark_files(found, study.evaluation, raw)
     if run.training.wandb:
         from stlm.training.tracking import check_tracking
 
@@ -95,6 +94,8 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     device = choose_device(run.training)
     check_memory(found, run, device.device.type, device.precision, device.compiled)
     check_disk(found, run)
+    # Last: where nothing is wrong, it writes down what it has read.
+    check_benchmark_files(found, study.evaluation, raw)
     found.conclude(f"run {run.name}")
 
 
@@ -201,7 +202,7 @@ def check_benchmark_files(found: Findings, config: EvaluationConfig, raw: Path =
             if known.get(key) != stamp:
                 own.load(folder)
                 looked[key] = stamp
-    if looked:
+    if looked and not found.problems:
         # Another run's check may have written meanwhile; what is lost of it is looked at again.
         with suppress(UserError, OSError):
             write_json(CHECKED, {**_checked(), **looked})

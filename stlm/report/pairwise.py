@@ -211,7 +211,7 @@ def _items_file(name: str) -> Path:
     known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
     raise UserError(
         f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/"
-        f"{where_to_stand() or nearest(name, known)}"
+        f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
     )
 
 

@@ -55,5 +55,5 @@ def _nothing(name: str, *folders: Path) -> str:
     return (
         f"{name}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*), nor a "
         f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/"
-        f"{where_to_stand() or nearest(name, known)}"
+        f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
     )

@@ -76,11 +76,12 @@ def test_all_that_is_wrong_is_told_at_once(check, run, monkeypatch):
     assert [line.partition(":")[0] for line in lines] == [
         f"{run.tokens_folder}/tokenizer/tokenizer-name.json",
         f"{run.state_folder}/state.pt",
-        str(CHOICE),
         "training.batch_size",
+        str(CHOICE),
     ]
     assert "run: stlm tokenize tiny bytes" in lines[0]
-    assert "run: stlm fetch synthetic_choice" in lines[2]
+    assert "run: stlm fetch synthetic_choice" in lines[3]
+    assert not preflight.CHECKED.exists()
 
 
 @pytest.mark.parametrize(
