@@ -83,21 +83,24 @@ def train(options: argparse.Namespace) -> None:
     """Train one run of a study; killed, it goes on from its last state."""
     study = _study(options)
     run = study.run(options.run)
-    from stlm.evaluation.made import check_made
+    from stlm.preflight import check_training
     from stlm.training.loop import train as train_run
 
-    check_made(study.evaluation, run.tokens_folder)
-
+    check_training(study, run)
     train_run(run)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score every checkpoint of a run, or a published model: test perplexity and the study's benchmarks."""
     study = _study(options)
+    from stlm.preflight import check_evaluation
+
     if options.run in study.published:
+        published = study.published[options.run]
+        check_evaluation(f"model {published.name}", published.results_folder, published.state_folder)
         from stlm.evaluation.published import evaluate_published
 
-        evaluate_published(study.published[options.run], study.evaluation)
+        evaluate_published(published, study.evaluation)
         return
     if study.published and options.run not in study.runs:
         from stlm.errors import nearest, shortened
@@ -110,6 +113,7 @@ def evaluate(options: argparse.Namespace) -> None:
     run = study.run(options.run)
     from stlm.evaluation.evaluate import evaluate_run
 
+    check_evaluation(f"run {run.name}", run.folder, run.state_folder)
     evaluate_run(run, study.evaluation)
 
 

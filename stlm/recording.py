@@ -15,6 +15,7 @@ from stlm.errors import UserError
 from stlm.files import read_json, read_record, write_json, write_text
 from stlm.manifests import Manifests, changed_sources
 from stlm.pipeline import DVC_FILE, WATCH, active_study, check_active, dvc_stages, fetched, use
+from stlm.project import where_to_stand
 from stlm.study import Study, load_study
 from stlm.validation import read_yaml
 
@@ -165,7 +166,7 @@ def sync(root: Path = Path()) -> str:
     """
     name = active_study(root)
     if name is None:
-        raise UserError("there is no dvc.yaml: run `stlm use STUDY`")
+        raise UserError(f"there is no dvc.yaml: run `stlm use STUDY`{where_to_stand(root)}")
     study = load_study(name, root=root)
     check_active(study, root)
     use(name, root)  # the manifests of today, and no stage that watches what is not on this machine

@@ -143,6 +143,11 @@ class PublishedModel(Published):
         """Where its results go."""
         return Path("results") / self.study / "published" / self.name
 
+    @property
+    def state_folder(self) -> Path:
+        """Where finished parts of its evaluation are kept; no run has its name."""
+        return Path(".state") / self.study / self.name
+
 
 class Study(BaseModel):
     """The runs that one report compares, and published models beside them."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import BaseModel
 from torch import nn
@@ -24,9 +23,10 @@ from stlm.errors import UserError
 from stlm.evaluation import perplexity, scoring
 from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark, subset
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
-from stlm.evaluation.config import BATCH_KEYS, EvaluationConfig
+from stlm.evaluation.config import EvaluationConfig, Mode
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
+from stlm.evaluation.kept import BenchmarkFailed, Failures, Kept, Part
 from stlm.evaluation.made import made_items
 from stlm.evaluation.perplexity import TestText
 from stlm.evaluation.predictions import (
@@ -37,16 +37,8 @@ from stlm.evaluation.predictions import (
     write_predictions,
 )
 from stlm.evaluation.token_model import TokenModel
-from stlm.files import (
-    atomic_directory,
-    atomic_path,
-    read_json,
-    read_record,
-    remove_leftovers,
-    sha256,
-    write_record,
-)
-from stlm.integrity import check_beside
+from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
+from stlm.model.transformer import Transformer
 from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
@@ -64,8 +56,23 @@ _FILES = [f"{name}.parquet" for name in _SCHEMAS]
 _STEP = re.compile(r"step-[0-9]+")
 
 
-class _Weights(BaseModel):
+class About(BaseModel):
+    """What a checkpoint's config.json says that its results repeat."""
+
+    step: int
+    tokens: int
     weights_sha256: str
+
+
+class Subject(NamedTuple):
+    """A checkpoint to score: its name, what its results repeat, whether it is the run's last, what progress
+    bars call it, and how it is loaded, where that changes scores."""
+
+    name: str
+    about: About
+    last: bool
+    label: str
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 class Material(NamedTuple):
@@ -78,6 +85,7 @@ class Material(NamedTuple):
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
     encoder: RequestEncoder | ChunkRequests
     digests: dict[str, Any]
+    unreadable: dict[str, str]  # benchmarks that could not be read, and why
 
     @property
     def device_name(self) -> str:
@@ -96,45 +104,27 @@ class Scored(NamedTuple):
 def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     """Score the checkpoints of `run`; write evaluation.json and {items,documents}.parquet to its folder.
 
-    `raw` holds a folder for each benchmark. Each finished checkpoint is kept in the run's state folder until
-    all are: killed, a second call goes on with the next. Raises UserError for missing or damaged files.
+    `raw` holds a folder for each benchmark. What is finished, perplexity and each benchmark of each
+    checkpoint, is kept in the run's state folder until all is: a second call goes on with what is missing.
+    Raises UserError for missing or damaged files; of a benchmark, once everything else is scored.
     """
     folders = checkpoint_folders(run, config)
     material = load_material(run, config, raw)
-    state = run.state_folder / "evaluation"
+    kept = Kept(run.state_folder / "evaluation")
+    failures = Failures(f"{run.study} {run.name}", material.unreadable)
     scored: dict[str, Scored] = {}
     for number, folder in enumerate(folders, 1):
-        last = number == len(folders)
-        kept = state / f"{folder.name}-{fingerprint(material, folder, last)[:16]}"
-        if not _is_whole(kept):
-            label = f"{run.name} {folder.name} ({number}/{len(folders)})"
-            found = evaluate_checkpoint(material, folder, last, label)
-            with atomic_directory(kept) as temporary:
-                for name in _SCHEMAS:
-                    pq.write_table(getattr(found, name), temporary / f"{name}.parquet", compression="zstd")
-                write_record(temporary / "result.json", found.result, beside=_FILES)
-        tables = {
-            name: pq.read_table(kept / f"{name}.parquet", schema=schema) for name, schema in _SCHEMAS.items()
-        }
-        scored[folder.name] = Scored(read_json(kept / "result.json"), **tables)
+        about = read_record(folder / "config.json", About)
+        label = f"{run.name} {folder.name} ({number}/{len(folders)})"
+        subject = Subject(folder.name, about, number == len(folders), label)
+        load = partial(load_run, material, folder)
+        scored[folder.name] = score_model(material, subject, load, kept, failures)
+    failures.tell(kept)
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
     write_results(run.folder, about, material, scored)
-    shutil.rmtree(state, ignore_errors=True)
-
-
-def _is_whole(kept: Path) -> bool:
-    """Whether a checkpoint's results are kept there; damaged ones are not, and said to be."""
-    if not kept.is_dir():
-        return False
-    try:
-        read_json(kept / "result.json")
-        check_beside(kept / "result.json", *_FILES)
-    except UserError as error:
-        print(f"{error}\n(scoring {kept.name} again)", file=sys.stderr)
-        return False
-    return True
+    kept.forget()
 
 
 def write_results(
@@ -213,20 +203,25 @@ def gather_material(
     encoder: RequestEncoder | ChunkRequests,
     tokenizer_sha256: str,
 ) -> Material:
-    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files.
+    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files of
+    the text; of a benchmark, that is noted and the others are there.
 
     A byte-level model is scored in float32: how far bfloat16 moves its options has not been measured.
     """
     text = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
-    benchmarks, digests = [], {}
+    benchmarks, digests, unreadable = [], {}, {}
     for name in config.benchmarks:
         chosen = benchmark(name)
-        if isinstance(chosen, TextBenchmark):
-            split, items = "test", made_items(chosen, tokens_folder, config)
-            contents = [hashlib.sha256("".join(item.id for item in items).encode()).hexdigest()]
-        else:
-            split, items = chosen.load(raw / chosen.data_name)
-            contents = [sha256(file) for file in chosen.files(raw / chosen.data_name)[1]]
+        try:
+            if isinstance(chosen, TextBenchmark):
+                split, items = "test", made_items(chosen, tokens_folder, config)
+                contents = [hashlib.sha256("".join(item.id for item in items).encode()).hexdigest()]
+            else:
+                split, items = chosen.load(raw / chosen.data_name)
+                contents = [sha256(file) for file in chosen.files(raw / chosen.data_name)[1]]
+        except UserError as error:
+            unreadable[name] = str(error)
+            continue
         benchmarks.append((chosen, split, items))
         digests[name] = [chosen.version, *contents]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,6 +237,7 @@ def gather_material(
             "tokenizer": tokenizer_sha256,
             "benchmarks": digests,
         },
+        unreadable=unreadable,
     )
 
 
@@ -256,85 +252,116 @@ def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfl
     return "bfloat16" if native else "float32"
 
 
-def evaluate_checkpoint(material: Material, folder: Path, last: bool, label: str) -> Scored:
-    """What a checkpoint scored; `label` names it in bars."""
-    transformer, description = load_checkpoint(folder)
+def load_run(material: Material, folder: Path) -> Transformer:
+    """The model of a run's checkpoint. UserError where it is damaged, or not of the run's tokenizer."""
+    transformer, _ = load_checkpoint(folder)
     tokenizer = material.encoder.tokenizer
     if transformer.config.bytes is None and transformer.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
             f"{tokenizer.vocab_size}; delete the run's results and train again"
         )
-    about = {key: description[key] for key in ("step", "tokens", "weights_sha256")}
-    return score_model(material, transformer, folder.name, about, last, label)
+    return transformer
 
 
 def score_model(
-    material: Material, transformer: nn.Module, name: str, about: dict[str, Any], last: bool, label: str
+    material: Material, subject: Subject, load: Callable[[], nn.Module], kept: Kept, failures: Failures
 ) -> Scored:
-    """Perplexity and benchmarks of a model, after `about` (with its step).
+    """A model's perplexity and benchmarks.
 
-    `name` is the checkpoint's, `label` stands in progress bars.
+    `load` gives the model; it is called once, where a part is missing among the `kept` ones. A benchmark that
+    fails goes to `failures`, and the others are scored.
     """
     config = material.config
-    encoder = material.encoder
-    if isinstance(encoder, ChunkRequests):
-        model = ByteModel(transformer, encoder, material.device, config.batch_tokens)
-    else:
-        model = TokenModel(transformer, encoder, material.device, material.precision, config.batch_tokens)
-    stride = config.perplexity.stride or max(1, model.context // 2)
-    lengths = [len(document.tokens) for document in material.text.documents]
-    windows = sum(1 + max(0, math.ceil((length - model.context) / stride)) for length in lengths)
-    with _bar(f"{label} perplexity", "window", windows) as progress:
-        measured, nats = perplexity.measure(model, material.text, stride, progress)
-    documents = perplexity.document_rows(name, about["step"], material.text, nats)
-    benchmarks: dict[str, Any] = {}
-    tables = []
-    for chosen, split, items in material.benchmarks:
-        limit = config.limit_of(chosen.name, last)
-        taken = subset(items, limit, config.limit_seed, chosen.name)
-        modes = [mode for mode in config.modes if mode in chosen.modes]
-        requests = len(modes) * sum(len(item.options) for item in taken)
-        with _bar(f"{label} {chosen.name}", "option", requests) as progress:
-            try:
-                scores = scoring.score(model, taken, modes, progress)
-            except UserError as error:
-                raise UserError(f"{label}, {chosen.name}, {material.precision}: {error}") from None
-        labels = {"checkpoint": name, "step": about["step"], "benchmark": chosen.name}
-        tables.append(scoring.rows(labels, taken, scores))
-        benchmarks[chosen.name] = {
-            "version": chosen.version,
-            "split": split,
-            "items": len(taken),
-            "items_total": len(items),
-            "limit": limit,
-            "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in modes},
-        }
-    result = {
-        **about,
-        "perplexity": measured,
-        "benchmarks": benchmarks,
-    }
-    items = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
-    return Scored(result, items, documents)
-
-
-def fingerprint(material: Material, folder: Path, last: bool) -> str:
-    """Changes with anything that the checkpoint's scores depend on."""
+    model = cache(lambda: _language_model(material, load()))
     depends = {
         "version": SCORING_VERSION,
         "files": list(_SCHEMAS),
         "code": code_version(),
-        "weights": read_record(folder / "config.json", _Weights).weights_sha256,
-        "config": material.config.model_dump(mode="json", exclude={"checkpoints", *BATCH_KEYS}),
-        "last": last,
+        "weights": subject.about.weights_sha256,
+        "settings": dict(subject.settings),
         "precision": material.precision,
         # Checkpoints of one file are scored on one device and processor, which the file names.
         "device": material.device_name,
         "processor": processor_name(),
-        **material.digests,
+        "limit_seed": config.limit_seed,
+        "tokens": material.digests["tokens"],
+        "tokenizer": material.digests["tokenizer"],
     }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    measured, documents = kept.part(
+        f"{subject.name}-perplexity",
+        {**depends, "perplexity": config.perplexity.model_dump(mode="json")},
+        lambda: _perplexity(material, subject, model()),
+        perplexity.DOCUMENTS_SCHEMA,
+    )
+    benchmarks: dict[str, Any] = {}
+    tables = []
+    for own in material.benchmarks:
+        chosen = own[0]
+        limit = config.limit_of(chosen.name, subject.last)
+        modes = [mode for mode in config.modes if mode in chosen.modes]
+        digests = material.digests["benchmarks"][chosen.name]
+        try:
+            benchmarks[chosen.name], rows = kept.part(
+                f"{subject.name}-{chosen.name}",
+                {**depends, "benchmark": digests, "limit": limit, "modes": modes},
+                partial(_score_benchmark, material, subject, own, model, limit, modes),
+                scoring.ITEMS_SCHEMA,
+            )
+        except BenchmarkFailed as error:
+            failures.add(chosen.name, error)
+            continue
+        tables.append(rows)
+    result = {**subject.about.model_dump(), "perplexity": measured, "benchmarks": benchmarks}
+    items = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
+    return Scored(result, items, documents)
+
+
+def _language_model(material: Material, transformer: nn.Module) -> TokenModel:
+    encoder, batch_tokens = material.encoder, material.config.batch_tokens
+    if isinstance(encoder, ChunkRequests):
+        return ByteModel(transformer, encoder, material.device, batch_tokens)
+    return TokenModel(transformer, encoder, material.device, material.precision, batch_tokens)
+
+
+def _perplexity(material: Material, subject: Subject, model: TokenModel) -> Part:
+    """Perplexity of the test text, and the rows of its documents."""
+    stride = material.config.perplexity.stride or max(1, model.context // 2)
+    lengths = [len(document.tokens) for document in material.text.documents]
+    windows = sum(1 + max(0, math.ceil((length - model.context) / stride)) for length in lengths)
+    with _bar(f"{subject.label} perplexity", "window", windows) as progress:
+        measured, nats = perplexity.measure(model, material.text, stride, progress)
+    return Part(measured, perplexity.document_rows(subject.name, subject.about.step, material.text, nats))
+
+
+def _score_benchmark(
+    material: Material,
+    subject: Subject,
+    own: tuple[Benchmark, str, list[Item]],
+    load: Callable[[], TokenModel],
+    limit: int | None,
+    modes: list[Mode],
+) -> Part:
+    """The accuracies of one of the material's benchmarks, and its rows; the errors of scoring are its own."""
+    model = load()
+    chosen, split, items = own
+    taken = subset(items, limit, material.config.limit_seed, chosen.name)
+    requests = len(modes) * sum(len(item.options) for item in taken)
+    with _bar(f"{subject.label} {chosen.name}", "option", requests) as progress:
+        try:
+            scores = scoring.score(model, taken, modes, progress)
+        except UserError as error:
+            raise BenchmarkFailed(f"{subject.label}, {material.precision}: {error}") from None
+    labels = {"checkpoint": subject.name, "step": subject.about.step, "benchmark": chosen.name}
+    result = {
+        "version": chosen.version,
+        "split": split,
+        "items": len(taken),
+        "items_total": len(items),
+        "limit": limit,
+        "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in modes},
+    }
+    return Part(result, scoring.rows(labels, taken, scores))
 
 
 @contextmanager

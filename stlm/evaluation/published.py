@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from stlm.evaluation.config import EvaluationConfig
-from stlm.evaluation.evaluate import RAW, gather_material, score_model, write_results
+from stlm.evaluation.evaluate import RAW, About, Subject, gather_material, score_model, write_results
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
+from stlm.evaluation.kept import Failures, Kept
 from stlm.study import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
 
@@ -26,15 +27,12 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     # Every byte comes back from our tokenizers: the text is the same.
     texts = [written.decode(document.tokens.tolist()) for document in material.text.documents]
     text = material.text.encoded(tokenizer.encode_batch(texts))
-    checkpoint = {"step": 0, "tokens": 0, "weights_sha256": weights_sha256(folder)}
-    scored = score_model(
-        material._replace(text=text),
-        transformer,
-        "published",
-        checkpoint,
-        last=True,
-        label=published.name,
-    )
+    checkpoint = About(step=0, tokens=0, weights_sha256=weights_sha256(folder))
+    arguments = f"{published.study} {published.name}"
+    kept, failures = Kept(published.state_folder / "evaluation"), Failures(arguments, material.unreadable)
+    subject = Subject("published", checkpoint, True, published.name, published.settings)
+    scored = score_model(material._replace(text=text), subject, lambda: transformer, kept, failures)
+    failures.tell(kept)
     about = {"study": published.study, "run": published.name, "label": published.label}
     more = {
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
@@ -42,3 +40,4 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
         "published": published.settings,
     }
     write_results(published.results_folder, about, material, {"published": scored}, more)
+    kept.forget()

@@ -16,6 +16,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
 from stlm.evaluation.statistics import Interval, holm
 from stlm.integrity import check_beside
+from stlm.project import where_to_stand
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.names import percent
 from stlm.report.pairwise_text import TextComparison, compare_text, text_json, text_lines
@@ -218,7 +219,8 @@ def _items_file(name: str) -> Path:
             raise UserError(f"{folder}: has no {_ITEMS}; `stlm evaluate` writes it")
     known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
     raise UserError(
-        f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/{nearest(name, known)}"
+        f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/"
+        f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
     )
 
 

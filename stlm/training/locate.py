@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from stlm.errors import UserError, nearest
+from stlm.project import where_to_stand
 
 RESULTS = Path("results")
 WEIGHTS = "model.safetensors"
@@ -54,5 +55,6 @@ def _nothing(name: str, *folders: Path) -> str:
     known = [f"{path.parts[-4]}/{path.parts[-2]}" for path in RESULTS.glob("*/runs/*/checkpoints")]
     return (
         f"{name}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*), nor a "
-        f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/{nearest(name, known)}"
+        f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/"
+        f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
     )

@@ -15,6 +15,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.study import Run
 from stlm.training.state import Progress
+from stlm.training.tracking import start_tracking
 
 CURVE_COLUMNS = [
     "step",
@@ -71,23 +72,7 @@ class Records:
             raise UserError(
                 f"DVCLive cannot read the git repository ({error}): make a first commit"
             ) from None
-        self._wandb: Any = None
-        if run.training.wandb:
-            try:
-                import wandb
-            except ModuleNotFoundError:
-                raise UserError(
-                    "training.wandb: true needs the package wandb: install it (pip install wandb), "
-                    "or set training.wandb to false"
-                ) from None
-            self._wandb = wandb.init(
-                project=f"stlm-{run.study}",
-                name=run.name,
-                # The same for a resumed run, another for another recipe.
-                id=f"{run.study}-{run.name}-{mark[:8]}",
-                resume="allow",
-                config=run.model_dump(mode="json"),
-            )
+        self._wandb: Any = start_tracking(run, mark) if run.training.wandb else None
         for row in progress.rows:
             self._log_live(row)
         self._bar = progress_bar(run, progress.step)

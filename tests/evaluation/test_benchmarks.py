@@ -238,10 +238,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
     with pytest.raises(UserError, match=r"no parquet file of the split test .* stlm fetch mmlu"):
         benchmark("mmlu").load(tmp_path)
     path = write(tmp_path, "mmlu", [ROWS["mmlu"][1], ROWS["mmlu"][1] | {"answer": 4}])
-    with pytest.raises(UserError, match=r"after item 1: the answer 4 is none of 0, 1, 2, 3"):
+    with pytest.raises(
+        UserError, match=r"mmlu, row 1: the answer 4 is none of 0, 1, 2, 3; run: stlm fetch mmlu"
+    ):
         benchmark("mmlu").load(tmp_path)
     write(tmp_path, "mmlu", [ROWS["mmlu"][1] | {"choices": None}])
-    with pytest.raises(UserError, match="a row of mmlu after item 0"):
+    with pytest.raises(
+        UserError, match="mmlu: column choices: found null, expected a list; run: stlm fetch mmlu"
+    ):
         benchmark("mmlu").load(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

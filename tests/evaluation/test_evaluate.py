@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pandas as pd
 import pyarrow as pa
@@ -237,12 +238,13 @@ def test_killed_it_goes_on_with_the_checkpoint_it_was_at(run, scored):
     state = run.state_folder / "evaluation"
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
-        while len(list(state.glob("step-*"))) < 2:
+        while len(list(state.glob("step-*"))) < 7:  # three parts a checkpoint
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not (run.folder / "evaluation.json").exists()
-    kept = {path.name[:12] for path in state.glob("step-*")}
+    parts = Counter(path.name[:12] for path in state.glob("step-*"))
+    kept = {name for name, count in parts.items() if count == 3}
     assert 2 <= len(kept) < 39
     evaluate_run(run, CONFIG)
     assert not kept & set(scored)

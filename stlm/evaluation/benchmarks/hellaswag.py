@@ -34,6 +34,7 @@ HELLASWAG = FileBenchmark(
     version="1.0",
     splits=("validation",),
     columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    lists=("endings",),
     read=read,
     normalized=True,
 )

@@ -81,13 +81,14 @@ class Benchmark:
 class FileBenchmark(Benchmark):
     """A benchmark whose items are rows of parquet files with the hub's columns.
 
-    `splits` are tried in order. `read` turns numbered rows into items (ids within their file order) and
-    raises BadRow. `data`: the folder of data/raw/ where it is not the benchmark's own name, so that several
-    benchmarks read what is fetched once.
+    `splits` are tried in order. `lists`: those of the `columns` that hold a list in each row. `read` turns
+    numbered rows into items (ids within their file order) and raises BadRow. `data`: the folder of data/raw/
+    where it is not the benchmark's own name, so that several benchmarks read what is fetched once.
     """
 
     splits: tuple[str, ...]
     columns: tuple[str, ...]
+    lists: tuple[str, ...] = ()
     read: Callable[[Iterable[Row]], Iterator[Item]]
     data: str | None = None
 
@@ -115,7 +116,10 @@ class FileBenchmark(Benchmark):
         check_fetched(folder, files)
         items = [item for file in files for item in self._read_file(file)]
         if not items:
-            raise UserError(f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}")
+            raise UserError(
+                f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}"
+                f"; run: stlm fetch {self.data_name}"
+            )
         # Files that count their rows from zero each would repeat ids.
         if len({item.id for item in items}) < len(items):
             items = [item._replace(id=f"{number}-{item.id}") for number, item in enumerate(items)]
@@ -127,24 +131,53 @@ class FileBenchmark(Benchmark):
         import pyarrow.parquet as pq
 
         try:
-            found = pq.read_schema(file).names
+            schema = pq.read_schema(file)
+            found = schema.names
             missing = [column for column in self.columns if column not in found]
             if missing:
                 raise UserError(
                     f"{file}: {self.name} lacks the column(s) {', '.join(missing)}; "
-                    f"found {', '.join(found)}; expected {', '.join(self.columns)}"
+                    f"found {', '.join(found)}; expected {', '.join(self.columns)}; "
+                    f"run: stlm fetch {self.data_name}"
                 )
-            rows = pq.read_table(file, columns=list(self.columns)).to_pylist()
+            for column in self.columns:
+                kind = schema.field(column).type
+                if column in self.lists and not pa.types.is_nested(kind):
+                    raise UserError(
+                        f"{file}: {self.name}: column {column}: found {kind}, expected a list; "
+                        f"run: stlm fetch {self.data_name}"
+                    )
+            table = pq.read_table(file, columns=list(self.columns))
+            rows = table.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{file}: not a readable parquet file ({error}); run: stlm fetch {self.data_name}"
             ) from error
         items: list[Item] = []
         try:
-            items.extend(self.read(rows))
+            for item in self.read(rows):
+                items.append(item)
+                if len(item.options) < 2:
+                    raise BadRow(f"{len(item.options)} option(s), expected 2 or more")
         except (BadRow, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"{file}: a row of {self.name} after item {len(items)}: {error}") from error
+            # A row is an item, so that the one it stopped at is known.
+            number = len(items) if not items or len(items[-1].options) > 1 else len(items) - 1
+            raise UserError(
+                f"{file}: {self.name}, row {number}: {_why(error, rows[number], table.schema)}; "
+                f"run: stlm fetch {self.data_name}"
+            ) from error
         return items
+
+
+def _why(error: Exception, row: Row, schema: Any) -> str:
+    """What is wrong with a row, with the column: one without a value, or the columns' types."""
+    empty = [name for name, value in row.items() if value is None]
+    if empty:
+        return f"the column {empty[0]} has no value"
+    if isinstance(error, BadRow):
+        return str(error)
+    types = ", ".join(f"{field.name} {field.type}" for field in schema)
+    return f"not as expected ({error}); the columns are {types}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ MMLU = FileBenchmark(
     version="1.0",
     splits=("test",),
     columns=_COLUMNS,
+    lists=("choices",),
     read=_reader(_letters),
     group_kinds=("subject",),
 )
@@ -65,6 +66,7 @@ MMLU_CLOZE = FileBenchmark(
     data="mmlu",
     splits=("test",),
     columns=_COLUMNS,
+    lists=("choices",),
     read=_reader(_texts),
     group_kinds=("subject",),
     normalized=True,

@@ -29,6 +29,7 @@ SYNTHETIC_CHOICE = FileBenchmark(
     version="1",
     splits=("validation",),
     columns=("ctx", "endings", "label", "kind"),
+    lists=("endings",),
     read=read_choice,
     group_kinds=("kind",),
     normalized=True,

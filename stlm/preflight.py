@@ -1,0 +1,331 @@
+"""What training and evaluation will need, looked at before they start: all that is wrong is told at once.
+
+An error after hours of training that could have been told before costs those hours. A check is cheap: what
+takes longer than a moment is done once for a file and its change. Nothing is written but the record of that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stlm.errors import UserError
+from stlm.evaluation.benchmarks import FileBenchmark, benchmark
+from stlm.evaluation.config import EvaluationConfig
+from stlm.files import read_json, write_json
+from stlm.study import Run, Study
+
+if TYPE_CHECKING:
+    from stlm.training.memory import Memory, Room
+
+RAW = Path("data/raw")
+# Files of benchmarks that were read whole and found good.
+CHECKED = Path(".state/benchmarks.json")
+_OUTPUT_FOLDERS = ("checkpoints", "dvclive")
+_OUTPUT_FILES = ("curve.csv", "watch.csv", "train.json")
+_EVALUATION_FILES = ("evaluation.json", "items.parquet")
+# Of the disk that a run needs: below this it is warned, as other runs and logs take some, too.
+_DISK_TO_SPARE = 1.5
+
+
+class Findings:
+    """What stands in the way (`problems`), and what the user should know (`notes`): a line each."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """Note the UserError of a check, and go on with the next one."""
+        try:
+            yield
+        except UserError as error:
+            self.problems += [line for line in str(error).splitlines() if line not in self.problems]
+
+    def conclude(self, name: str) -> None:
+        """Tell the notes; raise UserError with all problems."""
+        # Of processes that train together, one speaks for all.
+        if os.environ.get("RANK", "0") == "0":
+            for note in self.notes:
+                print(f"{name}: {note}", file=sys.stderr)
+        if len(self.problems) == 1:
+            raise UserError(self.problems[0])
+        if self.problems:
+            raise UserError(
+                f"{name}: {len(self.problems)} things stand in the way:\n" + "\n".join(self.problems)
+            )
+
+
+def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
+    """Refuse to train `run` where training, or its evaluation later, cannot succeed.
+
+    Raises UserError with all that was found, a line each; what is only doubtful goes to standard error.
+    """
+    from stlm.evaluation.made import check_made
+    from stlm.training.checkpoints import last_checkpoint
+    from stlm.training.devices import choose_device
+
+    found = Findings()
+    tokens = len(found.problems)
+    with found.look():
+        check_tokens(run)
+    if len(found.problems) == tokens:
+        with found.look():
+            check_made(study.evaluation, run.tokens_folder)
+    for other in (run.reference, run.origin):
+        if other:
+            with found.look():
+                last_checkpoint(run, other)
+    check_folders(found, run)
+    if run.training.wandb:
+        from stlm.training.tracking import check_tracking
+
+        with found.look():
+            if note := check_tracking():
+                found.notes.append(note)
+    device = choose_device(run.training)
+    check_memory(found, run, device.device.type, device.precision, device.compiled)
+    check_disk(found, run)
+    # Last: where nothing is wrong, it writes down what it has read.
+    check_benchmark_files(found, study.evaluation, raw)
+    found.conclude(f"run {run.name}")
+
+
+def check_evaluation(name: str, results: Path, state: Path) -> None:
+    """Refuse to score the run or model `name` where its results, or finished parts, could not be written.
+
+    `results` and `state` are its folders of both. Raises UserError, a line a problem.
+    """
+    found = Findings()
+    for file in _EVALUATION_FILES:
+        with found.look():
+            _is_file(results / file)
+    for folder in (results, state / "evaluation"):
+        with found.look():
+            check_writable(folder)
+    found.conclude(name)
+
+
+def check_tokens(run: Run) -> None:
+    """Token shards are there, their tokenizer loads, and its ids are those of the model."""
+    from stlm.tokens.tokenizer import load_tokenizer
+
+    again = f"run: stlm tokenize {run.corpus} {run.tokenizer}"
+    path = run.tokens_folder / "meta.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {again}")
+    meta = read_json(path)
+    try:
+        tokenizer = load_tokenizer(run.tokens_folder / "tokenizer")
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{run.tokens_folder / 'tokenizer'}: not a tokenizer that loads ({reason}); {again}"
+        ) from None
+    if run.model.bytes is not None:
+        return
+    written = meta.get("vocab_size") if isinstance(meta, dict) else None
+    for source, size in ((path, written), (run.tokens_folder / "tokenizer", tokenizer.vocab_size)):
+        if size != run.model.vocab_size:
+            raise UserError(
+                f"{source}: vocab_size: found {size}, expected {run.model.vocab_size} as in {run.tokenizer}; "
+                f"{again}"
+            )
+
+
+def check_folders(found: Findings, run: Run) -> None:
+    """Where the run will write: folders that can be, and no folder in a file's place or the reverse."""
+    state = run.state_folder
+    files = [run.folder / name for name in (*_OUTPUT_FILES, *_EVALUATION_FILES)]
+    for file in (*files, state / "state.pt", state.with_name(f"{run.name}.lock")):
+        with found.look():
+            _is_file(file)
+    folders = [run.folder / name for name in _OUTPUT_FOLDERS]
+    for folder in (run.folder, *folders, state, state / "output", state / "evaluation"):
+        with found.look():
+            check_writable(folder)
+
+
+def _is_file(path: Path) -> None:
+    """Refuse a folder in the place of a file that will be written."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder stands where a file is to be written; move it away")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be made, or that cannot itself be made."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file"
+        raise UserError(f"{there}: {what} stands where a folder is to be written; move it away")
+    try:
+        # Without a name where the system can do so; it is gone at once.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{there}: nothing can be written there ({reason}); make it writable, or free space"
+        ) from None
+
+
+def check_benchmark_files(found: Findings, config: EvaluationConfig, raw: Path = RAW) -> None:
+    """Read each fetched benchmark once for each change of its files; name those that are not there.
+
+    One that is not there yet is no problem: training does not read it, and both engines may fetch it later.
+    """
+    chosen = [own for own in map(benchmark, config.benchmarks) if isinstance(own, FileBenchmark)]
+    missing = sorted({own.data_name for own in chosen if not (raw / own.data_name).exists()})
+    if missing:
+        wanted = "; ".join(f"stlm fetch {name}" for name in missing)
+        found.notes.append(f"evaluation will need, and training does not: {wanted}")
+    known = _checked()
+    looked: dict[str, Any] = {}
+    for own in chosen:
+        folder = raw / own.data_name
+        if own.data_name in missing:
+            continue
+        with found.look():
+            key, stamp = f"{own.name} {folder}", [own.version, *_stamps(own.files(folder)[1])]
+            if known.get(key) != stamp:
+                own.load(folder)
+                looked[key] = stamp
+    if looked and not found.problems:
+        # Another run's check may have written meanwhile; what is lost of it is looked at again.
+        with suppress(UserError, OSError):
+            write_json(CHECKED, {**_checked(), **looked})
+
+
+def _checked() -> dict[str, Any]:
+    try:
+        content = read_json(CHECKED)
+    except (UserError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """What changes when a file does."""
+    found = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def check_memory(found: Findings, run: Run, device: str, precision: str, compiled: bool) -> None:
+    """Refuse a step for which this machine, or its GPU, surely has too little memory; warn where it is close.
+
+    Processes that train together share the rows of a micro-batch, and on one machine's CPU its memory.
+    """
+    from stlm.training.memory import machine_room, training_memory
+
+    # Parts of a micro-batch as in `stlm.training.distributed.Group.share`.
+    group, here = _processes("WORLD_SIZE"), _processes("LOCAL_WORLD_SIZE")
+    sequences = max(1, run.training.batch_size // (group // math.gcd(group, run.training.accumulation)))
+    need = training_memory(run, precision, compiled, sequences)
+    room, processes = (_gpu_room(), 1) if device == "cuda" else (machine_room(), here)
+    if room is None:
+        return
+    if need.least * processes > room.total:
+        found.problems.append(_too_much(run, need, room, processes))
+    elif need.likely * processes > room.free:
+        found.notes.append(
+            f"a step takes about {_size(need.likely * processes)} of memory, and {_size(room.free)} are free "
+            f"({room.what} {_size(room.total)}); if it is killed, lower training.batch_size and raise "
+            "training.accumulation"
+        )
+
+
+def _processes(variable: str) -> int:
+    """What torchrun says of the group in a variable; 1 where it does not, or says what training refuses."""
+    said = os.environ.get(variable, "") if "RANK" in os.environ else ""
+    return max(1, int(said)) if said.isdecimal() else 1
+
+
+def _gpu_room() -> Room:
+    import torch
+
+    from stlm.training.memory import Room
+
+    free, total = torch.cuda.mem_get_info()
+    return Room(total, free, f"{torch.cuda.get_device_name()} has")
+
+
+def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
+    share = room.total // processes
+    has = f"{room.what} {_size(room.total)}" + (f" for {processes} processes" if processes > 1 else "")
+    if need.weights + need.gradients > share:
+        return (
+            f"model: {run.parameters.total:,} parameters in {run.model.layers:,} layers need at least "
+            f"{_size(need.weights + need.gradients)} of memory to train (weights, gradients and the "
+            f"optimizer's moments in float32), but {has}; lower model.layers or model.width"
+        )
+    most = need.sequences_that_fit(share)
+    advice = (
+        f"at most {most:,} fit; raise training.accumulation instead"
+        if most
+        else "not even 1 fits; lower model.context, model.layers or model.width"
+    )
+    return (
+        f"training.batch_size: {need.sequences:,} sequences of {run.model.context:,} tokens at once need at "
+        f"least {_size(need.least)} of memory, but {has}; {advice}"
+    )
+
+
+def check_disk(found: Findings, run: Run) -> None:
+    """Refuse a run whose checkpoints and states cannot fit the disk; warn where they nearly fill it."""
+    weights = 4 * run.parameters.total
+    state = run.state_folder
+    done = sum(1 for _ in (state / "output" / "checkpoints").glob("step-*"))
+    kept = weights * max(0, len(run.training.checkpoint_steps) - done)
+    # A new state is written beside the one before, which goes then.
+    moments = 2 if run.training.optimizer == "adamw" else 1
+    states = 1 if run.training.steps <= run.training.save_every or (state / "state.pt").is_file() else 2
+    needed = {state: kept + states * (1 + moments) * weights}
+    if (here := _disk(state)) is None:
+        return
+    published = _disk(run.folder)
+    if published is not None and published[0] != here[0]:
+        # Another file system: checkpoints are copied there, not linked.
+        needed[run.folder] = weights * len(run.training.checkpoint_steps)
+    for folder, size in needed.items():
+        place = _disk(folder)
+        if place is None or size * _DISK_TO_SPARE < place[1]:
+            continue
+        text = (
+            f"{folder}: {len(run.training.checkpoint_steps)} checkpoints of {_size(weights)} and the states "
+            f"that training resumes from take {_size(size)}, and {_size(place[1])} are free on that disk"
+        )
+        if size > place[1]:
+            found.problems.append(f"{text}; free some, or keep fewer (training.checkpoints)")
+        else:
+            found.notes.append(text)
+
+
+def _disk(folder: Path) -> tuple[int, int] | None:
+    """The file system that `folder` is on or will be, and its free bytes."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return folder.stat().st_dev, shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that people know, from MB on."""
+    for unit in ("MB", "GB", "TB", "PB"):
+        count /= 1000 if unit != "MB" else 1e6
+        if count < 1000:
+            break
+    return f"{count:,.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"

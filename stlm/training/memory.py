@@ -1,0 +1,155 @@
+"""What a training step needs of memory, estimated before anything is allocated, and what the machine has.
+
+Two figures: `least`, below which no step can stay, so that a run which needs more is refused; and `likely`,
+about what a process takes, at which a run is warned. Measured peaks stand in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from stlm.model.config import ModelConfig
+from stlm.study import Run
+
+# Of the process: Python, torch and its libraries. Not part of `least`: it differs from build to build.
+_PROCESS = 250 << 20
+# Peaks are about so many times what the backward pass must find: with temporaries, gradients of activations,
+# and memory that is kept for reuse.
+_OVER_LEAST = 3
+# Python's modules and tensors of one layer, whatever its width.
+_LAYER_OBJECTS = 16 << 10
+# A compiled graph may compute again what it would else keep.
+_COMPILED_KEEPS = 0.5
+
+
+class Memory(NamedTuple):
+    """Bytes that a process holds at the very least: its `weights` with the optimizer's moments, their
+    `gradients`, and for each `sequence` of a micro-batch, of which it works on `sequences` at once, what the
+    backward pass needs of the forward pass. `validation`: the logits of one of its batches."""
+
+    weights: int
+    gradients: int
+    sequence: int
+    sequences: int
+    validation: int
+
+    @property
+    def least(self) -> int:
+        """No step can do with less. Gradients grow while activations go: the larger of the two counts."""
+        return self.weights + max(self.gradients, self.sequence * self.sequences)
+
+    @property
+    def likely(self) -> int:
+        """About the peak of the process."""
+        step = self.gradients + _OVER_LEAST * self.sequence * self.sequences
+        return _PROCESS + self.weights + max(step, self.validation)
+
+    def sequences_that_fit(self, total: int) -> int:
+        """The largest micro-batch that `total` bytes could hold."""
+        return max(0, total - self.weights) // self.sequence
+
+
+def training_memory(run: Run, precision: str, compiled: bool, sequences: int) -> Memory:
+    """The memory of a step of `run` whose process works on `sequences` of a micro-batch at once."""
+    parameters = run.parameters.total
+    # AdamW has two moments in float32, Muon's matrices one; they are there from the second step on.
+    moments = 0 if run.training.steps == 1 else 8 if run.training.optimizer == "adamw" else 4
+    per_token = _activations(run.model, 2 if precision == "bfloat16" else 4)
+    if compiled:
+        per_token *= _COMPILED_KEEPS
+    # The batch itself, in whole numbers of 8 bytes.
+    sequence = int(run.model.context * (per_token + 8))
+    held = parameters * (4 + moments) + run.model.layers * _LAYER_OBJECTS
+    return Memory(held, 4 * parameters, sequence, sequences, _validation(run))
+
+
+def _validation(run: Run) -> int:
+    """Bytes of a validation batch's logits and of their log-softmax, both whole and in float32."""
+    training, model = run.training, run.model
+    if model.bytes is not None:
+        return 0
+    windows = training.batch_size
+    if training.validation_documents is None:
+        windows = min(windows, -(-training.validation_tokens // model.context))
+    return 8 * windows * model.context * model.vocab_size
+
+
+def _activations(model: ModelConfig, narrow: int) -> float:
+    """Bytes that a token's forward pass leaves for the backward pass, in all layers.
+
+    The residual stream twice a layer in float32; in `narrow` bytes what each product of matrices reads (two
+    normalized inputs, attention's output, the hidden units) and what the nonlinear parts read (queries, keys
+    and values; gate and up). Of a byte-level model its core's, a token being a chunk.
+    """
+    key_value = model.kv_heads * model.head_width
+    hidden = (3 if model.ffn == "swiglu" else 2) * model.ffn_width
+    return model.layers * (8 * model.width + narrow * (4 * model.width + 2 * key_value + hidden))
+
+
+class Room(NamedTuple):
+    """Bytes of memory in all, and free at present."""
+
+    total: int
+    free: int
+    what: str
+
+
+def machine_room() -> Room | None:
+    """This machine's memory with its swap, or what the process is allowed of it; None where unknown."""
+    found = _read_meminfo()
+    if "MemTotal" in found:
+        total, free = found["MemTotal"] + found.get("SwapTotal", 0), found.get("MemAvailable", 0)
+    else:
+        try:
+            total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+    what = "this machine has"
+    if (limit := _control_group_limit()) is not None and limit < total:
+        total, free, what = limit, min(free, limit), "this process's control group may use"
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY and 0 <= soft < total:
+            total, free, what = soft, min(free, soft), "this process may use (ulimit)"
+    return Room(total, free, what)
+
+
+def _read_meminfo() -> dict[str, int]:
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return {
+            name: int(rest.split()[0]) << 10
+            for name, _, rest in (line.partition(":") for line in lines)
+            if name in ("MemTotal", "MemAvailable", "SwapTotal")
+        }
+    return {}
+
+
+def _control_group_limit() -> int | None:
+    """The least limit of the control groups that the process is in, version 2 or 1."""
+    limits = []
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            root = Path("/sys/fs/cgroup")
+            name = "memory.max"
+            if number != "0" or controllers:
+                if "memory" not in controllers.split(","):
+                    continue
+                root, name = root / "memory", "memory.limit_in_bytes"
+            group = root / path.lstrip("/")
+            # In a container the path may be that of the machine outside; then the root's file holds.
+            for folder in (root, group, *group.parents):
+                if folder.is_relative_to(root):
+                    limits += _limit(folder / name)
+    return min(limits, default=None)
+
+
+def _limit(file: Path) -> list[int]:
+    with suppress(OSError, ValueError):
+        return [int(file.read_text())]
+    return []

@@ -1,0 +1,97 @@
+"""Weights & Biases: whether a run can log there, told before training, and the logging itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stlm.errors import UserError
+from stlm.study import Run
+
+# Modes in which nothing is sent, and so no login is needed.
+_LOCAL = ("offline", "dryrun", "disabled")
+_INSTEAD = "set WANDB_MODE=offline to log to files, or training.wandb to false"
+
+
+def check_tracking() -> str | None:
+    """What to tell of the mode, before training; None where runs are sent as usual.
+
+    Imports no wandb, which takes a second. Raises UserError without the package or a login.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "training.wandb: true needs the package wandb: install it (pip install wandb), or set "
+            "training.wandb to false"
+        )
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode in _LOCAL:
+        kept = "nothing is logged" if mode == "disabled" else "`wandb sync wandb/offline-run-*` sends it"
+        return f"training.wandb: WANDB_MODE={mode}: {kept}"
+    if not _has_login():
+        raise UserError(
+            f"training.wandb: true, but Weights & Biases has no login here: run `wandb login`, {_INSTEAD}"
+        )
+    return None
+
+
+def _has_login() -> bool:
+    """Whether there may be a key: in a variable, or in the files where `wandb login` leaves one."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    home = Path(os.path.expanduser("~"))
+    config = Path(os.environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
+    return (
+        any(
+            _says(file, "password")
+            for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc")
+            if file
+        )
+        or _says(config / "settings", "api_key")
+        or _says(Path("wandb") / "settings", "api_key")
+    )
+
+
+def _says(file: str | Path, word: str) -> bool:
+    try:
+        return word in Path(file).read_text(errors="replace")
+    except OSError:
+        return False
+
+
+@contextmanager
+def _without_terminal() -> Iterator[None]:
+    """Nothing to ask a question at: a training that nobody watches must not wait for an answer."""
+    before = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
+def start_tracking(run: Run, mark: str) -> Any:
+    """A run of Weights & Biases, the same one for a resumed run. UserError where none can be had."""
+    check_tracking()
+    import wandb
+
+    try:
+        with _without_terminal():
+            return wandb.init(
+                project=f"stlm-{run.study}",
+                name=run.name,
+                # The same for a resumed run, another for another recipe.
+                id=f"{run.study}-{run.name}-{mark[:8]}",
+                resume="allow",
+                config=run.model_dump(mode="json"),
+            )
+    except (wandb.errors.Error, TimeoutError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"training.wandb: true, but Weights & Biases cannot start: {reason[:300]}; mend that, {_INSTEAD}"
+        ) from None
