@@ -109,13 +109,14 @@ def test_kept_results_that_were_damaged_are_computed_again(run, monkeypatch, cap
         with pytest.raises(ZeroDivisionError):
             evaluate_run(run, CONFIG)
     kept = sorted((run.state_folder / "evaluation").iterdir())
-    assert len(kept) == 3
-    for folder, name in ((kept[0], "items.parquet"), (kept[1], "result.json")):
+    assert len(kept) == 6
+    for folder, name in ((kept[0], "rows.parquet"), (kept[3], "result.json")):
         next(flips(folder / name, 1))
     capsys.readouterr()
     evaluate_run(run, CONFIG)
     told = capsys.readouterr().err
-    assert told.count("scoring step-0000010-") == told.count("scoring step-0000020-") == 1
+    assert told.count("scoring step-0000010-perplexity-") == told.count("scoring step-0000010-") == 1
+    assert told.count("scoring step-0000020-synthetic_pairs-") == told.count("scoring step-0000020-") == 1
     assert "scoring step-0000030-" not in told
     assert {name: (run.folder / name).read_bytes() for name in whole} == whole
 
