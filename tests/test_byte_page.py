@@ -81,7 +81,7 @@ def test_cost_is_what_was_read_computed_and_waited_for_beside_the_difference(pro
         "",
         "",
     ]
-    # Two seeds of V variants, of which one cell is 0.02 from the pattern, so that its variant's interval is wide.
+    # Two seeds of V variants; one cell is 0.02 from the pattern, so that its variant's interval is wide.
     count = len(labels)
     half = float(stats.t.ppf(0.975, count - 1)) * 0.02 / math.sqrt(2 * count)
     own_half = float(stats.t.ppf(0.975, 1)) * 0.02 / 2
