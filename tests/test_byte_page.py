@@ -84,19 +84,22 @@ def test_cost_is_what_was_read_computed_and_waited_for_beside_the_difference(pro
         "",
         "",
     ]
-    # Two seeds of V variants, of which one cell is 0.02 from the pattern.
+    # Two seeds of V variants; one cell is 0.02 from the pattern, so that its variant's interval is wide.
     count = len(labels)
     half = float(stats.t.ppf(0.975, count - 1)) * 0.02 / math.sqrt(2 * count)
+    own_half = float(stats.t.ppf(0.975, 1)) * 0.02 / 2
     assert own[3:] == [
         f"{study.runs['bytes-s0'].flops:.2e}",
         "1.70 ×",
         "2.110",
-        f"−0.020 ±{half:.3f}",
+        f"−0.020 ±{own_half:.3f}",
         "−0.030, −0.010",
     ]
     words = found[labels["words"]]
     assert words[2] == f"{5 * tokens / 1e6:.2f}", "chunks of five bytes for four"
+    assert words[6].endswith(f"±{half:.3f}")
     assert f"{count - 1} degrees of freedom" in table
+    assert f"differences that involve {labels['bytes']} have the wider" in table
     assert "different amounts of text" in table
 
 

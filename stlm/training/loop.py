@@ -404,7 +404,7 @@ class Trainer:
             "seconds": round(self.progress.seconds, 1),
             "tokens_per_second": round(run.tokens / self.progress.seconds, 1),
             "flops": run.flops,
-            **self.made,
+            **(self.progress.parts or [self.made])[-1],  # of the last step, whoever publishes it
             # Where a run stopped and went on elsewhere, or by other code.
             **({"parts": self.progress.parts} if len(self.progress.parts) > 1 else {}),
             "precision": self.where.precision,

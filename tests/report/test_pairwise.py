@@ -126,7 +126,10 @@ def test_benchmarks_that_only_one_has_do_not_matter(study, change_facts):
 def test_another_device_or_precision_is_a_warning(study, change_facts):
     change_facts(items(study, "sincos"), device="A GPU", precision="bfloat16")
     found = compare(find_predictions("toy/baseline"), find_predictions("toy/sincos"))
-    assert found.warnings == ["device cpu against A GPU", "precision float32 against bfloat16"]
+    assert found.warnings == [
+        "scored on device cpu against A GPU",
+        "scored in precision float32 against bfloat16",
+    ]
 
 
 def test_other_limits_are_a_warning_and_common_items_are_compared(make_study):

@@ -17,6 +17,7 @@ import torch
 
 from stlm.errors import Interrupted, UserError
 from stlm.files import read_json
+from stlm.provenance import processor_name
 from stlm.tokens.config import DataConfig
 from stlm.training import loop
 from stlm.training.loop import Trainer, train
@@ -342,6 +343,34 @@ def test_a_state_without_the_newer_keys_is_resumed(make_run, monkeypatch):
             train(run)
     train(run)
     assert_same(plain, run)
+
+
+def test_a_run_that_goes_on_by_other_code_or_elsewhere_says_so(make_run, monkeypatch):
+    whole, run, done = make_run("whole"), make_run("parts"), make_run("done")
+
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    for other, step in ((run, 8), (done, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "processor_name", lambda: "Another CPU")
+            if step is None:  # all steps are done, but nothing is published
+                patch.setattr(loop, "publish", lambda *arguments: None)
+                train(other)
+            else:
+                at_step(patch, step, kill)
+                with pytest.raises(Killed):
+                    train(other)
+        train(other)
+    train(whole)
+    records = {own.name: read_json(own.folder / "train.json") for own in (whole, run, done)}
+    assert "parts" not in records["whole"] and "parts" not in records["done"]
+    assert [part["processor"] for part in records["parts"]["parts"]] == ["Another CPU", processor_name()]
+    assert records["parts"]["processor"] == records["whole"]["processor"] == processor_name()
+    assert records["done"]["processor"] == "Another CPU", "which took all steps"
 
 
 def test_a_signal_saves_though_no_one_reads_what_training_tells(make_run, tmp_path):
