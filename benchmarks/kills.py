@@ -60,9 +60,9 @@ ENGINES = {"snakemake": ("--cores", "1", "all"), "dvc": ("repro",)}
 AIMED = 5  # every so many kills one is aimed at DVC's records
 # Wall-clock times: keys of JSON, columns of CSV, and rows of tables of these names are left out.
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
-# Of the report: these show times in their text.
+# Of the report: these show times in their text, or have digests of those that do.
 TIMED = re.compile(
-    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*-curve\.svg|training/[^/]*\.html)$"
+    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*(-curve\.svg|\.html)|tables/checksum\.json)$"
 )
 NOT_COMPARED = {".git", ".dvc", ".snakemake", ".state", "logs", "workflow", "profiles", "params"}
 CORPORA = """\
