@@ -60,9 +60,9 @@ ENGINES = {"snakemake": ("--cores", "1", "all"), "dvc": ("repro",)}
 AIMED = 5  # every so many kills one is aimed at DVC's records
 # Wall-clock times: keys of JSON, columns of CSV, and rows of tables of these names are left out.
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
-# Of the report: these show times in their text.
+# Of the report: these show times in their text, or have digests of those that do.
 TIMED = re.compile(
-    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*-curve\.svg|training/[^/]*\.html)$"
+    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*(-curve\.svg|\.html)|tables/checksum\.json)$"
 )
 NOT_COMPARED = {".git", ".dvc", ".snakemake", ".state", "logs", "workflow", "profiles", "params"}
 CORPORA = """\
@@ -92,7 +92,7 @@ training:
   warmup_steps: 2
   checkpoints: [15]
   validate_every: 10
-  validation_tokens: 2000
+  validation_bytes: 7000
   log_every: 2
   save_every: 3
 evaluation: {benchmarks: [synthetic_pairs], modes: [paper]}
@@ -159,7 +159,7 @@ def _of_engine(content: dict[str, Any], engine: str, fresh: Place, options: argp
         place = fresh.copy(f"{engine}-{number}")
         # Every kill of an earlier or smaller series stays where it was: golden-ratio steps spread evenly.
         fraction = (number * 0.618034 + draw.random() * 0.05) % 1
-        aimed = number % AIMED == AIMED - 2
+        aimed = number % AIMED == 2
         kill = place.kill(engine, draw, None if aimed else fraction * found["seconds"])
         lock_deleted = place.finish(engine)
         status, left, written = place.status(), place.leavings(), place.written()

@@ -117,7 +117,7 @@ def make_project(project: Path, runs: int) -> None:
         shutil.copy(ROOT / name, project / name)
     content = yaml.safe_load((ROOT / "params/smoke.yaml").read_text(encoding="utf-8"))
     rates = {
-        f"rate-{number}": {"training": {"learning_rate": (number + 1) / 1e5}} for number in range(runs - 1)
+        f"rate-{number}": {"training": {"learning_rate": 1e-3 + number / 1e6}} for number in range(runs - 1)
     }
     content["variants"] = {content["baseline"]: {}, **rates}
     (project / "params/many.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
