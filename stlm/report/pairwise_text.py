@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.evaluation.statistics import Interval
+from stlm.integrity import check_beside
 from stlm.report.documents import (
     FEW,
     FEW_NOTE,
@@ -35,7 +36,7 @@ class TextComparison:
 def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str:
     """Compare the documents.parquet beside two items.parquet, each at a step; or why that cannot be.
 
-    Raises UserError where one is unreadable.
+    Raises UserError where one is unreadable or damaged.
     """
     files = [items.with_name(_FILE) for items, _ in (a, b)]
     missing = [str(file) for file in files if not file.is_file()]
@@ -44,6 +45,8 @@ def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | s
             f"bits per byte are not compared: no {' and no '.join(dict.fromkeys(missing))} (evaluated by an "
             "earlier version of STLM)"
         )
+    for file in files:
+        check_beside(file.with_name("evaluation.json"), _FILE)
     own, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
     found = compare(other, own)
     if found is None:

@@ -23,6 +23,7 @@ from stlm.files import read_json, sha256, write_json
 from stlm.generation.generate import load_generator
 from stlm.report.card import read_card
 from stlm.report.pairwise import find_predictions
+from stlm.report.pairwise_text import compare_text
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
@@ -128,6 +129,9 @@ def test_every_flipped_bit_of_the_items_is_noticed(run):
         with pytest.raises(UserError, match=r"items\.parquet: damaged.*run: stlm evaluate tiny tiny-run"):
             find_predictions(str(run.folder))
     assert find_predictions(str(run.folder)).step == 30
+    for _ in flips(run.folder / "documents.parquet", 10):
+        with pytest.raises(UserError, match=r"documents\.parquet: damaged.*run: stlm evaluate tiny tiny-run"):
+            compare_text((items, 30), (items, 30))
     # Those of an earlier version have no checksum.
     write_json(run.folder / "evaluation.json", read_json(run.folder / "evaluation.json"))
     assert find_predictions(str(run.folder)).step == 30

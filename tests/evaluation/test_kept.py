@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow.parquet as pq
 import pytest
 
@@ -11,6 +9,7 @@ from stlm.errors import UserError
 from stlm.evaluation import evaluate, perplexity, scoring
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
+from stlm.files import read_json
 
 CONFIG = EvaluationConfig(benchmarks=["synthetic_pairs", "synthetic_choice"])
 OUTPUTS = ("evaluation.json", "items.parquet")
@@ -36,7 +35,7 @@ def work(monkeypatch) -> list[str]:
 
 
 def results(run):
-    record = json.loads((run.folder / "evaluation.json").read_text())
+    record = read_json(run.folder / "evaluation.json")
     return record, pq.read_table(run.folder / "items.parquet")
 
 
