@@ -33,18 +33,18 @@ class TextComparison:
     difference: Difference
 
 
-def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str:
+def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str | None:
     """Compare the documents.parquet beside two items.parquet, each at a step; or why that cannot be.
 
-    Raises UserError where one is unreadable or damaged.
+    None where neither is there: both were evaluated by an earlier version. Raises UserError where one is
+    unreadable or damaged.
     """
     files = [items.with_name(_FILE) for items, _ in (a, b)]
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
+        return None
     if missing:
-        return (
-            f"bits per byte are not compared: no {' and no '.join(dict.fromkeys(missing))} (evaluated by an "
-            "earlier version of STLM)"
-        )
+        return f"bits per byte are not compared: no {missing[0]} (evaluated by an earlier version of STLM)"
     for file in files:
         check_beside(file.with_name("evaluation.json"), _FILE)
     own, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
