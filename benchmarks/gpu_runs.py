@@ -37,7 +37,7 @@ RECIPE = {
     "learning_rate": 5e-3,
     "min_learning_rate": 1e-3,
     "validate_every": 6,
-    "validation_tokens": 1000,
+    "validation_bytes": 1000,
     "log_every": 1,
     "save_every": 4,
     "watch_every": 5,

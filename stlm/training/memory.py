@@ -72,9 +72,9 @@ def _validation(run: Run) -> int:
     training, model = run.training, run.model
     if model.bytes is not None:
         return 0
-    windows = training.batch_size
-    if training.validation_documents is None:
-        windows = min(windows, -(-training.validation_tokens // model.context))
+    # A token of the largest vocabularies holds some five bytes; fewer windows are no reason to refuse.
+    text = training.validation_bytes // (1 if run.tokenizer == "bytes" else 5)
+    windows = min(training.batch_size, max(1, text // model.context))
     return 8 * windows * model.context * model.vocab_size
 
 

@@ -58,11 +58,11 @@ def test_moments_are_those_of_the_optimizer(make_run):
 
 def test_a_validation_batch_of_a_large_vocabulary_counts(make_run):
     """Its logits are held whole, those of a training step in parts."""
-    recipe = {"batch_size": 24, "validation_tokens": 10**6}
+    recipe = {"batch_size": 24, "validation_bytes": 5 * 10**6}
     need = training_memory(sized(make_run, PEAKS[4][0], **recipe), "float32", False, 1)
     assert need.likely - need.weights > 24 * 512 * 50257 * 8 > need.least
     few = training_memory(
-        sized(make_run, PEAKS[4][0], **recipe | {"validation_tokens": 500}), "float32", False, 1
+        sized(make_run, PEAKS[4][0], **recipe | {"validation_bytes": 500}), "float32", False, 1
     )
     assert few.likely < need.likely / 2
 
