@@ -310,13 +310,13 @@ def _settings() -> list[Case]:
             "published: report: another prefix than it was scored with",
             ("report", "tiny"),
             _setting("prefix: A"),
-            r"was made with prefix: None, the study asks for A: run `stlm evaluate tiny other`",
+            r"prefix: not set, the study asks for A: run `stlm evaluate tiny other`",
         ),
         Case(
             "published: report: another context than it was scored with",
             ("report", "tiny"),
             _setting("context: 32"),
-            r"was made with context: None, the study asks for 32",
+            r"context: null, the study asks for 32",
         ),
         Case(
             "published: a context longer than its own",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,20 @@ def _published() -> list[Case]:
     return [Case(f"report: published: {name}", REPORT, spoil, expects) for name, spoil, expects in wrong]
 
 
+def _forgotten(case: Case) -> Case:
+    """The case where records have no checksums, by which any change is told as damage."""
+
+    def spoil(project: Path) -> None:
+        for path in (project / "results/tiny").rglob("*.json"):
+            content = json.loads(path.read_text())
+            if isinstance(content, dict) and content.pop("checksum", None):
+                path.write_text(json.dumps(content))
+        if case.spoil is not None:
+            case.spoil(project)
+
+    return replace(case, spoil=spoil)
+
+
 def cases() -> list[Case]:
     """About items.parquet, evaluation.json, train.json, curve.csv, watch.csv and contamination.json."""
-    return [*_rows(), *_comparisons(), *_records(), *_curves(), *_published()]
+    return [_forgotten(case) for case in (*_rows(), *_comparisons(), *_records(), *_curves(), *_published())]

@@ -139,7 +139,7 @@ def test_the_token_that_starts_a_text_is_a_setting(published: Path, prefix: str,
     if start is None:
         (start,) = tokenizer.encode("\n", add_special_tokens=False)
     assert record["prefix"] == tokenizer.convert_ids_to_tokens(start)
-    assert record["asked"] == {"context": None, "prefix": prefix.replace("\\n", "\n")}
+    assert record["published"]["prefix"] == prefix.replace("\\n", "\n")
     assert read_facts(published / "items.parquet").prefix == record["prefix"]
 
     model = AutoModelForCausalLM.from_pretrained("models/tiny")

@@ -31,6 +31,7 @@ def study(make_study):
         published[name] = model
         record = json.loads((study.runs[run].folder / "evaluation.json").read_text())
         record["parameters"] = 4_066_000
+        record["published"] = model.settings
         record["checkpoints"] = {"published": list(record["checkpoints"].values())[-1]}
         model.results_folder.mkdir(parents=True)
         (model.results_folder / "evaluation.json").write_text(json.dumps(record))
@@ -63,9 +64,9 @@ def test_the_token_that_starts_a_text_is_shown(study):
     report(study)
     text = (study.folder / "tables" / "table2.md").read_text()
     assert "a text starts with" not in text, "records of earlier versions do not name it"
-    _record(study, "tiny-a", prefix="<|endoftext|>", asked={"context": None, "prefix": None})
-    _record(study, "tiny-b", prefix="<s>", asked={"context": 32, "prefix": "<s>"})
     asked = study.published["tiny-b"].model_copy(update={"context": 32, "prefix": "<s>"})
+    _record(study, "tiny-a", prefix="<|endoftext|>")
+    _record(study, "tiny-b", prefix="<s>", published=asked.settings)
     other = study.model_copy(update={"published": {**study.published, "tiny-b": asked}})
     report(other)
     for name in ("table2", "table2-paper-mode"):
@@ -78,17 +79,17 @@ def test_the_token_that_starts_a_text_is_shown(study):
 @pytest.mark.parametrize(
     ("asked", "recorded", "message"),
     [
-        ({"prefix": "<s>"}, None, "was made with prefix: None, the study asks for <s>"),
-        ({"prefix": "<s>"}, {"context": None, "prefix": None}, "prefix: None, the study asks for <s>"),
-        ({}, {"context": None, "prefix": "<s>"}, "prefix: <s>, the study asks for None"),
-        ({"context": 64}, {"context": 32, "prefix": None}, "context: 32, the study asks for 64"),
+        ({"prefix": "<s>"}, {}, "prefix: not set, the study asks for <s>"),
+        ({}, {"prefix": "<s>"}, "prefix: <s>, the study asks for not set"),
+        ({"prefix": "</s>"}, {"prefix": "<s>"}, "prefix: <s>, the study asks for </s>"),
     ],
 )
-def test_scores_made_with_other_settings_are_refused(study, asked, recorded, message):
-    if recorded is not None:
-        _record(study, "tiny-a", prefix="x", asked=recorded)
-    changed = study.published["tiny-a"].model_copy(update=asked)
-    other = study.model_copy(update={"published": {**study.published, "tiny-a": changed}})
+def test_scores_made_after_another_token_are_refused(study, asked, recorded, message):
+    model = study.published["tiny-a"]
+    _record(study, "tiny-a", prefix="<s>", published=model.model_copy(update=recorded).settings)
+    other = study.model_copy(
+        update={"published": {**study.published, "tiny-a": model.model_copy(update=asked)}}
+    )
     with pytest.raises(UserError, match=rf"{message}: run `stlm evaluate toy tiny-a`"):
         read_published(other)
 
