@@ -14,6 +14,7 @@ import tokenizers
 from raw_samples import stories
 
 from stlm.errors import UserError
+from stlm.files import read_json
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 
@@ -186,7 +187,7 @@ def _vocabulary(folder: Path, change) -> None:
     """Another tokenizer.json in a tokenizer's folder, whose description has its digest."""
     path, description = folder / "tokenizer.json", folder / "tokenizer-name.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    said = json.loads(description.read_text())
+    said = read_json(description)  # without its checksum
     said["sha256"] = {"tokenizer.json": hashlib.sha256(path.read_bytes()).hexdigest()}
     description.write_text(json.dumps(said))
 
@@ -230,7 +231,7 @@ def test_vocabularies_of_another_kind(tmp_path: Path, bpe: Tokenizer, change) ->
 def test_descriptions_that_do_not_fit_their_files(tmp_path: Path, bpe: Tokenizer, said, message) -> None:
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer-name.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    path.write_text(json.dumps(read_json(path) | said))
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stlm.errors import UserError
-from stlm.files import sha256
+from stlm.files import read_json, sha256
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
@@ -41,7 +41,8 @@ def test_a_checkpoint_is_self_describing_and_gives_the_same_logits(checkpoint):
 def test_damaged_checkpoints_are_told(checkpoint):
     folder, _ = checkpoint
     weights, config = folder / "model.safetensors", folder / "config.json"
-    whole, text = weights.read_bytes(), config.read_text()
+    # Without a checksum, by which any change is told as damage.
+    whole, text = weights.read_bytes(), json.dumps(read_json(config), indent=2)
     for damaged in (whole[:-10], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         weights.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model.safetensors: the weights are damaged"):
@@ -80,7 +81,7 @@ def _replace(folder, **changes) -> None:
     path = folder / "model.safetensors"
     weights = {name: tensor for name, tensor in (load_file(path) | changes).items() if tensor is not None}
     save_file(weights, path)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | {"weights_sha256": sha256(path)}))
 
 
