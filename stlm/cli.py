@@ -141,7 +141,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Continue a prompt by a trained model, printing the text as it is drawn."""
+    """Continue a prompt by a trained or published model, printing the text as it is drawn."""
     prompt = options.prompt
     if prompt == "-":
         try:
@@ -177,7 +177,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def study(options: argparse.Namespace) -> None:
-    """List the runs of a study with their size and cost, training nothing."""
+    """List the runs of a study with their size and cost, and its published models; trains nothing."""
     from stlm.listing import runs_table
     from stlm.pipeline import active_study
     from stlm.study import load_study
@@ -327,7 +327,7 @@ def parser() -> argparse.ArgumentParser:
     of_checkpoint = "STUDY/RUN, a run's folder or a checkpoint's; @STEP after it: that checkpoint"
     generator = verb(
         generate,
-        ("run", of_checkpoint),
+        ("run", f"{of_checkpoint}; or a published model's STUDY/NAME or folder"),
         ("prompt", "the beginning of a document, may be empty; - reads it from stdin"),
     )
     add_generate_options(generator)

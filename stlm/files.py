@@ -167,7 +167,10 @@ def write_record(
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that a stage wrote, without its checksum. Raises `UserError` where it is damaged."""
+    """Read a JSON file that a stage wrote, without its checksum. Raises `UserError` where it is damaged.
+
+    NaN and infinity, which `write_json` refuses, are refused.
+    """
     return _read_checked(path)[0]
 
 
@@ -184,7 +187,7 @@ def record_sha256(path: Path) -> str:
 
 def _read_checked(path: Path) -> tuple[Any, dict[str, str]]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
         found = _checksum(content)
         if found is None:
             return content, {}
@@ -227,6 +230,10 @@ def _digest(content: Any, files: Mapping[str, str]) -> str:
     """The SHA-256 of a record's content and of what it says of files beside it."""
     text = json.dumps([content, files] if files else content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:

@@ -41,6 +41,14 @@ class Published(BaseModel):
     context: int | None = Field(
         None, ge=2, description="Longest sequence given to it, in tokens; default: the model's own."
     )
+    # Left out where it is not given: models evaluated before there was this key are not evaluated again.
+    prefix: str | None = Field(
+        None,
+        min_length=1,
+        exclude_if=lambda prefix: prefix is None,
+        description="The token that starts a text, as its tokenizer spells it, for example `<|endoftext|>`; "
+        "default: the declared bos or else eos, as lm_eval has it. Recorded, and shown in tables.",
+    )
 
 
 class StudyFile(BaseModel):

@@ -43,7 +43,7 @@ training:
   warmup_steps: 2
   checkpoints: [3]
   validate_every: 3
-  validation_bytes: 2000
+  validation_bytes: 7000
   log_every: 2
   save_every: 3
 evaluation: {benchmarks: [synthetic_pairs, synthetic_choice], modes: [harness, paper], limit: 60}

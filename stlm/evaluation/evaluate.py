@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,8 +41,9 @@ from stlm.model.transformer import Transformer
 from stlm.provenance import code_version, processor_name
 from stlm.study import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import check_fits, load_checkpoint, read_description
 from stlm.training.devices import cpu_multiplies_bfloat16
+from stlm.training.locate import checkpoints_by_step
 
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}
@@ -53,7 +53,6 @@ RAW = Path("data/raw")
 # A table of each kind of thing scored, by the name of its file.
 _SCHEMAS = {"items": scoring.ITEMS_SCHEMA, "documents": perplexity.DOCUMENTS_SCHEMA}
 _FILES = [f"{name}.parquet" for name in _SCHEMAS]
-_STEP = re.compile(r"step-[0-9]+")
 
 
 class About(BaseModel):
@@ -114,7 +113,7 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     failures = Failures(f"{run.study} {run.name}", material.unreadable)
     scored: dict[str, Scored] = {}
     for number, folder in enumerate(folders, 1):
-        about = read_record(folder / "config.json", About)
+        about = About.model_validate(read_description(folder)[1])
         label = f"{run.name} {folder.name} ({number}/{len(folders)})"
         subject = Subject(folder.name, about, number == len(folders), label)
         load = partial(load_run, material, folder)
@@ -176,11 +175,11 @@ def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Ma
 
 def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
     """The checkpoints to evaluate, by step. UserError where the run has none."""
-    parent = run.folder / "checkpoints"
-    found = [folder for folder in parent.glob("step-*") if _STEP.fullmatch(folder.name)]
-    found.sort(key=lambda folder: int(folder.name.removeprefix("step-")))
+    found = list(checkpoints_by_step(run.folder).values())
     if not found:
-        raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {run.name}")
+        raise UserError(
+            f"{run.folder / 'checkpoints'}: no checkpoint; run: stlm train {run.study} {run.name}"
+        )
     return found if config.checkpoints == "all" else found[-1:]
 
 
@@ -255,12 +254,7 @@ def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfl
 def load_run(material: Material, folder: Path) -> Transformer:
     """The model of a run's checkpoint. UserError where it is damaged, or not of the run's tokenizer."""
     transformer, _ = load_checkpoint(folder)
-    tokenizer = material.encoder.tokenizer
-    if transformer.config.bytes is None and transformer.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{folder}: the model has {transformer.config.vocab_size} tokens, its tokenizer "
-            f"{tokenizer.vocab_size}; delete the run's results and train again"
-        )
+    check_fits(transformer, material.encoder.tokenizer, folder)
     return transformer
 
 

@@ -28,7 +28,7 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
 from stlm.model.config import parameter_counts
 from stlm.tokens.tokenizer import EOT, load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import check_fits, load_checkpoint
 from stlm.training.locate import find_checkpoint
 
 # Tokens generated where a task asks for no number of them, as lm_eval's `hf`.
@@ -93,6 +93,7 @@ class StlmLM(TemplateLM):
                 "(stlm evaluate scores both)"
             )
         self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
+        check_fits(transformer, self.own_tokenizer, folder)
         size = int(batch_size) if str(batch_size).isdigit() else 1
         self.batch_size = size if size > 1 else _GENERATED_AT_ONCE
         self.model = TokenModel(

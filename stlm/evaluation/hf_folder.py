@@ -4,52 +4,124 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from stlm.errors import UserError
 from stlm.files import sha256
 
+# Where transformers looks for weights: in one file, or in several that a JSON file lists.
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "get the model again"
+
 
 def check_files(folder: Path) -> None:
-    """UserError for a folder without a readable config.json and whole safetensors."""
+    """UserError for a folder without a readable config.json and whole safetensors, all of those listed."""
+    if not folder.is_dir():
+        what = "a file" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected a folder of transformers with safetensors and tokenizer")
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
             f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
         )
+    content = _json_object(path)
+    if not isinstance(content.get("model_type"), str):
+        raise UserError(f"{path}: model_type: {content.get('model_type')!r}: expected a name; {_AGAIN}")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no weights as *.safetensors{_found(folder)}; other formats are not read")
+    files = weight_files(folder)
+    stored: dict[str, set[str]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                stored[path.name] = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            size = f"{path.stat().st_size:,} bytes, " if path.is_file() else ""
+            raise UserError(f"{path}: {size}truncated or no safetensors ({error}); get it again") from None
+    layers, tensors = content.get("num_hidden_layers"), sum(map(len, stored.values()))
+    if isinstance(layers, int) and layers > max(tensors, 1000):
+        # Told before a model of so many is built. Shared layers have no tensors of their own.
+        raise UserError(
+            f"{folder}/config.json: num_hidden_layers: {layers}, but the weights are {tensors} tensors; "
+            f"{_AGAIN}"
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); get the model again") from None
+        raise UserError(f"{path}: not readable as JSON ({error}); {_AGAIN}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON {type(content).__name__}; expected an object with `model_type`")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{folder}: no weights as *.safetensors{_found(folder)}; other formats are not read")
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: {path.stat().st_size:,} bytes, truncated or no safetensors ({error}); get it again"
-            ) from None
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from. UserError where one that is listed is not there."""
+    if (folder / _WEIGHTS).exists():
+        return [folder / _WEIGHTS]
+    index = folder / _INDEX
+    if not index.is_file():
+        raise UserError(f"{folder}: neither {_WEIGHTS} nor {_INDEX}{_found(folder)}; {_AGAIN}")
+    listed = _json_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
+        raise UserError(f"{index}: weight_map: expected the names of tensors, each with its file; {_AGAIN}")
+    names = sorted(set(listed.values()))
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if absent:
+        shown = ", ".join(absent[:3])
+        raise UserError(f"{index}: lists {shown}, not in the folder{_found(folder)}; {_AGAIN}")
+    return [folder / name for name in names]
+
+
+def stored_numbers(folder: Path) -> int | None:
+    """How many numbers the weights' files hold, by their headers; None where they cannot be read.
+
+    About the model's parameters: a matrix that has two uses may be stored twice.
+    """
+    try:
+        total = 0
+        for path in weight_files(folder):
+            with safe_open(path, framework="numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (UserError, SafetensorError, OSError):
+        return None
+    return total
+
+
+@contextmanager
+def loading(folder: Path, what: str, wanted: str = "") -> Iterator[None]:
+    """Turn whatever a library raises on files that it was not made for into a UserError about `what`.
+
+    A library in Rust may panic, which is not even an Exception in Python.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
+            raise
+        raise foreign(folder, what, error, wanted) from None
 
 
 def _found(folder: Path) -> str:
     return f" (found {', '.join(sorted(file.name for file in folder.iterdir()))})"
 
 
-def foreign(folder: Path, what: str, error: Exception, wanted: str = "") -> UserError:
+def foreign(folder: Path, what: str, error: BaseException, wanted: str = "") -> UserError:
     """What to say where a library fails on the folder; `wanted`: what it should have had."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0][:300] if lines else type(error).__name__
+    if isinstance(error, LookupError | ZeroDivisionError | AttributeError | TypeError):
+        reason = f"{type(error).__name__}: {reason}"  # the message alone says nothing
     return UserError(f"{folder}: transformers cannot load it, {what}: {reason}{wanted}{_found(folder)}")
 
 
@@ -67,24 +139,6 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
             + (f"lacks {' and '.join(absent)}" if absent else "makes no token of a text")
             + f"; expected {wanted}{_found(folder)}"
         )
-
-
-def check_finite(model: nn.Module, folder: Path) -> None:
-    """UserError where a weight is NaN or infinite, naming the tensor and the file that has it."""
-    wrong = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if not wrong:
-        return
-    place = next(_not_finite(folder), f"{folder}: the weight {wrong[0]}")
-    raise UserError(f"{place} has NaN or infinite values ({len(wrong)} of the model's tensors have): damaged")
-
-
-def _not_finite(folder: Path) -> Iterator[str]:
-    """The files and tensors, under the names that they have there, which may not be the model's."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if not torch.isfinite(file.get_tensor(name).float()).all():
-                    yield f"{path}: the tensor {name}"
 
 
 def weights_sha256(folder: Path) -> str:

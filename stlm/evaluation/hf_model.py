@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
-from stlm.evaluation.hf_folder import check_files, check_finite, check_tokenizer, foreign
+from stlm.evaluation.hf_folder import check_files, check_tokenizer, loading
+from stlm.evaluation.hf_tokenizer import HfTokenizer
+from stlm.evaluation.hf_weights import check_finite, check_kinds
 from stlm.evaluation.interface import Request
 from stlm.model.segments import Segments
 
@@ -120,44 +122,10 @@ def _attention(
     return y_BHLE.transpose(1, 2), None
 
 
-class HfTokenizer:
-    """A tokenizer of `transformers` with the interface of ours: texts to ids, no special token added.
-
-    `eot` is the token that stands for the start of a text, as lm_eval has it: bos, or else eos. `adds_bos`:
-    whether the tokenizer itself puts it before a text, as then lm_eval does before contexts.
-    """
-
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        self._tokenizer = tokenizer
-        self.name = name
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise UserError(
-                f"{name}: the tokenizer has neither a bos nor an eos token, which stands for no context"
-            )
-        self.eot: int = start
-        added, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-        if added not in (plain, [start, *plain]):
-            raise UserError(
-                f"{name}: the tokenizer adds {added} for {plain} ('a'); expected at most {start} before it"
-            )
-        self.adds_bos = added != plain
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([token for token in ids if token != self.eot])
-
-
 class HfRequestEncoder(RequestEncoder):
-    """Requests to tokens as lm_eval does: bos before a context where the tokenizer adds it to texts."""
+    """Requests to tokens as lm_eval does: the token that starts a text comes before a context, too, where
+    the tokenizer itself adds one to texts.
+    """
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         super().__init__(tokenizer)
@@ -173,20 +141,52 @@ class HfRequestEncoder(RequestEncoder):
         ]
 
 
-def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokenizer]:
-    """The model and tokenizer in `folder`, float32, tried out. `context` bounds the sequences; None: its own.
+def load_hf(
+    folder: Path, context: int | None = None, prefix: str | None = None, packing: bool = True
+) -> tuple[HfModel, HfTokenizer]:
+    """The model and tokenizer in `folder`, float32, tried out.
+
+    `context` bounds the sequences; None: its own. `prefix`: the token that starts a text, see `HfTokenizer`.
+    Without `packing`, sequences never share a row, and the model keeps its own attention.
 
     Raises UserError for a missing, damaged or foreign folder, a tokenizer that is missing or another model's,
     weights that are not finite, code of its own or pickled weights, and an architecture that is not causal.
     """
     folder = Path(folder)
-    check_files(folder)
+    with loading(folder, "the folder"):
+        check_files(folder)
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        import transformers
     except ModuleNotFoundError:
         raise UserError("transformers is not installed; run: pip install 'stlm[harness]'") from None
+    # What matters is told below, in a line.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, config = _load_model(folder)
+    tokenizer = _load_tokenizer(folder, prefix)
+    check_kinds(model, folder)
+    check_finite(model, folder)
+    with loading(folder, "the configuration"):
+        own = own_context(config)
+    if own is None and context is None:
+        raise UserError(
+            f"{folder}/config.json: none of {', '.join(_CONTEXT_KEYS)}; give the model's `context`"
+        )
+    if own is not None and context is not None and context > own:
+        raise UserError(f"context: {context} is longer than the {own} positions of {folder}")
+    with loading(folder, "the model"):
+        wrapped = HfModel(model, context or own)
+        tokenizer.check_rows(min(wrapped.config.vocab_size, model.get_input_embeddings().weight.shape[0]))
+        probe(wrapped, folder, packing)
+    return wrapped, tokenizer
+
+
+def _load_model(folder: Path) -> tuple[nn.Module, Any]:
+    """The model, float32, with all of its weights from the folder, and its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     local = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with loading(folder, "the model"):
         config = AutoConfig.from_pretrained(folder, **local)
         if config.is_encoder_decoder:
             raise UserError(
@@ -200,43 +200,29 @@ def load_hf(folder: Path, context: int | None = None) -> tuple[HfModel, HfTokeni
             output_loading_info=True,
             **local,
         )
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # whatever a library raises on files that it was not made for
-        raise foreign(folder, "the model", error) from None
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, **local)
-    except Exception as error:
-        wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"
-        raise foreign(folder, "the tokenizer", error, wanted) from None
-    check_tokenizer(loaded, folder)
-    tokenizer = HfTokenizer(loaded, folder.name)
     absent = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if absent:
         raise UserError(f"{folder}: the weights lack {len(absent)} of the model's tensors, first {absent[0]}")
-    check_finite(model, folder)
-    own = own_context(config)
-    if own is None and context is None:
-        raise UserError(
-            f"{folder}/config.json: none of {', '.join(_CONTEXT_KEYS)}; give the model's `context`"
-        )
-    if own is not None and context is not None and context > own:
-        raise UserError(f"context: {context} is longer than the {own} positions of {folder}")
-    wrapped = HfModel(model, context or own)
-    size = wrapped.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {size:,}: "
-            "they do not belong together"
-        )
-    probe(wrapped, folder)
-    return wrapped, tokenizer
+    return model, config
+
+
+def _load_tokenizer(folder: Path, prefix: str | None) -> HfTokenizer:
+    from transformers import AutoTokenizer
+
+    wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"
+    with loading(folder, "the tokenizer", wanted):
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_tokenizer(loaded, folder)
+        return HfTokenizer(loaded, folder.name, prefix)
 
 
 def own_context(config: Any) -> int | None:
     """The longest sequence that a configuration of `transformers` states, as lm_eval finds it."""
-    found = (getattr(config, key, None) for key in _CONTEXT_KEYS)
-    return next((int(value) for value in found if value is not None), None)
+    found = ((key, getattr(config, key, None)) for key in _CONTEXT_KEYS)
+    key, value = next((pair for pair in found if pair[1] is not None), (None, None))
+    if key is not None and (not isinstance(value, int) or value < 2):
+        raise UserError(f"config.json: {key}: {value!r}: expected a number of positions")
+    return value
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:
@@ -257,7 +243,7 @@ def _may_pack(model: nn.Module, context: int) -> bool:
 
 
 @torch.inference_mode()
-def probe(model: HfModel, folder: Path) -> None:
+def probe(model: HfModel, folder: Path, packing: bool = True) -> None:
     """Try out what the engine relies on; sets `own_head` and `packs`. UserError where a model is not causal.
 
     On random tokens: a token's logits do not depend on later ones; the head on the hidden state gives the
@@ -289,7 +275,7 @@ def probe(model: HfModel, folder: Path) -> None:
     except (TypeError, AttributeError, RuntimeError):
         # The base model has another interface: the whole model's logits are taken.
         model.own_head = True
-    if _may_pack(model.model, model.config.context):
+    if packing and _may_pack(model.model, model.config.context):
         model.packs = _attends_in_segments(model, row_1L, same)
 
 

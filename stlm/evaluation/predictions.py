@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -75,6 +75,8 @@ class Facts(BaseModel):
     variant: str | None = None
     seed: int | None = None
     corpus: str | None = None
+    # Of a published model: the token that starts a text. Our own models have the end of text for it.
+    prefix: str | None = Field(None, exclude_if=lambda prefix: prefix is None)
     tokenizer: TokenizerFacts
     tokens_sha256: str  # of the test text's meta.json, which has those of its shards
     benchmarks: dict[str, BenchmarkFacts]

@@ -20,7 +20,7 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     is named `published`, of step 0. Raises UserError for missing, damaged or foreign files.
     """
     folder = Path(published.folder)
-    transformer, tokenizer = load_hf(folder, published.context)
+    transformer, tokenizer = load_hf(folder, published.context, published.prefix)
     encoder = HfRequestEncoder(tokenizer)
     material = gather_material(config, published.tokens_folder, raw, encoder, tokenizer_sha256(folder))
     written = load_tokenizer(published.tokens_folder / "tokenizer")
@@ -33,7 +33,12 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     subject = Subject("published", checkpoint, True, published.name, published.settings)
     scored = score_model(material._replace(text=text), subject, lambda: transformer, kept, failures)
     failures.tell(kept)
-    about = {"study": published.study, "run": published.name, "label": published.label}
+    about = {
+        "study": published.study,
+        "run": published.name,
+        "label": published.label,
+        "prefix": tokenizer.prefix,
+    }
     more = {
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
         "context": transformer.config.context,

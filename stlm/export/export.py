@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stlm.errors import UserError
 from stlm.export.llama import FILES, GENERATION, export_llama
+from stlm.files import disk_errors
 from stlm.report.card import read_card
 from stlm.training.locate import find_checkpoint
 
@@ -42,8 +43,12 @@ def export(run: str, folder: Path, force: bool = False) -> None:
 
 
 def _check_target(folder: Path, force: bool) -> None:
-    if folder.is_dir():
-        found = {path.name for path in folder.iterdir()}
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r}: the name of a folder has no null character")
+    with disk_errors(folder):
+        # Raises what the disk has against the name, such as its length, but not that there is no such folder.
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    if found is not None:
         if not found:
             return
         if GENERATION not in found or not found <= FILES:

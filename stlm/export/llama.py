@@ -21,7 +21,7 @@ from stlm.files import atomic_directory, write_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.training.checkpoints import check_fits, load_checkpoint
 from stlm.training.locate import WEIGHTS
 
 GENERATION = "generation_config.json"
@@ -57,11 +57,7 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
         if found != needed:
             raise UserError(f"{checkpoint}: model.{key}: {found} is not what a Llama has ({needed})")
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{checkpoint}: model.vocab_size: {model.config.vocab_size}, but its tokenizer "
-            f"{tokenizer.name} has {tokenizer.vocab_size} tokens"
-        )
+    check_fits(model, tokenizer, checkpoint)
     content = tokenizer_json(tokenizer)
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     with atomic_directory(folder) as temporary:

@@ -16,9 +16,10 @@ from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
+from stlm.study import PublishedModel, load_study, study_names
 from stlm.tokens.tokenizer import load_tokenizer
-from stlm.training.checkpoints import load_checkpoint
-from stlm.training.locate import find_checkpoint
+from stlm.training.checkpoints import check_fits, load_checkpoint
+from stlm.training.locate import RESULTS, find_checkpoint, is_folder, split_step
 
 # Between samples.
 _RULE = "---"
@@ -33,7 +34,34 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
     """
     model, _ = load_checkpoint(checkpoint, device)
     kind = TokenGenerator if model.config.bytes is None else ByteGenerator
-    return kind(model, load_tokenizer(checkpoint.parent / "tokenizer"), cached)
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    check_fits(model, tokenizer, checkpoint)
+    return kind(model, tokenizer, cached)
+
+
+def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
+    """The generator of a checkpoint (see `find_checkpoint`) or of a published model, by its name.
+
+    A published model is named STUDY/NAME, as in params/STUDY.yaml, where no run has this name, or by its
+    folder's path. Raises UserError where there is none, or one that is damaged.
+    """
+    from stlm.generation.published import is_published, load_published
+
+    if is_published(Path(name)):
+        return load_published(Path(name), device, cached)
+    published = _published(name)
+    if name in published:
+        own = published[name]
+        return load_published(Path(own.folder), device, cached, context=own.context, prefix=own.prefix)
+    return load_generator(find_checkpoint(name, published), device, cached)
+
+
+def _published(name: str) -> dict[str, PublishedModel]:
+    """The published models of the study in `name`, by STUDY/NAME; none where `name` is a run's."""
+    study, _, run = name.partition("/")
+    if is_folder(RESULTS / study / "runs" / split_step(run)[0]) or study not in study_names():
+        return {}
+    return {f"{study}/{own}": model for own, model in load_study(study).published.items()}
 
 
 def continuation(
@@ -89,15 +117,17 @@ def generate(
     cached: bool = True,
     device: str | None = None,
 ) -> None:
-    """Print `prompt` and its continuations by a run's checkpoint (see `find_checkpoint`) as they are drawn.
+    """Print `prompt` and its continuations by a model (see `find_generator`) as they are drawn.
 
     Sample i is drawn with `seed` + i. What of the prompt does not fit the context is told on stderr. Raises
     UserError for a seed that is too large, a checkpoint or a device that is not there; Interrupted at ctrl-C.
     """
+    if samples > _SEEDS:
+        raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")
     if seed + samples > _SEEDS:
         raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
     try:
-        generator = load_generator(find_checkpoint(run), choose_device(device), cached)
+        generator = find_generator(run, choose_device(device), cached)
         for number in range(samples):
             pieces = continuation(generator, prompt, length, sampling, seed + number)
             if number:

@@ -13,7 +13,7 @@ from stlm.report.comparison import SIGN, Comparisons, mark, significant
 from stlm.report.documents import FEW_NOTE, amount_note, interval_text
 from stlm.report.last_word import word_perplexity
 from stlm.report.names import benchmark_label, bounds, count, p_value, percent
-from stlm.report.notes import accuracy_notes, items_scored
+from stlm.report.notes import accuracy_notes, items_scored, prefix_notes
 from stlm.report.results import (
     BenchmarkResult,
     CheckpointResult,
@@ -163,6 +163,7 @@ class _Table2:
             notes=[
                 *accuracy_notes(self.study, self.results, self.comparisons, own, mode, metric, references),
                 *self._text_notes(),
+                *prefix_notes(self.published),
             ],
             records=records,
         )
@@ -273,6 +274,7 @@ class _Table2:
             "metric": metric,
             "label": model.label,
             "parameters": model.parameters,
+            "prefix": model.prefix,
         }
         cells = [
             Cell(model.label),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
@@ -40,8 +41,9 @@ from stlm.study import Study
 def report(study: Study) -> None:
     """Write results/<study>/{tables/,plots/,training/,cards/,metrics.json} from what the stages before left.
 
-    Everything is read and compared before anything is written; each of the five replaces its predecessor
-    whole. Raises UserError naming a run's missing or broken file and the command that makes it.
+    Everything is read and compared before anything is written; the five replace their predecessors whole, and
+    only once all could be made. Raises UserError naming a run's missing or broken file and the command that
+    makes it.
     """
     code = code_version()
     results = read_results(study)
@@ -75,28 +77,32 @@ def report(study: Study) -> None:
     for name in ("tables", "plots", "training", "cards", "metrics.json"):
         remove_leftovers(study.folder, name)  # of a report that was killed
     collected = metrics(results)
-    with atomic_directory(study.folder / "tables") as folder:
+    text = summary(study, results, collected, made)
+    with ExitStack() as stack:
+        # Each replaces its predecessor when the block ends: where one cannot be made, all stay as they were.
+        folders = {
+            name: stack.enter_context(atomic_directory(study.folder / name))
+            for name in ("tables", "plots", "training", "cards")
+        }
+        tables_folder, plots = folders["tables"], folders["plots"]
         for table in tables:
-            write_table(folder, table)
-        write_text(folder / "groups.csv", csv_text(group_records(results)))
-        write_text(folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
-        write_record(folder / "made.json", {"study": study.name, "code": code})
-        write_checksums(folder, collected)
-    with atomic_directory(study.folder / "plots") as folder:
-        write_plots(folder, study, results, comparisons)
+            write_table(tables_folder, table)
+        write_text(tables_folder / "groups.csv", csv_text(group_records(results)))
+        write_text(tables_folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
+        write_record(tables_folder / "made.json", {"study": study.name, "code": code})
+        write_checksums(tables_folder, collected)
+        write_plots(plots, study, results, comparisons)
         if compared:
-            write_efficiency(folder, study, compared)
+            write_efficiency(plots, study, compared)
         if costs:
-            write_equal_cost(folder, study, costs)
-        write_architectures(folder, study, results)
-        write_parameters(folder, study, results)
-        write_pareto(folder, study, results)
-    with atomic_directory(study.folder / "training") as folder:
-        write_training_pages(folder, study, results)
-    with atomic_directory(study.folder / "cards") as folder:
-        write_cards(folder, study, results, comparisons, contamination)
+            write_equal_cost(plots, study, costs)
+        write_architectures(plots, study, results)
+        write_parameters(plots, study, results)
+        write_pareto(plots, study, results)
+        write_training_pages(folders["training"], study, results)
+        write_cards(folders["cards"], study, results, comparisons, contamination)
     write_json(study.folder / "metrics.json", collected)
-    print(summary(study, results, collected, made))
+    print(text)
 
 
 def _noted(tables: Sequence[Table], *notes: str | None) -> list[Table]:

@@ -23,6 +23,7 @@ from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mo
 from stlm.report.contamination import Contamination, contamination_note
 from stlm.report.documents import amount
 from stlm.report.hyperparameters import settings
+from stlm.report.items import read_outcomes
 from stlm.report.names import benchmark_label, bounds, percent
 from stlm.report.results import (
     CheckpointResult,
@@ -30,7 +31,6 @@ from stlm.report.results import (
     Perplexity,
     RunResult,
     TrainRecord,
-    read_outcomes,
     run_label,
 )
 from stlm.report.sources import Text, read_texts

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons
 from stlm.report.last_word import last_word_note
 from stlm.report.names import benchmark_label, percent
-from stlm.report.results import RunResult, run_label
+from stlm.report.results import PublishedResult, RunResult, run_label
 from stlm.study import Study
 
 # A clustered interval so many times as wide as Wilson's is told in the notes.
@@ -79,6 +79,15 @@ def accuracy_notes(
             f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
         )
     return notes
+
+
+def prefix_notes(published: Mapping[str, PublishedResult]) -> list[str]:
+    """The token that starts a text of each published model, by which its scores may differ by points."""
+    named = {model.label: model.prefix for model in published.values() if model.prefix is not None}
+    if not named:
+        return []
+    listed = "; ".join(f"{label} {prefix}" for label, prefix in named.items())
+    return [f"published models: a text starts with a token, as params/ or else lm_eval has it: {listed}"]
 
 
 def _group_notes(

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
@@ -18,10 +16,10 @@ from stlm.evaluation.statistics import Interval, holm
 from stlm.integrity import check_beside
 from stlm.project import where_to_stand
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
+from stlm.report.items import read_checkpoints, read_outcomes
 from stlm.report.names import percent
 from stlm.report.pairwise_text import TextComparison, compare_text, text_json, text_lines
-from stlm.report.results import read_outcomes
-from stlm.training.locate import RESULTS, split_step
+from stlm.training.locate import RESULTS, is_file, is_folder, split_step
 
 _ITEMS = "items.parquet"
 
@@ -41,7 +39,16 @@ class Predictions:
 
     def outcomes(self) -> dict[tuple[str, str], pd.DataFrame]:
         """The items of each (benchmark, mode)."""
-        return by_mode(read_outcomes(self.path, self.checkpoint))
+        found = by_mode(read_outcomes(self.path, self.checkpoint))
+        if self.facts is not None:
+            said = {(name, mode) for name, own in self.facts.benchmarks.items() for mode in own.metrics}
+            for benchmark, mode in found:
+                if (benchmark, mode) not in said:
+                    raise UserError(
+                        f"{self.path}: has rows of {benchmark} in {mode} mode, which its metadata "
+                        "does not name; evaluate again"
+                    )
+        return found
 
     def metrics(self, benchmark: str, mode: str) -> list[str]:
         """What the benchmark reports in the mode; acc alone where the file does not say."""
@@ -83,19 +90,14 @@ def find_predictions(name: str) -> Predictions:
     place, step = split_step(name)
     path = _items_file(place)
     check_beside(path.with_name("evaluation.json"), path.name)
-    try:
-        found = pq.read_table(path, columns=["checkpoint", "step"])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not an items.parquet of `stlm evaluate` ({error})") from None
-    pairs = found.group_by(["checkpoint", "step"]).aggregate([]).to_pylist()
-    checkpoints = dict(sorted((row["step"], row["checkpoint"]) for row in pairs))
+    checkpoints = read_checkpoints(path)
     if not checkpoints:
         raise UserError(f"{path}: holds no item: no benchmark was scored")
     chosen = max(checkpoints) if step is None else step
     if chosen not in checkpoints:
         listed = ", ".join(map(str, checkpoints))
         raise UserError(f"{name}: {path} has no checkpoint of step {step} (found: {listed})")
-    return Predictions(path, checkpoints[chosen], chosen, read_facts(path))
+    return Predictions(path, checkpoints[chosen], chosen, _facts(path, checkpoints))
 
 
 def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComparison:
@@ -207,21 +209,34 @@ def print_comparison(a: str, b: str, force: bool = False, machine_readable: bool
 
 def _items_file(name: str) -> Path:
     path = Path(name)
-    if path.is_file():
+    if is_file(path):
         return path
     study, _, run = name.partition("/")
     folders = [path, RESULTS / study / "runs" / run, RESULTS / study / "published" / run]
     for folder in folders if run else folders[:1]:
-        if (folder / _ITEMS).is_file():
+        if is_file(folder / _ITEMS):
             return folder / _ITEMS
     for folder in folders if run else folders[:1]:
-        if folder.is_dir():
+        if is_folder(folder):
             raise UserError(f"{folder}: has no {_ITEMS}; `stlm evaluate` writes it")
     known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
     raise UserError(
         f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/"
         f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
     )
+
+
+def _facts(path: Path, checkpoints: dict[int, str]) -> Facts | None:
+    """What the file says of itself; UserError where that is of other checkpoints than its rows are."""
+    facts = read_facts(path)
+    if facts is not None:
+        said = {checkpoint.step: name for name, checkpoint in facts.checkpoints.items()}
+        if said != checkpoints:
+            raise UserError(
+                f"{path}: its rows are of {', '.join(checkpoints.values())}, its metadata speaks of "
+                f"{', '.join(said.values()) or 'no checkpoint'}; evaluate again"
+            )
+    return facts
 
 
 def _unlike(a: Predictions, b: Predictions) -> tuple[list[str], list[str]]:
@@ -240,7 +255,8 @@ def _description(side: Predictions) -> str:
     facts = side.facts
     weights = facts.checkpoints[side.checkpoint].weights_sha256[:12]
     seed = "" if facts.seed is None else f", seed {facts.seed}"
-    return f"{side} ({facts.label}{seed}; weights {weights}; {facts.precision}, {facts.device})"
+    prefix = "" if facts.prefix is None else f"; texts after {facts.prefix}"
+    return f"{side} ({facts.label}{seed}; weights {weights}{prefix}; {facts.precision}, {facts.device})"
 
 
 def _cells(row: Row) -> list[str]:

@@ -5,42 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
 from stlm.integrity import check_beside
 from stlm.report.asked import check_published, check_scored, check_trained
+from stlm.report.items import read_outcomes
+from stlm.report.rows import read_curve, read_watch
 from stlm.study import Run, Study
 from stlm.tokens.config import DataConfig
 
-ITEM_COLUMNS = ["benchmark", "mode", "item", "option", "gold", "logprob", "n_chars", "greedy"]
-CURVE_COLUMNS = [
-    *("step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"),
-    *("val_loss", "val_bits_per_byte", "val_char_perplexity"),
-]
-WATCH_COLUMNS = ["step", "layer"]  # those of the figures may come and go
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
-class ParameterCounts(BaseModel):
-    total: int
-    embedding: int
-    non_embedding: int
+class Strict(BaseModel):
+    """A part of a record: no text for a number, no NaN, no infinity."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class CheckpointReference(BaseModel):
-    step: int
-    tokens: int
+class ParameterCounts(Strict):
+    total: Count
+    embedding: Count
+    non_embedding: Count
+
+
+class CheckpointReference(Strict):
+    step: Count
+    tokens: Count
     weights_sha256: str
 
 
-class LossSpike(BaseModel):
+class LossSpike(Strict):
     """A loss (nats) far above the level of the steps before, `level`; `rise`: its height at the worst step.
 
     `recovered_after`: steps until the loss was back at the level; None where it never was.
@@ -54,13 +57,13 @@ class LossSpike(BaseModel):
     recovered_after: int | None
 
 
-class Truncation(BaseModel):
+class Truncation(Strict):
     """What cutting matrices to lower ranks lost, of all their Frobenius norm together."""
 
     relative_error: float
 
 
-class StartRecord(BaseModel):
+class StartRecord(Strict):
     """The run whose last weights a run started from, and what they had cost."""
 
     run: str
@@ -69,17 +72,17 @@ class StartRecord(BaseModel):
     truncation: Truncation | None = None
 
 
-class TextRecord(BaseModel):
+class TextRecord(Strict):
     """How much held-out text a figure is of, of how much there is; `text_sha256` is equal for equal text.
 
     What earlier versions did not write is None.
     """
 
-    documents: int | None = None
-    documents_total: int | None = None
-    bytes: int | None = None
-    bytes_total: int | None = None
-    tokens: int | None = None
+    documents: Count | None = None
+    documents_total: Count | None = None
+    bytes: Count | None = None
+    bytes_total: Count | None = None
+    tokens: Count | None = None
     text_sha256: str | None = None
 
     def same_text(self, other: TextRecord) -> bool:
@@ -89,7 +92,7 @@ class TextRecord(BaseModel):
         return self.bytes is not None and self.bytes == other.bytes
 
 
-class TrainRecord(BaseModel):
+class TrainRecord(Strict):
     """train.json: what was trained, with which settings, and how long it took.
 
     `loss_spikes` of runs of earlier versions is None: no one looked. `parts`: what it was computed by, one
@@ -102,10 +105,10 @@ class TrainRecord(BaseModel):
     label: str
     seed: int
     parameters: ParameterCounts
-    steps: int
-    tokens: int
-    seconds: float
-    flops: float
+    steps: Count
+    tokens: Count
+    seconds: Annotated[float, Field(ge=0)]
+    flops: Positive
     device: str
     processor: str | None = None
     parts: list[dict[str, Any]] = []
@@ -126,32 +129,32 @@ class TrainRecord(BaseModel):
     code: dict[str, str | None] = {}
 
 
-class Proportion(BaseModel):
+class Proportion(Strict):
     """An accuracy as a fraction 0..1, its 95% interval, and the number of items."""
 
-    value: float
+    value: Fraction
     low: float
     high: float
-    n: int
+    n: Count
 
 
-class ModeResult(BaseModel):
+class ModeResult(Strict):
     acc: Proportion
     acc_norm: Proportion | None = None
-    word_perplexity: float | None = None
-    truncated: int = 0
+    word_perplexity: Positive | None = None
+    truncated: Count = 0
     groups: dict[str, dict[str, Proportion]] = {}
 
 
-class BenchmarkResult(BaseModel):
+class BenchmarkResult(Strict):
     version: str | int | float
-    items: int
-    items_total: int
+    items: Count
+    items_total: Count
     limit: int | None = None
     modes: dict[str, ModeResult]
 
 
-class DocumentInterval(BaseModel):
+class DocumentInterval(Strict):
     """The 95% interval of bits per byte over documents; `few_documents`: so few that it is too narrow."""
 
     low: float
@@ -162,21 +165,21 @@ class DocumentInterval(BaseModel):
 class Perplexity(TextRecord):
     """Figures of the test text. `interval` is None for one document, and of earlier versions."""
 
-    bits_per_byte: float
-    char_perplexity: float
+    bits_per_byte: Annotated[float, Field(ge=0)]
+    char_perplexity: Positive
     interval: DocumentInterval | None = None
     components: dict[str, Perplexity] = {}
 
 
-class CheckpointResult(BaseModel):
-    step: int
-    tokens: int
+class CheckpointResult(Strict):
+    step: Count
+    tokens: Count
     weights_sha256: str
     perplexity: Perplexity
     benchmarks: dict[str, BenchmarkResult]
 
 
-class EvaluationRecord(BaseModel):
+class EvaluationRecord(Strict):
     """evaluation.json: every evaluated checkpoint by name, and by what and how it was scored.
 
     Nothing of the latter in files of earlier versions.
@@ -191,9 +194,13 @@ class EvaluationRecord(BaseModel):
 
 
 class PublishedRecord(EvaluationRecord):
-    """evaluation.json of a published model, with the number of its parameters, and how it was loaded."""
+    """evaluation.json of a published model, with its size, how it was loaded, the token that starts texts.
 
-    parameters: int
+    Files of earlier versions of STLM name neither.
+    """
+
+    parameters: Count
+    prefix: str | None = None
     published: dict[str, Any] | None = None
 
 
@@ -201,7 +208,8 @@ class PublishedRecord(EvaluationRecord):
 class PublishedResult:
     """A published model's scores, got as the runs' are; `items_path` has a row a scored option.
 
-    `parameters_shown`: its size in the study's own words, where it has any.
+    `parameters_shown`: its size in the study's own words, where it has any. `prefix`: the token that starts a
+    text; None where the file does not say.
     """
 
     name: str
@@ -209,6 +217,7 @@ class PublishedResult:
     parameters: int
     parameters_shown: str | None
     evaluation: EvaluationRecord
+    prefix: str | None
     checkpoint: CheckpointResult
     items_path: Path
     evaluate_command: str
@@ -263,60 +272,6 @@ def run_label(result: RunResult, results: Mapping[str, RunResult]) -> str:
     return f"{result.train.label} (seed {result.train.seed})" if several else result.train.label
 
 
-def read_outcomes(path: Path, checkpoint: str) -> pd.DataFrame:
-    """The outcome of each item of an items.parquet at `checkpoint`, indexed by (benchmark, mode, item).
-
-    Columns: those of `score_items`, and group (the item's finest, "" where it has none). Raises UserError
-    where the file is missing or unreadable.
-    """
-    try:
-        # Files from before there were items of one option lack the column that says what these need.
-        held = pq.read_schema(path).names
-        columns = [name for name in (*ITEM_COLUMNS, "group") if name in held or name != "greedy"]
-        table = pq.read_table(path, columns=columns, filters=[("checkpoint", "==", checkpoint)])
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
-    options = table.to_pandas()
-    keys = ["benchmark", "mode", "item"]
-    groups = options.drop_duplicates(keys).set_index(keys)["group"]
-    return score_items(options).join(groups)
-
-
-def score_items(options: pd.DataFrame) -> pd.DataFrame:
-    """Outcomes by item, indexed by (benchmark, mode, item), from one row an option (columns ITEM_COLUMNS).
-
-    Columns: acc and acc_norm (1 right, 0 wrong, 1/k where the right option ties with k-1 others for the
-    best; of an item of one option, whether it is what the model itself would say), chance (the expected score
-    of a blind choice, 0 where there is one option).
-    """
-    keys = ["benchmark", "mode", "item"]
-    scored = options[keys].copy()
-    gold = options["gold"].to_numpy(bool)
-    scores = {"acc": options["logprob"], "acc_norm": options["logprob"] / options["n_chars"].clip(lower=1)}
-    by_item = scored.groupby(keys, sort=False, observed=True)
-    item = by_item.ngroup().to_numpy()
-    best = {name: score.groupby(item).transform("max") == score for name, score in scores.items()}
-    columns = {"chance": gold.astype(float)}
-    columns |= {f"{name}_best": is_best.astype(float) for name, is_best in best.items()}
-    columns |= {f"{name}_right": (is_best & gold).astype(float) for name, is_best in best.items()}
-    columns["greedy"] = options["greedy"].eq(True).astype(float) if "greedy" in options else 0.0
-    sums = scored.assign(**columns, options=1.0).groupby(keys, sort=False, observed=True).sum()
-    outcomes = pd.DataFrame(
-        {
-            "acc": sums["acc_right"] / sums["acc_best"],
-            "acc_norm": sums["acc_norm_right"] / sums["acc_norm_best"],
-            "chance": sums["chance"] / sums["options"],
-        }
-    )
-    # There is nothing to choose from where there is one option: the model says it unasked or does not.
-    alone = sums["options"] == 1
-    outcomes.loc[alone, ["acc", "acc_norm"]] = sums.loc[alone, ["greedy", "greedy"]].to_numpy()
-    outcomes.loc[alone, "chance"] = 0.0
-    return outcomes
-
-
 def read_results(study: Study) -> dict[str, RunResult]:
     """Every run of the study by name, in the study's order, baseline first.
 
@@ -360,6 +315,7 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
             record.parameters,
             published.parameters,
             record,
+            record.prefix,
             record.checkpoints["published"],
             folder / "items.parquet",
             command,
@@ -382,39 +338,15 @@ def _read_record(path: Path, kind: type[Record], command: str) -> Record:
         raise UserError(f"{error}\nTo make it again, delete it and run `{command}`") from None
 
 
-def _read_rows(path: Path, columns: list[str], command: str, texts: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A CSV file with at least `columns`, numbers all but `texts`."""
-    if not path.is_file():
-        raise _broken(path, "is missing", command)
-    try:
-        rows = pd.read_csv(path)
-    except (ValueError, OSError) as error:  # pandas' parser and decoding errors are ValueErrors
-        raise _broken(path, f"cannot be read ({error})", command) from None
-    missing = [column for column in columns if column not in rows]
-    if missing:
-        found = ", ".join(rows.columns)
-        raise _broken(path, f"has no column {', '.join(missing)} (found: {found})", command)
-    numbers = [column for column in columns if column not in texts]
-    text = [column for column in numbers if len(rows) and not pd.api.types.is_numeric_dtype(rows[column])]
-    if text:
-        raise _broken(path, f"has values that are not numbers in column {', '.join(text)}", command)
-    return rows
-
-
-def _read_watch(path: Path, command: str) -> pd.DataFrame | None:
-    if not path.is_file():  # of an earlier version
-        return None
-    rows = _read_rows(path, WATCH_COLUMNS, command, texts=("layer",))
-    return rows if len(rows) else None
-
-
 def _read_run(study: Study, run: Run) -> RunResult:
     train_command = f"stlm train {study.name} {run.name}"
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
     train = _read_record(run.folder / "train.json", TrainRecord, train_command)
     check_trained(run, train, run.folder / "train.json", train_command)
-    curve = _read_rows(run.folder / "curve.csv", CURVE_COLUMNS, train_command)
-    watch = _read_watch(run.folder / "watch.csv", train_command)
+    try:
+        curve, watch = read_curve(run.folder / "curve.csv"), read_watch(run.folder / "watch.csv")
+    except UserError as error:
+        raise UserError(f"{error}: run `{train_command}`") from None
     check_beside(run.folder / "train.json", "curve.csv", "watch.csv")
     evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
     evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from stlm.files import read_json, read_record
+from stlm.errors import UserError
+from stlm.files import read_record
 from stlm.study import PARAMS, load_corpora
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
@@ -30,6 +31,14 @@ class _Tokens(BaseModel):
     """What meta.json says of sizes."""
 
     components: dict[str, _Component]
+
+
+class _Source(BaseModel):
+    """What source.json says of a text's origin."""
+
+    licence: str | None = None
+    language: str | None = None
+    source: dict[str, Any] = {}
 
 
 class Text(NamedTuple):
@@ -60,16 +69,17 @@ def read_texts(corpus: str, tokenizer: str) -> list[Text]:
     texts = []
     for name in components or mix or [corpus]:
         folder = RAW / corpus if name == corpus else RAW / corpus / name
-        record = read_json(folder / "source.json") if (folder / "source.json").is_file() else {}
+        path = folder / "source.json"
+        record = read_record(path, _Source) if path.is_file() else _Source()
         own = catalogue.get(name)
-        source = record.get("source", {})
+        source = record.source
         texts.append(
             Text(
                 name,
                 components[name].weight if name in components and len(components) > 1 else mix.get(name),
-                record.get("licence") or (own.licence if own else None),
-                record.get("language") or (own.language if own else None),
-                _origin(source) if source else None,
+                record.licence or (own.licence if own else None),
+                record.language or (own.language if own else None),
+                _origin(source, path) if source else None,
                 source.get("repo"),
                 components[name].splits if name in components else None,
             )
@@ -77,8 +87,15 @@ def read_texts(corpus: str, tokenizer: str) -> list[Text]:
     return texts
 
 
-def _origin(source: dict[str, Any]) -> str:
-    """Where the files were found, exactly enough to find them again."""
+def _origin(source: dict[str, Any], path: Path) -> str:
+    """Where the files were found, exactly enough to find them again, as the source.json `path` has it."""
+    try:
+        return _found_at(source)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: source: not what `stlm fetch` writes; fetch the data again") from None
+
+
+def _found_at(source: dict[str, Any]) -> str:
     kind = source["kind"]
     if kind == "hub":
         return f"{source['repo']} at revision {source['revision']}"

@@ -162,7 +162,9 @@ class ChunkTokenizer(Tokenizer):
     @classmethod
     def of(cls, name: str, files: Mapping[str, bytes]) -> ChunkTokenizer:
         """The tokenizer from the content of its files."""
-        content, ends = files["chunks.bin"], accumulate(files["chunk-lengths.bin"], initial=0)
+        content, ends = files["chunks.bin"], list(accumulate(files["chunk-lengths.bin"], initial=0))
+        if ends[-1] != len(content):
+            raise ValueError(f"{len(content)} bytes in chunks, {ends[-1]} by their lengths")
         return cls(name, [content[begin:end] for begin, end in pairwise(ends)])
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -202,6 +204,8 @@ class _Description(BaseModel):
 
     name: str
     sha256: dict[str, str]
+    vocab_size: int
+    eot: int
 
 
 def check_tokenizer(folder: Path, expected: str | None = None) -> str:
@@ -220,30 +224,67 @@ def check_tokenizer(folder: Path, expected: str | None = None) -> str:
     return found
 
 
-def _read_files(folder: Path) -> tuple[str, dict[str, bytes]]:
-    """The name and the files' content of a tokenizer's folder, checked."""
+def _read_files(folder: Path) -> tuple[str, dict[str, bytes], _Description]:
+    """The name, the files' content and the description of a tokenizer's folder, checked."""
     description = read_record(folder / DESCRIPTION, _Description)
     files = {
         file: _checked(folder / file, digest, remedy(folder / file))
         for file, digest in description.sha256.items()
     }
-    return description.name, files
+    return description.name, files, description
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a tokenizer's folder (`tokenizer/` in a folder of tokens or of checkpoints).
 
-    A missing, truncated or changed file is a `UserError` that names it.
+    A file that is missing, truncated or changed, or that is no vocabulary of this kind, is a `UserError` that
+    names it.
     """
-    name, files = _read_files(folder)
+    name, files, description = _read_files(folder)
+    path = folder / DESCRIPTION
+    absent = [file for file in _files_of(name) if file not in files]
+    if absent:
+        raise UserError(
+            f"{path}: sha256 names no {' and no '.join(absent)}, which the tokenizer {name} is made of; "
+            f"{remedy(path)}"
+        )
+    tokenizer = _from_files(name, files, folder)
+    found, said = (tokenizer.vocab_size, tokenizer.eot), (description.vocab_size, description.eot)
+    if found != said:
+        raise UserError(
+            f"{path}: vocab_size and eot are {said[0]} and {said[1]}, but the vocabulary of {name} has "
+            f"{found[0]} tokens; {remedy(path)}"
+        )
+    return tokenizer
+
+
+def _files_of(name: str) -> list[str]:
+    """The files that a tokenizer is made of; an unknown name is a `UserError`."""
+    if name == "bytes":
+        return []
+    if name == "gpt2":
+        return list(GPT2_SHA256)
+    if cuts_chunks(name):
+        return ["chunks.bin", "chunk-lengths.bin"]
+    bpe_vocab_size(name)
+    return ["tokenizer.json"]
+
+
+def _from_files(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
-    if name == "gpt2":
-        return BpeTokenizer(name, _gpt2_ranks(files["encoder.json"]), files)
-    if cuts_chunks(name):
-        return ChunkTokenizer.of(name, files)
-    bpe_vocab_size(name)
-    return trained_tokenizer(name, files["tokenizer.json"])
+    file, *_ = _files_of(name)
+    try:
+        if cuts_chunks(name):
+            return ChunkTokenizer.of(name, files)
+        if name == "gpt2":
+            return BpeTokenizer(name, _gpt2_ranks(files[file]), files)
+        return trained_tokenizer(name, files[file])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{folder / file}: no vocabulary as {name} has (the tokenizer of another program or model?); "
+            f"{remedy(folder / file)}"
+        ) from None
 
 
 def gpt2_tokenizer(vocabulary_folder: Path) -> Tokenizer:
@@ -295,13 +336,26 @@ def _gpt2_ranks(encoder: bytes) -> dict[bytes, int]:
 
 
 def _ranks(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
-    """Token bytes -> id, from a vocabulary written in GPT-2's printable alphabet.
+    """Token bytes -> id, from a vocabulary written in GPT-2's printable alphabet (see `letters`).
 
-    That alphabet shows printable Latin-1 bytes as themselves and the other 68 as U+0100 onwards.
-    Ids grow with the merges, so that they serve as tiktoken's ranks.
+    Ids grow with the merges, so that they serve as tiktoken's ranks. Raises ValueError or KeyError where the
+    vocabulary is of another kind: tiktoken, given it, would end the process from inside Rust.
+    """
+    to_byte = letters()
+    ranks = {bytes(to_byte[letter] for letter in token): id_ for token, id_ in vocabulary.items()}
+    if any(type(id_) is not int for id_ in ranks.values()) or sorted(ranks.values()) != [*range(len(ranks))]:
+        raise ValueError("ids are not 0, 1, 2, ...")
+    if b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("not every byte has a token")
+    return ranks
+
+
+def letters() -> dict[str, int]:
+    """GPT-2's printable alphabet of bytes: letter -> byte.
+
+    Printable Latin-1 bytes stand for themselves, the other 68 are U+0100 onwards.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     to_byte = {chr(byte): byte for byte in printable}
-    to_byte |= {chr(256 + place): byte for place, byte in enumerate(others)}
-    return {bytes(to_byte[letter] for letter in token): id_ for token, id_ in vocabulary.items()}
+    return to_byte | {chr(256 + place): byte for place, byte in enumerate(others)}

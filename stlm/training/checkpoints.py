@@ -7,22 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from stlm.errors import UserError
 from stlm.files import atomic_directory, read_json, sha256, write_record
 from stlm.integrity import Listed, check_files
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig
+from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version
 from stlm.study import Run
-from stlm.training.locate import WEIGHTS
+from stlm.tokens.tokenizer import Tokenizer
+from stlm.training.locate import WEIGHTS, checkpoints_by_step
+from stlm.validation import validate
 
 FORMAT = 1
+_AGAIN = "delete the run's results and train again, or dvc pull"
+
+
+class _Description(BaseModel):
+    """What every reader of a checkpoint's config.json relies on; it says more."""
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    weights_sha256: str
+    model: dict[str, Any]
 
 
 def checkpoint_name(step: int) -> str:
@@ -32,11 +44,11 @@ def checkpoint_name(step: int) -> str:
 
 def last_checkpoint(run: Run, other: str) -> Path:
     """The folder of the last checkpoint of another run of `run`'s study; a ``UserError`` if there is none."""
-    parent = run.folder.with_name(other) / "checkpoints"
-    folders = sorted(parent.glob("step-*"))
-    if not folders:
-        raise UserError(f"{parent}: no checkpoint; run: stlm train {run.study} {other}")
-    return folders[-1]
+    folder = run.folder.with_name(other)
+    found = checkpoints_by_step(folder)
+    if not found:
+        raise UserError(f"{folder / 'checkpoints'}: no checkpoint; run: stlm train {run.study} {other}")
+    return found[max(found)]
 
 
 def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any]) -> str:
@@ -68,34 +80,91 @@ def check_checkpoints(folder: Path, kept: Iterable[Mapping[str, Any]]) -> None:
         read_json(path / "config.json")
 
 
+def read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's config and all of a checkpoint's ``config.json``, which has step, tokens, weights_sha256.
+
+    Raises ``UserError`` naming the key that is missing, of another type or of no model.
+    """
+    path = Path(folder) / "config.json"
+    description = read_json(path)
+    if isinstance(description, dict) and "model_type" in description:
+        raise UserError(f"{path}: of a published model of transformers; expected a checkpoint of a run")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint's description of format {FORMAT}")
+    known = {key: description[key] for key in _Description.model_fields if key in description}
+    validate(_Description, known, str(path))
+    config = validate(ModelConfig, description["model"], str(path), "model")
+    if config.vocab_size is None:
+        raise UserError(f"{path}: model.vocab_size: this key is missing")
+    return config, description
+
+
 def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
     """Load a checkpoint folder: the model in evaluation mode, and the content of ``config.json``.
 
-    Raises ``UserError`` for a missing, truncated or altered file.
+    Raises ``UserError`` for a file that is missing, truncated or altered, for weights that are not those of
+    the model described, and for a weight that is NaN or infinite.
     """
     folder = Path(folder)
-    description = read_json(folder / "config.json")
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"{folder / 'config.json'}: not a checkpoint's description of format {FORMAT}")
+    config, description = read_description(folder)
     path = folder / WEIGHTS
     if not path.exists():
         raise UserError(f"{path}: no such file; train the run again, or dvc pull")
-    damaged = f"{path}: the weights are damaged; delete the run's results and train again, or dvc pull"
+    damaged = f"{path}: the weights are damaged; {_AGAIN}"
     digest = sha256(path)
-    if digest != description.get("weights_sha256"):
+    if digest != description["weights_sha256"]:
         raise UserError(
-            f"{damaged} (SHA-256 {digest[:12]}..., expected {str(description.get('weights_sha256'))[:12]}...)"
+            f"{damaged} (SHA-256 {digest[:12]}..., expected {description['weights_sha256'][:12]}...)"
         )
     try:
-        model = build_model(ModelConfig.model_validate(description["model"]))
         weights = load_file(path)
-        stored: dict[nn.Parameter, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            first = stored.setdefault(parameter, name)
-            weights[name] = weights[first]
-        model.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except SafetensorError as error:
         raise UserError(f"{damaged} ({str(error).splitlines()[0]})") from None
-    except ValidationError as error:
-        raise UserError(f"{folder / 'config.json'}: model: {error.errors()[0]['msg']}") from None
+    model = _model_of(config, weights, path)
     return model.to(device).eval(), description
+
+
+def _model_of(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> Transformer:
+    """The model of `config` with the `weights` of the file `path`; ``UserError`` where they do not fit."""
+
+    def misfit(reason: str) -> UserError:
+        return UserError(f"{path}: not the weights of the model in config.json: {reason}; {_AGAIN}")
+
+    # Counted first: a model of another size may be too large to build.
+    stored, described = sum(map(Tensor.numel, weights.values())), parameter_counts(config).total
+    if stored != described:
+        raise misfit(f"{stored:,} numbers, expected {described:,}")
+    model = build_model(config)
+    wanted = dict(model.named_parameters())
+    for name in [*wanted, *weights]:
+        if name not in weights:
+            raise misfit(f"no tensor {name}")
+        if name not in wanted:
+            raise misfit(f"a tensor {name}, which it does not have")
+        found, parameter = weights[name], wanted[name]
+        if (found.shape, found.dtype) != (parameter.shape, parameter.dtype):
+            raise misfit(
+                f"{name} is {found.dtype} {list(found.shape)}, "
+                f"expected {parameter.dtype} {list(parameter.shape)}"
+            )
+        if not torch.isfinite(found).all():
+            raise UserError(f"{path}: the tensor {name} has NaN or infinite values; {_AGAIN}")
+    # A weight with several places is stored under the name of the first.
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights[name] = weights[first.setdefault(parameter, name)]
+    model.load_state_dict(weights)
+    return model
+
+
+def check_fits(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """``UserError`` where the tokenizer beside the checkpoint `folder` is not the model's, by its size.
+
+    A byte-level model reads the bytes of any tokenizer's tokens.
+    """
+    size = model.config.vocab_size
+    if model.config.bytes is None and size != tokenizer.vocab_size:
+        raise UserError(
+            f"{folder}: the model has {size:,} tokens, its tokenizer {tokenizer.name} "
+            f"{tokenizer.vocab_size:,}; {_AGAIN}"
+        )

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from stlm.errors import UserError
-from stlm.files import atomic_path, read_json, sha256
+from stlm.files import atomic_path, sha256
 from stlm.integrity import check_seal, seal
 from stlm.model.transformer import Transformer
 from stlm.remedy import remedy
 from stlm.study import Run
 from stlm.tokens.shards import ComponentTokens
-from stlm.training.checkpoints import last_checkpoint, load_checkpoint
+from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
 from stlm.training.distributed import Group
 
 # Measured at once: so many tokens, and so many logits (of 4 bytes; the loss needs a few times that).
@@ -38,7 +38,7 @@ class Reference:
         assert run.reference is not None
         self.run, self.device, self.group = run, device, group or Group()
         self.checkpoint = last_checkpoint(run, run.reference)
-        self.weights_sha256 = str(read_json(self.checkpoint / "config.json")["weights_sha256"])
+        self.weights_sha256 = str(read_description(self.checkpoint)[1]["weights_sha256"])
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name begins with a dot
         self._given = hashlib.sha256()
 

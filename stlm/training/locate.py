@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from stlm.errors import UserError, nearest
@@ -10,6 +11,7 @@ from stlm.project import where_to_stand
 
 RESULTS = Path("results")
 WEIGHTS = "model.safetensors"
+_STEP = re.compile(r"step-([0-9]{1,18})")
 
 
 def split_step(name: str) -> tuple[str, int | None]:
@@ -19,22 +21,23 @@ def split_step(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, others: Iterable[str] = ()) -> Path:
     """The folder of the checkpoint that `name` means: of a run's, the last or the one of the step after an @.
 
-    Raises UserError where there is none, naming the nearest run or the steps that there are.
+    Raises UserError where there is none, naming the steps that there are, or the nearest run or other name
+    that the caller knows (`others`).
     """
     place, step = split_step(name)
     folder = Path(place)
-    if step is None and (folder / WEIGHTS).is_file():
+    if step is None and is_file(folder / WEIGHTS):
         return folder
     study, _, run = place.partition("/")
     for candidate in (folder, RESULTS / study / "runs" / run):
-        found = _steps(candidate)
+        found = checkpoints_by_step(candidate)
         if found:
             break
     else:
-        raise UserError(_nothing(place, folder, RESULTS / study / "runs" / run))
+        raise UserError(_nothing(place, others, folder, RESULTS / study / "runs" / run))
     chosen = max(found) if step is None else step
     if chosen not in found:
         listed = ", ".join(map(str, sorted(found)))
@@ -42,17 +45,41 @@ def find_checkpoint(name: str) -> Path:
     return found[chosen]
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run's folder by step."""
-    found = (folder / "checkpoints").glob("step-*")
-    return {int(one.name.removeprefix("step-")): one for one in found if (one / WEIGHTS).is_file()}
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run's folder by step, in order; what else is named step-* is none of them.
+
+    One whose weights are missing counts: another must not be taken for it.
+    """
+    try:
+        found = [one for one in (folder / "checkpoints").glob("step-*") if one.is_dir()]
+    except (OSError, ValueError):  # a name that no disk can hold
+        return {}
+    numbered = [(_STEP.fullmatch(one.name), one) for one in found]
+    return dict(sorted((int(match[1]), one) for match, one in numbered if match))
 
 
-def _nothing(name: str, *folders: Path) -> str:
-    trained = [folder for folder in folders if (folder / "train.json").is_file()]
+def is_file(path: Path) -> bool:
+    """Whether a file is there; of a name that no disk can hold it is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; of a name that no disk can hold it is not."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _nothing(name: str, others: Iterable[str], *folders: Path) -> str:
+    trained = [folder for folder in folders if is_file(folder / "train.json")]
     if trained:
         return f"{trained[0]}: has no checkpoints; `dvc pull` gets them, `stlm train` makes them"
     known = [f"{path.parts[-4]}/{path.parts[-2]}" for path in RESULTS.glob("*/runs/*/checkpoints")]
+    known += others
     return (
         f"{name}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*), nor a "
         f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stlm.files import read_json
-from stlm.model.config import ModelConfig
 from stlm.model.inherit import inherit
 from stlm.model.transformer import Transformer
 from stlm.study import Run
-from stlm.training.checkpoints import last_checkpoint, load_checkpoint
+from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
 
 
 class Start:
@@ -19,9 +17,9 @@ class Start:
         """Raises ``UserError`` where there is no checkpoint yet."""
         assert run.origin is not None
         self.checkpoint = last_checkpoint(run, run.origin)
-        description = read_json(self.checkpoint / "config.json")
+        model, description = read_description(self.checkpoint)
         tokens = description["tokens"]
-        origin = run.model_copy(update={"model": ModelConfig.model_validate(description["model"])})
+        origin = run.model_copy(update={"model": model})
         # The text goes on where that run stopped.
         self.rows = tokens // run.model.context
         self.record: dict[str, Any] = {

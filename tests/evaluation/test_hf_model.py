@@ -213,6 +213,69 @@ def test_a_tokenizer_of_another_model_is_told(tmp_path: Path) -> None:
         load_hf(tmp_path)
 
 
+def test_ids_beyond_the_rows_are_named(tmp_path: Path) -> None:
+    """Added tokens too, whether a text has them or not; ids up to the last row are padding's."""
+    save(tmp_path, "gpt2")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    first = len(content["model"]["vocab"])
+    for id_ in range(first, VOCABULARY + 1):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": id_, "content": f"<{id_}>"})
+        path.write_text(json.dumps(content))
+        if id_ == VOCABULARY - 1:
+            assert load_hf(tmp_path)[1].vocab_size == VOCABULARY
+    told = r"401 tokens, the model's embedding 400: 1 have no row, first '<400>' \(400\)"
+    with pytest.raises(UserError, match=told):
+        load_hf(tmp_path)
+
+
+def test_weights_of_whole_numbers_are_named(tmp_path: Path) -> None:
+    save(tmp_path, "gpt2")
+    weights = load_file(tmp_path / "model.safetensors")
+    (key,) = [key for key in weights if key.endswith("ln_f.weight")]
+    weights[key] = weights[key].to(torch.int8)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"the tensor {key} is of I8; expected F64"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "a JSON list"),
+        ("{}", "weight_map: expected the names of tensors"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', r"lists gone\.safetensors, not in the folder \(found "),
+        ('{"weight_map": {"a": "../x.safetensors"}}', r"lists \.\./x\.safetensors, not in the folder"),
+    ],
+)
+def test_an_index_of_weights_is_checked(tmp_path: Path, content: str, message: str) -> None:
+    save(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_hf(tmp_path)
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+def test_whatever_a_library_raises_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "gpt2")
+    for error in (Panic("index out of bounds\nnote: run with"), ZeroDivisionError("division by zero")):
+
+        def fail(*arguments: object, error: BaseException = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+        with pytest.raises(UserError) as told:
+            load_hf(tmp_path)
+        assert "transformers cannot load it, the tokenizer: " in str(told.value)
+        assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stlm.cli import main
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
+from stlm.evaluation.predictions import read_facts
 from stlm.evaluation.published import evaluate_published
 from stlm.files import read_json
 from stlm.study import PublishedModel, Run, load_study
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenizer import load_tokenizer
+from stlm.validation import read_yaml
 
 STUDY = """
 description: A study with a published model.
@@ -108,7 +110,7 @@ def test_the_files_are_those_of_a_run(run: Run) -> None:
     save(Path(published.folder), "gpt2")
     evaluate_published(published, config)
     own, other = (read_json(folder / "evaluation.json") for folder in (run.folder, published.results_folder))
-    assert own.keys() == other.keys() - {"parameters", "context", "published"}
+    assert own.keys() == other.keys() - {"parameters", "context", "prefix", "published"}
     (own_scores,), (other_scores,) = own.pop("checkpoints").values(), other.pop("checkpoints").values()
     assert own_scores.keys() == other_scores.keys()
     for key in ("bytes", "chars", "documents", "documents_total", "bytes_total", "text_sha256"):
@@ -123,6 +125,76 @@ def test_the_files_are_those_of_a_run(run: Run) -> None:
     assert tables[0].schema.names == tables[1].schema.names
     for column in ("benchmark", "mode", "item", "group", "option", "gold", "n_bytes", "n_chars"):
         assert tables[0][column].to_pylist() == tables[1][column].to_pylist()
+
+
+@pytest.mark.parametrize(("prefix", "start"), [("</s>", 1), ("\\n", None)])
+def test_the_token_that_starts_a_text_is_a_setting(published: Path, prefix: str, start: int | None) -> None:
+    """It stands where the tokenizer puts its bos, and before an option without a context."""
+    Path("params/own.yaml").write_text(
+        STUDY.replace("label: TinyLlama", f'label: TinyLlama, prefix: "{prefix}"')
+    )
+    assert main(["evaluate", "own", "tiny-llama"]) == 0
+    record = read_json(published / "evaluation.json")
+    tokenizer = AutoTokenizer.from_pretrained("models/tiny")
+    if start is None:
+        (start,) = tokenizer.encode("\n", add_special_tokens=False)
+    assert record["prefix"] == tokenizer.convert_ids_to_tokens(start)
+    assert record["published"]["prefix"] == prefix.replace("\\n", "\n")
+    assert read_facts(published / "items.parquet").prefix == record["prefix"]
+
+    model = AutoModelForCausalLM.from_pretrained("models/tiny")
+    rows = pq.read_table(published / "items.parquet").to_pylist()
+    pairs = pq.read_table("data/raw/synthetic_pairs").to_pylist()
+    choices = pq.read_table("data/raw/synthetic_choice").to_pylist()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def row(benchmark: str) -> dict:
+        return next(
+            row for row in rows if (row["benchmark"], row["mode"], row["option"]) == (benchmark, "harness", 0)
+        )
+
+    ids = [start, *encode(" " + pairs[0]["sentence_good"])]
+    assert row("synthetic_pairs")["logprob"] == pytest.approx(-nats(model, ids, 1), abs=1e-3)
+    context, ending = encode(choices[0]["ctx"]), encode(f"{choices[0]['ctx']} {choices[0]['endings'][0]}")
+    ids = [start, *ending]
+    assert row("synthetic_choice")["logprob"] == pytest.approx(-nats(model, ids, 1 + len(context)), abs=1e-3)
+
+
+def test_a_prefix_that_is_no_token_is_refused_with_the_nearest(published: Path, capsys) -> None:
+    Path("params/own.yaml").write_text(STUDY.replace("label: TinyLlama", "prefix: </t>"))
+    assert main(["evaluate", "own", "tiny-llama"]) == 2
+    assert "prefix: '</t>' is no token of tiny (did you mean '</s>'?)" in capsys.readouterr().err
+
+
+def test_the_prefix_is_part_of_what_both_engines_compare(project: Path) -> None:
+    """DVC by the key's place in the file, Snakemake by the model's values; none for models without one."""
+    Path("params/own.yaml").write_text(STUDY)
+    assert "prefix" not in load_study("own").published["tiny-llama"].model_dump()
+    assert main(["use", "own"]) == 0
+    stage = read_yaml(Path("dvc.yaml"))["stages"]["evaluate-own-tiny-llama"]
+    assert stage["params"] == [{"params/own.yaml": ["evaluation", "published.tiny-llama"]}]
+    given = load_study("own", ["published.tiny-llama.prefix=</s>"]).published["tiny-llama"]
+    assert given.model_dump(mode="json")["prefix"] == "</s>"
+
+
+def test_a_study_lists_its_published_models(published: Path, capsys) -> None:
+    assert main(["study", "own"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header, row = (line.split() for line in lines[-2:])
+    assert header == ["published", "label", "parameters", "folder"]
+    numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("models/tiny").parameters())
+    assert row == ["tiny-llama", "TinyLlama", f"~{numbers / 1000:.3g}K", "models/tiny", "there"]
+    (Path("models/tiny") / "model.safetensors").write_bytes(b"")
+    main(["study", "own"])
+    assert "cannot be read: models/tiny/model.safetensors: 0 bytes" in capsys.readouterr().out
+    shutil.rmtree("models")
+    Path("params/own.yaml").write_text(STUDY.replace("label:", "parameters: 1.1B, label:"))
+    main(["study", "own"])
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        *("tiny-llama", "TinyLlama", "1.1B", "models/tiny", "not", "there")
+    ]
 
 
 def test_names_are_checked(project: Path) -> None:

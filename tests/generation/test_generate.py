@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from stlm.generation.generate import continuation, load_generator
 from stlm.generation.sampling import Sampling
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import END
-from stlm.tokens.tokenizer import ChunkTokenizer
+from stlm.tokens.tokenizer import ByteTokenizer, ChunkTokenizer
 
 GREEDY = Sampling(temperature=0)
 EOT = 256
@@ -192,8 +193,6 @@ def test_what_a_byte_level_model_forgets_of_a_prompt_is_told_in_bytes(said, byte
 def test_mistakes(said, arguments: tuple[str, ...], message: str) -> None:
     text, told, status = said(*arguments, stdin=b"\xff")
     assert status == 2 and text == ""
-    import re
-
     assert re.search(message, told), told
 
 
@@ -202,6 +201,32 @@ def test_a_run_without_its_checkpoints(said, run: Path) -> None:
     other.mkdir(exist_ok=True)
     (other / "train.json").write_text("{}")
     assert "results/toy/runs/other: has no checkpoints; `dvc pull`" in said("toy/other", "a")[1]
+
+
+def test_what_is_no_checkpoint_is_passed_over(said, run: Path) -> None:
+    text = said("toy/first", "the cat", "--tokens", "9")[0]
+    for name in ("step-abc", "step-", "step-\u0663", "step-" + "9" * 200):
+        (run / "checkpoints" / name).mkdir()
+    assert said("toy/first", "the cat", "--tokens", "9")[0] == text
+    for name in (f"toy/first@{'9' * 5000}", "toy/" + "a" * 300, "toy/fi\0rst", "", "/"):
+        assert said(name, "a")[2] == 2, name
+
+
+def test_weights_that_are_gone_are_not_replaced_by_earlier_ones(said, run: Path) -> None:
+    last = run / "checkpoints" / "step-0000002" / "model.safetensors"
+    content = last.read_bytes()
+    last.unlink()
+    assert "step-0000002/model.safetensors: no such file" in said("toy/first", "a")[1]
+    last.write_bytes(content)
+
+
+def test_a_tokenizer_of_another_model_is_told(said, run: Path) -> None:
+    folder = run / "checkpoints" / "tokenizer"
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ByteTokenizer().save(folder)
+    assert re.search(r"the model has 270 tokens, its tokenizer bytes 257", said("toy/first", "a")[1])
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
 
 
 def process(run: Path, *arguments: str) -> subprocess.Popen[bytes]:

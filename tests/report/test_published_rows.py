@@ -1,5 +1,6 @@
 """Published models in the report: their rows in Table 2, and what is missing named with its command."""
 
+import csv
 import json
 import shutil
 
@@ -30,6 +31,7 @@ def study(make_study):
         published[name] = model
         record = json.loads((study.runs[run].folder / "evaluation.json").read_text())
         record["parameters"] = 4_066_000
+        record["published"] = model.settings
         record["checkpoints"] = {"published": list(record["checkpoints"].values())[-1]}
         model.results_folder.mkdir(parents=True)
         (model.results_folder / "evaluation.json").write_text(json.dumps(record))
@@ -49,8 +51,47 @@ def test_rows_of_table_2(study):
     assert first.startswith("| Model tiny-a | 1.1B |") and second.startswith("| Model tiny-b | 4.066M |")
     scores = read_published(study)["tiny-a"].checkpoint.benchmarks["blimp"].modes["harness"].acc
     assert f"| {100 * scores.value:.1f} \\[" in first and "p " not in first
-    csv = (study.folder / "tables" / "table2.csv").read_text()
-    assert csv.count("\npublished,") == 2
+    text = (study.folder / "tables" / "table2.csv").read_text()
+    assert text.count("\npublished,") == 2
+
+
+def _record(study, name: str, **keys) -> None:
+    path = study.published[name].results_folder / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def test_the_token_that_starts_a_text_is_shown(study):
+    report(study)
+    text = (study.folder / "tables" / "table2.md").read_text()
+    assert "a text starts with" not in text, "records of earlier versions do not name it"
+    asked = study.published["tiny-b"].model_copy(update={"context": 32, "prefix": "<s>"})
+    _record(study, "tiny-a", prefix="<|endoftext|>")
+    _record(study, "tiny-b", prefix="<s>", published=asked.settings)
+    other = study.model_copy(update={"published": {**study.published, "tiny-b": asked}})
+    report(other)
+    for name in ("table2", "table2-paper-mode"):
+        text = (study.folder / "tables" / f"{name}.md").read_text()
+        assert r"Model tiny-a \<\|endoftext\|>; Model tiny-b \<s>" in text
+    rows = csv.DictReader((study.folder / "tables" / "table2.csv").open())
+    assert [row["prefix"] for row in rows if row["kind"] == "published"] == ["<|endoftext|>", "<s>"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded", "message"),
+    [
+        ({"prefix": "<s>"}, {}, "prefix: not set, the study asks for <s>"),
+        ({}, {"prefix": "<s>"}, "prefix: <s>, the study asks for not set"),
+        ({"prefix": "</s>"}, {"prefix": "<s>"}, "prefix: <s>, the study asks for </s>"),
+    ],
+)
+def test_scores_made_after_another_token_are_refused(study, asked, recorded, message):
+    model = study.published["tiny-a"]
+    _record(study, "tiny-a", prefix="<s>", published=model.model_copy(update=recorded).settings)
+    other = study.model_copy(
+        update={"published": {**study.published, "tiny-a": model.model_copy(update=asked)}}
+    )
+    with pytest.raises(UserError, match=rf"{message}: run `stlm evaluate toy tiny-a`"):
+        read_published(other)
 
 
 def test_a_study_without_published_models_has_no_such_rows(study):

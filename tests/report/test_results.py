@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from stlm.errors import UserError
-from stlm.report.results import read_results, score_items
+from stlm.report.items import score_items
+from stlm.report.results import read_results
 from stlm.tokens.config import DataConfig
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}

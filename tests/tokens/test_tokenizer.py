@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import tokenizers
 from raw_samples import stories
 
 from stlm.errors import UserError
+from stlm.files import read_json
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer
 
@@ -179,6 +181,59 @@ def test_damaged_vocabulary_files(tmp_path: Path, bpe: Tokenizer) -> None:
         (tmp_path / "bpe" / "tokenizer-name.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=rf"tokenizer-name\.json: not what its stage writes \({key}"):
             load_tokenizer(tmp_path / "bpe")
+
+
+def _vocabulary(folder: Path, change) -> None:
+    """Another tokenizer.json in a tokenizer's folder, whose description has its digest."""
+    path, description = folder / "tokenizer.json", folder / "tokenizer-name.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    said = read_json(description)  # without its checksum
+    said["sha256"] = {"tokenizer.json": hashlib.sha256(path.read_bytes()).hexdigest()}
+    description.write_text(json.dumps(said))
+
+
+def _with(vocabulary: dict) -> dict:
+    return {"model": {"vocab": vocabulary}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Ranks without the single bytes make tiktoken panic, which no `except Exception` catches.
+        lambda content: _with({f"word{number}": number for number in range(299)}),
+        lambda content: _with({f"\u2581{token}": id_ for token, id_ in content["model"]["vocab"].items()}),
+        lambda content: _with(content["model"]["vocab"] | {"!": 3}),
+        lambda content: _with(content["model"]["vocab"] | {"!": "0"}),
+        lambda content: _with({}),
+        lambda content: {"version": "1.0"},
+        lambda content: [],
+    ],
+    ids=["words", "letters", "ids", "texts", "empty", "no model", "list"],
+)
+def test_vocabularies_of_another_kind(tmp_path: Path, bpe: Tokenizer, change) -> None:
+    bpe.save(tmp_path)
+    _vocabulary(tmp_path, change)
+    with pytest.raises(UserError, match=rf"tokenizer\.json: no vocabulary as {bpe.name} has"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"sha256": {}}, r"sha256 names no tokenizer\.json, which the tokenizer bpe-\d+ is made of"),
+        ({"name": "gpt2"}, r"names no encoder\.json and no vocab\.bpe"),
+        ({"name": "words"}, r"names no chunks\.bin and no chunk-lengths\.bin"),
+        ({"name": "own"}, "unknown tokenizer 'own'"),
+        ({"vocab_size": 9999}, "vocab_size and eot are 9999 and "),
+        ({"name": "bytes", "sha256": {}}, "but the vocabulary of bytes has 257 tokens"),
+    ],
+)
+def test_descriptions_that_do_not_fit_their_files(tmp_path: Path, bpe: Tokenizer, said, message) -> None:
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer-name.json"
+    path.write_text(json.dumps(read_json(path) | said))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
 
 
 def test_a_damaged_copy_of_gpt2(tmp_path: Path, gpt2_folder: Path) -> None:

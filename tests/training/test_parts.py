@@ -1,17 +1,12 @@
-"""Schedules, optimizer groups and checkpoints."""
+"""Schedules and optimizer groups."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
-from stlm.errors import UserError
-from stlm.files import read_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.config import TrainingConfig
 from stlm.training.optimizers import build_optimizer
 from stlm.training.schedules import learning_rate
@@ -52,52 +47,3 @@ def test_gains_do_not_decay_and_matrices_do():
     assert sum(p.numel() for p in free["params"]) == 5 * 32
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert total == sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def checkpoint(request, tmp_path):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        layers=1, width=16, heads=2, kv_heads=1, ffn_width=24, vocab_size=50, context=8, tied=request.param
-    )
-    model = Transformer(config).eval()
-    save_checkpoint(tmp_path / "step-0000001", model, {"step": 1})
-    return tmp_path / "step-0000001", model
-
-
-def test_a_checkpoint_is_self_describing_and_gives_the_same_logits(checkpoint):
-    folder, model = checkpoint
-    loaded, description = load_checkpoint(folder)
-    assert description["step"] == 1
-    assert description["model"]["kv_heads"] == 1
-    assert description["code"]["torch"] == torch.__version__
-    tokens_BL = torch.arange(8)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens_BL), loaded(tokens_BL), atol=0, rtol=0)
-    assert (loaded.output.weight is loaded.embedding.weight) == model.config.tied
-
-
-def test_damaged_checkpoints_are_told(checkpoint):
-    folder, _ = checkpoint
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    whole, text = weights.read_bytes(), config.read_text()
-    plain = json.dumps(read_json(config), indent=2)  # without a checksum, as earlier versions wrote it
-    for damaged in (whole[:-10], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
-        weights.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"model.safetensors: the weights are damaged"):
-            load_checkpoint(folder)
-    weights.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors: no such file"):
-        load_checkpoint(folder)
-    weights.write_bytes(whole)
-    for content, expected in [
-        (text[:40], "config.json: not valid JSON"),
-        ("[]", "config.json: not a checkpoint's description"),
-        (json.dumps({**read_json(config), "format": 99}), "config.json: not a checkpoint's description"),
-        (text.replace('"width": 16', '"width": 32'), "config.json: damaged"),
-        (plain.replace('"width": 16', '"width": 32'), "the weights are damaged"),
-        (plain.replace('"width": 16', '"width": 17'), "config.json: model: "),
-    ]:
-        config.write_text(content)
-        with pytest.raises(UserError, match=expected):
-            load_checkpoint(folder)

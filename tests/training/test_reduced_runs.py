@@ -38,7 +38,7 @@ def model_of(run):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_has_shared_tensors_once(make_run, tmp_path, tied):
     model = model_of(make_run(model={**REDUCED, "tied": tied})).eval()
-    save_checkpoint(tmp_path / LAST, model, {})
+    save_checkpoint(tmp_path / LAST, model, {"step": 1, "tokens": 8})
     with safe_open(tmp_path / LAST / "model.safetensors", framework="pt") as file:
         kept = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118 - no mapping
     assert sum(kept.values()) == sum(p.numel() for p in model.parameters())

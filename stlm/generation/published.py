@@ -1,0 +1,133 @@
+"""A published model, of `transformers`, that continues a text, with its own cache or without."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stlm.errors import UserError
+from stlm.evaluation.hf_model import HfModel, load_hf
+from stlm.evaluation.hf_tokenizer import HfTokenizer
+from stlm.generation.tokens import window_begin
+from stlm.tokens.tokenizer import letters, utf8
+
+# What any tokenizer must give back, token by token: words, spaces, letters of several bytes.
+_SAMPLE = "A text, né on  two lines:\n\u6c34 \U0001f642!"
+
+
+class HfGenerator:
+    """A :class:`~stlm.generation.interface.TextGenerator` of a published model; its symbols are tokens.
+
+    The text follows the token that starts texts where the model is scored, and ends with the tokenizer's eos.
+    Where it outgrows the context the window moves on as a `TokenGenerator`'s. Rows of the model that have no
+    token are never drawn. With `cached` the model keeps what it keeps of the tokens read, in a class of
+    transformers'; the tokens are the same without, rounding aside.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, model: HfModel, tokenizer: HfTokenizer, cached: bool = True) -> None:
+        if model.packs:
+            raise ValueError("attention within rows knows no cache: load the model with packing=False")
+        self._model, self._tokenizer, self._cached = model.model, tokenizer, cached
+        self._context = model.config.context
+        self._device = model.model.get_output_embeddings().weight.device
+        self.eot = tokenizer.eos
+        self._pieces = _Pieces(tokenizer)
+        empty_V = torch.ones(model.config.vocab_size, dtype=torch.bool)
+        empty_V[list(tokenizer.ids.values())] = False
+        self._empty_V = empty_V.to(self._device)
+        takes = inspect.signature(model.model.forward).parameters
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._tokens: list[int] = []
+        self._begin = 0  # the first of them in the window
+        self._read, self._past = 0, None  # tokens of the window that the cache holds
+
+    @property
+    def forgotten(self) -> int:
+        """See `TextGenerator`. The token that starts the text is none of them."""
+        return max(0, self._begin - 1)
+
+    def start(self, prompt: str) -> Tensor:
+        """See `TextGenerator`."""
+        utf8(prompt)  # UserError for what it cannot hold
+        self._tokens = [self._tokenizer.eot, *self._tokenizer.encode(prompt)]
+        self._begin, self._read, self._past = 0, 0, None
+        return self._logits()
+
+    def next(self, symbol: int) -> Tensor:
+        """See `TextGenerator`."""
+        self._tokens.append(symbol)
+        return self._logits()
+
+    def piece(self, symbol: int) -> bytes:
+        """See `TextGenerator`."""
+        return self._pieces[symbol]
+
+    @torch.inference_mode()
+    def _logits(self) -> Tensor:
+        begin = window_begin(len(self._tokens), self._context)
+        if begin > self._begin or not self._cached:
+            self._read, self._past = 0, None
+        self._begin = begin
+        tokens_1L = torch.tensor([self._tokens[begin + self._read :]], device=self._device)
+        found = self._model(
+            input_ids=tokens_1L, past_key_values=self._past, use_cache=self._cached, **self._last_alone
+        )
+        if self._cached:
+            self._past = getattr(found, "past_key_values", None)
+            self._cached = self._past is not None  # a recurrent model has a state of another kind
+            self._read = len(self._tokens) - begin
+        return found.logits[0, -1].float().masked_fill(self._empty_V, -torch.inf)
+
+
+class _Pieces:
+    """The bytes that each token adds to a text, by how the tokenizer's decoder joins tokens.
+
+    Byte-level: the letters of a token stand for bytes. Otherwise \u2581 stands for a space and <0x0A> for a
+    byte, as SentencePiece has it. UserError where a sample does not come back, as of decoders of other kinds.
+    """
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self._texts = {id_: token for token, id_ in tokenizer.ids.items()}
+        self._added = tokenizer.added
+        self._byte_level = "ByteLevel" in tokenizer.decoders
+        self._byte_of = letters()
+        found = b"".join(self[token] for token in tokenizer.encode(_SAMPLE)).decode(errors="replace")
+        # Some put a space before a text, some cannot hold every letter: then decode() cannot either.
+        if found.lstrip(" ") != tokenizer.decode(tokenizer.encode(_SAMPLE)).lstrip(" "):
+            raise UserError(
+                f"{tokenizer.name}: its tokens are joined to texts in a way that is not known here "
+                f"({', '.join(tokenizer.decoders) or 'no decoder'}): {_SAMPLE!r} would be {found!r}"
+            )
+
+    def __getitem__(self, token: int) -> bytes:
+        text = self._texts[token]
+        if token in self._added:
+            return text.encode()
+        if self._byte_level:
+            known = self._byte_of
+            return b"".join(bytes([known[one]]) if one in known else one.encode() for one in text)
+        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a model of `transformers`, which a checkpoint's is not."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "model_type" in content and "weights_sha256" not in content
+
+
+def load_published(folder: Path, device: torch.device, cached: bool = True, **options: Any) -> HfGenerator:
+    """The generator for a published model's folder; `options`, UserError: as of `load_hf`."""
+    model, tokenizer = load_hf(folder, packing=False, **options)
+    return HfGenerator(model.to(device), tokenizer, cached)
