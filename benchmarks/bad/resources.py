@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bad.case import Case, put
+from stlm.files import read_json, write_record
 
 _TRAIN, _EVALUATE = ("train", "tiny", "baseline"), ("evaluate", "tiny", "baseline")
 _CHOICE = "data/raw/synthetic_choice/validation.parquet"
@@ -66,9 +66,10 @@ def _link_to_nothing(project: Path) -> None:
 
 
 def _rows(change: Callable[[pa.Table], pa.Table], path: str = _CHOICE) -> Callable[[Path], None]:
-    """A benchmark's file with a change in it."""
+    """A benchmark's file with a change in it, of which no record says that it is one."""
 
     def spoil(project: Path) -> None:
+        (project / path).with_name("source.json").unlink()
         pq.write_table(change(pq.read_table(project / path)), project / path)
 
     return spoil
@@ -88,7 +89,7 @@ def _with_label(value: int | None) -> Callable[[pa.Table], pa.Table]:
 
 def _vocabulary(project: Path) -> None:
     path = project / _TOKENS / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 319}))
+    write_record(path, read_json(path) | {"vocab_size": 319})
 
 
 def _cut(path: str) -> Callable[[Path], None]:
@@ -248,7 +249,7 @@ def _benchmarks() -> list[Case]:
             _rows(lambda table: table.set_column(1, "endings", pa.array(["abc"] * len(table)))),
             "column endings: found string, expected a list",
         ),
-        "no parquet file": (put(_CHOICE, "text"), f"not a readable parquet file .*{fetch}"),
+        "no parquet file": (put(_CHOICE, "text"), rf"validation\.parquet: .*{fetch}"),
         "another split": (
             lambda project: (project / _CHOICE).rename(project / "data/raw/synthetic_choice/test.parquet"),
             f"no parquet file of the split validation .*{fetch}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
@@ -15,6 +14,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import RAW, evaluate_run
+from stlm.files import read_json, write_record
 from stlm.preflight import check_evaluation, check_training, check_writable
 from stlm.study import Study
 from stlm.training.memory import Room
@@ -206,7 +206,7 @@ def test_items_that_do_not_exist_are_told(check):
 
 def test_tokens_of_another_vocabulary_are_told(check, run):
     path = run.tokens_folder / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 300}))
+    write_record(path, read_json(path) | {"vocab_size": 300})
     with pytest.raises(UserError, match="found 300, expected 257 as in bytes; run: stlm tokenize tiny bytes"):
         check()
     path.unlink()
