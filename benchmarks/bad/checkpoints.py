@@ -315,7 +315,7 @@ def _prompts() -> list[Case]:
             r"--seed: \d+: expected",
         ),
         Case("generate: a seed -1", generate("A", "--seed=-1"), None, r"whole number of at least 0"),
-        Case("generate: 2^65 samples", generate("A", "--samples", str(2**65)), None, r"--samples: \d+: exp"),
+        Case("generate: 2^65 samples", generate("A", "--samples", str(2**65)), None, r"--samples"),
         Case("generate: an empty prompt", generate("", *five), status=0),
         Case("generate: a lone surrogate", generate("a\udcff"), None, r"lone surrogate"),
         Case("generate: stdin that is no UTF-8", generate("-"), None, r"not UTF-8", stdin=b"\xff\xfe"),
