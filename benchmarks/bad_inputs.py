@@ -66,21 +66,20 @@ class Outcome:
 
     def record(self) -> dict[str, Any]:
         """As results/benchmarks/bad_inputs.json has it."""
-        arguments = [
-            text if len(text) <= 60 else f"{text[:40]}... ({len(text)})" for text in self.case.arguments
-        ]
-        found = {"arguments": " ".join(arguments), "status": self.status, "lines": self.lines}
+        shown = (text if len(text) <= 60 else f"{text[:40]}... ({len(text)})" for text in self.case.arguments)
+        arguments = " ".join(shown).encode(errors="backslashreplace").decode()
+        found = {"arguments": arguments, "status": self.status, "lines": self.lines}
         return found | {"message": self.message} | ({"faults": self.faults} if self.faults else {})
 
 
 def topics(names: Sequence[str] = ()) -> dict[str, list[Case]]:
-    """The cases by topic: all of benchmarks/bad/, or the topics named. Names of cases are unique."""
+    """The cases by topic: all of benchmarks/bad/, or the topics named. Names are unique in a topic."""
     found: dict[str, list[Case]] = {}
     for module in sorted(name for _, name, _ in pkgutil.iter_modules(bad.__path__)):
         if module not in ("case", "child", "project") and (not names or module in names):
             found[module] = importlib.import_module(f"bad.{module}").cases()
-    counted = Counter(case.name for cases in found.values() for case in cases)
-    if twice := [name for name, count in counted.items() if count > 1]:
+    counted = Counter((topic, case.name) for topic, cases in found.items() for case in cases)
+    if twice := [": ".join(key) for key, count in counted.items() if count > 1]:
         raise ValueError(f"cases of one name: {', '.join(twice)}")
     return found
 
@@ -140,7 +139,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "statuses": _counted(outcome.status for outcome in outcomes),
         "lines": _counted(outcome.lines for outcome in outcomes if outcome.status == 2),
         "verbs": dict(sorted(verbs.items())),
-        "failed": {outcome.case.name: outcome.faults for outcome in outcomes if outcome.faults},
+        "failed": {f"{own.topic}: {own.case.name}": own.faults for own in outcomes if own.faults},
         "topics": by_topic,
     }
 

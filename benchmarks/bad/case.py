@@ -12,9 +12,10 @@ from typing import Literal
 class Case:
     """A command of `stlm` in a copy of the small project (`bad.project`), and how it must end.
 
-    `name`: unique, says what is wrong. `arguments`: of `stlm`, the verb first. `spoil`: damages the copy, the
-    command's working folder, which it is given (absolute). `expects`: a regular expression that the output
-    (stdout and stderr together) must match. `status`: the exit status expected, 0 for what must be accepted.
+    `name`: unique in its topic, says what is wrong. `arguments`: of `stlm`, the verb first. `spoil`: damages
+    the copy, the command's working folder, which it is given (absolute). `expects`: a regular expression that
+    the output (stdout and stderr together) must match. `status`: the exit status expected, 0 for what must be
+    accepted.
     `stdin`: what the command reads there; nothing by default.
 
     `output`: where stdout (and with `both`, stderr) goes: `full` is a disk without space, `closed` no file at
