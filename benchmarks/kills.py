@@ -58,6 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/kills.json")
 ENGINES = {"snakemake": ("--cores", "1", "all"), "dvc": ("repro",)}
 AIMED = 5  # every so many kills one is aimed at DVC's records
+TRIES = 4  # to kill, where the pipeline had ended before
 # Wall-clock times: keys of JSON, columns of CSV, and rows of tables of these names are left out.
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
 # Of the report: these show times in their text, or have digests of those that do.
@@ -156,11 +157,14 @@ def _of_engine(content: dict[str, Any], engine: str, fresh: Place, options: argp
         found |= {"seconds": round(time.perf_counter() - begin, 1), "files": plain.written()}
     for number in range(len(found["kills"]), options.kills):
         draw = random.Random(f"{options.seed} {engine} {number}")
-        place = fresh.copy(f"{engine}-{number}")
         # Every kill of an earlier or smaller series stays where it was: golden-ratio steps spread evenly.
-        fraction = (number * 0.618034 + draw.random() * 0.05) % 1
-        aimed = number % AIMED == 2
-        kill = place.kill(engine, draw, None if aimed else fraction * found["seconds"])
+        moment = (number * 0.618034 + draw.random() * 0.05) % 1 * found["seconds"]
+        for attempt in range(TRIES):
+            place = fresh.copy(f"{engine}-{number}-{attempt}")
+            kill = place.kill(engine, draw, None if number % AIMED == 2 else moment)
+            if kill["killed"]:
+                break
+            moment *= 0.85  # it was faster than the undisturbed one, and had ended
         lock_deleted = place.finish(engine)
         status, left, written = place.status(), place.leavings(), place.written()
         names = sorted(written.keys() | found["files"].keys())
@@ -270,7 +274,7 @@ class Place:
         if engine == "snakemake":
             while process.poll() is None and not self._records(process.pid):
                 time.sleep(0.05)
-            time.sleep(draw.random() * 3)
+            time.sleep(draw.random() * 2)
             return
         lock, writes, seen = self.root / "dvc.lock", draw.randint(1, 8), None
         while process.poll() is None and writes:
