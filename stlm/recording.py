@@ -103,9 +103,9 @@ def record_in_dvc(root: Path = Path()) -> str:
         study = load_study(name, root=root)
         if _is_recorded(study, root):
             return "DVC: results are recorded in dvc.lock"
-        _check_trained(study, root)
         if changed := _changed(study, root):
             return changed
+        _check_trained(study, root)
         lock = root / LOCK
         before = lock.read_text(encoding="utf-8") if lock.exists() else None
         done = _engine("stlm.dvc_command", "commit", "--force", "--quiet", root=root)
@@ -131,6 +131,8 @@ def _check_trained(study: Study, root: Path) -> None:
 
     for run in study.runs.values():
         path = run.folder / "train.json"
+        if not (root / path).exists():
+            continue  # DVC says so, too
         command = f"stlm train {study.name} {run.name}"
         check_trained(run, read_record(root / path, TrainRecord), path, command)
 

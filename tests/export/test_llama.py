@@ -93,7 +93,8 @@ def test_logits(tmp_path: Path, bpe: Tokenizer, model: dict) -> None:
     with torch.no_grad():
         expected, found = transformer(tokens_BL), theirs(tokens_BL).logits
     assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    # Products are rounded otherwise from processor to processor, in proportion to what is summed.
+    torch.testing.assert_close(found, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
 def check_ids(folder: Path, tokenizer: Tokenizer) -> None:

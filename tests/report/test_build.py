@@ -49,7 +49,7 @@ def test_writes_every_table_and_plot(make_study):
         "contamination",
         "leaks",
     )
-    tables += ("variants", "efficiency", "equal-cost")
+    tables += ("bits-per-byte", "variants", "efficiency", "equal-cost")
     plots = (
         "figure1",
         "accuracy-blimp",

@@ -104,8 +104,10 @@ def test_data_keys_are_shown_where_a_variant_sets_them(make_study):
     assert "order" not in cells(study)
     path = study.runs["own"].folder / "train.json"
     data = {"order": "length", "weights": {"books": 0.5, "speech": 2.0}, "unique_tokens": 64000}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
-    study.runs["own"] = study.runs["own"].model_copy(update={"data": DataConfig(**data)})
+    config = DataConfig(**data)
+    record = json.loads(path.read_text()) | {"data": config.model_dump(mode="json")}
+    path.write_text(json.dumps(record))
+    study.runs["own"] = study.runs["own"].model_copy(update={"data": config})
     rows = cells(study)
     assert [cell.text for cell in rows["order"]] == ["shuffled", "length"]
     assert [cell.text for cell in rows["weights"]] == ["–", "books 0.5, speech 2"]

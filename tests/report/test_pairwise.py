@@ -79,7 +79,7 @@ def test_published_models_are_found_by_their_names_too(study):
         ("toy/sinco", r"'toy/sinco' is no run's folder.*did you mean 'toy/sincos'\?"),
         ("toy/sincos@150", r"no checkpoint of step 150 \(found: 50, 100, 200\)"),
         ("results/toy", r"results/toy: has no items\.parquet"),
-        ("results/toy/runs/sincos/train.json", r"train\.json: not an items\.parquet"),
+        ("results/toy/runs/sincos/train.json", r"train\.json cannot be read"),
     ],
 )
 def test_what_is_not_there_is_named(study, name, message):

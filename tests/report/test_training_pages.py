@@ -101,7 +101,8 @@ def test_a_long_run_is_drawn_with_few_points_and_its_end(make_study, tmp_path):
     study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
     path = study.runs["baseline"].folder / "curve.csv"
     curve = pd.read_csv(path)
-    long = curve.loc[curve.index.repeat(300)].assign(step=range(1, 300 * len(curve) + 1))
+    steps = range(1, 300 * len(curve) + 1)
+    long = curve.loc[curve.index.repeat(300)].assign(step=steps, tokens=[1000 * step for step in steps])
     long.to_csv(path, index=False)
     pages(study, tmp_path / "training")
     assert (tmp_path / "training" / "baseline-curve.svg").stat().st_size < 120_000

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from stlm.errors import UserError
 from stlm.files import read_json
+from stlm.integrity import seal
 from stlm.tokens.config import DataConfig
 from stlm.training import difficulty
 from stlm.training.checkpoints import load_checkpoint
@@ -130,6 +131,7 @@ def test_scores_that_changed_under_a_run_are_another_run(make, monkeypatch):
     scores = np.load(kept)
     scores[0] = np.nextafter(scores[0], np.float32(9))
     np.save(kept, scores)
+    seal(kept)
     assert Trainer(run).mark != mark
     kept.unlink()
     again = Trainer(run)
@@ -139,6 +141,7 @@ def test_scores_that_changed_under_a_run_are_another_run(make, monkeypatch):
     def overtaken(*arguments):
         if not kept.exists():
             np.save(kept, scores)  # another run, which was sooner
+            seal(kept)
         return measure(*arguments)
 
     kept.unlink()

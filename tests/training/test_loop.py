@@ -238,7 +238,7 @@ def test_killed_while_publishing_it_publishes_all_the_next_time(moment, make_run
 
     with monkeypatch.context() as patch:
         patch.setattr(publish, "write_rows", cut_after(publish.write_rows))
-        patch.setattr(publish, "write_json", cut_after(publish.write_json))
+        patch.setattr(publish, "write_record", cut_after(publish.write_record))
         patch.setattr(publish, "atomic_directory", cut_after(publish.atomic_directory))
         with pytest.raises(KeyboardInterrupt):
             train(run)
