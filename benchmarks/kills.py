@@ -319,7 +319,7 @@ class Place:
         for deleted in (0, 1):
             if not (status := self._start(engine, *ENGINES[engine]).wait()):
                 return deleted
-            if not re.search(r"dvc\.lock' is invalid|unable to read: 'dvc\.lock'", self.log()):
+            if not re.search(r"dvc\.lock' (is invalid|validation failed)|unable to read: 'dvc\.lock'", self.log()):
                 break
             (self.root / "dvc.lock").unlink()
         raise UserError(f"{engine} ended with status {status}: {self.log()[-3000:]}")
