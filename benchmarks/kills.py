@@ -52,7 +52,7 @@ from machine import machine
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_json
-from stlm.training.checkpoints import code_version
+from stlm.provenance import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/kills.json")
