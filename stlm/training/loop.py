@@ -430,8 +430,8 @@ class Trainer:
         Raises ``Interrupted``, its state saved, after the step in which a signal came.
         """
         progress, records = self.progress, NoRecords()
-        if progress.step < self.config.steps and self.made not in progress.parts:
-            progress.parts.append(self.made)
+        if progress.step < self.config.steps:  # the last of them is what takes the last step
+            progress.parts = [part for part in progress.parts if part != self.made] + [self.made]
         if self.group.leads:
             records = Records(self.run, self.output / "dvclive", progress, self.mark)
         self.model.train()
