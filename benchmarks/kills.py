@@ -52,7 +52,7 @@ from machine import machine
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_json
-from stlm.training.checkpoints import code_version
+from stlm.provenance import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/kills.json")
@@ -319,7 +319,9 @@ class Place:
         for deleted in (0, 1):
             if not (status := self._start(engine, *ENGINES[engine]).wait()):
                 return deleted
-            if not re.search(r"dvc\.lock' (is invalid|validation failed)|unable to read: 'dvc\.lock'", self.log()):
+            if not re.search(
+                r"dvc\.lock' (is invalid|validation failed)|unable to read: 'dvc\.lock'", self.log()
+            ):
                 break
             (self.root / "dvc.lock").unlink()
         raise UserError(f"{engine} ended with status {status}: {self.log()[-3000:]}")

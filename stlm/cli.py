@@ -86,8 +86,7 @@ def train(options: argparse.Namespace) -> None:
     from stlm.preflight import check_training
     from stlm.training.loop import train as train_run
 
-    check_training(study, run)
-    train_run(run)
+    train_run(run, lambda: check_training(study, run))
 
 
 def evaluate(options: argparse.Namespace) -> None:

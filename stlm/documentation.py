@@ -27,7 +27,8 @@ from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
-from stlm.report.committed import read_table
+from stlm.report.committed import read_committed, read_table
+from stlm.report.documents import amount, amount_note
 from stlm.study import PARAMS
 from stlm.study_file import Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
@@ -185,13 +186,18 @@ def readme_with_results(root: Path = Path()) -> str:
     table = root / SHOWN / "tables" / "table2.md"
     if not table.is_file():
         raise UserError(f"{table}: no such file; run the study: make all STUDY=desk")
+    shown_table = read_table(table).strip()
+    texts = [(train.label, last.perplexity) for _, train, last, _ in read_committed(root / SHOWN)]
+    # Tables of earlier versions do not say how much text bits per byte are of.
+    said = amount(texts[0][1]) in shown_table
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
     shown = [
         "## What you get",
         f"The study `desk`: models of about 4M parameters, trained on children's books (tables, plots and "
         f"metrics in [{SHOWN}/]({SHOWN})).",
-        read_table(table).strip(),
+        shown_table,
+        *([] if said else [amount_note(texts)]),
         f"![Character perplexity on validation text during training, all runs]({SHOWN}/plots/figure1.svg)",
     ]
     return before + _BEGIN + "\n\n".join(shown) + "\n\n" + _END + after

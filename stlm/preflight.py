@@ -30,7 +30,7 @@ RAW = Path("data/raw")
 CHECKED = Path(".state/benchmarks.json")
 _OUTPUT_FOLDERS = ("checkpoints", "dvclive")
 _OUTPUT_FILES = ("curve.csv", "watch.csv", "train.json")
-_EVALUATION_FILES = ("evaluation.json", "items.parquet")
+_EVALUATION_FILES = ("evaluation.json", "items.parquet", "documents.parquet")
 # Of the disk that a run needs: below this it is warned, as other runs and logs take some, too.
 _DISK_TO_SPARE = 1.5
 

@@ -105,7 +105,7 @@ def record_in_dvc(root: Path = Path()) -> str:
             return "DVC: results are recorded in dvc.lock"
         if changed := _changed(study, root):
             return changed
-        _check_trained(study, root)
+        _check_made(study, root)
         lock = root / LOCK
         before = lock.read_text(encoding="utf-8") if lock.exists() else None
         done = _engine("stlm.dvc_command", "commit", "--force", "--quiet", root=root)
@@ -124,17 +124,22 @@ def record_in_dvc(root: Path = Path()) -> str:
     return "DVC: results recorded in dvc.lock; `dvc status` is clean"
 
 
-def _check_trained(study: Study, root: Path) -> None:
-    """Refuse to record what was trained with other parameters: `snakemake --touch` takes all as today's."""
-    from stlm.report.asked import check_trained
-    from stlm.report.results import TrainRecord
+def _check_made(study: Study, root: Path) -> None:
+    """Refuse to record what was made with other parameters: `snakemake --touch` takes all as today's."""
+    from stlm.report.asked import check_published, check_scored, check_trained
+    from stlm.report.results import EvaluationRecord, PublishedRecord, TrainRecord
 
     for run in study.runs.values():
-        path = run.folder / "train.json"
-        if not (root / path).exists():
-            continue  # DVC says so, too
-        command = f"stlm train {study.name} {run.name}"
+        path, command = run.folder / "train.json", f"stlm train {study.name} {run.name}"
         check_trained(run, read_record(root / path, TrainRecord), path, command)
+        path, command = run.folder / "evaluation.json", f"stlm evaluate {study.name} {run.name}"
+        scored = read_record(root / path, EvaluationRecord)
+        check_scored(study.evaluation, scored.settings, path, command)
+    for model in study.published.values():
+        path, command = model.results_folder / "evaluation.json", f"stlm evaluate {study.name} {model.name}"
+        published = read_record(root / path, PublishedRecord)
+        check_scored(study.evaluation, published.settings, path, command)
+        check_published(model, published.published, path, command)
 
 
 def _changed(study: Study, root: Path) -> str:

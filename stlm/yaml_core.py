@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from yaml import events
 
+from stlm.errors import shortened
+
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEPTH = 64
 _NODES = 1_000_000
@@ -79,7 +81,7 @@ class _Reader:
         if isinstance(event, events.CollectionStartEvent):
             mapping = isinstance(event, events.MappingStartEvent)
             if event.tag not in (None, "!", _TAG + ("map" if mapping else "seq")):
-                raise YamlError(f"the tag {_shown(event.tag)} is none of YAML's core types")
+                raise YamlError(f"the tag {shortened(event.tag)} is none of YAML's core types")
             if len(self.open) == _DEPTH:
                 raise YamlError(f"nested more than {_DEPTH} deep")
             if event.anchor is not None:
@@ -126,7 +128,7 @@ class _Reader:
             quoted = f", not {kind}; put it in quotes: '{source}'" if source else f", found {kind}"
             raise YamlError(f"the key {source or '?'}: a key is a text{quoted}")
         if value in others:
-            raise YamlError(f"the key {_shown(value)!r} is given twice")
+            raise YamlError(f"the key {shortened(value)!r} is given twice")
         return value
 
 
@@ -142,14 +144,14 @@ def _scalar(event: events.ScalarEvent) -> Any:
         return text
     kind = _TYPES.get(tag.removeprefix(_TAG)) if tag.startswith(_TAG) else None
     if kind is None:
-        raise YamlError(f"the tag {_shown(tag)} is none of YAML's core types")
+        raise YamlError(f"the tag {shortened(tag)} is none of YAML's core types")
     if kind is str:
         return text
     value = _plain(text)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise YamlError(f"!!{tag.removeprefix(_TAG)} {_shown(text)}: {_shown(text)!r} is none")
+        raise YamlError(f"!!{tag.removeprefix(_TAG)} {shortened(text)}: {shortened(text)!r} is none")
     return value
 
 
@@ -166,8 +168,3 @@ def _plain(text: str) -> Any:
     if _NOT_FINITE.fullmatch(text):  # refused by the models of parameters, which know the key
         return float(text.replace(".", ""))
     return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _shown(text: str) -> str:
-    """A text, shortened, for a message."""
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -34,8 +34,8 @@ _CHUNKS = {"cpu": 1024, "cuda": 65536}
 class ChunkRequests:
     """Requests to sequences of chunks, numbered as they come; number 0 is the end of a text.
 
-    A chunk of which a part belongs to the context has a number of its own for each such part. `tokenizer`
-    says where chunks end; the texts need not be its corpus'.
+    A chunk that the end of a context cuts gets one number for each cut. `tokenizer` says where chunks end;
+    the texts need not be its corpus'.
     """
 
     eot = 0

@@ -23,6 +23,7 @@ from stlm.evaluation.hf_folder import check_files, check_tokenizer, loading
 from stlm.evaluation.hf_tokenizer import HfTokenizer
 from stlm.evaluation.hf_weights import check_finite, check_kinds
 from stlm.evaluation.interface import Request
+from stlm.model.fused_attention import fused_attention
 from stlm.model.segments import Segments
 
 # Where configurations say how many positions a model has, in lm_eval's order.
@@ -116,10 +117,7 @@ def _attention(
     if segments is not None:
         q_BLHE, k_BLKE, v_BLKE = (x.transpose(1, 2) for x in (q_BHLE, k_BKLE, v_BKLE))
         return segments.attend(q_BLHE, k_BLKE, v_BLKE, scaling), None
-    y_BHLE = F.scaled_dot_product_attention(
-        q_BHLE, k_BKLE, v_BKLE, is_causal=True, scale=scaling, enable_gqa=k_BKLE.shape[1] != q_BHLE.shape[1]
-    )
-    return y_BHLE.transpose(1, 2), None
+    return fused_attention(q_BHLE, k_BKLE, v_BKLE, scale=scaling).transpose(1, 2), None
 
 
 class HfRequestEncoder(RequestEncoder):

@@ -37,7 +37,7 @@ class HfGenerator:
             raise ValueError("attention within rows knows no cache: load the model with packing=False")
         self._model, self._tokenizer, self._cached = model.model, tokenizer, cached
         self._context = model.config.context
-        self._device = model.model.get_output_embeddings().weight.device
+        self._device = next(model.model.parameters()).device
         self.eot = tokenizer.eos
         self._pieces = _Pieces(tokenizer)
         empty_V = torch.ones(model.config.vocab_size, dtype=torch.bool)

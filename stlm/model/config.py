@@ -79,7 +79,7 @@ class ModelConfig(BaseModel):
         description="Layers, the last ones, whose attention values get an embedding of the token added. Each "
         "is a table of its own, counted among the embedding parameters. At most `layers`.",
     )
-    # Left out of records where they change nothing: models made before they were there are equal.
+    # Omitted from records when null, so that older configs compare equal.
     sharing: SharingConfig | None = Field(
         None,
         description="Layers that use the same matrices; see `model.sharing`. null: none.",

@@ -21,8 +21,8 @@ from stlm.kernels.library import TYPES, kernels_for
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) times a gain, over the last dimension (Zhang and Sennrich 2019).
 
-    `narrow`: products alone read the result, which is of their arithmetic then, autocast's where it is on,
-    instead of the argument's.
+    `narrow`: returns autocast's dtype where autocast is on, as only matrix products read the result;
+    otherwise the argument's dtype.
     """
 
     narrow = False

@@ -215,7 +215,7 @@ def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ..
     for name, parameter in blocks.named_parameters():
         if parameter.dim() == 2:
             rows = next((own for of, own in joint.items() if f".{of}." in name), ())
-            # Of a product's two factors, the one that reads is of one matrix: its rows are the rank.
+            # A low-rank pair's input factor counts as one matrix: its rows are the rank.
             parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
     return parts
 

@@ -13,7 +13,7 @@ from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.report.curves import COSTS, Cost, Variant
 from stlm.training.config import RECORD_KEYS
 
-# Trainings whose tokens or FLOPs differ by no more than this ended at one cost; models are of one size.
+# Tolerances within which two costs (tokens or FLOPs), or two sizes, count as equal.
 SAME_COST, SAME_SIZE = 0.01, 0.03
 # Seconds of the same work differ from run to run by more than 1%.
 SAME_TIME = 0.05

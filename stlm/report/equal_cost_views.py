@@ -153,8 +153,8 @@ def _size_notes(found: EqualCosts, pairs: Sequence[Pair]) -> list[str]:
         )
     if any(abs(pair.flops - 1) > SAME_COST for pair in pairs):
         notes.append(
-            "× the FLOPs: what the variant's training cost, of what that of the size beside it did. Other "
-            "budget: the tokens differ, too, so that the difference is partly one of training."
+            "× the FLOPs: the variant's training FLOPs divided by those of the size it is compared with. "
+            "Other budget: the tokens differ, too, so that the difference is partly one of training."
         )
     return notes
 

@@ -83,5 +83,5 @@ def _nothing(name: str, others: Iterable[str], *folders: Path) -> str:
     return (
         f"{name}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*), nor a "
         f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/"
-        f"{nearest(name, known) if known or RESULTS.is_dir() else where_to_stand()}"
+        f"{('' if RESULTS.is_dir() else where_to_stand()) or nearest(name, known)}"
     )

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -430,8 +430,8 @@ class Trainer:
         Raises ``Interrupted``, its state saved, after the step in which a signal came.
         """
         progress, records = self.progress, NoRecords()
-        if progress.step < self.config.steps and self.made not in progress.parts:
-            progress.parts.append(self.made)
+        if progress.step < self.config.steps:  # the last of them is what takes the last step
+            progress.parts = [part for part in progress.parts if part != self.made] + [self.made]
         if self.group.leads:
             records = Records(self.run, self.output / "dvclive", progress, self.mark)
         self.model.train()
@@ -506,20 +506,20 @@ class Trainer:
         return (self.progress.step - self.clock_step) / seconds
 
 
-def train(run: Run) -> None:
+def train(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """Train ``run``; write ``checkpoints/``, ``dvclive/``, {curve,watch}.csv and train.json to its folder.
 
     Killed at any time, a second call goes on from the last saved state; so does one after ``Interrupted``,
     which is raised where a signal asked to stop. Started by `torchrun`, all its processes train the run
-    together. Raises ``UserError`` for missing or damaged tokens or state, for a loss that is not finite, and
-    while another training of the same run is at work.
+    together. Each calls ``check`` first: a ``UserError`` that all of them raise is told once.
+
+    Raises ``UserError`` for missing or damaged tokens or state, for a loss that is not finite, and while
+    another training of the same run is at work.
     """
-    with (
-        processes() as group,
-        StopSignals(tells=group.leads) as signals,
-        locked(run) if group.leads else nullcontext(),
-    ):
-        _train(run, group, signals)
+    with processes() as group:
+        check()
+        with StopSignals(tells=group.leads) as signals, locked(run) if group.leads else nullcontext():
+            _train(run, group, signals)
 
 
 def _train(run: Run, group: Group, signals: StopSignals) -> None:

@@ -29,7 +29,7 @@ class Progress:
     `losses` of the steps since the last row of the curve, and the last step's `grad_norm`, are what the next
     row needs of a run that stopped between two rows. `kernels`, `compiled`: all of it was computed so (None:
     an earlier version did not say). `parts`: the devices, processors and versions of the code that it was
-    computed by, each once, in order.
+    computed by, each once, in the order of their last steps.
     """
 
     step: int = 0

@@ -140,7 +140,7 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused(check, run, monkeypat
     assert "are free on that disk" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train.json", "evaluation.json", "items.parquet"])
+@pytest.mark.parametrize("name", ["train.json", "evaluation.json", "items.parquet", "documents.parquet"])
 def test_a_folder_in_a_files_place_is_refused(check, run, name):
     (run.folder / name).mkdir()
     with pytest.raises(UserError, match=rf"{name}: a folder stands where a file is to be written"):

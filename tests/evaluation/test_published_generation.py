@@ -113,6 +113,7 @@ def test_tokens_that_join_in_another_way_are_refused() -> None:
 
 def test_published_models_are_named_as_in_params_or_by_their_folder(project: Path, capsys) -> None:
     save(Path("models/tiny"), "llama", adds_bos=True)
+    capsys.readouterr()  # transformers' progress bar
     Path("params/own.yaml").write_text(STUDY)
 
     def said(*arguments: str) -> tuple[str, str, int]:

@@ -255,12 +255,23 @@ def test_all_after_a_part_is_recorded_and_a_part_is_not(done):
     assert done.repro() == []
 
 
-def test_results_of_other_parameters_are_not_recorded_though_touched(done):
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        (
+            LEARNED,
+            f"{LEARNED}    training: {{learning_rate: 2.0e-3}}\n",
+            "runs/learned/train.json was trained",
+        ),
+        ("modes: [paper]", "modes: [harness]", "runs/baseline/evaluation.json was scored"),
+    ],
+)
+def test_results_of_other_parameters_are_not_recorded_though_touched(done, old, new, refused):
     lock = (done.folder / "dvc.lock").read_text()
-    done.edit(LEARNED, f"{LEARNED}    training: {{learning_rate: 2.0e-3}}\n")
+    done.edit(old, new)
     done.run("snakemake", "--cores", "1", "--touch", "all")
     printed = done.run("snakemake", "--cores", "1", "all")
-    assert "nothing recorded: results/smoke/runs/learned/train.json was trained with" in printed
+    assert f"nothing recorded: results/smoke/{refused} with" in printed
     assert (done.folder / "dvc.lock").read_text() == lock
 
 

@@ -41,7 +41,7 @@ variants:
 """,
 }
 # In place of `stlm`: fetches and looks at files as the real one does; of the other stages writes outputs that
-# depend on the content of what dvc.yaml says they read, in no time; train.json says what was trained.
+# depend on the content of what dvc.yaml says they read, in no time; records say of what.
 STAND_IN = """#!{python}
 import hashlib, json, sys
 from pathlib import Path
@@ -66,6 +66,13 @@ for out in [out if isinstance(out, str) else next(iter(out)) for out in outs]:
     path = Path(out) if Path(out).suffix else Path(out) / "made"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(digest.hexdigest())
+    if path.name == "evaluation.json":
+        from stlm.study import load_study
+        study = load_study(names[0])
+        record = {{"settings": study.evaluation.model_dump(mode="json"), "checkpoints": {{}}}}
+        if names[1] in study.published:
+            record |= {{"parameters": 9, "published": study.published[names[1]].settings}}
+        path.write_text(json.dumps(record | {{"read": digest.hexdigest()}}))
     if path.name == "train.json":
         from stlm.study import load_study
         run = load_study(names[0]).run(names[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stlm import recording
 from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig
@@ -176,6 +177,14 @@ def test_scores_of_other_settings_are_refused(make_study, difference, found):
     message = refused(study.model_copy(update={"evaluation": evaluation}))
     assert f"baseline/evaluation.json was scored with {found}" in message
     assert "run `stlm evaluate toy baseline`" in message
+
+
+def test_scores_of_other_settings_are_not_recorded_in_dvc(make_study):
+    study = make_study(ONE)
+    recording._check_made(study, Path())
+    asked = study.model_copy(update={"evaluation": changed(study.evaluation, {"limit_seed": 7})})
+    with pytest.raises(UserError, match=r"evaluation\.json was scored with evaluation\.limit_seed: 0"):
+        recording._check_made(asked, Path())
 
 
 def test_how_much_is_scored_at_a_time_is_not_compared(make_study):

@@ -201,6 +201,24 @@ def test_an_error_of_all_processes_is_told_once(make_run):
     assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
 
 
+REFUSE = """
+from functools import partial
+from stlm.errors import UserError
+
+def check():
+    raise UserError("no room for the run")
+
+loop.train = partial(loop.train, check=check)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_checked_before_training_is_told_once(make_run):
+    said = finish(torchrun(make_run(), 2, REFUSE))
+    assert said.count("error: no room for the run") == 1, said
+    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+
+
 DIVERGE = """
 from stlm.training.loop import Trainer
 build = Trainer.__init__

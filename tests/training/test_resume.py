@@ -373,6 +373,28 @@ def test_a_run_that_goes_on_by_other_code_or_elsewhere_says_so(make_run, monkeyp
     assert records["done"]["processor"] == "Another CPU", "which took all steps"
 
 
+def test_the_last_step_is_of_the_processor_that_a_run_came_back_to(make_run, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    run = make_run("back")
+    for processor, step in (("One", 4), ("Other", 8), ("One", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "processor_name", lambda processor=processor: processor)
+            if step is None:
+                train(run)
+                continue
+            at_step(patch, step, kill)
+            with pytest.raises(Killed):
+                train(run)
+    record = read_json(run.folder / "train.json")
+    assert [part["processor"] for part in record["parts"]] == ["Other", "One"]
+    assert record["processor"] == "One"
+
+
 def test_a_signal_saves_though_no_one_reads_what_training_tells(make_run, tmp_path):
     """As in `stlm train ... 2>&1 | tee log` and ctrl-C, where `tee` is the first to die."""
     run = make_run("unread", steps=2000, save_every=2000, validate_every=2000)
