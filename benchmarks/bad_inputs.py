@@ -130,7 +130,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     by_topic: dict[str, dict[str, Any]] = {}
     for outcome in outcomes:
         by_topic.setdefault(outcome.topic, {})[outcome.case.name] = outcome.record()
-    verbs = Counter(outcome.case.arguments[0] if outcome.case.arguments else "" for outcome in outcomes)
+    verbs = Counter(outcome.case.arguments[0][:40] if outcome.case.arguments else "" for outcome in outcomes)
     return {
         "command": "benchmarks/bad_inputs.py",
         "inputs": len(outcomes),

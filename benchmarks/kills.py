@@ -15,8 +15,8 @@ and curve.csv are set to 1. `dvc status` must be clean, and no half-written file
 
 The engines run side by side, on a core each. Commit nothing meanwhile: checkpoints name the commit.
 
-Where a kill meets DVC in the middle of writing dvc.lock, DVC reads it no more. The file is then deleted, as
-docs/engines.md says; this is counted (`lock_deleted`).
+Where a kill meets DVC in the middle of writing dvc.lock, or its own lock, DVC reads it no more. The file is
+then deleted, as docs/engines.md says; this is counted (`lock_deleted`).
 
 Writes results/benchmarks/kills.json after each kill, and goes on from it where code and settings are as then.
 """
@@ -58,6 +58,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/kills.json")
 ENGINES = {"snakemake": ("--cores", "1", "all"), "dvc": ("repro",)}
 AIMED = 5  # every so many kills one is aimed at DVC's records
+# DVC's files that it writes in place -> what it says of one that a kill cut short.
+CUT_SHORT = {
+    "dvc.lock": r"dvc\.lock' (is invalid|validation failed)|unable to read: 'dvc\.lock'",
+    ".dvc/tmp/rwlock": r"Unable to read RWLock-file",
+}
 TRIES = 4  # to kill, where the pipeline had ended before
 # Wall-clock times: keys of JSON, columns of CSV, and rows of tables of these names are left out.
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
@@ -315,15 +320,17 @@ class Place:
         return (jobs or ["start"])[-1]
 
     def finish(self, engine: str) -> int:
-        """Run the engine to its end; how often dvc.lock, cut short, had to be deleted before."""
-        for deleted in (0, 1):
-            if not (status := self._start(engine, *ENGINES[engine]).wait()):
-                return deleted
-            if not re.search(
-                r"dvc\.lock' (is invalid|validation failed)|unable to read: 'dvc\.lock'", self.log()
-            ):
+        """Run the engine to its end; how many of DVC's own files, cut short, had to be deleted before."""
+        waiting = dict(CUT_SHORT)
+        while status := self._start(engine, *ENGINES[engine]).wait():
+            found = [name for name, message in waiting.items() if re.search(message, self.log())]
+            if not found:
                 break
-            (self.root / "dvc.lock").unlink()
+            for name in found:
+                (self.root / name).unlink()
+                del waiting[name]
+        else:
+            return len(CUT_SHORT) - len(waiting)
         raise UserError(f"{engine} ended with status {status}: {self.log()[-3000:]}")
 
     def status(self) -> list[str]:

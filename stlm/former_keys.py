@@ -20,6 +20,6 @@ def former_key(path: str, found: object) -> str | None:
     tokens = isinstance(found, int) and not isinstance(found, bool) and former.endswith("_tokens")
     example = f"; {found} tokens are about {key}: {round(_BYTES_PER_TOKEN * found)}" if tokens else ""
     return (
-        f"{key} takes its place, UTF-8 bytes of text in whole documents, the same ones whatever the "
-        f"tokenizer (bytes in a token of English: bpe-4096 3.5, gpt2 4.5, bytes 1{example})"
+        f"it was replaced by {key}: UTF-8 bytes of whole documents, the same for every tokenizer (bytes in a "
+        f"token of English: bpe-4096 3.5, gpt2 4.5, bytes 1{example})"
     )

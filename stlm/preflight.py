@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
-from stlm.files import read_json, write_json
+from stlm.files import read_json, write_record
 from stlm.study import Run, Study
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _DISK_TO_SPARE = 1.5
 
 
 class Findings:
-    """What stands in the way (`problems`), and what the user should know (`notes`): a line each."""
+    """What stops the run (`problems`), and what the user should know (`notes`): a line each."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -59,9 +59,7 @@ class Findings:
         if len(self.problems) == 1:
             raise UserError(self.problems[0])
         if self.problems:
-            raise UserError(
-                f"{name}: {len(self.problems)} things stand in the way:\n" + "\n".join(self.problems)
-            )
+            raise UserError(f"{name}: {len(self.problems)} problems:\n" + "\n".join(self.problems))
 
 
 def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
@@ -205,7 +203,7 @@ def check_benchmark_files(found: Findings, config: EvaluationConfig, raw: Path =
     if looked and not found.problems:
         # Another run's check may have written meanwhile; what is lost of it is looked at again.
         with suppress(UserError, OSError):
-            write_json(CHECKED, {**_checked(), **looked})
+            write_record(CHECKED, {**_checked(), **looked})
 
 
 def _checked() -> dict[str, Any]:
@@ -219,7 +217,7 @@ def _checked() -> dict[str, Any]:
 def _stamps(files: Iterable[Path]) -> list[list[Any]]:
     """What changes when a file does."""
     found = [(file.name, file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    return [[name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in found]
 
 
 def check_memory(found: Findings, run: Run, device: str, precision: str, compiled: bool) -> None:

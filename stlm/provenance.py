@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -24,6 +25,16 @@ def code_version() -> dict[str, str | None]:
     except PackageNotFoundError:
         torch = None
     return {"stlm": stlm.__version__, "torch": torch, "git": commit_of(Path(stlm.__file__).parent)}
+
+
+@cache
+def source_digest() -> str:
+    """A SHA-256 of STLM's sources as they are on disk: a commit with changes has many contents."""
+    digest = hashlib.sha256()
+    package = Path(stlm.__file__).parent
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".h")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def commit_of(package: Path, *more: str) -> str | None:

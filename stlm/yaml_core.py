@@ -162,7 +162,7 @@ def _plain(text: str) -> Any:
     if match := _INTEGER.fullmatch(text):
         digits = len(text.lstrip("+-"))
         if digits > _DIGITS:
-            raise YamlError(f"a number of {digits:,} digits; at most {_DIGITS} are read")
+            raise YamlError(f"too large a number ({digits:,} digits, at most {_DIGITS})")
         base = {"ten": 10, "eight": 8, "sixteen": 16}[match.lastgroup or ""]
         return int(match[match.lastgroup or ""], base)
     if _NOT_FINITE.fullmatch(text):  # refused by the models of parameters, which know the key

@@ -108,18 +108,18 @@ def edit(project, old, new, name="smoke"):
         (
             "  validation_bytes: *",
             "  validation_tokens: 1000",
-            r"params/smoke.yaml: training.validation_tokens: .*validation_bytes takes its place.*about "
+            r"params/smoke.yaml: training.validation_tokens: .*replaced by validation_bytes.*about "
             r"validation_bytes: 3500",
         ),
         (
             "  validation_bytes: *",
             "  validation_documents: 5",
-            r"params/smoke.yaml: training.validation_documents: .*validation_bytes takes its place",
+            r"params/smoke.yaml: training.validation_documents: .*replaced by validation_bytes",
         ),
         (
             "evaluation:",
             "evaluation:\n  perplexity: {max_tokens: 1000}",
-            r"params/smoke.yaml: evaluation.perplexity.max_tokens: .*max_bytes takes its place.*3500",
+            r"params/smoke.yaml: evaluation.perplexity.max_tokens: .*replaced by max_bytes.*3500",
         ),
         ("  dropout: *", "  dropout: .nan", r"params/smoke.yaml: model.dropout: "),
         (

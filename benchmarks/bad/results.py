@@ -276,7 +276,7 @@ def _records() -> list[Case]:
         (
             "source.json of the corpus: no seed",
             edit("data/raw/synthetic/source.json", '"seed"', '"sede"'),
-            r"source\.json: source: not what `stlm fetch` writes",
+            r"source\.json: damaged.*run: stlm fetch synthetic",
         ),
         ("source.json of the corpus: cut", put("data/raw/synthetic/source.json", "{"), r"source\.json"),
     ]

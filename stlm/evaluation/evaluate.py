@@ -38,7 +38,7 @@ from stlm.evaluation.predictions import (
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
 from stlm.model.transformer import Transformer
-from stlm.provenance import code_version, processor_name
+from stlm.provenance import code_version, processor_name, source_digest
 from stlm.study import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
 from stlm.training.checkpoints import check_fits, load_checkpoint, read_description
@@ -271,7 +271,7 @@ def score_model(
     depends = {
         "version": SCORING_VERSION,
         "files": list(_SCHEMAS),
-        "code": code_version(),
+        "code": {**code_version(), "source": source_digest()},
         "weights": subject.about.weights_sha256,
         "settings": dict(subject.settings),
         "precision": material.precision,

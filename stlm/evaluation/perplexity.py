@@ -136,10 +136,21 @@ def _summary(documents: Sequence[Document], nats_D: np.ndarray, strata_D: np.nda
         "interval": None
         if interval is None
         else {**interval._asdict(), "few_documents": few_units(strata_D)},
-        "char_perplexity": math.exp(nats / n_chars),
-        "token_perplexity": math.exp(nats / tokens),
+        "char_perplexity": _exp(nats / n_chars),
+        "token_perplexity": _exp(nats / tokens),
         "documents": len(documents),
         "tokens": tokens,
         "bytes": n_bytes,
         "chars": n_chars,
     }
+
+
+def _exp(nats: float) -> float:
+    """A perplexity, of nats per unit; UserError for one that no float holds."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        raise UserError(
+            f"the test split has {nats:,.0f} nats a token or character, which is beyond any perplexity: did "
+            "the checkpoint's training diverge?"
+        ) from None

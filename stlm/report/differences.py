@@ -23,7 +23,7 @@ from stlm.study import Study
 _COLUMNS = 3
 _GREY = "#444444"
 # After a row that was not made as the baseline was; table2 says how.
-_OTHERWISE = "‡"
+_OTHERWISE = "§"
 
 
 class _Difference(NamedTuple):

@@ -24,7 +24,7 @@ def noise_note(noise: SeedNoise, labels: Mapping[str, str], of: str = "") -> str
     if not noise.unequal:
         return f"The noise{of} is assumed to be equal in all variants (test: {test})."
     return (
-        f"That the noise{of} is equal in all variants is rejected ({test}): differences that involve "
-        f"{some([labels[name] for name in noise.unequal])} have the wider of the interval from all variants "
-        "and that of their own seeds (paired t); the other intervals assume equal noise."
+        f"A test rejects that the noise{of} is equal in all variants ({test}). Differences with "
+        f"{some([labels[name] for name in noise.unequal])} have the wider of the pooled interval and the "
+        "paired t interval of their own seeds; all others assume equal noise."
     )

@@ -73,7 +73,7 @@ def test_all_that_is_wrong_is_told_at_once(check, run, monkeypatch):
     with pytest.raises(UserError) as told:
         check(batch_size=10**9)
     first, *lines = str(told.value).splitlines()
-    assert first == "run tiny-run: 4 things stand in the way:"
+    assert first == "run tiny-run: 4 problems:"
     assert [line.partition(":")[0] for line in lines] == [
         f"{run.tokens_folder}/tokenizer/tokenizer-name.json",
         f"{run.state_folder}/state.pt",
