@@ -127,5 +127,5 @@ def test_the_noise_of_seeds_says_what_it_assumes():
     )
     unequal = noise_note(SeedNoise(0.1, 2, shares, 0.01, {"a": 0.3}), labels)
     assert "in all variants (p = 0.010" in unequal
-    assert "differences that involve A have the wider of" in unequal
+    assert "Differences with A have the wider of" in unequal
     assert "both variants" in noise_note(SeedNoise(0.1, 1, {"a": 0.5, "b": 0.5}, 1.0, {}), labels)
