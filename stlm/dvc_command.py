@@ -1,9 +1,9 @@
 """DVC's command line, `python -m stlm.dvc_command ARGUMENTS`, faster for many runs and safe from kills.
 
 DVC parses a file of parameters up to three times a stage: with 500 runs in it, `dvc commit` takes most of an
-hour. And it writes ``dvc.lock`` in place: killed meanwhile, it leaves a part. Here a file is parsed once, and
-written whole or not at all. Results are the same. Where another version of DVC has these functions elsewhere,
-it works as always.
+hour. Its parser is in Python, and slow. And it writes ``dvc.lock`` in place: killed meanwhile, it leaves a
+part. Here a file is parsed once, by the parser of `stlm.yaml_core`, and written whole or not at all. Results
+are the same. Where another version of DVC has these functions elsewhere, it works as always.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from stlm import yaml_core
 from stlm.files import write_text
 
 
@@ -46,6 +48,24 @@ def read_parameters_once() -> None:
     param.load_path, param.read_param_file = load_path, read_param_file
 
 
+def parse_fast() -> None:
+    """Let DVC, in this process, parse YAML as `params/` is; what that refuses, DVC's own parser reads."""
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    parse = getattr(_yaml, "parse_yaml", None)
+    if parse is None or getattr(strictyaml, "parse_yaml", None) is not parse:
+        return
+
+    def parse_yaml(text: Any, path: Any, typ: str = "safe") -> Any:
+        if typ == "safe" and isinstance(text, str):
+            with suppress(yaml_core.YamlError):
+                return yaml_core.load(text) or {}
+        return parse(text, path, typ)
+
+    _yaml.parse_yaml = strictyaml.parse_yaml = parse_yaml
+
+
 def write_whole() -> None:
     """Let DVC, in this process, write its files of YAML beside their places, and rename them."""
     from dvc.utils.serialize import _common
@@ -70,6 +90,7 @@ def main() -> int:
     from dvc.cli import main as dvc
 
     read_parameters_once()
+    parse_fast()
     write_whole()
     return dvc(sys.argv[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -241,3 +242,19 @@ def test_dvc_reads_a_file_of_parameters_once_and_writes_its_lock_whole(project, 
     with pytest.raises(KeyboardInterrupt):
         common._dump_data(lock, {}, half)
     assert lock.read_text() == "before"
+
+
+def test_dvc_parses_faster_to_the_same_content(monkeypatch):
+    serialize = importlib.import_module("dvc.utils.serialize._yaml")
+    strict = importlib.import_module("dvc.utils.strictyaml")
+    plain = serialize.parse_yaml
+    for module in (serialize, strict):
+        monkeypatch.setattr(module, "parse_yaml", plain)
+    dvc_command.parse_fast()
+    assert strict.parse_yaml is serialize.parse_yaml is not plain
+    root = Path(__file__).parents[2]
+    texts = [(root / name).read_text(encoding="utf-8") for name in ("dvc.lock", "dvc.yaml")]
+    for text in (*texts, "a: 6e-05\nb: [010, '1e3', on, ~, 1.0, .5, 12:30]\n", "true: 1\n", ""):
+        assert repr(strict.parse_yaml(text, "a.yaml")) == repr(plain(text, "a.yaml"))
+    with pytest.raises(serialize.YAMLFileCorruptedError):
+        strict.parse_yaml("a: [", "a.yaml")
