@@ -188,7 +188,7 @@ def check_benchmark_files(found: Findings, config: EvaluationConfig, raw: Path =
     missing = sorted({own.data_name for own in chosen if not (raw / own.data_name).exists()})
     if missing:
         wanted = "; ".join(f"stlm fetch {name}" for name in missing)
-        found.notes.append(f"evaluation will need, and training does not: {wanted}")
+        found.notes.append(f"not fetched yet, needed for evaluation only: {wanted}")
     known = _checked()
     looked: dict[str, Any] = {}
     for own in chosen:
@@ -270,7 +270,7 @@ def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
         )
     most = need.sequences_that_fit(share)
     advice = (
-        f"at most {most:,} fit; raise training.accumulation instead"
+        f"more than {most:,} cannot fit; raise training.accumulation instead"
         if most
         else "not even 1 fits; lower model.context, model.layers or model.width"
     )

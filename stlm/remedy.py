@@ -30,7 +30,8 @@ def _command(first: str, *rest: str) -> str | None:
         case ("results", study, "runs", run, "checkpoints", *_):
             return f"run: stlm train {study} {run} (or dvc pull --force, where DVC has it)"
         case ("results", study, "runs", run, file):
-            return f"run: stlm train {study} {run} (or git restore {file}, where git has it)"
+            restore = f"git restore results/{study}/runs/{run}/{file}"
+            return f"run: stlm train {study} {run} (or {restore}, where git has it)"
         case ("results", study, "contamination.json" | "contaminated-items.parquet"):
             return f"run: stlm contamination {study}"
         case ("results", study, "metrics.json") | ("results", study, "tables", _):

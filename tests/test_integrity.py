@@ -211,7 +211,10 @@ def test_a_truncated_file_is_not_even_hashed(large):
         ("data/tokens/books/bpe-4096/meta.json", "run: stlm tokenize books bpe-4096"),
         ("/home/x/data/tokens/books/gpt2/tokenizer/vocab.bpe", "run: stlm tokenize books gpt2"),
         ("results/desk/runs/wide-s0/checkpoints/step-0000010/config.json", "run: stlm train desk wide-s0 ("),
-        ("results/desk/runs/wide-s0/curve.csv", "run: stlm train desk wide-s0 (or git restore curve.csv"),
+        (
+            "results/desk/runs/wide-s0/curve.csv",
+            "run: stlm train desk wide-s0 (or git restore results/desk/runs/wide-s0/curve.csv",
+        ),
         ("results/desk/runs/wide-s0/evaluation.json", "run: stlm evaluate desk wide-s0"),
         ("results/desk/runs/wide-s0/items.parquet", "run: stlm evaluate desk wide-s0"),
         ("results/desk/published/smol/items.parquet", "run: stlm evaluate desk smol"),

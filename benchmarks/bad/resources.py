@@ -115,7 +115,7 @@ def _memory() -> list[Case]:
         Case(
             "memory: a batch of a billion sequences",
             _train("training.batch_size=1000000000"),
-            expects=rf"batch_size: 1,000,000,000 sequences of 64 tokens .*{least}.* at most [\d,]+ fit",
+            expects=rf"batch_size: 1,000,000,000 sequences of 64 .*{least}.* more than [\d,]+ cannot fit",
         ),
         Case(
             "memory: a width of 400,000,000", _train("model.width=400000000"), expects=f"parameters .*{least}"
@@ -273,7 +273,7 @@ def _benchmarks() -> list[Case]:
             "train: a benchmark that is not fetched yet",
             _TRAIN,
             gone,
-            "evaluation will need, and training does not: stlm fetch synthetic_choice",
+            "not fetched yet, needed for evaluation only: stlm fetch synthetic_choice",
             status=0,
         ),
         Case("evaluate: a benchmark that is not fetched", _EVALUATE, gone, fetch),

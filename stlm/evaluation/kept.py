@@ -113,7 +113,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         read_json(folder / _RESULT)
         check_beside(folder / _RESULT, _ROWS)
-    except UserError as error:
-        print(f"{error}\n(scoring {folder.name} again)", file=sys.stderr)
+    except UserError:
+        print(f"{folder}: damaged: scoring {folder.name} again", file=sys.stderr)
         return False
     return True

@@ -335,7 +335,9 @@ def _read_record(path: Path, kind: type[Record], command: str) -> Record:
     try:
         return read_record(path, kind)
     except UserError as error:
-        raise UserError(f"{error}\nTo make it again, delete it and run `{command}`") from None
+        if "run: stlm" in str(error):
+            raise
+        raise UserError(f"{error}: run `{command}`") from None
 
 
 def _read_run(study: Study, run: Run) -> RunResult:

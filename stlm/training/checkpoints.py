@@ -19,6 +19,7 @@ from stlm.model.build import build_model
 from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version
+from stlm.remedy import next_command
 from stlm.study import Run
 from stlm.tokens.tokenizer import Tokenizer
 from stlm.training.locate import WEIGHTS, checkpoints_by_step
@@ -110,7 +111,7 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
     path = folder / WEIGHTS
     if not path.exists():
         raise UserError(f"{path}: no such file; train the run again, or dvc pull")
-    damaged = f"{path}: the weights are damaged; {_AGAIN}"
+    damaged = f"{path}: the weights are damaged; {next_command(path) or _AGAIN}"
     digest = sha256(path)
     if digest != description["weights_sha256"]:
         raise UserError(

@@ -88,7 +88,11 @@ def test_all_that_is_wrong_is_told_at_once(check, run, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "training", "said"),
     [
-        ({}, {"batch_size": 10**9}, r"batch_size: 1,000,000,000 sequences of 64 .* at most [\d,]+ fit"),
+        (
+            {},
+            {"batch_size": 10**9},
+            r"batch_size: 1,000,000,000 sequences of .* more than [\d,]+ cannot fit",
+        ),
         ({"width": 4 * 10**8, "heads": 2}, {}, "parameters in 1 layers need at least .* 8.6 GB; lower model"),
         ({"context": 10**9}, {}, "sequences of 1,000,000,000 tokens .*not even 1 fits"),
         ({"layers": 10**6}, {}, "1,000,000 layers need at least"),
@@ -195,7 +199,7 @@ def test_a_benchmark_is_read_once_for_each_change(check, monkeypatch):
 def test_a_benchmark_that_is_not_fetched_is_said_in_a_line(check, capsys):
     check(EvaluationConfig(benchmarks=["mmlu", "mmlu_cloze", "hellaswag", "synthetic_pairs"]))
     said = (
-        "run tiny-run: evaluation will need, and training does not: stlm fetch hellaswag; stlm fetch mmlu\n"
+        "run tiny-run: not fetched yet, needed for evaluation only: stlm fetch hellaswag; stlm fetch mmlu\n"
     )
     assert capsys.readouterr().err == said
 
