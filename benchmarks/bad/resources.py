@@ -142,7 +142,7 @@ def _memory() -> list[Case]:
         Case(
             "memory: a batch of a billion, and no tokens",
             _train("training.batch_size=1000000000", "tokenizer=bytes"),
-            expects=rf"(?s)2 things .*stlm tokenize synthetic bytes.*{least}",
+            expects=rf"(?s)2 problems.*stlm tokenize synthetic bytes.*{least}",
         ),
         Case(
             "disk: more checkpoints than any disk holds",
