@@ -99,7 +99,7 @@ def test_cost_is_what_was_read_computed_and_waited_for_beside_the_difference(pro
     assert words[2] == f"{5 * tokens / 1e6:.2f}", "chunks of five bytes for four"
     assert words[6].endswith(f"±{half:.3f}")
     assert f"{count - 1} degrees of freedom" in table
-    assert f"differences that involve {labels['bytes']} have the wider" in table
+    assert f"Differences with {labels['bytes']} have the wider" in table
     assert "different amounts of text" in table
 
 

@@ -151,7 +151,7 @@ def change(path: Path, keys: list, value: object) -> None:
 def test_values_that_are_no_numbers_are_named(study, file, keys, value):
     change(study.runs["baseline"].folder / file, keys, value)
     verb = "train" if file == "train.json" else "evaluate"
-    with pytest.raises(UserError, match=rf"{file}: not [\s\S]*delete it and run `stlm {verb} toy baseline`"):
+    with pytest.raises(UserError, match=rf"{file}: not [\s\S]*run: stlm {verb} toy baseline"):
         read_results(study)
 
 
