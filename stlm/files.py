@@ -248,6 +248,11 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         ) from None
 
 
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """A hash of what a result depends on: what was made under another one is not used again."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. `UserError` where it is there and cannot be read."""
     try:

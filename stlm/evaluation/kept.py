@@ -7,8 +7,6 @@ anew scores that one alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stlm.errors import UserError
-from stlm.files import atomic_directory, read_json, write_record
+from stlm.files import atomic_directory, fingerprint, read_json, write_record
 from stlm.integrity import check_beside
 
 _RESULT = "result.json"
@@ -87,11 +85,6 @@ class Failures:
         where = "" if kept.folder is None else f" (kept in {kept.folder})"
         again = f"once that is mended: stlm evaluate {self._arguments}"
         raise UserError("\n".join([*lines, f"{again}, which scores only what is missing{where}"]))
-
-
-def fingerprint(depends: Mapping[str, Any]) -> str:
-    """Changes with anything in `depends`."""
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
 def write_part(folder: Path, part: Part) -> None:

@@ -11,13 +11,13 @@ from stlm.errors import UserError
 
 # The first are in every row, the others where held-out text was scored.
 _EVERY_ROW = ["step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"]
-CURVE_COLUMNS = [*_EVERY_ROW, "val_loss", "val_bits_per_byte", "val_char_perplexity"]
+_CURVE = [*_EVERY_ROW, "val_loss", "val_bits_per_byte", "val_char_perplexity"]
 
 
 def read_curve(path: Path) -> pd.DataFrame:
     """The rows of curve.csv by step. UserError: missing, unreadable, or not as training writes it."""
-    rows = _read(path, CURVE_COLUMNS)
-    _check_numbers(path, rows, CURVE_COLUMNS, _EVERY_ROW)
+    rows = _read(path, _CURVE)
+    _check_numbers(path, rows, _CURVE, _EVERY_ROW)
     for column in ("step", "tokens"):
         if (rows[column].diff().dropna() <= 0).any():
             raise UserError(f"{path} has rows out of order or twice: {column} does not grow from row to row")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stlm.errors import Interrupted, UserError
-from stlm.files import disk_errors, read_json, remove_leftovers
+from stlm.files import disk_errors, fingerprint, read_json, remove_leftovers
 from stlm.model.build import build_model
 from stlm.model.documents import Documents
 from stlm.provenance import code_version, processor_name
@@ -36,7 +36,7 @@ from stlm.training.records import NoRecords, Records
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
 from stlm.training.start import Start
-from stlm.training.state import Progress, draws, fingerprint, load_state, locked, save_state
+from stlm.training.state import Progress, draws, load_state, locked, save_state
 from stlm.training.watch import Watch
 
 

@@ -44,11 +44,6 @@ class Progress:
     parts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def fingerprint(content: dict[str, Any]) -> str:
-    """A hash of everything that decides a run's weights; a state of another fingerprint is not resumed."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def draws(seed: int, step: int, micro: int, row: int) -> int:
     """The seed of the random numbers drawn for the rows from `row` on of a step's micro-batch `micro`."""
     if micro == row == 0:
