@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from stlm.process import tune_process
+from stlm.cpu_runtime import tune_process
 
 tune_process()  # before torch is loaded
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stlm.process import tune_process
+from stlm.cpu_runtime import tune_process
 
 tune_process()  # before torch is loaded
 
@@ -42,7 +42,7 @@ from stlm.generation.tokens import TokenGenerator  # noqa: E402
 from stlm.model.build import build_model  # noqa: E402
 from stlm.model.config import ModelConfig, parameter_counts  # noqa: E402
 from stlm.model.transformer import Transformer  # noqa: E402
-from stlm.study import load_study  # noqa: E402
+from stlm.study.load import load_study  # noqa: E402
 from stlm.tokens.chunks import SYMBOLS  # noqa: E402
 from stlm.tokens.tokenizer import ByteTokenizer, ChunkTokenizer  # noqa: E402
 

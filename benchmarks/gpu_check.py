@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stlm.process import tune_process
+from stlm.cpu_runtime import tune_process
 
 tune_process()  # before torch is loaded
 

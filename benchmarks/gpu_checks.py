@@ -33,7 +33,7 @@ from gpu_runs import (
 )
 
 from stlm.files import sha256
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training.loop import Trainer
 
 HOME = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import torch
 
 from stlm.files import read_json, sha256, write_json
 from stlm.model.config import ModelConfig
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.chunks import SYMBOLS
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenize import tokenize_corpus
@@ -48,7 +48,7 @@ RECIPE = {
 WORKER = """
 import os, sys
 import stlm.cli
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training import loop
 from stlm.training.loop import Trainer
 

@@ -26,15 +26,15 @@ import yaml
 from command import command
 from machine import machine
 
+from stlm.engines import dvc_stages
 from stlm.errors import UserError
 from stlm.files import write_json
-from stlm.pipeline import dvc_stages
-from stlm.study import load_study
+from stlm.study.load import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("results/benchmarks/many_runs.json")
 START = (
-    "from stlm.study import load_study; from stlm.pipeline import check_active; "
+    "from stlm.study.load import load_study; from stlm.engines import check_active; "
     "check_active(load_study('many'))"
 )
 PARSE = (

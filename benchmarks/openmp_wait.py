@@ -3,7 +3,7 @@
     python benchmarks/openmp_wait.py
 
 Times training steps of the desk study's baseline with threads that wait awake (OMP_WAIT_POLICY=ACTIVE),
-asleep (PASSIVE), and awake for so many turns, then asleep (`stlm.process` sets 1,000), alone and beside one
+asleep (PASSIVE), and awake for so many turns, then asleep (`cpu_runtime` sets 1,000), alone and beside one
 busy process, in turns; writes results/benchmarks/openmp_wait.json.
 """
 
@@ -31,7 +31,7 @@ POLICIES = {
 STEPS = 16
 CHILD = """
 import sys, time, torch
-from stlm.study import load_study
+from stlm.study.load import load_study
 from stlm.model.build import build_model
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer

@@ -4,7 +4,7 @@
     python benchmarks/training.py --model desk --dtype bfloat16 --rounds 5 --output desk.json
     python benchmarks/training.py --memory           # peak memory against batch and vocabulary, instead
 
-Each side is a process of its own, set up as its users would have it (ours by `stlm.process`, theirs by the
+Each side is a process of its own, set up as its users would have it (ours by `cpu_runtime`, theirs by the
 defaults of torch), with the same threads, shapes, random tokens and arithmetic. In each round each side takes
 some steps in turn, so that what else the machine does falls on all; the fastest step counts. The peak is that
 of a product of matrices of 2,048 (8,192 on a GPU), measured in every round too. A step is forward, backward,
@@ -80,7 +80,7 @@ def main() -> int:
 def work(task: dict[str, Any]) -> None:
     """A side's process: for every number on stdin, so many steps; their seconds, the fastest, to stdout."""
     if task["side"] in ("stlm", "peak"):
-        from stlm.process import tune_process
+        from stlm.cpu_runtime import tune_process
 
         tune_process()
     import torch

@@ -5,7 +5,7 @@ time of writing: a GPT-2 with layer norms without bias, GELU of four widths, lea
 torch's fused attention, logits whole, AdamW (fused on CUDA alone), the gradient's norm clipped at 1.
 `transformers` is its Llama of the very shape of ours, its default (fused) attention, under the same loop.
 `first` is this project's own first version: whole logits, torch's attention and the plain operations.
-`untuned` is ours without what `stlm.process` sets, `without kernels` ours with torch's operations.
+`untuned` is ours without what `stlm.cpu_runtime` sets, `without kernels` ours with torch's operations.
 
 Shapes: B batch, L length, D width, H heads, E head width, V vocabulary.
 """

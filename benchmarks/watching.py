@@ -19,7 +19,8 @@ from machine import machine
 
 from stlm.files import write_json
 from stlm.model.build import build_model
-from stlm.study import Run, load_study
+from stlm.study.load import load_study
+from stlm.study.runs import Run
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer
 from stlm.training.watch import Watch

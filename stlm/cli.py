@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO
 
 import stlm
+from stlm.cpu_runtime import tune_process
 from stlm.errors import Interrupted, UserError
 from stlm.files import of_the_machine
 from stlm.options import add_generate_options, add_new_options, whole_number
-from stlm.process import tune_process
 from stlm.terminal import flush_output, tell, tune_streams
 
 RAW = Path("data/raw")
@@ -25,8 +25,8 @@ TOKENS = Path("data/tokens")
 
 
 def _study(options: argparse.Namespace):
-    from stlm.pipeline import check_active
-    from stlm.study import load_study
+    from stlm.engines import check_active
+    from stlm.study.load import load_study
 
     study = load_study(options.study, options.set)
     check_active(study)
@@ -37,7 +37,7 @@ def fetch(options: argparse.Namespace) -> None:
     """Fetch a corpus, mix, benchmark or vocabulary into data/raw/NAME/."""
     from stlm.corpora.fetch import fetch as fetch_entry
     from stlm.errors import nearest, shortened
-    from stlm.study import load_benchmarks, load_corpora, load_vocabularies
+    from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
 
     corpora = load_corpora()
     entries = {**corpora, **load_benchmarks(), **load_vocabularies()}
@@ -51,7 +51,7 @@ def fetch(options: argparse.Namespace) -> None:
     if mirror is not None and not mirror.is_dir():
         flag = "--mirror" if options.mirror else "STLM_MIRROR"
         raise UserError(f"{flag}: {mirror} is no folder; expected one laid out as data/README.md says")
-    from stlm.pipeline import active_study
+    from stlm.engines import active_study
     from stlm.recording import after_fetch
 
     active_study()  # refuses a damaged dvc.yaml, which is read again once the data are there
@@ -62,7 +62,8 @@ def fetch(options: argparse.Namespace) -> None:
 def tokenize(options: argparse.Namespace) -> None:
     """Tokenize data/raw/CORPUS/ into data/tokens/CORPUS/TOKENIZER/."""
     from stlm.errors import nearest, shortened
-    from stlm.study import load_corpora, vocabulary_size
+    from stlm.study.catalogues import load_corpora
+    from stlm.tokens.names import vocabulary_size
 
     corpora = load_corpora()
     if options.corpus not in corpora:
@@ -177,9 +178,9 @@ def export(options: argparse.Namespace) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """List the runs of a study with their size and cost, and its published models; trains nothing."""
-    from stlm.listing import runs_table
-    from stlm.pipeline import active_study
-    from stlm.study import load_study
+    from stlm.engines import active_study
+    from stlm.study.listing import runs_table
+    from stlm.study.load import load_study
 
     name = options.study if options.study is not None else active_study() or "smoke"
     print(runs_table(load_study(name, options.set)))
@@ -188,8 +189,8 @@ def study(options: argparse.Namespace) -> None:
 def sizes(options: argparse.Namespace) -> None:
     """Propose models of some sizes by the family's rule: parameters, cost and memory, by ways of sharing."""
     from stlm.model.family import FAMILY
-    from stlm.sizes import family, parse_sizes, text_table
-    from stlm.study import vocabulary_size
+    from stlm.study.sizes import family, parse_sizes, text_table
+    from stlm.tokens.names import vocabulary_size
 
     wanted = parse_sizes(options.parameters) if options.parameters else FAMILY
     print(text_table(family(wanted, vocabulary_size(options.tokenizer), options.context)))
@@ -206,7 +207,7 @@ def new(options: argparse.Namespace) -> None:
 
 def use(options: argparse.Namespace) -> None:
     """Make a study the active one: write its stages to dvc.yaml."""
-    from stlm.pipeline import use as use_study
+    from stlm.engines import use as use_study
 
     changed = use_study(options.study)
     print(f"dvc.yaml {'now lists' if changed else 'already lists'} the stages of the study {options.study}")
@@ -231,11 +232,11 @@ def sync(options: argparse.Namespace) -> None:
 
 def document(options: argparse.Namespace) -> None:
     """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
-    from stlm.byte_page import write_bytes_page
-    from stlm.documentation import check_repository, write_params_readme, write_readme_results
-    from stlm.report.findings import write_findings
-    from stlm.report.schedules import write_schedule_plots
-    from stlm.sizes import write_sizes_page
+    from stlm.docs_pages.bytes import write_bytes_page
+    from stlm.docs_pages.findings import write_findings
+    from stlm.docs_pages.readmes import check_repository, write_params_readme, write_readme_results
+    from stlm.docs_pages.schedules import write_schedule_plots
+    from stlm.study.sizes import write_sizes_page
 
     check_repository()
     print(f"wrote {write_params_readme()}")

@@ -29,7 +29,9 @@ from stlm.corpora.fingerprint import (
 from stlm.corpora.sources import matched_files
 from stlm.errors import UserError, nearest
 from stlm.files import disk_errors, read_json, write_json
-from stlm.study import PublishedModel, Study, load_benchmarks, load_corpora, load_study, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.load import load_study
+from stlm.study.runs import PublishedModel, Study
 
 FOLDER = Path("data/sources")
 RAW = Path("data/raw")

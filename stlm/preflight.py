@@ -20,7 +20,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json, write_record
-from stlm.study import Run, Study
+from stlm.study.runs import Run, Study
 
 if TYPE_CHECKING:
     from stlm.training.memory import Memory, Room

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stlm.engines import DVC_FILE, WATCH, active_study, check_active, dvc_stages, fetched, use
 from stlm.errors import UserError
 from stlm.files import read_json, read_record, write_json, write_text
 from stlm.manifests import Manifests, changed_sources
-from stlm.pipeline import DVC_FILE, WATCH, active_study, check_active, dvc_stages, fetched, use
 from stlm.project import where_to_stand
-from stlm.study import Study, load_study
-from stlm.validation import read_yaml
+from stlm.study.load import load_study
+from stlm.study.runs import Study
+from stlm.study.strict import read_yaml
 
 LOCK = Path("dvc.lock")
 # What this machine remembers of the last recording, a file a study.

@@ -156,7 +156,7 @@ def test_what_the_machine_refuses_is_told_in_a_line(error, said, monkeypatch, ca
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("stlm.sizes.parse_sizes", fail)
+    monkeypatch.setattr("stlm.study.sizes.parse_sizes", fail)
     assert main(["sizes", "10M"]) == 2
     told = capsys.readouterr().err
     assert said in told
@@ -182,6 +182,6 @@ def test_a_mistake_of_the_program_keeps_its_traceback(error, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("stlm.sizes.parse_sizes", fail)
+    monkeypatch.setattr("stlm.study.sizes.parse_sizes", fail)
     with pytest.raises(type(error)):
         main(["sizes", "10M"])

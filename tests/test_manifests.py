@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stlm import pipeline, recording
+from stlm import engines, recording
 from stlm.cli import main
 from stlm.manifests import Manifests
-from stlm.study import load_study
+from stlm.study.load import load_study
 
 CORPORA = """
 books:
@@ -111,14 +111,14 @@ def use_books(project: Path) -> None:
 
 def test_dvc_yaml_watches_what_is_here_and_is_current_on_any_machine(mirror, project, monkeypatch, capsys):
     use_books(project)
-    pipeline.use("smoke")
+    engines.use("smoke")
     stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
     assert stages["fetch-books"]["deps"] == ["data/sources/books.json"]
     assert "fingerprint-books" not in stages
     assert main(["fetch", "books", "--mirror", str(mirror)]) == 0
     assert "DVC does not watch its files yet; `stlm use smoke` lets it" in capsys.readouterr().err
     monkeypatch.setenv("STLM_MIRROR", str(mirror))
-    pipeline.use("smoke")
+    engines.use("smoke")
     stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
     assert stages["fingerprint-books"] == {
         "cmd": "stlm fingerprint books",
@@ -128,14 +128,14 @@ def test_dvc_yaml_watches_what_is_here_and_is_current_on_any_machine(mirror, pro
     assert str(project) not in Path("dvc.yaml").read_text()
     monkeypatch.delenv("STLM_MIRROR")
     mirror.rename(project / "gone")
-    pipeline.check_active(load_study("smoke"))
+    engines.check_active(load_study("smoke"))
 
 
 def test_what_is_edited_while_dvc_records_is_not_recorded(mirror, project, monkeypatch):
     use_books(project)
     monkeypatch.setenv("STLM_MIRROR", str(mirror))
     assert main(["fetch", "books"]) == 0
-    pipeline.use("smoke")
+    engines.use("smoke")
     for folder in (".dvc", ".git"):
         (project / folder).mkdir()
     lock = project / "dvc.lock"

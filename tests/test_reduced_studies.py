@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from stlm.engines import dvc_stages, train_inputs
 from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.model.family import FAMILY, propose
-from stlm.pipeline import dvc_stages, train_inputs
 from stlm.report.equal_cost import is_size
-from stlm.study import load_study
+from stlm.study.load import load_study
 
 # Study -> groups of variants with equal parameters, and with equal FLOPs of the whole training.
 SIZES = {

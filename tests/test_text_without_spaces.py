@@ -13,7 +13,7 @@ from stlm.cli import main
 from stlm.errors import UserError
 from stlm.evaluation.contamination import measure_contamination
 from stlm.files import read_json, sha256, write_json
-from stlm.study import load_study
+from stlm.study.load import load_study
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer
 

@@ -33,7 +33,7 @@ from stlm.evaluation.made import made_items, made_settings
 from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
 from stlm.files import atomic_path, read_json, remove_leftovers, write_record
 from stlm.provenance import code_version
-from stlm.study import Study
+from stlm.study.runs import Study
 from stlm.tokens.shards import ComponentTokens, read_split
 from stlm.tokens.tokenizer import load_tokenizer
 

@@ -39,11 +39,11 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version, processor_name, source_digest
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
+from stlm.training.checkpoint_names import checkpoints_by_step
 from stlm.training.checkpoints import check_fits, load_checkpoint, read_description
 from stlm.training.devices import cpu_multiplies_bfloat16
-from stlm.training.locate import checkpoints_by_step
 
 # The reference of the harness mode: its package and the version that prompts and rules were taken from.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}

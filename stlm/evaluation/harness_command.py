@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
+from stlm.cpu_runtime import tune_process
 from stlm.errors import UserError
-from stlm.process import tune_process
 from stlm.terminal import tune_streams
 
 

@@ -28,8 +28,8 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
 from stlm.model.config import parameter_counts
 from stlm.tokens.tokenizer import EOT, load_tokenizer
+from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
-from stlm.training.locate import find_checkpoint
 
 # Tokens generated where a task asks for no number of them, as lm_eval's `hf`.
 MAX_GENERATED = 256

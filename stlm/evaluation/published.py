@@ -9,7 +9,7 @@ from stlm.evaluation.evaluate import RAW, About, Subject, gather_material, score
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
 from stlm.evaluation.kept import Failures, Kept
-from stlm.study import PublishedModel
+from stlm.study.runs import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
 
 

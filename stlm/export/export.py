@@ -8,7 +8,7 @@ from stlm.errors import UserError
 from stlm.export.llama import FILES, GENERATION, export_llama
 from stlm.files import disk_errors
 from stlm.report.card import read_card
-from stlm.training.locate import find_checkpoint
+from stlm.training.checkpoint_names import find_checkpoint
 
 _USE = """\
 ```python

@@ -21,8 +21,8 @@ from stlm.files import atomic_directory, write_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
+from stlm.training.checkpoint_names import WEIGHTS
 from stlm.training.checkpoints import check_fits, load_checkpoint
-from stlm.training.locate import WEIGHTS
 
 GENERATION = "generation_config.json"
 # All that a folder of ours has.

@@ -16,10 +16,12 @@ from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
-from stlm.study import PublishedModel, load_study, study_names
+from stlm.study.load import load_study
+from stlm.study.names import study_names
+from stlm.study.runs import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.checkpoint_names import RESULTS, find_checkpoint, is_folder, split_step
 from stlm.training.checkpoints import check_fits, load_checkpoint
-from stlm.training.locate import RESULTS, find_checkpoint, is_folder, split_step
 
 # Between samples.
 _RULE = "---"

@@ -24,17 +24,9 @@ from stlm.new.look import Look, look
 from stlm.new.sources import Sources, find_sources, text_column
 from stlm.new.speed import Speed
 from stlm.new.write import Chosen, Corpus, append_entry, corpus_entry, study_text
-from stlm.study import (
-    LONGEST_NAME,
-    NOT_STUDIES,
-    PARAMS,
-    is_name,
-    load_benchmarks,
-    load_corpora,
-    load_study,
-    load_vocabularies,
-    study_names,
-)
+from stlm.study.catalogues import PARAMS, load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.load import load_study
+from stlm.study.names import LONGEST_NAME, NOT_STUDIES, is_name, study_names
 from stlm.tokens.splits import FEW_UNITS, held_out
 
 _SOME_DOCUMENTS = 100  # of fewer the held-out splits get a handful

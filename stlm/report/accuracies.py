@@ -23,7 +23,7 @@ from stlm.report.results import (
     run_label,
 )
 from stlm.report.table import Cell, Section, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 @dataclass(frozen=True)

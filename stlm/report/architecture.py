@@ -19,7 +19,7 @@ from stlm.report.names import count, some
 from stlm.report.results import RunResult
 from stlm.report.shapes import INK, Box, draw_arrow, draw_box, draw_plus, draw_square, draw_text
 from stlm.report.style import figure, group_colour, heading, tint
-from stlm.study import Study
+from stlm.study.runs import Study
 
 Span = tuple[float, float]
 # What does not show: rates, and constants that no one sees.

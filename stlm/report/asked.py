@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from stlm.errors import UserError
 from stlm.evaluation.config import BATCH_KEYS, EvaluationConfig
 from stlm.model.config import ModelConfig
-from stlm.study import PublishedModel, Run
+from stlm.study.runs import PublishedModel, Run
+from stlm.study.strict import validate
 from stlm.training.config import RECORD_KEYS, TrainingConfig
-from stlm.validation import validate
 
 if TYPE_CHECKING:
     from stlm.report.results import TrainRecord

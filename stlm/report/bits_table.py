@@ -23,7 +23,7 @@ from stlm.report.names import difference_text, seeds_label
 from stlm.report.noise import noise_note
 from stlm.report.results import Perplexity, PublishedResult, RunResult
 from stlm.report.table import Cell, Section, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 @dataclass

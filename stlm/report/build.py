@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+from stlm.docs_pages.committed import write_checksums
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
 from stlm.report.bits_table import bits_table
 from stlm.report.card import write_cards
-from stlm.report.committed import write_checksums
 from stlm.report.comparison import compare_all, published_alike
 from stlm.report.components import component_table
 from stlm.report.contamination import contamination_note, contamination_table, read_contamination
@@ -35,7 +35,7 @@ from stlm.report.statistics import statistics_records
 from stlm.report.table import Table, csv_text, write_table
 from stlm.report.training import write_training_pages
 from stlm.report.unlike import rows_of, unlike_note
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 def report(study: Study) -> None:

@@ -35,7 +35,7 @@ from stlm.report.results import (
 )
 from stlm.report.sources import Text, read_texts
 from stlm.report.table import Cell, Table, markdown
-from stlm.study import Study
+from stlm.study.runs import Study
 
 _CITATION = """\
 ```bibtex

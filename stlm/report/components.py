@@ -16,7 +16,7 @@ from stlm.report.documents import (
 from stlm.report.names import difference_text
 from stlm.report.results import Perplexity, RunResult, run_label
 from stlm.report.table import Cell, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 def component_table(study: Study, results: Mapping[str, RunResult]) -> Table | None:

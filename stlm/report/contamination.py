@@ -14,7 +14,7 @@ from stlm.evaluation.ngrams import SIZES
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
 from stlm.report.table import Cell, Section, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 class Example(BaseModel):

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from stlm.report.results import RunResult, TrainRecord
-from stlm.study import Study
+from stlm.study.runs import Study
 
 Cost = Literal["tokens", "flops", "seconds"]
 COSTS: tuple[Cost, ...] = ("tokens", "flops", "seconds")

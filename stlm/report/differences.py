@@ -18,7 +18,7 @@ from stlm.report.results import RunResult, run_label
 from stlm.report.style import CHANCE, figure, heading, styles
 from stlm.report.table import csv_text
 from stlm.report.unlike import rows_of, unlike_variants
-from stlm.study import Study
+from stlm.study.runs import Study
 
 _COLUMNS = 3
 _GREY = "#444444"

@@ -18,7 +18,7 @@ from stlm.report.names import cost_text, count, difference_text
 from stlm.report.noise import noise_note
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
 from stlm.report.table import Cell, Table, csv_text
-from stlm.study import Study
+from stlm.study.runs import Study
 
 _NAMES: dict[str, str] = {
     "parameters": "parameters",

@@ -11,7 +11,7 @@ from stlm.model.config import ModelConfig
 from stlm.report.names import count
 from stlm.report.results import RunResult, TrainRecord
 from stlm.report.table import Cell, Section, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stlm.report.contamination import Contamination
 from stlm.report.table import Cell, Section, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 def leaks_table(study: Study, contamination: Contamination) -> Table | None:

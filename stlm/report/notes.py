@@ -8,7 +8,7 @@ from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons
 from stlm.report.last_word import last_word_note
 from stlm.report.names import benchmark_label, percent
 from stlm.report.results import PublishedResult, RunResult, run_label
-from stlm.study import Study
+from stlm.study.runs import Study
 
 # A clustered interval so many times as wide as Wilson's is told in the notes.
 _MUCH_WIDER = 1.25

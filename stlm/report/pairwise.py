@@ -19,7 +19,7 @@ from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy,
 from stlm.report.items import read_checkpoints, read_outcomes
 from stlm.report.names import percent
 from stlm.report.pairwise_text import TextComparison, compare_text, text_json, text_lines
-from stlm.training.locate import RESULTS, is_file, is_folder, split_step
+from stlm.training.checkpoint_names import RESULTS, is_file, is_folder, split_step
 
 _ITEMS = "items.parquet"
 

@@ -16,7 +16,7 @@ from stlm.report.names import count, some
 from stlm.report.results import RunResult
 from stlm.report.style import figure, group_colour, heading
 from stlm.report.table import csv_text
-from stlm.study import Study
+from stlm.study.runs import Study
 
 
 def write_parameters(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:

@@ -21,7 +21,7 @@ from stlm.report.names import count
 from stlm.report.results import RunResult
 from stlm.report.style import figure, heading, styles
 from stlm.report.table import csv_text
-from stlm.study import Study
+from stlm.study.runs import Study
 
 _FRONT = {"color": "#999999", "linewidth": 1.3, "zorder": 1}
 _HOLLOW = {"markerfacecolor": "white"}

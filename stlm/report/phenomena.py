@@ -10,7 +10,7 @@ from stlm.report.accuracies import main_mode, score
 from stlm.report.names import percent
 from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.table import Cell, Table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 HUMANS = "human, Warstadt et al. 2020"
 _BENCHMARK = "blimp"

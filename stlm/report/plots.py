@@ -20,7 +20,7 @@ from stlm.report.phenomena import HUMANS, Phenomena, by_difficulty, human_agreem
 from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.style import CHANCE, HUMAN, figure, heading, plain_log_ticks, styles
 from stlm.report.table import csv_text
-from stlm.study import Study
+from stlm.study.runs import Study
 
 # More intervals than this on one plot hide each other: then only the baseline's are drawn.
 _MOST_INTERVALS = 6

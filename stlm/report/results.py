@@ -17,7 +17,7 @@ from stlm.integrity import check_beside
 from stlm.report.asked import check_published, check_scored, check_trained
 from stlm.report.items import read_outcomes
 from stlm.report.rows import read_curve, read_watch
-from stlm.study import Run, Study
+from stlm.study.runs import Run, Study
 from stlm.tokens.config import DataConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.files import read_record
-from stlm.study import PARAMS, load_corpora
+from stlm.study.catalogues import PARAMS, load_corpora
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 

@@ -23,7 +23,7 @@ from stlm.report.names import count
 from stlm.report.results import LossSpike, RunResult, run_label
 from stlm.report.style import CHANCE, figure, heading, plain_log_ticks
 from stlm.report.table import Cell, Table, html_document, html_table
-from stlm.study import Study
+from stlm.study.runs import Study
 
 # More points than this on a line are hardly seen, and a page holds many lines.
 _MOST_POINTS = 250

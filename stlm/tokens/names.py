@@ -1,10 +1,11 @@
-"""The names of byte-pair vocabularies, one spelling for each size. Needs nothing heavy."""
+"""The names of tokenizers, one spelling for each. Needs nothing heavy."""
 
 from __future__ import annotations
 
 import re
 
 from stlm.errors import UserError, shortened
+from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
 
 LEAST, MOST = 258, 1_000_000
 
@@ -22,3 +23,24 @@ def bpe_size(name: str) -> int | None:
             f"tokenizer: {name!r} is too small: 256 bytes, the end of text and a merge need {LEAST}"
         )
     return int(digits)
+
+
+def vocabulary_size(tokenizer: str) -> int:
+    """Tokens in the vocabulary of a tokenizer, by its name, the end-of-text token included.
+
+    Of `words`, `spaces` and `stride-N`, which cut chunks of bytes: the symbols that chunks are written in.
+    """
+    if tokenizer == "gpt2":
+        return 50257
+    if tokenizer == "bytes":
+        return 257
+    if cuts_chunks(tokenizer):
+        make_chunker(tokenizer)
+        return SYMBOLS
+    size = bpe_size(tokenizer)
+    if size is None:
+        raise UserError(
+            f"tokenizer: {shortened(tokenizer)!r} is none of gpt2, bytes, bpe-N (for example bpe-4096), "
+            "words, spaces, stride-N (for example stride-4)"
+        )
+    return size

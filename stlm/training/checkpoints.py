@@ -20,10 +20,10 @@ from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version
 from stlm.remedy import next_command
-from stlm.study import Run
+from stlm.study.runs import Run
+from stlm.study.strict import validate
 from stlm.tokens.tokenizer import Tokenizer
-from stlm.training.locate import WEIGHTS, checkpoints_by_step
-from stlm.validation import validate
+from stlm.training.checkpoint_names import WEIGHTS, checkpoints_by_step
 
 FORMAT = 1
 _AGAIN = "delete the run's results and train again, or dvc pull"

@@ -16,7 +16,7 @@ from stlm.files import atomic_path, sha256
 from stlm.integrity import check_seal, seal
 from stlm.model.transformer import Transformer
 from stlm.remedy import remedy
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.shards import ComponentTokens
 from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
 from stlm.training.distributed import Group

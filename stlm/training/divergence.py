@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stlm.files import write_json
 from stlm.model.transformer import Transformer
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.batches import Batches
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import load_tokenizer

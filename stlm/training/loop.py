@@ -20,7 +20,7 @@ from stlm.files import disk_errors, fingerprint, read_json, remove_leftovers
 from stlm.model.build import build_model
 from stlm.model.documents import Documents
 from stlm.provenance import code_version, processor_name
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.batches import Batches, ValidationSet
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import check_tokenizer, load_tokenizer, tokens_table
@@ -35,8 +35,8 @@ from stlm.training.publish import publish
 from stlm.training.records import NoRecords, Records
 from stlm.training.schedules import dropout_factor, learning_rate
 from stlm.training.signals import StopSignals
-from stlm.training.start import Start
 from stlm.training.state import Progress, draws, load_state, locked, save_state
+from stlm.training.warm_start import Start
 from stlm.training.watch import Watch
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stlm.model.config import ModelConfig
-from stlm.study import Run
+from stlm.study.runs import Run
 
 # Of the process: Python, torch and its libraries. Not part of `least`: it differs from build to build.
 _PROCESS = 250 << 20

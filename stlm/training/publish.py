@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.files import atomic_directory, remove_leftovers, write_record
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.tokenizer import check_tokenizer
 from stlm.training.checkpoints import check_checkpoints
 from stlm.training.records import CURVE_COLUMNS, write_rows

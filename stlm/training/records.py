@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import atomic_path
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training.state import Progress
 from stlm.training.tracking import start_tracking
 

@@ -19,7 +19,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_path, disk_errors
 from stlm.integrity import check_seal, seal
 from stlm.model.transformer import Transformer
-from stlm.study import Run
+from stlm.study.runs import Run
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.errors import UserError
-from stlm.study import Run
+from stlm.study.runs import Run
 
 # Modes in which nothing is sent, and so no login is needed.
 _LOCAL = ("offline", "dryrun", "disabled")

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from stlm.corpora.config import CorpusEntry, HubSource, SyntheticSource
-from stlm.study import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
 
 ROOT = Path(__file__).parents[2]
 ASKED_FOR = {

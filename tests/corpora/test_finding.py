@@ -12,7 +12,7 @@ from stlm.corpora.config import CorpusEntry
 from stlm.corpora.fetch import fetch
 from stlm.corpora.formats import find_files
 from stlm.errors import UserError
-from stlm.study import load_corpora
+from stlm.study.catalogues import load_corpora
 
 
 def write(folder: Path, *names: str) -> None:

@@ -26,7 +26,7 @@ from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
 from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import read_json, sha256
-from stlm.study import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
 
 ROOT = Path(__file__).parents[2]
 

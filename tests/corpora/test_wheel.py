@@ -13,7 +13,7 @@ from stlm.corpora.config import BenchmarkEntry
 from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import sha256
-from stlm.study import load_benchmarks, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_vocabularies
 
 ROOT = Path(__file__).parents[2]
 NAME = "little_books-1.0-py3-none-any.whl"

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import MODEL, save_weights, sentences, write_benchmarks
 
 from stlm.files import sha256, write_json
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.training.config import TrainingConfig
 

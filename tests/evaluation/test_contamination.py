@@ -14,7 +14,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import benchmark
 from stlm.evaluation.contamination import measure_contamination
 from stlm.files import sha256, write_json
-from stlm.study import load_study
+from stlm.study.load import load_study
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer

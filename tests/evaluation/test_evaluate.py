@@ -230,7 +230,7 @@ def test_killed_it_goes_on_with_the_checkpoint_it_was_at(run, scored):
         "import sys\n"
         "from stlm.evaluation.config import EvaluationConfig\n"
         "from stlm.evaluation.evaluate import evaluate_run\n"
-        "from stlm.study import Run\n"
+        "from stlm.study.runs import Run\n"
         "run = Run.model_validate_json(sys.argv[1])\n"
         "evaluate_run(run, EvaluationConfig.model_validate_json(sys.argv[2]))\n"
     )

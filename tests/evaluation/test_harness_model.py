@@ -23,7 +23,7 @@ from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import ByteTokenizer
-from stlm.training.locate import find_checkpoint
+from stlm.training.checkpoint_names import find_checkpoint
 
 CONTEXT = 48
 STORIES = corpus(1, 40)["text"]

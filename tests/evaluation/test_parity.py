@@ -21,7 +21,7 @@ from stlm.evaluation.harness_model import StlmLM
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.study import load_benchmarks
+from stlm.study.catalogues import load_benchmarks
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import Tokenizer, gpt2_tokenizer
 from stlm.training.checkpoints import load_checkpoint

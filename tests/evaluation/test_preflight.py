@@ -17,7 +17,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import RAW, evaluate_run
 from stlm.files import read_json
 from stlm.preflight import check_evaluation, check_training, check_writable
-from stlm.study import Study
+from stlm.study.runs import Study
 from stlm.training.memory import Room
 
 CHOICE = RAW / "synthetic_choice" / "validation.parquet"

@@ -17,10 +17,11 @@ from stlm.evaluation.evaluate import evaluate_run
 from stlm.evaluation.predictions import read_facts
 from stlm.evaluation.published import evaluate_published
 from stlm.files import read_json
-from stlm.study import PublishedModel, Run, load_study
+from stlm.study.load import load_study
+from stlm.study.runs import PublishedModel, Run
+from stlm.study.strict import read_yaml
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenizer import load_tokenizer
-from stlm.validation import read_yaml
 
 STUDY = """
 description: A study with a published model.

@@ -11,7 +11,7 @@ import torch
 
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.tokenizer import Tokenizer
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 

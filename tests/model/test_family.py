@@ -11,7 +11,7 @@ from stlm.model.build import build_model
 from stlm.model.byte_config import check_divides
 from stlm.model.config import ModelConfig, parameter_counts
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
-from stlm.sizes import HEADER, SIZES_PAGE, family, parse_sizes, rows, sizes_page, text_table
+from stlm.study.sizes import HEADER, SIZES_PAGE, family, parse_sizes, rows, sizes_page, text_table
 from stlm.training.config import TrainingConfig
 from stlm.training.optimizers import build_optimizer
 

@@ -7,7 +7,7 @@ import pytest
 from stlm.model.config import parameter_counts
 from stlm.new.fit import EPOCHS, LEAST_STEPS, SHAPES, TOKENS_A_PARAMETER, TOKENS_OF_TEXT, Fit, TextSize, fit
 from stlm.new.speed import side_by_side
-from stlm.study import vocabulary_size
+from stlm.tokens.names import vocabulary_size
 
 
 def text(size: float, words: int = 10**6, document: int = 2000, most: int = 10**6) -> TextSize:

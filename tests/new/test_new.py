@@ -13,7 +13,8 @@ from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.new.new import Wishes, new
-from stlm.study import load_corpora, load_study
+from stlm.study.catalogues import load_corpora
+from stlm.study.load import load_study
 from stlm.tokens.tokenize import tokenize_corpus
 
 

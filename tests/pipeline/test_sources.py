@@ -67,14 +67,14 @@ for out in [out if isinstance(out, str) else next(iter(out)) for out in outs]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(digest.hexdigest())
     if path.name == "evaluation.json":
-        from stlm.study import load_study
+        from stlm.study.load import load_study
         study = load_study(names[0])
         record = {{"settings": study.evaluation.model_dump(mode="json"), "checkpoints": {{}}}}
         if names[1] in study.published:
             record |= {{"parameters": 9, "published": study.published[names[1]].settings}}
         path.write_text(json.dumps(record | {{"read": digest.hexdigest()}}))
     if path.name == "train.json":
-        from stlm.study import load_study
+        from stlm.study.load import load_study
         run = load_study(names[0]).run(names[1])
         record = run.model_dump(mode="json", include={{"variant", "label", "seed", "corpus", "tokenizer"}})
         record |= {{key: getattr(run, key).model_dump(mode="json") for key in ("model", "training", "data")}}

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from dvc.fs import LocalFileSystem
 
-from stlm import dvc_command, pipeline, recording, validation
+from stlm import dvc_command, engines, recording
 from stlm.errors import UserError
-from stlm.study import load_study, study_names
+from stlm.study import strict
+from stlm.study.load import load_study
+from stlm.study.names import study_names
 
 STUDIES = ["smoke", "desk", "paper"]
 
@@ -28,11 +30,11 @@ def paths(entries) -> set[str]:
 
 def test_the_dvc_yaml_of_the_repository_is_current(root):
     """For whatever study: running one makes it the active one."""
-    pipeline.check_active(load_study(pipeline.active_study(root), root=root), root)
+    engines.check_active(load_study(engines.active_study(root), root=root), root)
 
 
 def test_the_stages_of_smoke_are_its_commands(project):
-    pipeline.use("smoke")
+    engines.use("smoke")
     content = yaml.safe_load((project / "dvc.yaml").read_text())
     assert content["vars"] == [{"study": "smoke"}]
     smoke = yaml.safe_load((project / "params/smoke.yaml").read_text())
@@ -50,7 +52,7 @@ def test_the_stages_of_smoke_are_its_commands(project):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_dependency_is_the_output_of_one_stage(root, name):
-    stages = pipeline.dvc_stages(load_study(name, root=root), root)
+    stages = engines.dvc_stages(load_study(name, root=root), root)
     made = [path for stage in stages.values() for path in paths([*stage["outs"], *stage.get("metrics", [])])]
     assert len(made) == len(set(made))
     needed = {path for stage in stages.values() for path in stage.get("deps", [])}
@@ -63,32 +65,32 @@ def test_the_three_studies_are_there(root):
 
 
 def test_a_published_vocabulary_is_fetched_and_read(root):
-    stages = pipeline.dvc_stages(load_study("paper", root=root), root)
+    stages = engines.dvc_stages(load_study("paper", root=root), root)
     assert stages["fetch-gpt2"]["params"] == [{"params/vocabularies.yaml": ["gpt2"]}]
     assert "data/raw/gpt2" in stages["tokenize-openwebtext-gpt2"]["deps"]
 
 
 def test_a_training_depends_on_its_own_variant_alone(root):
-    stage = pipeline.dvc_stages(load_study("smoke", root=root), root)["train-smoke-sincos"]
+    stage = engines.dvc_stages(load_study("smoke", root=root), root)["train-smoke-sincos"]
     assert stage["params"] == [{"params/smoke.yaml": ["model", "training", "seeds", "variants.sincos"]}]
 
 
 def test_benchmarks_that_share_data_or_make_their_own_add_no_dependency(project):
     with_all = load_study("desk", ["evaluation.benchmarks=[mmlu_cloze, last_word, mmlu]"])
-    stages = pipeline.dvc_stages(with_all)
+    stages = engines.dvc_stages(with_all)
     fetches = [name for name in stages if name.startswith("fetch-")]
     assert fetches == ["fetch-gutenberg_children", "fetch-mmlu"]
     read = [path for path in stages["evaluate-desk-baseline-s0"]["deps"] if path.startswith("data/raw")]
     assert read == ["data/raw/mmlu"]
-    alone = pipeline.dvc_stages(load_study("desk", ["evaluation.benchmarks=[mmlu_cloze]"]))
+    alone = engines.dvc_stages(load_study("desk", ["evaluation.benchmarks=[mmlu_cloze]"]))
     assert alone["evaluate-desk-baseline-s0"]["deps"] == stages["evaluate-desk-baseline-s0"]["deps"]
 
 
 def test_another_seed_leaves_the_runs_of_earlier_seeds_alone(project):
     edit(project / "params/smoke.yaml", "seeds: [0]", "seeds: [0, 1]")
-    two = pipeline.dvc_stages(load_study("smoke"))
+    two = engines.dvc_stages(load_study("smoke"))
     edit(project / "params/smoke.yaml", "seeds: [0, 1]", "seeds: [0, 1, 2]")
-    three = pipeline.dvc_stages(load_study("smoke"))
+    three = engines.dvc_stages(load_study("smoke"))
     assert "train-smoke-baseline-s2" in three and "train-smoke-baseline-s2" not in two
     runs = [name for name in two if name.startswith(("train-", "evaluate-"))]
     assert {name: two[name] for name in runs} == {name: three[name] for name in runs}
@@ -96,43 +98,43 @@ def test_another_seed_leaves_the_runs_of_earlier_seeds_alone(project):
 
 
 def test_a_mix_depends_on_its_components(project):
-    entries = pipeline.source_entries("paper_mix")
+    entries = engines.source_entries("paper_mix")
     corpora = yaml.safe_load((project / "params/corpora.yaml").read_text())
     assert set(entries["corpora"]) == {"paper_mix", *corpora["paper_mix"]["mix"]}
 
 
 def test_an_unknown_name_is_refused(project):
     with pytest.raises(UserError, match="'gutenberg' is in none of params/"):
-        pipeline.source_entries("gutenberg")
+        engines.source_entries("gutenberg")
 
 
 def test_use_writes_once_and_switches(project):
-    assert pipeline.active_study() is None
-    assert pipeline.use("smoke") is True
-    assert pipeline.use("smoke") is False
-    assert pipeline.use("desk") is True
-    assert pipeline.active_study() == "desk"
+    assert engines.active_study() is None
+    assert engines.use("smoke") is True
+    assert engines.use("smoke") is False
+    assert engines.use("desk") is True
+    assert engines.active_study() == "desk"
 
 
 def test_a_stale_dvc_yaml_is_refused_with_the_command_that_mends_it(project):
-    pipeline.use("smoke")
+    engines.use("smoke")
     edit(project / "params/smoke.yaml", "variants:\n", "variants:\n  extra: {model: {layers: 2}}\n")
     with pytest.raises(UserError, match="run `stlm use smoke`"):
-        pipeline.check_active(load_study("smoke"))
-    pipeline.use("smoke")
-    pipeline.check_active(load_study("smoke"))
+        engines.check_active(load_study("smoke"))
+    engines.use("smoke")
+    engines.check_active(load_study("smoke"))
 
 
 def test_a_number_changed_in_params_leaves_dvc_yaml_current(project):
-    pipeline.use("smoke")
+    engines.use("smoke")
     edit(project / "params/smoke.yaml", "model:\n", "model:\n  rope_theta: 5000.0\n")
-    pipeline.check_active(load_study("smoke"))
+    engines.check_active(load_study("smoke"))
 
 
 def test_a_study_that_is_not_active_and_overrides_are_not_compared(project):
-    pipeline.use("smoke")
-    pipeline.check_active(load_study("desk"))
-    pipeline.check_active(load_study("smoke", ["variants.extra.model.layers=2"]))
+    engines.use("smoke")
+    engines.check_active(load_study("desk"))
+    engines.check_active(load_study("smoke", ["variants.extra.model.layers=2"]))
 
 
 def test_sync_needs_an_active_study(project):
@@ -143,7 +145,7 @@ def test_sync_needs_an_active_study(project):
 def test_a_damaged_dvc_yaml_is_named(project):
     (project / "dvc.yaml").write_text("stages: {}\n")
     with pytest.raises(UserError, match=r"dvc\.yaml: not as `stlm use` writes it"):
-        pipeline.active_study()
+        engines.active_study()
 
 
 def test_nothing_is_recorded_outside_a_repository(project):
@@ -157,7 +159,7 @@ def test_a_published_model_is_evaluated_and_reported(project):
         "\npublished:\n  tiny-llama: {folder: models/tiny-llama}\nvariants:",
     )
     study = load_study("smoke")
-    stages = pipeline.dvc_stages(study)
+    stages = engines.dvc_stages(study)
     stage = stages["evaluate-smoke-tiny-llama"]
     assert stage["cmd"] == "stlm evaluate smoke tiny-llama"
     manifest = "results/smoke/published/tiny-llama/files.json"
@@ -176,41 +178,41 @@ def with_runs(project, count: int) -> None:
 
 def test_params_and_dvc_yaml_are_parsed_as_often_for_many_runs_as_for_one(project, monkeypatch):
     read: list[str] = []
-    parse = validation.parse_yaml
+    parse = strict.parse_yaml
 
     def counted(text, source):
         read.append(source)
         return parse(text, source)
 
-    monkeypatch.setattr(validation, "parse_yaml", counted)
+    monkeypatch.setattr(strict, "parse_yaml", counted)
     counts = []
     for runs in (1, 20):
         with_runs(project, runs)
         read.clear()
-        pipeline.use("smoke")
-        pipeline.check_active(load_study("smoke"))
-        pipeline.active_study()
+        engines.use("smoke")
+        engines.check_active(load_study("smoke"))
+        engines.active_study()
         counts.append(len(read))
         assert "dvc.yaml" not in read, "its head is enough"
     assert counts[0] == counts[1]
 
 
 def test_a_dvc_yaml_that_was_edited_by_hand_is_compared_by_what_it_lists(project):
-    pipeline.use("smoke")
+    engines.use("smoke")
     path = project / "dvc.yaml"
     edit(path, "stages:\n", "# a remark\nstages:\n")
-    pipeline.check_active(load_study("smoke"))
+    engines.check_active(load_study("smoke"))
     edit(path, "cmd: stlm train smoke sincos", "cmd: stlm train smoke learned")
     with pytest.raises(UserError, match="run `stlm use smoke`"):
-        pipeline.check_active(load_study("smoke"))
+        engines.check_active(load_study("smoke"))
 
 
 def test_libyaml_writes_the_same_dvc_yaml(project, monkeypatch):
     with_runs(project, 3)
-    pipeline.use("smoke")
+    engines.use("smoke")
     written = (project / "dvc.yaml").read_text()
-    monkeypatch.setattr(pipeline, "_DUMPER", yaml.SafeDumper)
-    assert pipeline.use("smoke") is False
+    monkeypatch.setattr(engines, "_DUMPER", yaml.SafeDumper)
+    assert engines.use("smoke") is False
     assert (project / "dvc.yaml").read_text() == written
 
 

@@ -18,7 +18,7 @@ from stlm.evaluation.made import made_settings
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.model.config import ModelConfig
-from stlm.study import Run, Study
+from stlm.study.runs import Run, Study
 from stlm.training.config import TrainingConfig
 
 OPTIONS = {"blimp": 2, "synthetic_pairs": 2, "winogrande": 2}

@@ -17,7 +17,7 @@ from stlm.report.card import read_card
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
 from stlm.report.results import read_results
-from stlm.study import PublishedModel, Study
+from stlm.study.runs import PublishedModel, Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 

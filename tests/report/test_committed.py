@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from stlm.docs_pages.committed import read_committed, read_table, write_checksums
+from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.report.build import report
-from stlm.report.committed import read_committed, read_table, write_checksums
-from stlm.report.findings import findings_table
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 

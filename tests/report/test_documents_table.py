@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hand_made import set_documents, set_test, set_train
 
+from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.evaluation.statistics import ratio_bootstrap
 from stlm.report.accuracies import accuracy_tables
@@ -21,7 +22,6 @@ from stlm.report.contamination import read_contamination
 from stlm.report.curves import read_variants
 from stlm.report.documents import amount, compare, documents_of
 from stlm.report.efficiency import comparison_notes
-from stlm.report.findings import findings_table
 from stlm.report.pairwise import as_json, as_text, find_predictions
 from stlm.report.pairwise import compare as compare_models
 from stlm.report.pareto import write_pareto

@@ -9,11 +9,11 @@ from statistics import mean, stdev
 import pytest
 from hand_made import set_test
 
+from stlm.docs_pages.findings import FINDINGS, findings_page, findings_table, write_findings
 from stlm.errors import UserError
 from stlm.files import write_json, write_text
 from stlm.report.build import metrics
 from stlm.report.comparison import compare_all
-from stlm.report.findings import FINDINGS, findings_page, findings_table, write_findings
 from stlm.report.results import read_results
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text

@@ -9,7 +9,7 @@ import pytest
 from stlm.errors import UserError
 from stlm.report.build import report
 from stlm.report.results import read_published
-from stlm.study import PublishedModel
+from stlm.study.runs import PublishedModel
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 

@@ -8,7 +8,7 @@ import pytest
 from counting_corpus import write_tokens
 
 from stlm.model.config import ModelConfig
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training.config import TrainingConfig
 
 

@@ -18,7 +18,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
 from stlm.files import read_json
 from stlm.model.config import parameter_counts, training_flops_per_token
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.tokens.batches import ValidationSet
 from stlm.tokens.chunks import SYMBOLS
 from stlm.tokens.config import DataConfig

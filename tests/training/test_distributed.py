@@ -24,7 +24,7 @@ from stlm.training.loop import train
 WORKER = """
 import os, sys
 from stlm.cli import main
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training import loop
 import stlm.cli
 

@@ -22,7 +22,7 @@ from counting_corpus import write_tokens
 
 from stlm.files import write_json
 from stlm.model.config import ModelConfig
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training.config import TrainingConfig
 from stlm.training.loop import Trainer
 

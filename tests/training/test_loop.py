@@ -138,7 +138,7 @@ def test_kill_9_and_again(make_run, tmp_path):
     sizes = {"model": {"layers": 2, "width": 64}, "steps": 60, "save_every": 5, "checkpoints": [30]}
     plain, killed = make_run("plain", **sizes), make_run("killed", **sizes)
     script = (
-        "import sys; from stlm.study import Run; from stlm.training.loop import train\n"
+        "import sys; from stlm.study.runs import Run; from stlm.training.loop import train\n"
         "train(Run.model_validate_json(sys.argv[1]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

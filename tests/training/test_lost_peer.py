@@ -13,7 +13,7 @@ import pytest
 WORKER = """
 import os, sys, signal, time
 import stlm.cli
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training import lifeline, loop
 from stlm.training.loop import Trainer
 

@@ -399,7 +399,7 @@ def test_a_signal_saves_though_no_one_reads_what_training_tells(make_run, tmp_pa
     """As in `stlm train ... 2>&1 | tee log` and ctrl-C, where `tee` is the first to die."""
     run = make_run("unread", steps=2000, save_every=2000, validate_every=2000)
     program = (
-        "import os, sys; from stlm.study import Run; from stlm.training.loop import train\n"
+        "import os, sys; from stlm.study.runs import Run; from stlm.training.loop import train\n"
         "train(Run.model_validate_json(os.environ['RUN']))"
     )
     process = subprocess.Popen(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
-from stlm import pipeline, recording
+from stlm import engines, recording
 from stlm.errors import UserError
 from stlm.manifests import Manifests, named_mirror
-from stlm.study import load_study
+from stlm.study.load import load_study
 
 # Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
 CHOICES = {"study", "mirror", "processes", "set"}
@@ -41,9 +41,9 @@ def overrides() -> list[str]:
 def load():
     """The study to run, and what it fetches: of --config study=NAME, else the active one, else smoke."""
     try:
-        name = config.get("study") or pipeline.active_study() or "smoke"
+        name = config.get("study") or engines.active_study() or "smoke"
         study = load_study(name, overrides())
-        return study, pipeline.fetched(study)
+        return study, engines.fetched(study)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,7 +56,7 @@ def canonical(content: object) -> str:
 
 def source_params(wildcards) -> str:
     known = FETCHED.get(wildcards.name)
-    return canonical(pipeline.source_entries(wildcards.name) if known is None else known)
+    return canonical(engines.source_entries(wildcards.name) if known is None else known)
 
 
 def run_params(wildcards) -> str:
@@ -131,30 +131,30 @@ def fetch_inputs(wildcards) -> list[str]:
                 "the mirror is named (--config mirror=FOLDER or STLM_MIRROR)",
                 file=sys.stderr,
             )
-    return pipeline.fetch_inputs(name, MANIFESTS)
+    return engines.fetch_inputs(name, MANIFESTS)
 
 
 def tokenize_inputs(wildcards) -> list[str]:
-    return pipeline.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
+    return engines.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
 
 def train_inputs(wildcards) -> list[str]:
-    return pipeline.train_inputs(STUDY, STUDY.run(wildcards.run))
+    return engines.train_inputs(STUDY, STUDY.run(wildcards.run))
 
 
 def evaluate_inputs(wildcards) -> list[str]:
-    return pipeline.evaluate_inputs(STUDY, STUDY.run(wildcards.run))
+    return engines.evaluate_inputs(STUDY, STUDY.run(wildcards.run))
 
 
 def contamination_inputs(wildcards) -> list[str]:
-    return pipeline.contamination_inputs(STUDY)
+    return engines.contamination_inputs(STUDY)
 
 
 def published_inputs(wildcards) -> list[str]:
     published = STUDY.published[wildcards.published]
     if workflow.is_main_process:
         MANIFESTS.refresh_model(published)
-    return pipeline.published_inputs(STUDY, published)
+    return engines.published_inputs(STUDY, published)
 
 
 def published_params(wildcards) -> str:
@@ -162,7 +162,7 @@ def published_params(wildcards) -> str:
 
 
 def report_inputs(wildcards) -> list[str]:
-    return pipeline.report_inputs(STUDY)
+    return engines.report_inputs(STUDY)
 
 
 def begin() -> None:
@@ -177,14 +177,14 @@ def begin() -> None:
         fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise WorkflowError("another Snakemake is at work in this folder; wait for it, or stop it") from None
-    if not STUDY.overrides and pipeline.use(STUDY.name):
+    if not STUDY.overrides and engines.use(STUDY.name):
         print(f"dvc.yaml: now lists the stages of the study {STUDY.name}", file=sys.stderr)
 
 
 def edited() -> bool:
     """Whether params/ has changed since the start: each job reads them when its turn comes."""
     try:
-        return load_study(STUDY.name) != STUDY or pipeline.fetched(STUDY) != FETCHED
+        return load_study(STUDY.name) != STUDY or engines.fetched(STUDY) != FETCHED
     except UserError:
         return True
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from stlm.model.inherit import inherit
 from stlm.model.transformer import Transformer
-from stlm.study import Run
+from stlm.study.runs import Run
 from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
 
 

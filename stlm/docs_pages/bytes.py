@@ -6,18 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+from stlm.docs_pages.committed import committed_documents, read_committed
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
 from stlm.model.config import ModelConfig, parameter_counts
-from stlm.report.committed import committed_documents, read_committed
 from stlm.report.curves import machine
 from stlm.report.documents import FEW_NOTE, Documents, amount_note, compare_seeds, interval_text
 from stlm.report.names import difference_text
 from stlm.report.noise import noise_note
 from stlm.report.results import TextRecord, TrainRecord
-from stlm.study import load_study, vocabulary_size
+from stlm.study.load import load_study
 from stlm.tokens.chunks import SYMBOLS
+from stlm.tokens.names import vocabulary_size
 
 PAGE = Path("docs/bytes.md")
 # The study whose results the page shows; its baseline is a model of tokens.

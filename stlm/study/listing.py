@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stlm.errors import UserError
-from stlm.study import PublishedModel, Run, Study
+from stlm.study.runs import PublishedModel, Run, Study
 
 
 def _scaled(value: float, units: tuple[str, ...] = ("", "K", "M", "G", "T", "P", "E")) -> str:

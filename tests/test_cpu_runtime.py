@@ -13,7 +13,7 @@ def faults(**environment: str) -> tuple[int, str]:
     """Page faults of allocating 64 MiB again and again, and the policy of waiting, in a new process."""
     program = """
 import os, resource
-from stlm.process import tune_process
+from stlm.cpu_runtime import tune_process
 tune_process()
 import numpy as np
 for _ in range(3):

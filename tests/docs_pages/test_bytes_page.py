@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stlm import byte_page
-from stlm.byte_page import PAGE, bytes_page, cost_table, parameters_table
+from stlm.docs_pages import bytes as page
+from stlm.docs_pages.bytes import PAGE, bytes_page, cost_table, parameters_table
 from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.report.documents import Documents
-from stlm.study import load_study
+from stlm.study.load import load_study
 
 
 def test_page_is_up_to_date(root):
@@ -143,7 +143,7 @@ def test_differences_are_paired_by_document_where_their_scores_are_kept(project,
         rates = np.linspace(1.5, 2.5, 60) + (0.2 if run.startswith("words") else 0.0)
         return Documents(np.array(["toy"] * 60), np.arange(60, dtype=np.uint64), rates * sizes, sizes)
 
-    monkeypatch.setattr(byte_page, "committed_documents", documents)
+    monkeypatch.setattr(page, "committed_documents", documents)
     table = cost_table()
     assert cells(table)["variant"][-1] == "over documents"
     assert cells(table)["Bytes, words"][-1] == "[+0.200, +0.200]"

@@ -21,16 +21,16 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
+from stlm.docs_pages.committed import read_committed, read_table
 from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
-from stlm.report.committed import read_committed, read_table
 from stlm.report.documents import amount, amount_note
-from stlm.study import PARAMS
-from stlm.study_file import Published, StudyFile, Variant
+from stlm.study.catalogues import PARAMS
+from stlm.study.schema import Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 

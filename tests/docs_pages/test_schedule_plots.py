@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stlm.report.schedules import SCHEDULES, write_schedule_plots
+from stlm.docs_pages.schedules import SCHEDULES, write_schedule_plots
 from stlm.training.schedules import DROPOUTS, LEARNING_RATES
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
 
+from stlm.docs_pages.committed import committed_documents, read_committed, read_table
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
-from stlm.report.committed import committed_documents, read_committed, read_table
 from stlm.report.documents import (
     FEW_NOTE,
     Difference,

@@ -16,8 +16,8 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
 
 if TYPE_CHECKING:
-    from stlm.study import Run
-    from stlm.study_file import StudyFile
+    from stlm.study.runs import Run
+    from stlm.study.schema import StudyFile
 
 
 def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]) -> None:

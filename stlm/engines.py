@@ -21,16 +21,10 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
 from stlm.manifests import Manifests, model_manifest, refresh_all
-from stlm.study import (
-    PublishedModel,
-    Run,
-    Study,
-    load_benchmarks,
-    load_corpora,
-    load_study,
-    load_vocabularies,
-)
-from stlm.validation import read_yaml
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.load import load_study
+from stlm.study.runs import PublishedModel, Run, Study
+from stlm.study.strict import read_yaml
 
 DVC_FILE = Path("dvc.yaml")
 # The stages of this begin list what DVC watches on this machine: they are not the same on another.

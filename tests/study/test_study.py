@@ -9,13 +9,15 @@ import subprocess
 import pytest
 import yaml
 
-from stlm.documentation import PARAMS_README, README, params_readme, readme_with_results
+from stlm.docs_pages.readmes import PARAMS_README, README, params_readme, readme_with_results
+from stlm.engines import dvc_stages, train_inputs, use
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS, data_names
-from stlm.listing import runs_table
-from stlm.pipeline import dvc_stages, train_inputs, use
-from stlm.study import load_benchmarks, load_study, vocabulary_size
-from stlm.validation import read_yaml
+from stlm.study.catalogues import load_benchmarks
+from stlm.study.listing import runs_table
+from stlm.study.load import load_study
+from stlm.study.strict import read_yaml
+from stlm.tokens.names import vocabulary_size
 
 ROWS = ["baseline", "sincos", "learned", "simple-ffn", "dropout-free"]
 

@@ -1,0 +1,1 @@
+"""Generated documentation: pages and tables of docs/, README.md and params/README.md."""

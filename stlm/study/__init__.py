@@ -1,0 +1,1 @@
+"""From params/ to typed, validated studies and runs: the only reader of params/."""

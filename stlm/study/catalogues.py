@@ -1,0 +1,58 @@
+"""What params/ lists for all studies: corpora and mixes, benchmarks, vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
+from stlm.errors import UserError, nearest
+from stlm.study.strict import read_yaml, validate
+
+PARAMS = Path("params")
+CATALOGUES = ("corpora", "benchmarks", "vocabularies")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _catalogue(root: Path, name: str, model: type[_Model]) -> dict[str, _Model]:
+    path = root / PARAMS / f"{name}.yaml"
+    content = read_yaml(path)
+    spelled: dict[str, str] = {}
+    for key in map(str, content):
+        other = spelled.setdefault(key.casefold(), key)
+        if other != key:
+            raise UserError(
+                f"{PARAMS}/{name}.yaml: {other} and {key} differ only in capital letters, but on many disks "
+                "their folders would be one; rename one of them"
+            )
+    return {
+        key: validate(
+            model, {"name": key, **value} if isinstance(value, dict) else value, f"{PARAMS}/{name}.yaml", key
+        )
+        for key, value in content.items()
+    }
+
+
+def load_corpora(root: Path = Path()) -> dict[str, CorpusEntry]:
+    """The corpora and mixes by name, from params/corpora.yaml."""
+    corpora = _catalogue(root, "corpora", CorpusEntry)
+    for name, entry in corpora.items():
+        for component in entry.mix or {}:
+            if component not in corpora or corpora[component].mix:
+                plain = [key for key, other in corpora.items() if not other.mix]
+                raise UserError(
+                    f"params/corpora.yaml: {name}.mix.{component}: no such corpus{nearest(component, plain)}"
+                )
+    return corpora
+
+
+def load_benchmarks(root: Path = Path()) -> dict[str, BenchmarkEntry]:
+    """The benchmarks by name, from params/benchmarks.yaml."""
+    return _catalogue(root, "benchmarks", BenchmarkEntry)
+
+
+def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
+    """The published vocabularies by name, from params/vocabularies.yaml."""
+    return _catalogue(root, "vocabularies", VocabularyEntry)

@@ -1,0 +1,183 @@
+"""From a study file to its runs: read, override, check, resolve.
+
+A study file ``params/<study>.yaml`` states a baseline (corpus, tokenizer, model, training, evaluation) and
+its variants as differences from it, as the paper's Table 1 does. Everything is checked before any work
+starts; an error names the file, the key, what was found, what was expected and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stlm.errors import UserError, nearest, shortened
+from stlm.model.config import ModelConfig
+from stlm.study.catalogues import PARAMS, load_corpora
+from stlm.study.checks import check_benchmarks, check_data, check_names, check_start
+from stlm.study.names import LONGEST_NAME, check_study_name, is_name
+from stlm.study.runs import PublishedModel, Run, Study
+from stlm.study.schema import StudyFile
+from stlm.study.strict import parse_yaml, read_yaml, validate
+from stlm.tokens.chunks import SYMBOLS, cuts_chunks
+from stlm.tokens.config import DataConfig
+from stlm.tokens.names import vocabulary_size
+from stlm.training.config import TrainingConfig
+
+_DEEPEST = 20
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    flag = f"--set {shortened(override)}"
+    if not separator or not all(key.split(".")):
+        raise UserError(f"{flag}: expected key.path=value, for example model.layers=2")
+    value = parse_yaml(text, flag)
+    parts = key.split(".")
+    if len(parts) > _DEEPEST:
+        raise UserError(f"{flag}: no parameter is so deep; expected key.path=value")
+    below: Any = content
+    for depth, part in enumerate(parts[:-1], start=1):
+        below = below.get(part)
+        if below is None:
+            break
+        if not isinstance(below, Mapping):
+            raise UserError(f"{flag}: {'.'.join(parts[:depth])} is a value, it has no keys")
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return _merge(content, nested)
+
+
+def _ids(tokenizer: str, byte_level: bool) -> int:
+    """The `vocab_size` of a model on a tokenizer; a ``UserError`` where the two do not fit."""
+    size = vocabulary_size(tokenizer)
+    if byte_level and tokenizer == "bytes":
+        raise UserError(
+            "tokenizer: 'bytes' cuts no chunks, which a byte-level model (model.bytes) needs; choose "
+            "stride-N, spaces, words, bpe-N or gpt2"
+        )
+    if not byte_level and cuts_chunks(tokenizer):
+        raise UserError(
+            f"tokenizer: {tokenizer!r} cuts chunks for byte-level models; set model.bytes ({{}} for its "
+            "defaults), or choose gpt2, bytes or bpe-N"
+        )
+    return SYMBOLS if byte_level else size
+
+
+def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
+    variant = parsed.variants[name]
+    where = f"variants.{name}"
+    tokenizer = variant.tokenizer or parsed.tokenizer
+    sections: dict[str, Any] = {}
+    for section, model in (("model", ModelConfig), ("training", TrainingConfig), ("data", DataConfig)):
+        base, own = raw.get(section) or {}, getattr(variant, section)
+        # The baseline first: its mistakes are not the variant's.
+        validate(model, base, file, section)
+        sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
+    try:
+        vocab_size = _ids(tokenizer, sections["model"].bytes is not None)
+    except UserError as error:
+        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
+    if sections["model"].vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
+        )
+    # Again, as some of its checks need the vocabulary.
+    known = _merge(raw.get("model") or {}, variant.model) | {"vocab_size": vocab_size}
+    model = validate(ModelConfig, known, file, f"{where}.model" if variant.model else "model")
+    stride = parsed.evaluation.perplexity.stride
+    if stride is not None and stride > sections["model"].context:
+        raise UserError(
+            f"{file}: evaluation.perplexity.stride: {stride} is above model.context: "
+            f"{sections['model'].context}; text between windows would be left out"
+        )
+    return Run(
+        study=study,
+        name=name if len(parsed.seeds) == 1 else f"{name}-s{seed}",
+        variant=name,
+        label=variant.label or name,
+        paper_row=variant.paper_row,
+        seed=seed,
+        corpus=variant.corpus or parsed.corpus,
+        tokenizer=tokenizer,
+        model=model,
+        training=sections["training"],
+        data=sections["data"],
+    )
+
+
+def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
+    """Read, override, check and resolve the study ``params/<name>.yaml``.
+
+    ``overrides`` are ``key.path=value`` texts, the value in YAML, as after ``--set``. Raises ``UserError``
+    with every problem found.
+    """
+    check_study_name(name, root)
+    path = root / PARAMS / f"{name}.yaml"
+    file = f"{PARAMS}/{name}.yaml"
+    raw = read_yaml(path)
+    for override in overrides:
+        raw = _override(raw, override)
+    if overrides:
+        file += f" (with --set {shortened(' '.join(overrides), 200)})"
+    parsed = validate(StudyFile, raw, file)
+    if parsed.baseline not in parsed.variants:
+        raise UserError(
+            f"{file}: baseline: {parsed.baseline!r} is not among the variants"
+            f"{nearest(parsed.baseline, parsed.variants)}"
+        )
+    for key in ("variants", "published"):
+        for own in getattr(parsed, key):
+            if not is_name(own):
+                raise UserError(
+                    f"{file}: {key}: {shortened(own)!r}: a name is lower-case letters, digits, _ and -, and "
+                    f"begins with a letter; at most {LONGEST_NAME}"
+                )
+    if len(set(parsed.seeds)) < len(parsed.seeds):
+        raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
+    corpora = load_corpora(root)
+    check_names(file, parsed, corpora)
+    runs = [
+        _resolve(name, file, parsed, variant, seed, raw)
+        for variant in parsed.variants
+        for seed in parsed.seeds
+    ]
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
+        check_data(file, run, by_name, corpora)
+        check_start(file, run, by_name)
+    for key in by_name.keys() & parsed.published.keys():
+        raise UserError(f"{file}: published.{key}: a run has this name; choose another")
+    first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
+    baseline = parsed.baseline + first_seed
+    return Study(
+        name=name,
+        description=parsed.description,
+        baseline=baseline,
+        runs=by_name,
+        evaluation=parsed.evaluation,
+        corpora=list(dict.fromkeys(run.corpus for run in runs)),
+        published={
+            key: PublishedModel(
+                **own.model_dump(exclude={"label"}),
+                study=name,
+                name=key,
+                label=own.label or key,
+                tokens_folder=by_name[baseline].tokens_folder,
+            )
+            for key, own in parsed.published.items()
+        },
+        overrides=list(overrides),
+    )

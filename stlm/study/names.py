@@ -1,0 +1,38 @@
+"""Names of studies, variants and published models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from stlm.errors import UserError, nearest, shortened
+from stlm.project import where_to_stand
+from stlm.study.catalogues import CATALOGUES, PARAMS
+
+NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
+LONGEST_NAME = 100
+"""Characters of a name: files, folders and stages have more in theirs, and file systems take 255 bytes."""
+NOT_STUDIES = {*CATALOGUES, "active"}
+
+
+def is_name(text: str) -> bool:
+    """Whether a study, a variant or a published model may have this name."""
+    return len(text) <= LONGEST_NAME and NAME.fullmatch(text) is not None
+
+
+def check_study_name(name: str, root: Path) -> None:
+    """A study is a name, never a path; it must have a file in params/."""
+    if not is_name(name):
+        hint = nearest(Path(name).stem, study_names(root)) if len(name) <= LONGEST_NAME else ""
+        raise UserError(
+            f"{shortened(name)!r} is no study's name: lower-case letters, digits, _ and - between them, at "
+            f"most {LONGEST_NAME}; without folder and suffix{hint}"
+        )
+    if name in NOT_STUDIES or not (root / PARAMS / f"{name}.yaml").exists():
+        hint = where_to_stand(root) or nearest(name, study_names(root))
+        raise UserError(f"{PARAMS}/{name}.yaml: no such study{hint}")
+
+
+def study_names(root: Path = Path()) -> list[str]:
+    """The studies that params/ has."""
+    return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in NOT_STUDIES)
