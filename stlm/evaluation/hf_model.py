@@ -58,17 +58,17 @@ class HfModel(nn.Module):
         self.packs = False
 
     def hidden(
-        self, tokens_BL: Tensor, segments: Segments | None = None, rows_N: Tensor | None = None
+        self, tokens_BL: Tensor, layout: Segments | None = None, rows_N: Tensor | None = None
     ) -> Tensor:
         """The residual stream after the last norm [B, L, D], or logits [B, L, V] where `own_head`.
 
-        `segments` and `rows_N` as in `stlm.model.transformer.Transformer.hidden`; without segments every row
+        `layout` and `rows_N` as in `stlm.model.transformer.Transformer.hidden`; without a layout every row
         is a sequence from its first position on, padded at the right if at all.
         """
         inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
-        if segments is not None:
-            inputs["position_ids"] = segments.positions
-        before = _SEGMENTS.set(segments)
+        if layout is not None:
+            inputs["position_ids"] = layout.positions
+        before = _SEGMENTS.set(layout)
         try:
             if self.own_head:
                 x_BLX = self.model(**inputs).logits
@@ -116,7 +116,7 @@ def _attention(
     segments = _SEGMENTS.get()
     if segments is not None:
         q_BLHE, k_BLKE, v_BLKE = (x.transpose(1, 2) for x in (q_BHLE, k_BKLE, v_BKLE))
-        return segments.attend(q_BLHE, k_BLKE, v_BLKE, scaling), None
+        return segments.attend(q_BLHE, k_BLKE, v_BLKE, scale=scaling), None
     return fused_attention(q_BHLE, k_BKLE, v_BKLE, scale=scaling).transpose(1, 2), None
 
 

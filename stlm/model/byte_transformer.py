@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
-from stlm.model.documents import Documents
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
+from stlm.model.layout import Layout
 from stlm.model.packed_chunks import Packing, Table, Written
 from stlm.model.projection import INITIAL_STD
 from stlm.model.transformer import NORMS, Block, Transformer, block_matrices, sinusoidal_table
@@ -216,13 +216,13 @@ class ByteTransformer(Transformer):
         tokens_BL: Tensor,
         targets_BL: Tensor,
         mask_BL: Tensor | None = None,
-        documents: Documents | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Cross-entropy in nats, float32: the mean over all chunks, or the sum over the text of a mask's.
 
-        A chunk's is the sum over its symbols. With `documents`, a chunk sees its own document alone.
+        A chunk's is the sum over its symbols.
         """
-        x_ND = self.hidden(tokens_BL, documents).flatten(0, 1)
+        x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
         chunks_N, before_N = targets_BL.flatten(), tokens_BL.flatten()
         if mask_BL is None:
             return self._mean_loss(x_ND, chunks_N, before_N)

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.fused_attention import fused_attention
+from stlm.model.layout import Layout, Selection
 
 
-class Cache:
+class Cache(Layout):
     """Memory for the keys and values of a context's tokens: [layers, 2, B, K, context, E], allocated once.
 
     `extend(n)` before a forward pass makes room for the n tokens that it brings; `Transformer.hidden` then
-    takes the cache for its `segments`, numbers the tokens on from those before, and hands each layer its own
+    takes the cache for its `layout`, numbers the tokens on from those before, and hands each layer its own
     part, by the layer's number: layers may share their weights, never their keys. Nothing here is for
     gradients.
     """
@@ -27,7 +28,8 @@ class Cache:
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         shape = (config.layers, 2, batch, config.kv_heads, config.context, config.head_width)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros: a layer that is handed some of the tokens reads what it has not written, with weight zero.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         width = config.width + 2 * config.kv_heads * config.head_width
         # What the shift of queries, keys and values needs of the last token, before that shift.
         before = torch.zeros(config.layers, batch, 1, width, dtype=dtype, device=device)
@@ -54,13 +56,26 @@ class Cache:
         """The part of layer `number`, from 0."""
         return self._layers[number]
 
+    def before(self, x_BLX: Tensor) -> Tensor:
+        """Each layer's own: see `layer`."""
+        raise NotImplementedError("a cache is each layer's own: use layer(number)")
 
-class LayerCache:
-    """One layer's keys and values in a `Cache`, and attention over them."""
+    attend = before
+
+
+class LayerCache(Layout):
+    """One layer's keys and values in a `Cache`: a new token sees all that are held up to itself."""
 
     def __init__(self, cache: Cache, kv_2BKNE: Tensor, before_B1X: Tensor) -> None:
         self._cache, self._before_B1X = cache, before_B1X
         self._k_BKNE, self._v_BKNE = kv_2BKNE
+        # Of a layer that is handed some of the tokens: how many it holds of each row.
+        self._held_B = torch.zeros(len(before_B1X), dtype=torch.int64, device=before_B1X.device)
+
+    @property
+    def positions(self) -> slice:
+        """See `Layout`."""
+        return self._cache.positions
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each new one; zeros at the context's first token."""
@@ -71,8 +86,9 @@ class LayerCache:
         self._before_B1X.copy_(x_BLX[:, -1:])
         return before_BLX
 
-    def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
-        """Hold the new tokens' keys and values; what they mix [B, L, H, E] of theirs and of earlier ones."""
+    def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `Layout.attend`. Holds the new tokens' keys and values."""
+        assert not dropout, "a cache is for generation, which drops nothing"
         begin, end = self._cache.positions.start, self._cache.positions.stop
         B, L, H, E = q_BLHE.shape
         self._k_BKNE[:, :, begin:end] = k_BLKE.transpose(1, 2)
@@ -87,3 +103,50 @@ class LayerCache:
             sees_LN = torch.ones(L, end, dtype=torch.bool, device=q_BLHE.device).tril(begin)
         y_BHLE = fused_attention(q_BLHE.transpose(1, 2), k_BKNE, v_BKNE, sees_LN)
         return y_BHLE.transpose(1, 2)
+
+    def select(self, selection: Selection) -> _SelectedCache:
+        """See `Layout.select`. The layer must be handed a selection of every token, and holds no others."""
+        if self._cache.positions.start == 0:
+            self._held_B.zero_()
+            self._before_B1X.zero_()
+        return _SelectedCache(self, selection)
+
+
+class _SelectedCache(Layout):
+    """The selected new tokens of a layer, which see those of its row that the layer holds."""
+
+    def __init__(self, layer: LayerCache, selection: Selection) -> None:
+        B, S = selection.index_BS.shape
+        begin, index_BS = layer.positions.start, selection.index_BS
+        self.positions = index_BS + begin
+        self._keys, self._values, self._before_B1X = layer._k_BKNE, layer._v_BKNE, layer._before_B1X
+        kept_BS = selection.kept_BS
+        if kept_BS is None:
+            kept_BS = torch.ones(B, S, dtype=torch.bool, device=index_BS.device)
+        self._count_B = kept_BS.sum(dim=1)
+        held_B = layer._held_B
+        self._place_BS = (held_B[:, None] + torch.arange(S, device=index_BS.device)).clamp(
+            max=self._keys.shape[2] - 1
+        )
+        self._kept_BS = kept_BS
+        self._end = int((held_B + self._count_B).max())
+        places_N = torch.arange(self._end, device=index_BS.device)
+        self._sees_B1SN = (places_N <= self._place_BS[..., None])[:, None]
+        held_B += self._count_B
+
+    def before(self, x_BSX: Tensor) -> Tensor:
+        """What `x_BSX` has at the selected token before each; zeros at the first that the layer is handed."""
+        rows_BSX = torch.cat([self._before_B1X, x_BSX], dim=1)
+        last_B11 = self._count_B[:, None, None].expand(-1, 1, x_BSX.shape[2])
+        self._before_B1X.copy_(rows_BSX.gather(1, last_B11))
+        return rows_BSX[:, :-1]
+
+    def attend(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `Layout.attend`. Holds the kept tokens' keys and values."""
+        assert not dropout, "a cache is for generation, which drops nothing"
+        rows_BS, places_BS = self._kept_BS.nonzero(as_tuple=True)
+        target = (rows_BS, slice(None), self._place_BS[rows_BS, places_BS])
+        self._keys[target] = k_BSKE[rows_BS, places_BS]
+        self._values[target] = v_BSKE[rows_BS, places_BS]
+        k_BKNE, v_BKNE = self._keys[:, :, : self._end], self._values[:, :, : self._end]
+        return fused_attention(q_BSHE.transpose(1, 2), k_BKNE, v_BKNE, self._sees_B1SN).transpose(1, 2)

@@ -5,22 +5,26 @@ Tensor names as in stlm.model.transformer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stlm.model.layout import Layout, Selection, attend_in_rows
 
-class Documents(NamedTuple):
-    """Where documents begin in rows of tokens, as attention and positions need it.
 
-    `positions` [B, L] are the tokens' places in their documents; `sees` [B, 1, L, L] is whether a query may
-    look at a key: of the same document, and not later.
+class Documents(Layout):
+    """Documents one after the other in rows of tokens.
+
+    `positions` [B, L] are the tokens' positions in their documents; `sees` [B, 1, L, L] says whether a query
+    may attend to a key: one of the same document that does not come later.
     """
 
-    positions: Tensor
-    sees: Tensor
+    in_rows = True
+
+    def __init__(self, positions_BL: Tensor, sees_B1LL: Tensor, begins_BL: Tensor | None = None) -> None:
+        """`begins_BL`: which tokens have none of their document before them; None: those at position 0."""
+        self.positions, self.sees = positions_BL, sees_B1LL
+        self._begins = positions_BL == 0 if begins_BL is None else begins_BL
 
     @classmethod
     def of(cls, tokens_BL: Tensor, eot: int) -> Documents:
@@ -37,4 +41,24 @@ class Documents(NamedTuple):
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each, in its document; zeros at a document's first token."""
-        return F.pad(x_BLX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]
+        return F.pad(x_BLX[:, :-1], (0, 0, 1, 0)) * ~self._begins[..., None]
+
+    def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `Layout.attend`."""
+        return attend_in_rows(q_BLHE, k_BLKE, v_BLKE, self.sees, dropout)
+
+    def select(self, selection: Selection) -> Documents:
+        """See `Layout.select`. The tokens keep their positions."""
+        index_BS = selection.index_BS
+        S = index_BS.shape[1]
+        sees_BLL = self.sees[:, 0]
+        sees_BSL = sees_BLL.gather(1, index_BS[..., None].expand(-1, -1, sees_BLL.shape[2]))
+        sees_BSS = sees_BSL.gather(2, index_BS[:, None].expand(-1, S, -1))
+        # Padding stands at the end, whatever its place in the row: none but itself sees it.
+        sees_BSS = sees_BSS.tril() | torch.eye(S, dtype=torch.bool, device=index_BS.device)
+        begins_BS = sees_BSS.sum(dim=2) == 1
+        return Documents(self.positions.gather(1, index_BS), sees_BSS[:, None], begins_BS)
+
+    def rows(self, rows_R: Tensor) -> Documents:
+        """See `Layout.rows`."""
+        return Documents(self.positions[rows_R], self.sees[rows_R], self._begins[rows_R])

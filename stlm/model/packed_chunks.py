@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stlm.model.segments import Segments
+from stlm.model.layout import Layout
 from stlm.tokens.chunks import ChunkTable
 
 # The length of some chunks that lie together, and how many they are.
@@ -26,7 +26,7 @@ Block = tuple[int, int]
 _ARRAYS = [name for name in ChunkTable._fields if name != "longest"]
 
 
-class Packing(Segments):
+class Packing(Layout):
     """Chunks that lie in one row, of which each attends to itself alone.
 
     `order_N` are the chunks as they lie, by length; `chunk_T` and `place_T` say of each place the chunk (its
@@ -55,8 +55,9 @@ class Packing(Segments):
         """What `x_1TX` has at the place before, in its chunk; zeros at a chunk's first place."""
         return F.pad(x_1TX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]
 
-    def attend(self, q_1THE: Tensor, k_1THE: Tensor, v_1THE: Tensor) -> Tensor:
-        """Mixed values [1, T, H, E]; with `causal`, of a place's own and earlier ones."""
+    def attend(self, q_1THE: Tensor, k_1THE: Tensor, v_1THE: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `Layout.attend`; with `causal`, a place sees its chunk up to itself, otherwise all of it."""
+        assert not dropout, "byte transformers have no dropout"
         return _ChunkAttention.apply(q_1THE[0], k_1THE[0], v_1THE[0], self.blocks, self.causal)[None]
 
 

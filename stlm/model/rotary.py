@@ -32,3 +32,15 @@ def rotate(x_LHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
 def rotate_back(x_LHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
     """The inverse of `rotate`, and so what turns its result's gradient into its argument's."""
     return rotate(x_LHE, cos_L1E, -sin_L1E)
+
+
+def angles_at(rope: Rotary, index_BS: Tensor) -> Rotary:
+    """The angles [B, S, 1, E] of some tokens of each row, by their places in it."""
+    rows_B1 = torch.arange(len(index_BS), device=index_BS.device)[:, None]
+
+    def at(table: Tensor) -> Tensor:
+        if table.dim() == 4 and len(table) > 1:
+            return table[rows_B1, index_BS]
+        return table.view(-1, *table.shape[-2:])[index_BS]
+
+    return at(rope[0]), at(rope[1])

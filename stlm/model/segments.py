@@ -6,6 +6,7 @@ G = H / K query heads a group, E head width.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from stlm.model.layout import Layout, Selection
 
 
 class Group(NamedTuple):
@@ -25,8 +28,8 @@ class Group(NamedTuple):
     sees_SQC: Tensor  # whether the query may look at the key
 
 
-class Segments:
-    """Which tokens of a row attend to which: a sequence's own tokens to its path from the row's beginning.
+class Segments(Layout):
+    """A trie of sequences in one row: each token attends to the path from the row's beginning to itself.
 
     `positions` are the tokens' places in their sequences. Without padding in the row and without a product
     of each token with every other, attention costs what the sequences' own tokens and paths do.
@@ -41,6 +44,7 @@ class Segments:
         for _, path in segments:
             before_N[path[1:]] = path[:-1]
         self._before_N = torch.from_numpy(before_N).to(device)
+        self._begins_1N = self.positions == 0
         # Two steps to the doubling: few groups, little padding.
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
@@ -50,10 +54,18 @@ class Segments:
 
     def before(self, x_1NX: Tensor) -> Tensor:
         """What `x_1NX` has at the token before each, in its sequence; zeros at a sequence's first token."""
-        return x_1NX[:, self._before_N] * (self.positions > 0)[..., None]
+        return x_1NX[:, self._before_N] * ~self._begins_1N[..., None]
 
-    def attend(self, q_1NHE: Tensor, k_1NKE: Tensor, v_1NKE: Tensor, scale: float | None = None) -> Tensor:
-        """Mixed values [1, N, H, E]. `scale` of the scores: 1 / sqrt(E) unless given."""
+    def attend(
+        self,
+        q_1NHE: Tensor,
+        k_1NKE: Tensor,
+        v_1NKE: Tensor,
+        dropout: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        """See `Layout.attend`. `scale` of the scores: 1 / sqrt(E) unless given."""
+        assert not dropout, "tries are for scoring, which drops nothing"
         N, H, E = q_1NHE.shape[1:]
         K = k_1NKE.shape[2]
         # Some models rotate queries and keys in float32 where their values are bfloat16.
@@ -76,6 +88,38 @@ class Segments:
             )
             y_KNX.index_copy_(1, group.results_SQ.flatten(), y_KSXE.reshape(K, -1, H // K * E))
         return y_KNX[:, :N].transpose(0, 1).reshape(1, N, H, E)
+
+    def select(self, selection: Selection) -> Segments:
+        """See `Layout.select`: a token sees the selected ones of its path, at their positions."""
+        index_S = selection.index_BS[0]
+        N, S = self.positions.shape[1], len(index_S)
+        place_N = torch.full((N + 1,), S, device=index_S.device)  # of each token in the new row; S: of none
+        place_N[index_S] = torch.arange(S, device=index_S.device)
+        chosen_N = place_N < S
+        selected = copy.copy(self)
+        selected.positions = self.positions[:, index_S]
+        # The nearest selected token on each path: jumps to the token before that double until they stand.
+        jump_N = torch.where(
+            chosen_N[:N] | self._begins_1N[0], torch.arange(N, device=index_S.device), self._before_N
+        )
+        while not torch.equal(further_N := jump_N[jump_N], jump_N):
+            jump_N = further_N
+        before_S = jump_N[self._before_N[index_S]]
+        selected._begins_1N = (self._begins_1N[0, index_S] | ~chosen_N[before_S])[None]
+        selected._before_N = place_N[before_S].masked_fill(selected._begins_1N[0], 0)
+        selected.groups = [_selected(group, place_N, chosen_N) for group in self.groups]
+        selected._bias = []
+        return selected
+
+
+def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:
+    """The group among the selected tokens: the others are seen by none, and their results are cut off."""
+    queries_SQ, results_SQ = place_N[group.queries_SQ], place_N[group.results_SQ]
+    sees_SQC = group.sees_SQC & chosen_N[group.keys_SC][:, None]
+    sees_SQC |= ~sees_SQC.any(dim=2, keepdim=True)  # no softmax over nothing
+    n = int(chosen_N.sum())
+    keys_SC = place_N[group.keys_SC].clamp(max=n - 1)
+    return Group(queries_SQ.clamp(max=n - 1), results_SQ, keys_SC, sees_SQC)
 
 
 def _group(segments: Sequence[tuple[int, np.ndarray]], length: int, device: torch.device) -> Group:

@@ -8,23 +8,21 @@ width].
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stlm.model.cache import Cache, LayerCache
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
-from stlm.model.documents import Documents
 from stlm.model.feed_forward import FFNS
 from stlm.model.fused import RMSNorm
-from stlm.model.fused_attention import fused_attention
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
+from stlm.model.layout import CausalRows, Layout
 from stlm.model.projection import INITIAL_STD, projection, projections, share
 from stlm.model.rotary import Rotary, rope_tables, rotate
-from stlm.model.segments import Segments
 
 
 class Dropout(nn.Module):
@@ -93,42 +91,30 @@ class Attention(nn.Module):
         normal_BLHE = F.rms_norm(qk_BLHE, (self.head_width,), eps=self.norm_eps)
         return (normal_BLHE * gain_HE).to(qk_BLHE.dtype)
 
-    def _shift(self, qkv_BLX: Tensor, segments: Segments | Documents | LayerCache | None) -> Tensor:
+    def _shift(self, qkv_BLX: Tensor, layout: Layout) -> Tensor:
         """Queries, keys and values [B, L, X], plus the weighted ones of the token before if there is one."""
-        if segments is not None:
-            before_BLX = segments.before(qkv_BLX)
-        else:
-            before_BLX = F.pad(qkv_BLX[:, :-1], (0, 0, 1, 0))
-        return torch.addcmul(qkv_BLX, before_BLX, self.shift.to(qkv_BLX.dtype))
+        return torch.addcmul(qkv_BLX, layout.before(qkv_BLX), self.shift.to(qkv_BLX.dtype))
 
-    def _in_blocks(self, x_BLD: Tensor) -> bool:
+    def _in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
         """Whether attention by blocks is the faster one; unrolled in a graph it takes minutes to compile."""
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.training and on_cpu and not self.dropout
+        return layout.in_rows and self.training and on_cpu and not self.dropout
 
     @outside_graphs
-    def _attend_scheduled(
-        self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None
-    ) -> Tensor:
+    def _attend_scheduled(self, layout: Layout, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
         """Attention [B, L, H, E] whose dropout a schedule changes.
 
         It stays out of the compiled graph, which would be compiled anew at each value of the number; and, as
         torch computes it by other means without dropout, at another order of the result in memory.
         """
-        y_BHLE = self._attend(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, self.dropout_now)
-        return y_BHLE.transpose(1, 2).contiguous()
-
-    def _attend(
-        self, q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, sees_B1LL: Tensor | None, dropout: float
-    ) -> Tensor:
-        """Causal attention, [B, H, L, E], of the keys that `sees_B1LL` leaves."""
-        return fused_attention(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, dropout if self.training else 0.0)
+        dropout = self.dropout_now if self.training else 0.0
+        return layout.attend(q_BLHE, k_BLKE, v_BLKE, dropout).contiguous()
 
     def forward(
         self,
         x_BLD: Tensor,
         rope: Rotary | None,
-        segments: Segments | Documents | LayerCache | None = None,
+        layout: Layout,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
@@ -139,30 +125,26 @@ class Attention(nn.Module):
         B, L, D = x_BLD.shape
         qkv_BLX = self.qkv(x_BLD)
         if self.shift is not None:
-            qkv_BLX = self._shift(qkv_BLX, segments)
+            qkv_BLX = self._shift(qkv_BLX, layout)
         qkv_BLHE = qkv_BLX.view(B, L, -1, self.head_width)
         qk_BLHE, v_BLKE = qkv_BLHE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if added_BLX is not None:
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        sees_B1LL = segments.sees if isinstance(segments, Documents) else None
-        in_blocks = self._in_blocks(x_BLD) and not isinstance(segments, Segments | LayerCache)
+        in_blocks = self._in_blocks(x_BLD, layout)
         if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
-        q_BLHE, k_BLKE = qk_BLHE.split([self.heads, self.kv_heads], dim=2)
-        if isinstance(segments, Segments | LayerCache):
-            y_BLHE = segments.attend(q_BLHE, k_BLKE, v_BLKE)
-        elif in_blocks:
+        if in_blocks:
             if added_BLX is not None or self.q_gain is not None:
                 qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
-            y_BLHE = causal_attention(qkv_BLHE, self.heads, sees_B1LL, rope)
+            y_BLHE = causal_attention(qkv_BLHE, self.heads, layout.sees, rope)
         else:
-            qkv = q_BLHE.transpose(1, 2), k_BLKE.transpose(1, 2), v_BLKE.transpose(1, 2)
+            qkv = *qk_BLHE.split([self.heads, self.kv_heads], dim=2), v_BLKE
             if self.scheduled:
-                y_BLHE = self._attend_scheduled(*qkv, sees_B1LL)
+                y_BLHE = self._attend_scheduled(layout, *qkv)
             else:
-                y_BLHE = self._attend(*qkv, sees_B1LL, self.dropout).transpose(1, 2)
+                y_BLHE = layout.attend(*qkv, self.dropout if self.training else 0.0)
         y_BLD = y_BLHE.reshape(B, L, D)
         return self.out(y_BLD if rows_N is None else y_BLD.flatten(0, 1)[rows_N])
 
@@ -185,11 +167,12 @@ class Block(nn.Module):
         self,
         x_BLD: Tensor,
         rope: Rotary | None,
-        segments: Segments | Documents | LayerCache | None = None,
+        layout: Layout,
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_BLD), rope, segments, rows_N, added_BLX)
+        """As `Attention.forward`."""
+        mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
         x = x + self.dropout(mixed)
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -300,48 +283,65 @@ class Transformer(nn.Module):
             elif isinstance(module, Attention) and module.dropout:
                 module.scheduled, module.dropout_now = True, module.dropout * factor
 
-    def hidden(
+    def hidden(self, tokens_BL: Tensor, layout: Layout | None = None, rows_N: Tensor | None = None) -> Tensor:
+        """What the head reads of token ids [B, L], [B, L, D]: the residual stream after the last norm, or its
+        image [B, L, R] where the embedding is factorized.
+
+        `layout` says how sequences lie in the rows, each no longer than the context; None: one a row. A
+        `Cache` must have been extended by L. With `rows_N`, indices into the flat [B L], only theirs is
+        returned, [N, D] or [N, R], and the last block's feed-forward network works on no others.
+        """
+        return self.finish(self.residuals(tokens_BL, layout, rows_N)[-1])
+
+    def finish(self, x_BLD: Tensor) -> Tensor:
+        """What the head reads of the residual stream [..., D], after whichever block."""
+        x_BLD = self.norm(x_BLD)
+        if self.embedding_up is None:
+            return x_BLD
+        return _in_float32(x_BLD, self.embedding_up.T if self.output_down is None else self.output_down)
+
+    def residuals(
         self,
         tokens_BL: Tensor,
-        segments: Segments | Documents | Cache | None = None,
+        layout: Layout | None = None,
         rows_N: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads of token ids [B, L], L at most the context: the residual stream after the last
-        norm, [B, L, D], or its image [B, L, R] where the embedding is factorized.
+        after: Collection[int] = (),
+    ) -> list[Tensor]:
+        """The residual stream [B, L, D] after each block of `after`, numbered from 0, and after the last.
 
-        With `Segments`, the one row of tokens [1, L], of any length, holds several sequences, none longer
-        than the context; with `Documents`, each row holds several, one after the other; with a `Cache` that
-        was extended by L, the tokens follow those that it holds. With `rows_N`, indices into the flat [B L],
-        only theirs is returned, [N, D] or [N, R], and the last block's feed-forward network works on no
-        others.
+        The rest as in `hidden`; `rows_N` is for the last block.
         """
         L, longest = tokens_BL.shape[1], self.config.context
-        assert segments is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
-        places = slice(L) if segments is None else segments.positions
+        assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
+        layout = CausalRows(L) if layout is None else layout
+        x_BLD, rope = self._embed(tokens_BL, layout)
+        last = len(self.blocks) - 1
+        without = len(self.blocks) - len(self.value_embeddings)
+        kept = []
+        for number, block in enumerate(self.blocks):
+            added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
+            x_BLD = block(x_BLD, rope, layout.layer(number), rows_N if number == last else None, added_BLX)
+            if number in after and number < last:
+                kept.append(x_BLD)
+        return [*kept, x_BLD]
+
+    def _embed(self, tokens_BL: Tensor, layout: Layout) -> tuple[Tensor, Rotary | None]:
+        """The residual stream [B, L, D] before the first block, and the rotary angles of its positions."""
+        positions = layout.positions
         x_BLD = self.embedding(tokens_BL)
         if self.embedding_up is not None:
             x_BLD = _in_float32(x_BLD, self.embedding_up)
         rope = None
         if self.config.positions == "rope":
             # [L, 1, E] or [B, L, 1, E]: the same for all heads.
-            rope = self.cos_LE[places].unsqueeze(-2), self.sin_LE[places].unsqueeze(-2)
+            rope = self.cos_LE[positions].unsqueeze(-2), self.sin_LE[positions].unsqueeze(-2)
         elif self.config.positions == "learned":
-            x_BLD = x_BLD + self.positions.weight[places]
+            x_BLD = x_BLD + self.positions.weight[positions]
         else:
             # The embedding starts at a standard deviation of 0.02, the sinusoids at 0.7: unscaled they
             # drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
-            x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[places]
-        x_BLD = self.dropout(x_BLD)
-        last = len(self.blocks) - 1
-        without = len(self.blocks) - len(self.value_embeddings)
-        for number, block in enumerate(self.blocks):
-            added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
-            own = segments.layer(number) if isinstance(segments, Cache) else segments
-            x_BLD = block(x_BLD, rope, own, rows_N if number == last else None, added_BLX)
-        x_BLD = self.norm(x_BLD)
-        if self.embedding_up is None:
-            return x_BLD
-        return _in_float32(x_BLD, self.embedding_up.T if self.output_down is None else self.output_down)
+            x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[positions]
+        return self.dropout(x_BLD), rope
 
     def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
         """Logits [..., V] of residual vectors [..., D], at any positions, or of a part of the vocabulary."""
@@ -367,13 +367,10 @@ class Transformer(nn.Module):
         tokens_BL: Tensor,
         targets_BL: Tensor,
         mask_BL: Tensor | None = None,
-        documents: Documents | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask.
-
-        With `documents`, a token sees its own document alone.
-        """
-        x_ND = self.hidden(tokens_BL, documents).flatten(0, 1)
+        """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
+        x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
         if mask_BL is None:
             return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
         losses_N = F.cross_entropy(self.head(x_ND).float(), targets_BL.flatten(), reduction="none")

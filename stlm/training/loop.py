@@ -142,7 +142,7 @@ class Trainer:
         tokens = next(self.micro_batches(1, self.share))
         try:
             with self.where.autocast():
-                loss = self.loss(tokens[:, :-1], tokens[:, 1:], documents=self.documents(tokens[:, :-1]))
+                loss = self.loss(tokens[:, :-1], tokens[:, 1:], layout=self.documents(tokens[:, :-1]))
             loss.backward()
         except (UserError, torch.OutOfMemoryError):
             raise
@@ -250,7 +250,7 @@ class Trainer:
         for tokens in self.micro_batches(step, self.share):
             with self.where.autocast():
                 documents = self.documents(tokens[:, :-1])
-                loss = self.loss(tokens[:, :-1], tokens[:, 1:], documents=documents)
+                loss = self.loss(tokens[:, :-1], tokens[:, 1:], layout=documents)
             (loss / parts).backward()
             mean += loss.detach()
         mean /= parts
@@ -293,7 +293,7 @@ class Trainer:
         """The loss of tokens [B, L + 1], likewise."""
         with self.where.autocast():
             documents = self.documents(tokens_BL[:, :-1])
-            return self.model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:], documents=documents)
+            return self.model.loss(tokens_BL[:, :-1], tokens_BL[:, 1:], layout=documents)
 
     def check(self, step: int) -> None:
         """Stop at a loss or gradient that is not finite; what was saved before it stays."""

@@ -56,7 +56,7 @@ def model(request) -> Transformer:
 def test_logits_and_gradients_are_those_of_each_document_alone(model: Transformer) -> None:
     x_BL = rows()
     y_BL = rows(seed=1)
-    loss = model.loss(x_BL, y_BL, documents=Documents.of(x_BL, EOT))
+    loss = model.loss(x_BL, y_BL, layout=Documents.of(x_BL, EOT))
     loss.backward()
     together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     hidden_BLD = model.hidden(x_BL, Documents.of(x_BL, EOT))

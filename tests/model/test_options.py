@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.layout import CausalRows
 from stlm.model.segments import Segments
 from stlm.model.transformer import Dropout, Transformer
 
@@ -135,7 +136,7 @@ def test_shifted_queries_keys_and_values_are_a_convolution_of_width_two():
     kernel_X12 = torch.stack([attention.shift.detach(), torch.ones(64)], dim=1)[:, None]
     padded_BXL = F.pad(qkv_BLX.transpose(1, 2), (1, 0))
     expected_BXL = F.conv1d(padded_BXL, kernel_X12, groups=64)
-    torch.testing.assert_close(attention._shift(qkv_BLX, None), expected_BXL.transpose(1, 2))
+    torch.testing.assert_close(attention._shift(qkv_BLX, CausalRows(7)), expected_BXL.transpose(1, 2))
     # It starts as none: a new model is the one without.
     plain, new = Transformer(ModelConfig(**TINY)), Transformer(ModelConfig(**TINY, qkv_shift=True))
     assert new.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
