@@ -35,6 +35,7 @@ from stlm.evaluation.predictions import (
     benchmark_facts,
     write_predictions,
 )
+from stlm.evaluation.readouts import score_readouts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
 from stlm.model.transformer import Transformer
@@ -118,11 +119,17 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
         subject = Subject(folder.name, about, number == len(folders), label)
         load = partial(load_run, material, folder)
         scored[folder.name] = score_model(material, subject, load, kept, failures)
+
+    def score_readout(name: str, give: Callable[[], nn.Module]) -> dict[str, Any]:
+        part = subject._replace(name=f"{subject.name}-{name}", label=f"{subject.label} {name}")
+        return score_model(material, part, give, kept, failures).result
+
+    readouts = score_readouts(folders[-1], load, score_readout)
     failures.tell(kept)
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
-    write_results(run.folder, about, material, scored)
+    write_results(run.folder, about, material, scored, {"readouts": readouts} if readouts else None)
     kept.forget()
 
 

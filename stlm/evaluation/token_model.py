@@ -62,7 +62,8 @@ class TokenModel:
         if batch_tokens is None and getattr(transformer, "own_head", False):
             self.batch_tokens //= 16  # it gives the logits of all positions
         self.context: int = transformer.config.context
-        self.packs: bool = getattr(transformer, "packs", True)
+        techniques = getattr(transformer, "techniques", ())
+        self.packs: bool = getattr(transformer, "packs", all("packing" in own.supports for own in techniques))
         self.transformer: nn.Module = transformer
         self.precise: TokenModel = self
         if precision == "bfloat16":

@@ -20,6 +20,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_directory, write_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
+from stlm.techniques.base import refuse
 from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
 from stlm.training.checkpoint_names import WEIGHTS
 from stlm.training.checkpoints import check_fits, load_checkpoint
@@ -37,6 +38,12 @@ _LLAMA = {
     "logit_softcap": 0.0,
     "value_embeddings": 0,
 }
+# What `llama_config` writes, and what `llama_weights` merges.
+_WRITTEN = {
+    *("layers", "width", "heads", "kv_heads", "ffn_width", "rope_theta", "norm_eps", "context", "tied"),
+    *("vocab_size", "dropout", "attention_dropout", "zero_init"),
+    *("sharing", "lora", "low_rank", "embedding_rank"),
+}
 
 
 def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
@@ -50,9 +57,12 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
     Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
     model, _ = load_checkpoint(checkpoint)
+    refuse(model.techniques, "export", lambda message: UserError(f"{checkpoint}: {message}"))
     if model.config.bytes is not None:
         raise UserError(f"{checkpoint}: model.bytes: a byte-level model is no Llama, which reads tokens")
-    for key, needed in _LLAMA.items():
+    # What is neither written nor merged must be as a Llama has it, keys that come later too.
+    plain = {key: field.default for key, field in ModelConfig.model_fields.items() if key not in _WRITTEN}
+    for key, needed in (plain | _LLAMA).items():
         found = getattr(model.config, key)
         if found != needed:
             raise UserError(f"{checkpoint}: model.{key}: {found} is not what a Llama has ({needed})")

@@ -19,6 +19,7 @@ from stlm.generation.tokens import TokenGenerator
 from stlm.study.load import load_study
 from stlm.study.names import study_names
 from stlm.study.runs import PublishedModel
+from stlm.techniques.base import refuse
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoint_names import RESULTS, find_checkpoint, is_folder, split_step
 from stlm.training.checkpoints import check_fits, load_checkpoint
@@ -35,6 +36,10 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
     Raises UserError for a file that is missing or damaged.
     """
     model, _ = load_checkpoint(checkpoint, device)
+    if cached:
+        refuse(
+            model.techniques, "cache", lambda message: UserError(f"{checkpoint}: {message}; give --no-cache")
+        )
     kind = TokenGenerator if model.config.bytes is None else ByteGenerator
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
     check_fits(model, tokenizer, checkpoint)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +212,8 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("a Transformer needs a config with its vocab_size")
         self.config = config
+        # What `stlm.model.build.build_model` adds to the model.
+        self.techniques: tuple[Any, ...] = ()
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_rank or config.width)
         # What maps a factorized table to the residual stream, and for an untied head back.
         self.embedding_up = self.output_down = None

@@ -14,6 +14,7 @@ from stlm.corpora.config import CorpusEntry
 from stlm.corpora.language import WITHOUT_SPACES
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
+from stlm.techniques.base import refuse
 
 if TYPE_CHECKING:
     from stlm.study.runs import Run
@@ -131,3 +132,33 @@ def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
 def _plain(value: object) -> object:
     """A value as a file has it."""
     return value.model_dump() if isinstance(value, BaseModel) else value
+
+
+def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
+    """What a run's techniques cannot be combined with is refused by name."""
+    key = f"{file}: run {run.name}"
+
+    def say(message: str) -> UserError:
+        return UserError(f"{key}: {message}")
+
+    techniques = list(run.techniques.values())
+    for technique in techniques:
+        technique.set_others({role: runs[run.depends[role]] for role in technique.depends()})
+    for condition, capability in (
+        (run.model.bytes is not None, "bytes"),
+        (run.model.sharing is not None, "sharing"),
+        (run.data.attention == "within", "attention_within"),
+        (run.training.compile is True, "compile"),
+        (run.training.start_from is not None, "start_from"),
+    ):
+        if condition:
+            refuse(techniques, capability, say)
+    for number, technique in enumerate(techniques):
+        for other in techniques[:number]:
+            together = other.key() in technique.combines_with or technique.key() in other.combines_with
+            if not together or (technique.replaces_next_token and other.replaces_next_token):
+                raise say(f"techniques.{other.key()} and techniques.{technique.key()} cannot be combined")
+        try:
+            technique.check(run, runs)
+        except ValueError as error:
+            raise say(f"techniques.{technique.key()}.{error}") from None

@@ -14,11 +14,13 @@ from typing import Any
 from stlm.errors import UserError, nearest, shortened
 from stlm.model.config import ModelConfig
 from stlm.study.catalogues import PARAMS, load_corpora
-from stlm.study.checks import check_benchmarks, check_data, check_names, check_start
+from stlm.study.checks import check_benchmarks, check_data, check_names, check_start, check_techniques
 from stlm.study.names import LONGEST_NAME, check_study_name, is_name
 from stlm.study.runs import PublishedModel, Run, Study
-from stlm.study.schema import StudyFile
+from stlm.study.schema import StudyFile, Variant
 from stlm.study.strict import parse_yaml, read_yaml, validate
+from stlm.techniques.base import Technique
+from stlm.techniques.registry import load_techniques
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks
 from stlm.tokens.config import DataConfig
 from stlm.tokens.names import vocabulary_size
@@ -114,7 +116,16 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         model=model,
         training=sections["training"],
         data=sections["data"],
+        techniques=_techniques(file, parsed, variant, where),
     )
+
+
+def _techniques(file: str, parsed: StudyFile, variant: Variant, where: str) -> dict[str, Technique]:
+    """The techniques of a variant's run, the baseline's with its differences: objects of this run alone."""
+    load_techniques(parsed.techniques, file, "techniques")
+    merged = _merge(parsed.techniques, variant.techniques)
+    prefix = f"{where}.techniques" if variant.techniques else "techniques"
+    return load_techniques(merged, file, prefix)
 
 
 def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
@@ -158,6 +169,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora)
         check_start(file, run, by_name)
+        check_techniques(file, run, by_name)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from stlm.errors import UserError, nearest, shortened
 from stlm.evaluation.config import EvaluationConfig
@@ -18,6 +18,7 @@ from stlm.model.config import (
     training_flops_per_token,
 )
 from stlm.study.schema import Published
+from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 
@@ -39,6 +40,10 @@ class Run(BaseModel):
     training: TrainingConfig
     # Left out of records where it changes nothing: earlier runs, made without this section, are equal.
     data: DataConfig = Field(default=DataConfig(), exclude_if=lambda data: data.plain)
+    # Likewise.
+    techniques: dict[str, SerializeAsAny[Technique]] = Field(
+        default={}, exclude_if=lambda techniques: not techniques
+    )
 
     @property
     def folder(self) -> Path:

@@ -23,6 +23,10 @@ class Variant(BaseModel):
     model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
     training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
     data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")
+    techniques: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="Techniques that differ: name -> keys; `{}` for its defaults, null for one left out.",
+    )
 
 
 class Published(BaseModel):
@@ -74,6 +78,10 @@ class StudyFile(BaseModel):
     data: dict[str, Any] = Field(
         default_factory=dict,
         description="Mix, order, repetition and packing of the baseline's training text; see `data`.",
+    )
+    techniques: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="The baseline's techniques: name -> keys, `{}` for its defaults; see `techniques`.",
     )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="What is scored and how; see `evaluation`."

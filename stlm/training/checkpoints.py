@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from stlm.provenance import code_version
 from stlm.remedy import next_command
 from stlm.study.runs import Run
 from stlm.study.strict import validate
+from stlm.techniques.base import Technique
+from stlm.techniques.registry import load_techniques
 from stlm.tokens.tokenizer import Tokenizer
 from stlm.training.checkpoint_names import WEIGHTS, checkpoints_by_step
 
@@ -66,6 +68,8 @@ def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any
             raise UserError(f"{folder / WEIGHTS}: cannot write the weights: {error}") from None
         digest = sha256(temporary / WEIGHTS)
         content = {"format": FORMAT, "model": model.config.model_dump(), **description}
+        if model.techniques:
+            content["techniques"] = {own.key(): own.model_dump(mode="json") for own in model.techniques}
         write_record(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})
     return digest
 
@@ -108,6 +112,7 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
     """
     folder = Path(folder)
     config, description = read_description(folder)
+    techniques = _techniques(folder, description)
     path = folder / WEIGHTS
     if not path.exists():
         raise UserError(f"{path}: no such file; train the run again, or dvc pull")
@@ -121,12 +126,22 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
         weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{damaged} ({str(error).splitlines()[0]})") from None
-    model = _model_of(config, weights, path)
+    model = _model_of(config, techniques, weights, path)
     return model.to(device).eval(), description
 
 
-def _model_of(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> Transformer:
-    """The model of `config` with the `weights` of the file `path`; ``UserError`` where they do not fit."""
+def _techniques(folder: Path, description: Mapping[str, Any]) -> list[Technique]:
+    """The techniques of a checkpoint, by its ``config.json``."""
+    content, file = description.get("techniques", {}), str(folder / "config.json")
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: techniques: expected names and keys, found {type(content).__name__}")
+    return list(load_techniques(content, file, "techniques").values())
+
+
+def _model_of(
+    config: ModelConfig, techniques: Sequence[Technique], weights: dict[str, Tensor], path: Path
+) -> Transformer:
+    """The model described, with the `weights` of the file `path`; ``UserError`` where they do not fit."""
 
     def misfit(reason: str) -> UserError:
         return UserError(f"{path}: not the weights of the model in config.json: {reason}; {_AGAIN}")
@@ -135,7 +150,7 @@ def _model_of(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> Tr
     stored, described = sum(map(Tensor.numel, weights.values())), parameter_counts(config).total
     if stored != described:
         raise misfit(f"{stored:,} numbers, expected {described:,}")
-    model = build_model(config)
+    model = build_model(config, techniques)
     wanted = dict(model.named_parameters())
     for name in [*wanted, *weights]:
         if name not in weights:

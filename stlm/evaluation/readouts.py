@@ -1,0 +1,36 @@
+"""Further language models within a trained one (each exit of a network, say), scored as the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stlm.model.transformer import Transformer
+from stlm.training.checkpoints import read_description
+
+
+def readouts_of(model: Transformer) -> dict[str, nn.Module]:
+    """The readouts of all of a model's techniques, by name."""
+    found: dict[str, nn.Module] = {}
+    for technique in model.techniques:
+        found |= technique.readouts(model)
+    return found
+
+
+def score_readouts(
+    checkpoint: Path,
+    load: Callable[[], Transformer],
+    score: Callable[[str, Callable[[], nn.Module]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """The results of a checkpoint's readouts by name; {} where it has none.
+
+    `load` gives its model, `score` the result of a model by the readout's name and what gives it. A model
+    without techniques is not loaded to find out.
+    """
+    if not read_description(checkpoint)[1].get("techniques"):
+        return {}
+    readouts = readouts_of(load())
+    return {name: score(name, lambda readout=readout: readout) for name, readout in readouts.items()}
