@@ -38,7 +38,11 @@ def check_trained(run: Run, train: TrainRecord, path: Path, command: str) -> Non
         _check_whole(train.data, path, "data", command, set())
     # The limit may refuse a training, but changes none.
     asked["data"], found["data"] = (_dump(one.data.unlimited) for one in (run, train))
-    asked["start.run"], found["start.run"] = run.origin, train.start and train.start.run
+    recorded = {role: one.run for role, one in train.depends.items()}
+    # Earlier versions recorded the role `start` alone.
+    for role in {"start", *recorded, *(run.depends if "depends" in train.model_fields_set else ())}:
+        key = f"depends.{role}.run"
+        asked[key], found[key] = run.depends.get(role), recorded.get(role)
     without = {f"training.{key}" for key in RECORD_KEYS}
     _compare(found, asked, without, path, "trained", command)
 
