@@ -182,7 +182,7 @@ import signal
 step = Trainer.step
 def killed(self):
     step(self)
-    if self.progress.step == 7:
+    if self.state.progress.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.step = killed
 """
@@ -221,7 +221,7 @@ def two_gpus() -> dict[str, Any]:
 import signal
 step = Trainer.step
 def killed(self):
-    if self.group.rank == 1 and self.progress.step == 4:
+    if self.setup.group.rank == 1 and self.state.progress.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     step(self)
 Trainer.step = killed

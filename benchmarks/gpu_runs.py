@@ -22,7 +22,7 @@ from stlm.study.runs import Run
 from stlm.tokens.chunks import SYMBOLS
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenize import tokenize_corpus
-from stlm.training import loop
+from stlm.training import setup
 from stlm.training.config import TrainingConfig
 from stlm.training.devices import Device
 from stlm.training.loop import train
@@ -106,7 +106,7 @@ def make_run(name: str, tokenizer: str = "bytes", data: dict | None = None, mode
 def on_the_cpu():
     """Trainings here run on the CPU, the reference."""
     cpu = Device(torch.device("cpu"), "float32", False)
-    with mock.patch.object(loop, "choose_device", return_value=cpu):
+    with mock.patch.object(setup, "choose_device", return_value=cpu):
         yield
 
 

@@ -60,8 +60,8 @@ def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] |
 
 def train_inputs(study: Study, run: Run) -> list[str]:
     """The folders that ``stlm train`` reads: tokens and, where there are, the weights of other runs."""
-    others = [study.runs[name] for name in (run.reference, run.origin) if name]
-    return [str(run.tokens_folder), *(f"{other.folder}/checkpoints" for other in others)]
+    others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
+    return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others)]
 
 
 def evaluate_inputs(study: Study, run: Run) -> list[str]:

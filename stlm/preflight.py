@@ -78,10 +78,9 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     if len(found.problems) == tokens:
         with found.look():
             check_made(study.evaluation, run.tokens_folder)
-    for other in (run.reference, run.origin):
-        if other:
-            with found.look():
-                last_checkpoint(run, other)
+    for other in run.depends.values():
+        with found.look():
+            last_checkpoint(run, other)
     check_folders(found, run)
     if run.training.wandb:
         from stlm.training.tracking import check_tracking

@@ -113,7 +113,7 @@ def findings_table(study: str, folder: Path) -> Table:
         row = [
             Cell(train.label),
             Cell(count(train.parameters.total)),
-            Cell(f"{train.flops + (train.start.flops if train.start else 0):.2e}"),
+            Cell(f"{train.total_flops:.2e}"),
             Cell(count(train.tokens + (train.start.tokens if train.start else 0))),
             Cell(str(len(own.bits))),
             Cell(_mean(own.bits, 1, 3)),

@@ -211,6 +211,10 @@ class ByteTransformer(Transformer):
                 parts.setdefault(rows, []).extend(own)
         return parts
 
+    def hidden_loss(self, x_ND: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """Mean cross-entropy of a chunk in nats, float32, given `hidden` of the chunks before, flat."""
+        return self._mean_loss(x_ND, targets_BL.flatten(), tokens_BL.flatten())
+
     def loss(
         self,
         tokens_BL: Tensor,
@@ -223,10 +227,9 @@ class ByteTransformer(Transformer):
         A chunk's is the sum over its symbols.
         """
         x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
-        chunks_N, before_N = targets_BL.flatten(), tokens_BL.flatten()
         if mask_BL is None:
-            return self._mean_loss(x_ND, chunks_N, before_N)
-        here_N = mask_BL.flatten()
+            return self.hidden_loss(x_ND, tokens_BL, targets_BL)
+        here_N, chunks_N, before_N = mask_BL.flatten(), targets_BL.flatten(), tokens_BL.flatten()
         return -self.log_probabilities(x_ND[here_N], chunks_N[here_N], before_N[here_N])[0].sum()
 
     @outside_graphs

@@ -365,6 +365,10 @@ class Transformer(nn.Module):
         """Logits [B, L, V] of the token after each of ``tokens_BL`` [B, L]."""
         return self.head(self.hidden(tokens_BL))
 
+    def hidden_loss(self, x_ND: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, float32, given what the head reads: `hidden` of the tokens, flat."""
+        return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
+
     def loss(
         self,
         tokens_BL: Tensor,
@@ -375,6 +379,6 @@ class Transformer(nn.Module):
         """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
         x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
         if mask_BL is None:
-            return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
+            return self.hidden_loss(x_ND, tokens_BL, targets_BL)
         losses_N = F.cross_entropy(self.head(x_ND).float(), targets_BL.flatten(), reduction="none")
         return (losses_N * mask_BL.flatten()).sum()

@@ -95,7 +95,7 @@ def read_curve(
 ) -> Curve | None:
     """The curve of the runs of one variant, of those of `results`; None where one was never validated.
 
-    What was spent on the weights that a run started from is counted. `shifted`: each curve is moved up or
+    What was spent on the runs that one depended on is counted. `shifted`: each curve is moved up or
     down to end at its value on test text. `token`: what a token counts for.
     """
     points: dict[int, np.ndarray] = {}
@@ -119,16 +119,30 @@ def read_curve(
 
 
 def spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
-    """What a run's weights have cost: its training, and that of the weights that it started from."""
+    """What a run's weights have cost: its training, and that of the runs that it depended on."""
     train, before = result.train, _before(result, results)
     own: dict[Cost, float] = {"tokens": train.tokens, "flops": train.flops, "seconds": train.seconds}
     return {cost: before[cost] + own[cost] for cost in COSTS}
 
 
 def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
-    """What was spent on the weights that a run started from."""
+    """What was spent on the runs that a run depended on, on each once.
+
+    Tokens are those that its weights have read, of the run that they started from alone.
+    """
+    needed: dict[str, TrainRecord] = {}
+    waiting = [result.train]
+    while waiting:
+        for one in waiting.pop().depends.values():
+            if one.run not in needed:
+                needed[one.run] = results[one.run].train
+                waiting.append(needed[one.run])
     start = result.train.start
-    return dict.fromkeys(COSTS, 0.0) if start is None else spent(results[start.run], results)
+    return {
+        "tokens": spent(results[start.run], results)["tokens"] if start else 0.0,
+        "flops": sum(train.flops for train in needed.values()),
+        "seconds": sum(train.seconds for train in needed.values()),
+    }
 
 
 def flops_per_token(result: RunResult) -> float:

@@ -137,6 +137,9 @@ def comparison_notes(variants: Sequence[Variant]) -> list[str]:
     started = [own.train.label for own in variants if own.train.start is not None]
     if started:
         notes.append(f"Costs include those of the run whose weights it started from: {', '.join(started)}.")
+    others = [own.train.label for own in variants if own.train.depends.keys() - {"start"}]
+    if others:
+        notes.append(f"Costs include the training of other runs that it depends on: {', '.join(others)}.")
     other = [own.train.label for own in variants if own.beside is None]
     if other:
         notes.append(

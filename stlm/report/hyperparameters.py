@@ -32,6 +32,8 @@ _ONLY_WITH = {
     "competence_share": ("pacing", {"competence"}),
 }
 # A default like these means that a technique is not used: one that no variant uses has no row.
+# Roles of other runs (`Run.depends`), whose training FLOPs have a row each.
+_DEPENDENCIES = {"start": "of the run it starts from"}
 _OFF = (None, False, 0, 0.0, "none", "constant", "auto")
 _LABELS = {
     "kv_heads": "key/value heads",
@@ -196,7 +198,10 @@ def _settings(
             "of these embedding": f"{train.parameters.embedding:,}",
             "of these the rest": f"{train.parameters.non_embedding:,}",
             "training FLOPs": f"{train.flops:.2e}",
-            **({"of the run it starts from": f"{train.start.flops:.2e}"} if train.start else {}),
+            **{
+                _DEPENDENCIES.get(role, f"of the run that is its {role}"): f"{sum(one.costs.values()):.2e}"
+                for role, one in train.depends.items()
+            },
         },
         "Model": _labelled(train.model, used["model"]),
         "Data": {

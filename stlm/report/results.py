@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
@@ -63,13 +63,26 @@ class Truncation(Strict):
     relative_error: float
 
 
-class StartRecord(Strict):
-    """The run whose last weights a run started from, and what they had cost."""
+class DependencyRecord(Strict):
+    """A run whose last weights another needed, and what its training had cost.
+
+    `depends`: role -> what it depended on itself. `truncation`: of weights that a run started from.
+    """
 
     run: str
     tokens: int
     flops: float
     truncation: Truncation | None = None
+    depends: dict[str, DependencyRecord] = {}
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Run -> FLOPs of its training: this one and all that it depended on."""
+        return {self.run: self.flops} | _costs(self.depends)
+
+
+def _costs(depends: Mapping[str, DependencyRecord]) -> dict[str, float]:
+    return {run: flops for one in depends.values() for run, flops in one.costs.items()}
 
 
 class TextRecord(Strict):
@@ -97,7 +110,7 @@ class TrainRecord(Strict):
 
     `loss_spikes` of runs of earlier versions is None: no one looked. `parts`: what it was computed by, one
     after the other, where it went on elsewhere or by other code than it began. `validation`: the text that
-    the curve is of, None of earlier versions.
+    the curve is of, None of earlier versions. `depends`: role -> the run that the training depended on.
     """
 
     run: str
@@ -120,13 +133,32 @@ class TrainRecord(Strict):
     model: dict[str, Any]
     training: dict[str, Any]
     data: DataConfig = DataConfig()
+    techniques: dict[str, dict[str, Any]] = {}
     validation: TextRecord | None = None
     loss_spikes: list[LossSpike] | None = None
-    start: StartRecord | None = None
+    depends: dict[str, DependencyRecord] = {}
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
     code: dict[str, str | None] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_start(cls, content: Any) -> Any:
+        """Earlier versions recorded the role `start` alone, by a key of that name."""
+        if isinstance(content, dict) and content.get("start") is not None and "depends" not in content:
+            return {**content, "depends": {"start": content["start"]}}
+        return content
+
+    @property
+    def start(self) -> DependencyRecord | None:
+        """The run whose last weights the training began from."""
+        return self.depends.get("start")
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs of the run and of all runs that it depended on, each counted once."""
+        return self.flops + sum(_costs(self.depends).values())
 
 
 class Proportion(Strict):

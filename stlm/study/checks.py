@@ -6,6 +6,7 @@ Each raises ``UserError``, which names the file, the key, what was found and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
@@ -14,10 +15,10 @@ from stlm.corpora.config import CorpusEntry
 from stlm.corpora.language import WITHOUT_SPACES
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
+from stlm.study.runs import Run
 from stlm.techniques.base import refuse
 
 if TYPE_CHECKING:
-    from stlm.study.runs import Run
     from stlm.study.schema import StudyFile
 
 
@@ -74,15 +75,10 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
             f"{where}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
             f"{', '.join(trained)}"
         )
-    if run.reference is None:
+    if "reference" not in run.depends:
         return
     key = f"{where}.reference: {data.reference!r}"
-    variants = {other.variant for other in runs.values() if other.data.reference is None}
-    if data.reference not in variants:
-        raise UserError(
-            f"{key} is no variant without a reference of its own{nearest(data.reference, variants)}"
-        )
-    reference = runs[run.reference]
+    reference = runs[run.depends["reference"]]
     if reference.model.bytes is not None:
         raise UserError(f"{key} is byte-level; the difficulty of chunks is measured by a model of tokens")
     if reference.tokenizer != run.tokenizer:
@@ -100,18 +96,45 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
         )
 
 
+def check_dependencies(file: str, run: Run, runs: Mapping[str, Run]) -> None:
+    """Every run that another depends on must be one of the study."""
+    variants = {other.variant for other in runs.values()}
+    for key, variant in run.dependencies.values():
+        if variant not in variants:
+            raise UserError(
+                f"{file}: run {run.name}: {key}: {variant!r} is no variant of this study"
+                f"{nearest(variant, variants)}"
+            )
+
+
+def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
+    """No run may depend on itself, whether directly or by way of others."""
+    sorter = TopologicalSorter({name: set(run.depends.values()) for name, run in runs.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1][::-1]  # each depends on the one after it
+        first, second = runs[cycle[0]], cycle[1]
+        role = next(role for role, name in first.depends.items() if name == second)
+        key, variant = first.dependencies[role]
+        raise UserError(
+            f"{file}: run {first.name}: {key}: {variant!r}: a run cannot depend on itself: "
+            f"{' -> '.join(cycle)}"
+        ) from None
+
+
 def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
     """What a run starts from must be a variant whose weights and text it can go on with."""
-    if run.origin is None:
+    if "start" not in run.depends:
         return
     key = f"{file}: run {run.name}: training.start_from: {run.training.start_from!r}"
-    first = {own.variant for own in runs.values() if own.origin is None and own.reference is None}
+    first = {other.variant for other in runs.values() if not other.depends.keys() & {"start", "reference"}}
     if run.training.start_from not in first:
         raise UserError(
             f"{key} is no variant that itself begins with new weights and no reference"
             f"{nearest(run.training.start_from, first)}"
         )
-    origin = runs[run.origin]
+    origin = runs[run.depends["start"]]
     for name in ("corpus", "tokenizer"):
         ours, theirs = getattr(run, name), getattr(origin, name)
         if ours != theirs:

@@ -14,7 +14,15 @@ from typing import Any
 from stlm.errors import UserError, nearest, shortened
 from stlm.model.config import ModelConfig
 from stlm.study.catalogues import PARAMS, load_corpora
-from stlm.study.checks import check_benchmarks, check_data, check_names, check_start, check_techniques
+from stlm.study.checks import (
+    check_benchmarks,
+    check_cycles,
+    check_data,
+    check_dependencies,
+    check_names,
+    check_start,
+    check_techniques,
+)
 from stlm.study.names import LONGEST_NAME, check_study_name, is_name
 from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.schema import StudyFile, Variant
@@ -165,6 +173,9 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         for seed in parsed.seeds
     ]
     by_name = {run.name: run for run in runs}
+    for run in runs:
+        check_dependencies(file, run, by_name)
+    check_cycles(file, by_name)
     for run in runs:
         check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
@@ -21,6 +21,13 @@ from stlm.study.schema import Published
 from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
+
+
+class NamedVariant(NamedTuple):
+    """A variant of the study that a run depends on, and the key of params/ that names it."""
+
+    key: str
+    variant: str
 
 
 class Run(BaseModel):
@@ -66,18 +73,33 @@ class Run(BaseModel):
         return self.training.steps * self.training.tokens_per_step(self.model.context)
 
     @property
-    def reference(self) -> str | None:
-        """The run that measures the difficulty of this one's data: of the same seed, if seeds have runs."""
-        if self.data.reference is None:
-            return None
-        return self.data.reference + self.name.removeprefix(self.variant)
+    def depends(self) -> dict[str, str]:
+        """Role -> the run of the study whose last weights this one reads.
+
+        It has the same seed, where seeds have runs. Roles: `reference` measures the difficulty of the data,
+        `start` is what training begins from; others are those of techniques.
+        """
+        seed = self.name.removeprefix(self.variant)
+        return {role: named.variant + seed for role, named in self.dependencies.items()}
 
     @property
-    def origin(self) -> str | None:
-        """The run whose last weights this one starts from: of the same seed, if seeds have runs."""
-        if self.training.start_from is None:
-            return None
-        return self.training.start_from + self.name.removeprefix(self.variant)
+    def dependencies(self) -> dict[str, NamedVariant]:
+        """Role -> the variant whose run of the same seed this one depends on, as params/ names it."""
+        found: dict[str, NamedVariant] = {}
+        if self.data.reference is not None:
+            found["reference"] = NamedVariant("data.reference", self.data.reference)
+        if self.training.start_from is not None:
+            found["start"] = NamedVariant("training.start_from", self.training.start_from)
+        for name, technique in self.techniques.items():
+            if (depends := getattr(technique, "depends", None)) is None:
+                continue
+            for role, variant in depends().items():
+                if role in found:
+                    raise UserError(
+                        f"run {self.name}: {name}.{role}: {found[role].key} has this role already"
+                    )
+                found[role] = NamedVariant(f"{name}.{role}", variant)
+        return found
 
     @property
     def parameters(self) -> ParameterCounts:

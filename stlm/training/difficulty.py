@@ -35,20 +35,20 @@ class Reference:
     """
 
     def __init__(self, run: Run, device: torch.device, group: Group | None = None) -> None:
-        assert run.reference is not None
+        assert "reference" in run.depends
         self.run, self.device, self.group = run, device, group or Group()
-        self.checkpoint = last_checkpoint(run, run.reference)
+        self.checkpoint = last_checkpoint(run, run.depends["reference"])
         self.weights_sha256 = str(read_description(self.checkpoint)[1]["weights_sha256"])
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name begins with a dot
         self._given = hashlib.sha256()
 
     @property
-    def mark(self) -> dict[str, str]:
-        """What a run's weights depend on: the reference, and the scores given so far to the bit.
+    def given(self) -> str:
+        """SHA-256 of the scores given so far, on which a run's weights depend.
 
         Measured anew, with another number of threads or on another device, they differ in the last digits.
         """
-        return {"reference": self.weights_sha256, "difficulty": self._given.hexdigest()}
+        return self._given.hexdigest()
 
     def __call__(self, component: ComponentTokens, number: int, chunks: np.ndarray) -> np.ndarray:
         path = self.folder / f"{component.name}-{self._mark(component, chunks)[:24]}.npy"

@@ -11,7 +11,7 @@ from stlm.files import atomic_directory, remove_leftovers, write_record
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import check_tokenizer
 from stlm.training.checkpoints import check_checkpoints
-from stlm.training.records import CURVE_COLUMNS, write_rows
+from stlm.training.records import curve_columns, write_rows
 from stlm.training.watch import WATCH_COLUMNS
 
 
@@ -41,7 +41,7 @@ def publish(
     for name in ("checkpoints", "dvclive"):
         with atomic_directory(folder / name) as temporary:
             shutil.copytree(output / name, temporary, copy_function=_link, dirs_exist_ok=True)
-    write_rows(folder / "curve.csv", CURVE_COLUMNS, curve)
+    write_rows(folder / "curve.csv", curve_columns(curve), curve)
     write_rows(folder / "watch.csv", WATCH_COLUMNS, watch)
     write_record(folder / "train.json", summary, beside=["curve.csv", "watch.csv"])
     state.unlink()

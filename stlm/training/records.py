@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def curve_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The columns of curve.csv: those of every run, then the further ones that its rows have."""
+    return list(dict.fromkeys([*CURVE_COLUMNS, *(name for row in rows for name in row)]))
 
 
 class Records:

@@ -26,8 +26,9 @@ from stlm.study.runs import Run
 class Progress:
     """How far a run has come.
 
-    `losses` of the steps since the last row of the curve, and the last step's `grad_norm`, are what the next
-    row needs of a run that stopped between two rows. `kernels`, `compiled`: all of it was computed so (None:
+    `losses` of the steps since the last row of the curve, those of the objective's parts by name
+    (`part_losses`) and the last step's `grad_norm` are what the next row needs of a run that stopped between
+    two rows. `kernels`, `compiled`: all of it was computed so (None:
     an earlier version did not say). `parts`: the devices, processors and versions of the code that it was
     computed by, each once, in the order of their last steps.
     """
@@ -37,6 +38,7 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    part_losses: dict[str, list[float]] = field(default_factory=dict)
     grad_norm: float = math.nan
     watch: dict[str, Any] = field(default_factory=dict)
     kernels: bool = False

@@ -140,7 +140,7 @@ def test_what_is_recorded_and_when_is_not_compared(make_study, monkeypatch):
     [
         ({"run": "other"}, "run: other"),
         ({"variant": "other"}, "variant: other"),
-        ({"start": {"run": "other", "tokens": 1, "flops": 1.0}}, "start.run: other"),
+        ({"start": {"run": "other", "tokens": 1, "flops": 1.0}}, "depends.start.run: other"),
     ],
 )
 def test_a_record_of_another_run_is_refused(make_study, keys, found):

@@ -258,7 +258,7 @@ def test_a_reference_is_trained_first_in_both_engines(project):
     variants(project)
     study = load_study("smoke", ["seeds=[3, 4]"])
     run = study.runs["easy-s4"]
-    assert run.reference == "baseline-s4"
+    assert run.depends == {"reference": "baseline-s4"}
     assert train_inputs(study, run) == [
         "data/tokens/synthetic/bpe-1280",
         "results/smoke/runs/baseline-s4/checkpoints",
@@ -272,7 +272,7 @@ def test_a_reference_is_trained_first_in_both_engines(project):
     ("data", "expected"),
     [
         ({"order": "difficulty", "reference": "baselin"}, "own: data.reference: 'baselin' is no.*'baseline'"),
-        ({"order": "difficulty", "reference": "easy"}, "'easy' is no variant without a reference of its own"),
+        ({"order": "difficulty", "reference": "own"}, "a run cannot depend on itself: own -> own"),
         ({"order": "lenght"}, "variants.own.data.order.*'lenght'.*'length'"),
         ({"weights": {"synthetik": 1}}, "data.weights: synthetic has no component 'synthetik'.*'synthetic'"),
         ({"sequence": ["synthetic", "synthetic"]}, "is not each component trained on once: synthetic"),

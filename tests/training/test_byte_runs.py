@@ -150,21 +150,21 @@ def test_is_evaluated_by_the_same_code(kind, make_byte_run, tmp_path):
 
 
 def test_matrices_of_the_byte_transformers_are_muons(make_byte_run):
-    trainer = Trainer(make_byte_run("words", optimizer="muon"))
-    blocks = [*trainer.model.blocks, *trainer.model.embedding.blocks, *trainer.model.decoder.blocks]
+    setup = Trainer(make_byte_run("words", optimizer="muon")).setup
+    blocks = [*setup.model.blocks, *setup.model.embedding.blocks, *setup.model.decoder.blocks]
     expected = {id(p) for block in blocks for p in block.parameters() if p.dim() == 2}
-    expected |= {id(trainer.model.embedding.pool.up.weight), id(trainer.model.decoder.condition.weight)}
-    found = {id(p) for group in trainer.optimizer.param_groups if group["matrices"] for p in group["params"]}
+    expected |= {id(setup.model.embedding.pool.up.weight), id(setup.model.decoder.condition.weight)}
+    found = {id(p) for group in setup.optimizer.param_groups if group["matrices"] for p in group["params"]}
     assert found == expected
-    parts = {tuple(group["parts"]) for group in trainer.optimizer.param_groups if group["matrices"]}
+    parts = {tuple(group["parts"]) for group in setup.optimizer.param_groups if group["matrices"]}
     assert parts == {(), (32, 16, 16), (48, 48), (16, 16, 16), (24, 24), (16, 16)}
 
 
 def test_two_seeds_differ_and_the_loss_starts_at_all_symbols_alike(make_byte_run):
     trainer = Trainer(make_byte_run("stride-4"))
-    (tokens,) = trainer.micro_batches(1, trainer.share)
-    loss = trainer.model.loss(tokens[:, :-1], tokens[:, 1:]).item()
-    symbols = trainer.model.embedding.table.begins_V.diff()[tokens[:, 1:]].double().mean().item()
+    (tokens,) = trainer.setup.micro_batches.of_step(1, trainer.setup.share)
+    loss = trainer.setup.model.loss(tokens[:, :-1], tokens[:, 1:]).item()
+    symbols = trainer.setup.model.embedding.table.begins_V.diff()[tokens[:, 1:]].double().mean().item()
     assert loss / symbols == pytest.approx(math.log(257), rel=0.2)
     other = Trainer(make_byte_run("stride-4").model_copy(update={"seed": 1}))
-    assert not torch.equal(trainer.model.embedding.weight, other.model.embedding.weight)
+    assert not torch.equal(trainer.setup.model.embedding.weight, other.setup.model.embedding.weight)

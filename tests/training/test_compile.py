@@ -10,6 +10,7 @@ import torch
 
 from stlm.errors import Interrupted
 from stlm.files import read_json
+from stlm.training.compilation import compile_objective
 from stlm.training.devices import compiler_error
 from stlm.training.distributed import Group
 from stlm.training.loop import Trainer, train
@@ -66,10 +67,16 @@ def test_the_group_compiles_together_or_not(make_run, monkeypatch, capsys):
         def largest(self, value):
             return 1
 
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    calls = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function: lambda *a, **k: calls.append(1) or function(*a, **k)
+    )
     trainer = Trainer(make_run(compile=True), Failed())
-    trainer.compile()
-    assert not trainer.where.compiled and trainer.loss == trainer.model.loss
+    compile_objective(trainer.state)
+    assert not trainer.setup.device.compiled and len(calls) == 1
+    (tokens, *_) = trainer.setup.micro_batches.of_step(1, trainer.setup.share)
+    trainer.setup.loss(tokens, 1)
+    assert len(calls) == 1
     assert "another process could not" in capsys.readouterr().err
 
 
@@ -86,7 +93,7 @@ def test_too_little_memory_is_not_the_compilers_fault(make_run, monkeypatch):
 def test_a_run_that_goes_on_in_another_way_says_so(first, make_run, monkeypatch, capsys):
     def stopping(self):
         step(self)
-        if self.progress.step == 5:
+        if self.state.progress.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     step = Trainer.step

@@ -14,6 +14,7 @@ from stlm.tokens.config import DataConfig
 from stlm.tokens.shards import read_split
 from stlm.training import difficulty, loop
 from stlm.training.loop import Trainer, train
+from stlm.training.resume import resume
 
 
 def flip(path, place):
@@ -70,10 +71,10 @@ def test_a_state_with_one_flipped_bit_is_not_resumed(stopped):
     check_every_flip(
         state,
         100,
-        trainer.resume,
+        lambda: resume(trainer.state),
         r"^\.state/test/tiny-run/state\.pt: damaged.*; delete \.state/test/tiny-run",
     )
-    assert trainer.resume()
+    assert resume(trainer.state)
     flip(state, 8 * 5000)
     with pytest.raises(UserError, match="damaged"):
         train(stopped)
@@ -85,7 +86,7 @@ def test_a_checkpoint_that_waits_to_be_published(stopped):
     for name in ("model.safetensors", "config.json"):
         flip(folder / name, 8 * 100)
         with pytest.raises(UserError, match=rf"step-0000003/{name}: .*delete \.state/test/tiny-run"):
-            Trainer(stopped).resume()
+            resume(Trainer(stopped).state)
         flip(folder / name, 8 * 100)
     train(stopped)
     assert (stopped.folder / "train.json").exists()
@@ -110,9 +111,9 @@ def test_tokenizers_are_checked_before_the_first_step(own_tokens, monkeypatch):
 def test_a_tokenizer_that_is_damaged_while_the_run_trains(own_tokens, monkeypatch):
     path = own_tokens.tokens_folder / "tokenizer" / "tokenizer-name.json"
     whole = path.read_bytes()
-    original = Trainer.summary
+    original = loop.summary
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "summary", lambda self: path.write_bytes(b"{") and original(self))
+        patch.setattr(loop, "summary", lambda *a: path.write_bytes(b"{") and original(*a))
         with pytest.raises(UserError, match=r"tokenizer-name\.json: not valid JSON"):
             train(own_tokens)
     path.write_bytes(whole)

@@ -16,7 +16,9 @@ from stlm.integrity import seal
 from stlm.tokens.config import DataConfig
 from stlm.training import difficulty
 from stlm.training.checkpoints import load_checkpoint
+from stlm.training.curve import validate
 from stlm.training.loop import Trainer, train
+from stlm.training.resume import resume
 
 
 @pytest.fixture
@@ -40,15 +42,17 @@ def test_records_of_the_default_are_those_without_the_section(make_run):
     assert type(run).model_validate_json(run.model_dump_json()) == run
     own = run.model_copy(update={"data": DataConfig(order="source")})
     assert own.model_dump(mode="json")["data"]["order"] == "source"
-    assert Trainer(own).mark != Trainer(run).mark
+    assert Trainer(own).setup.fingerprint != Trainer(run).setup.fingerprint
 
 
 @pytest.mark.parametrize("data", [{}, {"order": "source"}])
 def test_a_limit_that_is_kept_is_the_same_run(make, data):
     limited, free = make("run", max_epochs=2, **data), make("run", **data)
     assert limited.model_dump(mode="json") != free.model_dump(mode="json")
-    assert Trainer(limited).mark == Trainer(free).mark
-    assert Trainer(make("run", attention="within", **data)).mark != Trainer(free).mark
+    assert Trainer(limited).setup.fingerprint == Trainer(free).setup.fingerprint
+    assert (
+        Trainer(make("run", attention="within", **data)).setup.fingerprint != Trainer(free).setup.fingerprint
+    )
 
 
 def test_difficulty_is_the_references_loss(make):
@@ -60,13 +64,14 @@ def test_difficulty_is_the_references_loss(make):
     seen = []
     with torch.no_grad():
         for step in range(12):
-            for row in torch.from_numpy(trainer.batches.batch(step)):
+            for row in torch.from_numpy(trainer.setup.micro_batches.rows.batch(step)):
                 seen.append(F.cross_entropy(model(row[None, :-1])[0], row[1:]).item())
     assert len(seen) == 48 and np.ptp(seen) > 0.05
     assert all(second > first - 1e-4 for first, second in pairwise(seen))
     plain = Trainer(reference)
     rows = [
-        sorted(row.tobytes() for step in range(12) for row in t.batches.batch(step)) for t in (trainer, plain)
+        sorted(row.tobytes() for step in range(12) for row in t.setup.micro_batches.rows.batch(step))
+        for t in (trainer, plain)
     ]
     assert rows[0] == rows[1]
 
@@ -80,7 +85,7 @@ def test_a_large_vocabulary_is_measured_in_smaller_parts(make, monkeypatch):
     for logits in (2**25, 257 * 32 * 5, 1):
         monkeypatch.setattr(difficulty, "_LOGITS", logits)
         trainer = Trainer(make("easy", order="difficulty", reference="reference"))
-        (kept,) = trainer.run.state_folder.parent.glob("*difficulty/*.npy")
+        (kept,) = trainer.setup.run.state_folder.parent.glob("*difficulty/*.npy")
         found.append(np.load(kept))
         kept.unlink()
     assert sizes == [48, *[5] * 9, 3, *[1] * 48]
@@ -111,9 +116,9 @@ def test_a_reference_that_was_trained_anew_is_measured_anew(make):
     reference = make("reference")
     train(reference)
     easy = make("easy", order="difficulty", reference="reference")
-    mark = Trainer(easy).mark
+    mark = Trainer(easy).setup.fingerprint
     train(reference.model_copy(update={"seed": 1}))
-    assert Trainer(easy).mark != mark
+    assert Trainer(easy).setup.fingerprint != mark
     assert len(list((easy.state_folder.parent / ".difficulty").glob("*.npy"))) == 2
 
 
@@ -122,20 +127,20 @@ def test_scores_that_changed_under_a_run_are_another_run(make, monkeypatch):
     train(make("reference"))
     run = make("difficulty", order="difficulty", reference="reference")
     trainer = Trainer(run)
-    mark = trainer.mark
-    assert Trainer(run).mark == mark
+    mark = trainer.setup.fingerprint
+    assert Trainer(run).setup.fingerprint == mark
     trainer.step()
-    trainer.save()
+    trainer.state.save()
     (kept,) = (run.state_folder.parent / ".difficulty").glob("*.npy")
     assert run.state_folder != kept.parent
     scores = np.load(kept)
     scores[0] = np.nextafter(scores[0], np.float32(9))
     np.save(kept, scores)
     seal(kept)
-    assert Trainer(run).mark != mark
+    assert Trainer(run).setup.fingerprint != mark
     kept.unlink()
     again = Trainer(run)
-    assert again.mark == mark and again.resume(), "measured alike, it is the same run"
+    assert again.setup.fingerprint == mark and resume(again.state), "measured alike, it is the same run"
     measure = difficulty.mean_losses
 
     def overtaken(*arguments):
@@ -146,7 +151,7 @@ def test_scores_that_changed_under_a_run_are_another_run(make, monkeypatch):
 
     kept.unlink()
     monkeypatch.setattr(difficulty, "mean_losses", overtaken)
-    assert Trainer(run).mark != mark
+    assert Trainer(run).setup.fingerprint != mark
     np.testing.assert_array_equal(np.load(kept), scores)
 
 
@@ -170,7 +175,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch, data):
     step = Trainer.step
 
     def interrupted(self):
-        if self.progress.step == 7:
+        if self.state.progress.step == 7:
             raise KeyboardInterrupt
         return step(self)
 
@@ -187,7 +192,8 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch, data):
 def test_attention_within_documents_is_another_training_on_the_same_rows(make):
     across, within = make("across"), make("within", attention="within")
     one, other = Trainer(across), Trainer(within)
-    np.testing.assert_array_equal(one.batches.batch(3), other.batches.batch(3))
-    assert one.validate() == other.validate()
+    rows = [trainer.setup.micro_batches.rows.batch(3) for trainer in (one, other)]
+    np.testing.assert_array_equal(*rows)
+    assert len({tuple(validate(t.setup, t.curve.validation).values()) for t in (one, other)}) == 1
     one.step(), other.step()
-    assert not torch.equal(one.model.norm.weight, other.model.norm.weight)
+    assert not torch.equal(one.setup.model.norm.weight, other.setup.model.norm.weight)

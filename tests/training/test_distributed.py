@@ -123,7 +123,7 @@ from stlm.training.loop import Trainer
 step = Trainer.step
 def stopping(self):
     step(self)
-    if self.group.rank == 1 and self.progress.step == 7:
+    if self.setup.group.rank == 1 and self.state.progress.step == 7:
         os.kill(os.getpid(), signal.SIGTERM)
 Trainer.step = stopping
 """
@@ -142,7 +142,7 @@ def test_the_number_of_processes_may_change_while_a_run_is_stopped(make_run, mon
 
     def stopping(self):
         step(self)
-        if self.progress.step == 3:
+        if self.state.progress.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -163,7 +163,7 @@ from stlm.errors import UserError
 from stlm.training.loop import Trainer
 step = Trainer.step
 def failing(self):
-    if self.group.rank == {rank} and self.progress.step == 4:
+    if self.setup.group.rank == {rank} and self.state.progress.step == 4:
         {action}
     step(self)
 Trainer.step = failing
@@ -225,8 +225,8 @@ build = Trainer.__init__
 def planted(self, *arguments):
     build(self, *arguments)
     def fault(module, inputs, output):
-        return output if self.progress.step < 3 else output * float("inf")
-    self.model.blocks[1].ffn.register_forward_hook(fault)
+        return output if self.state.progress.step < 3 else output * float("inf")
+    self.setup.model.blocks[1].ffn.register_forward_hook(fault)
 Trainer.__init__ = planted
 """
 

@@ -10,6 +10,7 @@ import torch
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.tokens.shards import read_split
+from stlm.training import loop
 from stlm.training.divergence import RECORD, locate
 from stlm.training.loop import Trainer, train
 from stlm.training.watch import layer_of
@@ -27,15 +28,15 @@ def faulty(monkeypatch):
         def planted(self, *arguments):
             build(self, *arguments)
             tokens = []
-            self.model.embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+            self.setup.model.embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
 
             def fault(module, inputs, output):
-                if self.progress.step < step - 1:
+                if self.state.progress.step < step - 1:
                     return output
                 hit_B = (tokens[-1] == BAD).any(dim=1)
                 return torch.where(hit_B[:, None, None], math.inf, output)
 
-            getattr(self.model.blocks[block], part).register_forward_hook(fault)
+            getattr(self.setup.model.blocks[block], part).register_forward_hook(fault)
 
         monkeypatch.setattr(Trainer, "__init__", planted)
 
@@ -52,7 +53,7 @@ def test_the_step_the_layer_and_the_documents_are_named(make_run, faulty, part, 
     assert first.startswith("run tiny-run: step 4: the loss is nan") and "step-0000002" in first
     assert lines[0] == f"Where: the {words} output of block 2 is the first that is not finite."
     trainer = Trainer(run)
-    batches = [trainer.batches.batch(3, micro, 2)[:, :-1] for micro in range(2)]
+    batches = [trainer.setup.micro_batches.rows.batch(3, micro, 2)[:, :-1] for micro in range(2)]
     micro = next(micro for micro in range(2) if (batches[micro] == BAD).any())
     rows = [row for row in range(4) if (batches[micro][row] == BAD).any()]
     assert 0 < len(rows) < 4, "a batch that tells nothing"
@@ -63,7 +64,9 @@ def test_the_step_the_layer_and_the_documents_are_named(make_run, faulty, part, 
     (component,) = read_split(run.tokens_folder, "train")
     texts = [bytes(document.tokens[:-1].tolist()).decode() for document in component]
     for own in record["rows"]:
-        whole = bytes(t for t in trainer.batches.batch(3, micro, 2)[own["row"]] if t != 256).decode()
+        whole = bytes(
+            t for t in trainer.setup.micro_batches.rows.batch(3, micro, 2)[own["row"]] if t != 256
+        ).decode()
         named = [part["document"] for part in own["documents"]]
         assert named == list(range(named[0], named[-1] + 1))
         assert whole in "".join(texts[number] for number in named)
@@ -80,7 +83,7 @@ def as_on_a_gpu(monkeypatch):
 
     def without_a_look(self):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "check", lambda self, step: None)
+            patch.setattr(loop, "check_finite", lambda *arguments: None)
             step(self)
 
     monkeypatch.setattr(Trainer, "step", without_a_look)
@@ -89,7 +92,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("save_every", [3, 100])
 def test_noticed_late_the_weights_before_it_are_made_again(make_run, faulty, as_on_a_gpu, save_every, capsys):
     run = make_run(model={"layers": 3}, steps=20, log_every=10, save_every=save_every, validate_every=20)
-    batches = Trainer(run).batches
+    batches = Trainer(run).setup.micro_batches.rows
     step = 8  # the state is of step 6
     rows = [row for row in range(4) if (batches.batch(step - 1, 0, 1)[row, :-1] == BAD).any()]
     assert 0 < len(rows) < 4, "a batch that tells nothing"
@@ -111,9 +114,9 @@ def test_noticed_late_the_weights_before_it_are_made_again(make_run, faulty, as_
 def parts(make_run, **model):
     trainer = Trainer(make_run(model={"layers": 3, **model}))
     return (
-        trainer.model,
-        trainer.eager_loss,
-        [torch.from_numpy(trainer.batches.batch(0, m, 2)) for m in range(2)],
+        trainer.setup.model,
+        lambda tokens_BM: trainer.setup.loss(tokens_BM, 1, eager=True),
+        [torch.from_numpy(trainer.setup.micro_batches.rows.batch(0, m, 2)) for m in range(2)],
     )
 
 

@@ -75,7 +75,7 @@ def losses(tokens: Path, dropout: float, **recipe) -> list[float]:
     trainer = Trainer(run)
     for _ in range(20):
         trainer.step()
-    return [loss.item() for loss in trainer.losses]
+    return [loss.item() for loss in trainer.state.losses]
 
 
 @pytest.mark.parametrize("name", DROPOUTS)

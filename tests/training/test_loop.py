@@ -29,6 +29,7 @@ from stlm.training.checkpoints import load_checkpoint
 from stlm.training.distributed import Group
 from stlm.training.loop import Trainer, train
 from stlm.training.records import CURVE_COLUMNS
+from stlm.training.resume import resume
 
 
 def weights(run, step):
@@ -116,7 +117,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make_run, monkeypatch):
     step = Trainer.step
 
     def interrupted(self):
-        if self.progress.step == 7:
+        if self.state.progress.step == 7:
             raise KeyboardInterrupt
         return step(self)
 
@@ -258,8 +259,8 @@ def test_a_run_that_goes_on_without_its_kernels_says_so(make_run, monkeypatch, c
     step = Trainer.step
 
     def stopped_after_half(trainer):
-        if trainer.progress.step == 6:
-            trainer.save()
+        if trainer.state.progress.step == 6:
+            trainer.state.save()
             raise KeyboardInterrupt
         return step(trainer)
 
@@ -291,7 +292,7 @@ def test_processes_with_and_without_kernels_do_not_mix(make_run):
             return not isinstance(value, bool)
 
     with pytest.raises(UserError, match=r"some processes have kernels.*set STLM_KERNELS=0 for all"):
-        Trainer(make_run(), Mixed()).resume()
+        resume(Trainer(make_run(), Mixed()).state)
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_not_published(make_run, monkeypatch):

@@ -14,7 +14,7 @@ WORKER = """
 import os, sys, signal, time
 import stlm.cli
 from stlm.study.runs import Run
-from stlm.training import lifeline, loop
+from stlm.training import lifeline, loop, resume
 from stlm.training.loop import Trainer
 
 RANK, VICTIM = int(os.environ["RANK"]), int(os.environ["VICTIM"])
@@ -34,8 +34,8 @@ sys.exit(stlm.cli.main(["train", "study", "run"]))
 EXCHANGE = """
 step = Trainer.step
 def counting(self):
-    if RANK == VICTIM and self.progress.step == 4:
-        self.group.__class__.sum = lambda *arguments: (time.sleep(0.3), die())
+    if RANK == VICTIM and self.state.progress.step == 4:
+        self.setup.group.__class__.sum = lambda *arguments: (time.sleep(0.3), die())
     step(self)
 Trainer.step = counting
 """
@@ -51,7 +51,7 @@ Watch.before_update = dying
 """
 # The leader has written half of a state; the others are a step further.
 WRITING = """
-save = loop.save_state
+save = resume.save_state
 def half(path, mark, model, optimizer, progress):
     if progress.step == 6:
         with loop_atomic(path) as temporary:
@@ -59,14 +59,14 @@ def half(path, mark, model, optimizer, progress):
             die()
     save(path, mark, model, optimizer, progress)
 from stlm.files import atomic_path as loop_atomic
-loop.save_state = half
+resume.save_state = half
 """
 # The leader is at long work of its own, as where it waits for a GPU, and never comes to an exchange.
 ELSEWHERE = """
 lifeline.GRACE = 1.0
 step = Trainer.step
 def elsewhere(self):
-    if self.progress.step == 4:
+    if self.state.progress.step == 4:
         if RANK == VICTIM:
             die()
         time.sleep(3600)

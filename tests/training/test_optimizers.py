@@ -217,7 +217,7 @@ def test_a_run_with_muon_and_scheduled_dropout_resumes_exactly(make_run, monkeyp
     step = Trainer.step
 
     def stop(self):
-        if self.progress.step == 7:
+        if self.state.progress.step == 7:
             raise KeyboardInterrupt
         return step(self)
 

@@ -75,7 +75,7 @@ def test_a_reduced_run_resumes_exactly(make_run, monkeypatch, optimizer):
     step = Trainer.step
 
     def stop(self):
-        if self.progress.step == 7:
+        if self.state.progress.step == 7:
             raise KeyboardInterrupt
         return step(self)
 
@@ -136,13 +136,13 @@ def test_a_run_goes_on_from_anothers_weights_and_text(make_run, low_rank):
     train(origin)
     run = make_run("cut", model={"low_rank": low_rank}, start_from="origin", steps=3, warmup_steps=0)
     trainer, first = Trainer(run), Trainer(origin)
-    assert (trainer.batches.batch(0) == first.batches.batch(12)).all()
+    assert (trainer.setup.micro_batches.rows.batch(0) == first.setup.micro_batches.rows.batch(12)).all()
     source, _ = load_checkpoint(origin.folder / "checkpoints" / LAST)
-    assert torch.equal(trainer.model.embedding.weight, source.embedding.weight)
+    assert torch.equal(trainer.setup.model.embedding.weight, source.embedding.weight)
     if low_rank is None:
-        assert torch.equal(trainer.model.blocks[0].ffn.down.weight, source.blocks[0].ffn.down.weight)
+        assert torch.equal(trainer.setup.model.blocks[0].ffn.down.weight, source.blocks[0].ffn.down.weight)
     train(run)
-    start = read_json(run.folder / "train.json")["start"]
+    start = read_json(run.folder / "train.json")["depends"]["start"]
     assert (start["run"], start["step"], start["tokens"]) == ("origin", 12, origin.tokens)
     assert start["flops"] == origin.tokens * training_flops_per_token(origin.model)
     if low_rank:
@@ -150,7 +150,8 @@ def test_a_run_goes_on_from_anothers_weights_and_text(make_run, low_rank):
         assert len(start["truncation"]["by_matrix"]) == 4
     else:
         assert "truncation" not in start
-    assert Trainer(run).mark != Trainer(make_run("cut", model={"low_rank": low_rank}, steps=3)).mark
+    fresh = make_run("cut", model={"low_rank": low_rank}, steps=3)
+    assert Trainer(run).setup.fingerprint != Trainer(fresh).setup.fingerprint
 
 
 def test_a_start_without_its_checkpoint_says_what_to_run(make_run):

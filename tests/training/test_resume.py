@@ -19,7 +19,7 @@ from stlm.errors import Interrupted, UserError
 from stlm.files import read_json
 from stlm.provenance import processor_name
 from stlm.tokens.config import DataConfig
-from stlm.training import loop
+from stlm.training import curve, loop, resume
 from stlm.training.loop import Trainer, train
 from stlm.training.signals import StopSignals
 from stlm.training.state import draws
@@ -68,7 +68,7 @@ def at_step(monkeypatch, step, action):
     original, done = Trainer.step, []
 
     def wrapped(self):
-        if self.progress.step + 1 == step and not done:
+        if self.state.progress.step + 1 == step and not done:
             done.append(True)
             action()
         return original(self)
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_previous_state(moment, make
     train(plain)
     with monkeypatch.context() as patch:
         if moment == "checkpoint":
-            patch.setattr(loop, "save_checkpoint", full_disk_in(loop.save_checkpoint))
+            patch.setattr(curve, "save_checkpoint", full_disk_in(curve.save_checkpoint))
             expected = 6
         else:
             # Saves are due after steps 3, 6, ...: the second fails, at step 6 or at the signal in step 5.
@@ -323,7 +323,7 @@ def test_a_state_without_the_newer_keys_is_resumed(make_run, monkeypatch):
     """States saved before `losses` and `grad_norm` were part of them, always right after a row."""
     plain, run = make_run("plain"), make_run("older")
     train(plain)
-    original = loop.save_state
+    original = resume.save_state
 
     def older(path, mark, model, optimizer, progress):
         pending = progress.__dict__.pop("losses"), progress.__dict__.pop("grad_norm")
@@ -337,7 +337,7 @@ def test_a_state_without_the_newer_keys_is_resumed(make_run, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", older)
+        patch.setattr(resume, "save_state", older)
         at_step(patch, 8, kill)
         with pytest.raises(Killed):
             train(run)
@@ -356,7 +356,7 @@ def test_a_run_that_goes_on_by_other_code_or_elsewhere_says_so(make_run, monkeyp
 
     for other, step in ((run, 8), (done, None)):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "processor_name", lambda: "Another CPU")
+            patch.setattr(resume, "processor_name", lambda: "Another CPU")
             if step is None:  # all steps are done, but nothing is published
                 patch.setattr(loop, "publish", lambda *arguments: None)
                 train(other)
@@ -383,7 +383,7 @@ def test_the_last_step_is_of_the_processor_that_a_run_came_back_to(make_run, mon
     run = make_run("back")
     for processor, step in (("One", 4), ("Other", 8), ("One", None)):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "processor_name", lambda processor=processor: processor)
+            patch.setattr(resume, "processor_name", lambda processor=processor: processor)
             if step is None:
                 train(run)
                 continue
@@ -421,17 +421,17 @@ def test_a_signal_does_not_save_weights_that_a_gpu_has_spoilt_unnoticed(make_run
 
     def spoil(trainer):
         with torch.no_grad():
-            next(trainer.model.parameters()).fill_(math.nan)
+            next(trainer.setup.model.parameters()).fill_(math.nan)
 
     original = Trainer.step
 
     def step(self):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "check", lambda self, step: None)
+            patch.setattr(loop, "check_finite", lambda *arguments: None)
             original(self)
-        if self.progress.step == 4:
+        if self.state.progress.step == 4:
             spoil(self)
-        if self.progress.step == 5:
+        if self.state.progress.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "step", step)

@@ -178,7 +178,7 @@ def test_an_interrupted_run_has_the_records_of_an_undisturbed_one(make_run, monk
         record(self, number, loss + 9 if number in (29, 30) else loss, norm)
 
     def interrupted(self):
-        if self.progress.step == 33:
+        if self.state.progress.step == 33:
             raise KeyboardInterrupt
         return step(self)
 

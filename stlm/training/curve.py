@@ -1,0 +1,161 @@
+"""What is recorded of a training: rows of the curve, with validations and checkpoints, and train.json."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from stlm.tokens.batches import ValidationSet
+from stlm.training.checkpoints import checkpoint_name, save_checkpoint
+from stlm.training.resume import TrainingState
+from stlm.training.schedules import learning_rate
+from stlm.training.setup import Setup
+
+
+class Curve:
+    """The rows of curve.csv, and what is due with them: validations, checkpoints, saved states.
+
+    Its clock times the steps alone: the time of validating and saving is not training time.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self.state, self.setup = state, state.setup
+        run = self.setup.run
+        self.validation = ValidationSet(
+            run.tokens_folder, run.model.context, self.setup.config.validation_bytes
+        )
+
+    def start_clock(self) -> None:
+        """Begin to time steps."""
+        self._started, self._first_step = time.perf_counter(), self.state.progress.step
+
+    def take_time(self) -> float:
+        """Add the time since the clock started to the run's; the steps a second in it."""
+        seconds = time.perf_counter() - self._started
+        self.state.progress.seconds += seconds
+        return (self.state.progress.step - self._first_step) / seconds
+
+    def row_due(self) -> bool:
+        """Whether the last step still wants its row of the curve, and what goes with it."""
+        config, progress = self.setup.config, self.state.progress
+        step, rows = progress.step, progress.rows
+        if step == 0 or (rows and rows[-1]["step"] == step):
+            return False
+        return step in config.checkpoint_steps or any(
+            step % every == 0 for every in (config.log_every, config.validate_every, config.save_every)
+        )
+
+    def add_row(self) -> dict[str, float]:
+        """Add the last step's row; validate, keep a checkpoint and save where they are due."""
+        config, state = self.setup.config, self.state
+        progress = state.progress
+        step, last = progress.step, progress.step == config.steps
+        state.watch.drain()
+        tokens_a_step = config.tokens_per_step(self.setup.run.model.context)
+        row = {
+            "step": step,
+            "tokens": step * tokens_a_step,
+            "tokens_per_second": round(self.take_time() * tokens_a_step, 1),
+            "seconds": round(progress.seconds, 2),
+            "learning_rate": learning_rate(config, step),
+            **state.take_losses(),
+            "grad_norm": round(state.norm.item(), 6),
+        }
+        if last or step % config.validate_every == 0:
+            row |= {key: round(value, 6) for key, value in validate(self.setup, self.validation).items()}
+        progress.rows.append(row)
+        keeps = step in config.checkpoint_steps
+        if keeps and self.setup.group.leads:
+            keep_checkpoint(state)
+        if last or keeps or step % config.save_every == 0:
+            state.save()
+        return row
+
+
+@torch.no_grad()
+def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
+    """Loss (nats a token), bits per byte, character and token perplexity on the validation documents.
+
+    The end-of-text tokens are not counted: the figures are those of the text (design, "Scoring").
+    """
+    device = setup.device.device
+    setup.model.eval()
+    nats = torch.zeros((), device=device, dtype=torch.float64)
+    for number, batch in enumerate(validation.batches(setup.config.batch_size)):
+        if number % setup.group.size != setup.group.rank:
+            continue
+        tensors = (torch.from_numpy(part).to(device) for part in batch)
+        with setup.device.autocast():
+            nats += setup.model.loss(*tensors).double()
+    setup.model.train()
+    setup.group.sum([nats])
+    nats = nats.item()
+    return {
+        "val_loss": nats / validation.n_tokens,
+        "val_bits_per_byte": nats / math.log(2) / validation.n_bytes,
+        "val_char_perplexity": math.exp(nats / validation.n_chars),
+        "val_token_perplexity": math.exp(min(nats / validation.n_tokens, 700.0)),
+    }
+
+
+def keep_checkpoint(state: TrainingState) -> None:
+    """Keep the weights of the last step, with what they cost."""
+    run, step = state.setup.run, state.progress.step
+    tokens = step * run.training.tokens_per_step(run.model.context)
+    name = checkpoint_name(step)
+    depends = {
+        role: {key: value for key, value in one.record.items() if key != "truncation"}
+        for role, one in state.setup.dependencies.items()
+    }
+    digest = save_checkpoint(
+        state.output / "checkpoints" / name,
+        state.setup.model,
+        {
+            "training": run.training.model_dump(mode="json"),
+            **run.model_dump(include={"study", "variant", "seed", "corpus", "tokenizer"}),
+            "run": run.name,
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * run.flops_per_token,
+            **({"depends": depends} if depends else {}),
+        },
+    )
+    kept = {"step": step, "tokens": tokens, "folder": name, "weights_sha256": digest}
+    state.progress.checkpoints.append(kept)
+
+
+def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
+    """The content of train.json."""
+    setup, progress = state.setup, state.progress
+    run, depends = setup.run, {role: one.record for role, one in setup.dependencies.items()}
+    validated = next(row for row in reversed(progress.rows) if "val_loss" in row)
+    return {
+        **run.model_dump(include={"study", "variant", "label", "seed", "corpus", "tokenizer"}),
+        "run": run.name,
+        "parameters": run.parameters._asdict(),
+        **({"depends": depends} if depends else {}),
+        "steps": run.training.steps,
+        "tokens": run.tokens,
+        "seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(run.tokens / progress.seconds, 1),
+        "flops": run.flops,
+        **(progress.parts or [state.made])[-1],  # of the last step, whoever publishes it
+        # Where a run stopped and went on elsewhere, or by other code.
+        **({"parts": progress.parts} if len(progress.parts) > 1 else {}),
+        "precision": setup.device.precision,
+        "compiled": progress.compiled,
+        "kernels": progress.kernels,
+        "threads": torch.get_num_threads(),
+        "processes": setup.group.size,
+        "model": run.model.model_dump(),
+        "training": run.training.model_dump(mode="json"),
+        "data": run.data.model_dump(mode="json"),
+        **run.model_dump(mode="json", include={"techniques"}),
+        "validation": validation.record,
+        "final": {key: value for key, value in validated.items() if key.startswith(("train_", "val_"))},
+        "checkpoints": progress.checkpoints,
+        "loss_spikes": state.watch.spikes.found,
+    }

@@ -1,0 +1,69 @@
+"""A loss or gradient that is not finite: training stops, and says where it began."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+from stlm.errors import UserError
+from stlm.training.distributed import Group
+from stlm.training.divergence import explain
+from stlm.training.resume import TrainingState
+from stlm.training.state import load_state
+
+
+def check_finite(state: TrainingState, step: int, take_step: Callable[[], None]) -> None:
+    """Stop at a loss or gradient of `step` that is not finite; what was saved before it stays.
+
+    `take_step` takes one step more of training, to find the layer by repeating steps.
+    """
+    if math.isfinite(state.losses[-1].item()) and math.isfinite(state.norm.item()):
+        return
+    setup, watch = state.setup, state.watch
+    if not setup.group.leads:
+        setup.group.wait()  # for the leader, who tells where it began and ends all
+    step, loss, norm = watch.first_not_finite() or (step, state.losses[-1], state.norm)
+    watch.drain()
+    _rewind(state, step, take_step)
+    setup.objective.before_step(setup.model, step)
+    found = explain(
+        setup.run,
+        setup.model,
+        setup.micro_batches.rows,
+        step,
+        lambda tokens_BM: setup.loss(tokens_BM, step, eager=True),
+        setup.micro_batches.of_step(step, Group().share(setup.config)),
+        watch.rows,
+    )
+    kept = state.progress.checkpoints
+    last = f"{state.output / 'checkpoints' / kept[-1]['folder']}" if kept else "none was due yet"
+    raise UserError(
+        f"run {setup.run.name}: step {step}: the loss is {loss.item()}, the gradient's norm "
+        f"{norm.item()}: training diverged. Last good checkpoint: {last}. Lower "
+        f"training.learning_rate (now {setup.config.learning_rate}) or raise training.warmup_steps.\n"
+        f"{found}"
+    )
+
+
+def _rewind(state: TrainingState, step: int, take_step: Callable[[], None]) -> None:
+    """Where `step` has spoilt the weights before it was noticed, on a GPU: have those before it again.
+
+    The steps since the last state are repeated. Where there is none, or other processes would have to
+    take part, the weights stay as they are.
+    """
+    setup = state.setup
+    if setup.group.size > 1 or all(bool(p.isfinite().all()) for p in setup.model.parameters()):
+        return
+    progress = load_state(state.path, setup.fingerprint, setup.model, setup.optimizer)
+    if progress is None or progress.step >= step:
+        return
+    setup.optimizer.zero_grad(set_to_none=True)  # of the step that failed
+    print(
+        f"{setup.run.name}: diverged at step {step}; repeating the steps since {progress.step} to find where",
+        file=sys.stderr,
+    )
+    progress.losses, progress.part_losses, progress.watch = [], {}, {}
+    state.take(progress, watched=False)
+    while state.progress.step < step - 1:
+        take_step()

@@ -1,0 +1,57 @@
+"""The micro-batches that one process trains on: its share of each step's rows, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stlm.model.documents import Documents
+from stlm.study.runs import Run
+from stlm.tokens.batches import Batches
+from stlm.tokens.shards import read_meta
+from stlm.training.difficulty import Reference
+from stlm.training.distributed import Share
+from stlm.training.state import draws
+
+
+class MicroBatches:
+    """The micro-batches of a run's steps. `rows_before`: rows of the text that were trained on before it.
+
+    `rows`, from the files, is for those who look at a batch without training on it.
+    """
+
+    def __init__(
+        self, run: Run, device: torch.device, reference: Reference | None = None, rows_before: int = 0
+    ) -> None:
+        self._run, self._device = run, device
+        config = run.training
+        self.rows = Batches(
+            run.tokens_folder,
+            run.model.context,
+            config.batch_size,
+            run.seed,
+            run.data,
+            config.steps * config.accumulation * config.batch_size + rows_before,
+            reference,
+            rows_before,
+        )
+        # The end of text where attention stays within documents.
+        self._eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
+
+    def of_step(self, step: int, share: Share) -> Iterator[Tensor]:
+        """The tokens [B, L + 1] of a share of a step, its random numbers ready as each is given."""
+        for micro in share.micros:
+            # All randomness (dropout) comes from the seed and the place in training: a resumed run draws the
+            # same, and so does a group of processes as long as each works on whole micro-batches.
+            torch.manual_seed(draws(self._run.seed, step, micro, share.rows.start))
+            rows = self.rows.batch(step - 1, micro, self._run.training.accumulation)[share.rows]
+            tokens = torch.from_numpy(rows)
+            if self._device.type == "cuda":
+                tokens = tokens.pin_memory()
+            yield tokens.to(self._device, non_blocking=True)
+
+    def layout(self, tokens_BL: Tensor) -> Documents | None:
+        """What keeps attention within the documents of inputs, where it is to stay there."""
+        return None if self._eot is None else Documents.of(tokens_BL, self._eot)

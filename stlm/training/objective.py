@@ -1,0 +1,134 @@
+"""What training minimizes: named parts of the loss, from the plain model and from the run's techniques.
+
+Shapes: B rows, L positions, N = B L, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from stlm.errors import UserError
+from stlm.model.layout import Layout
+from stlm.model.transformer import Transformer
+from stlm.study.runs import Run
+from stlm.techniques.base import Technique
+from stlm.training.distributed import Group
+from stlm.training.schedules import dropout_factor
+
+NEXT_TOKEN = "next_token"
+Parts = dict[str, Tensor]
+
+
+class Forward:
+    """One micro-batch of a training step; what is computed from it is computed when it is asked for.
+
+    `layout`: how sequences lie in the rows, None: one a row. `step`, from 1, of `steps`.
+    `loss`: computes the whole next-token loss of (tokens, targets, layout), as `Transformer.loss` does,
+    where nothing else needs the hidden states; `hidden`: the model's, maybe compiled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        layout: Layout | None,
+        step: int,
+        steps: int,
+        loss: Callable[..., Tensor] | None = None,
+        hidden: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.model, self.tokens_BL, self.targets_BL, self.layout = model, tokens_BL, targets_BL, layout
+        self.step, self.steps = step, steps
+        self._loss, self._hidden = loss, hidden or model.hidden
+
+    @cached_property
+    def hidden_ND(self) -> Tensor:  # noqa: N802, as it is a tensor
+        """What the head reads (`Transformer.hidden`), computed once."""
+        return self._hidden(self.tokens_BL, self.layout).flatten(0, 1)
+
+    def next_token_loss(self) -> Tensor:
+        """Mean cross-entropy in nats, float32, of the targets, which a byte-level model reads as chunks."""
+        if self._loss is not None:
+            return self._loss(self.tokens_BL, self.targets_BL, layout=self.layout)
+        return self.model.hidden_loss(self.hidden_ND, self.tokens_BL, self.targets_BL)
+
+
+class Objective:
+    """Named, weighted parts of the loss, whose sum is minimized; called with a `Forward`.
+
+    The plain objective is the part `next_token`. Techniques of the run add parts, or put their own in its
+    place (`replaces_next_token`): see `stlm.techniques.base.Technique`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._techniques = list(run.techniques.values())
+        self._extra = [one for one in self._techniques if type(one).objective is not Technique.objective]
+        self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next-token loss is all that is minimized."""
+        return not self._extra
+
+    def prepare(self, device: torch.device, group: Group) -> None:
+        """Let techniques load what they need."""
+        for technique in self._techniques:
+            technique.prepare(self._run, device, group)
+
+    def compile(self, model: Transformer) -> None:
+        """From now on compute by torch.compile: the whole loss of the plain objective, else `hidden`."""
+        self._compiled = torch.compile(model.loss if self.plain else model.hidden)
+
+    def run_eagerly(self) -> None:
+        """From now on compute without torch.compile."""
+        self._compiled = None
+
+    def before_step(self, model: Transformer, step: int) -> None:
+        """Set what follows a schedule for step `step`, from 1."""
+        config = self._run.training
+        if config.dropout_schedule != "constant":
+            model.schedule_dropout(dropout_factor(config, step))
+        for technique in self._techniques:
+            technique.before_step(model, step, config.steps)
+
+    def forward(
+        self,
+        model: Transformer,
+        tokens_BM: Tensor,
+        layout: Layout | None,
+        step: int,
+        eager: bool = False,
+    ) -> Forward:
+        """The micro-batch of tokens [B, L + 1]. `eager`: not compiled, as graphs hold no hooks."""
+        compiled = None if eager else self._compiled
+        loss, hidden = (compiled or model.loss, None) if self.plain else (None, compiled)
+        steps = self._run.training.steps
+        return Forward(model, tokens_BM[:, :-1], tokens_BM[:, 1:], layout, step, steps, loss, hidden)
+
+    def __call__(self, forward: Forward) -> Parts:
+        parts: Parts = {}
+        for technique in self._extra:
+            further = technique.objective(forward)
+            twice = parts.keys() & further.keys()
+            if NEXT_TOKEN in further and not technique.replaces_next_token:
+                twice = {NEXT_TOKEN}
+            if twice:
+                raise UserError(
+                    f"run {self._run.name}: {type(technique).__name__}: the loss has a part {min(twice)!r} "
+                    "already; name it otherwise, or declare replaces_next_token"
+                )
+            parts |= further
+        # The plain part too where no technique has, at this step, put its own in its place.
+        return parts if NEXT_TOKEN in parts else {NEXT_TOKEN: forward.next_token_loss(), **parts}
+
+
+def total(parts: Parts) -> Tensor:
+    """The sum of the parts: what is minimized."""
+    return reduce(add, parts.values())

@@ -1,0 +1,108 @@
+"""What one process trains a run with: device, data, objective, model and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stlm.errors import UserError
+from stlm.files import fingerprint, read_json
+from stlm.model.build import build_model
+from stlm.model.transformer import Transformer
+from stlm.study.runs import Run
+from stlm.tokens.shards import read_meta
+from stlm.tokens.tokenizer import check_tokenizer, load_tokenizer, tokens_table
+from stlm.training.config import RECORD_KEYS
+from stlm.training.dependencies import read_dependencies
+from stlm.training.devices import Device, choose_device
+from stlm.training.difficulty import Reference
+from stlm.training.distributed import Group
+from stlm.training.micro_batches import MicroBatches
+from stlm.training.objective import Objective, total
+from stlm.training.optimizers import build_optimizer
+from stlm.training.warm_start import inherit_weights
+
+
+class Setup:
+    """Everything that training a run needs and that stays what it is, but for the weights, to its end.
+
+    `share` is this process's part of every step. `fingerprint` is equal for trainings that make the same
+    weights: a state is resumed by those of its own alone.
+    """
+
+    def __init__(self, run: Run, group: Group) -> None:
+        self.run, self.group, self.config = run, group, run.training
+        self.share = group.share(run.training)
+        self.device: Device = choose_device(run.training)
+        if not all("compile" in technique.supports for technique in run.techniques.values()):
+            self.device = replace(self.device, compiled=False)
+        device = self.device.device
+        self.dependencies = read_dependencies(run)
+        reference = Reference(run, device, group) if "reference" in self.dependencies else None
+        origin = self.dependencies.get("start")
+        # The text goes on where the run that this one starts from stopped.
+        rows_before = origin.tokens // run.model.context if origin else 0
+        self.micro_batches = MicroBatches(run, device, reference, rows_before)
+        # Copied beside the checkpoints at the end, which are of no use without.
+        check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
+        _check_vocabulary(run)
+        self.objective = Objective(run)
+        self.objective.prepare(device, group)
+        self.model = _build(run, device)
+        if origin:
+            inherit_weights(self.model, origin)
+        self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
+        self.fingerprint = self._fingerprint(reference)
+
+    def _fingerprint(self, reference: Reference | None) -> str:
+        run, weights = self.run, {role: one.weights_sha256 for role, one in self.dependencies.items()}
+        not_of_weights = {"label": True, "paper_row": True, "name": True, "study": True}
+        return fingerprint(
+            {
+                "run": run.model_copy(update={"data": run.data.unlimited}).model_dump(
+                    mode="json", exclude={**not_of_weights, "training": RECORD_KEYS}
+                ),
+                "tokens": read_json(run.tokens_folder / "meta.json"),
+                "precision": self.device.precision,
+                **({"depends": weights} if weights else {}),
+                **({"difficulty": reference.given} if reference else {}),
+            }
+        )
+
+    def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
+        """The residual stream as in training, outside of torch.compile, whose graphs hold no hooks."""
+        with self.device.autocast():
+            return self.model.hidden(tokens_BL, self.micro_batches.layout(tokens_BL))
+
+    def losses(self, tokens_BM: Tensor, step: int, eager: bool = False) -> dict[str, Tensor]:
+        """The parts of the objective for tokens [B, L + 1]; `eager`: outside of torch.compile."""
+        with self.device.autocast():
+            layout = self.micro_batches.layout(tokens_BM[:, :-1])
+            return self.objective(self.objective.forward(self.model, tokens_BM, layout, step, eager))
+
+    def loss(self, tokens_BM: Tensor, step: int, eager: bool = False) -> Tensor:
+        """Their sum."""
+        return total(self.losses(tokens_BM, step, eager))
+
+
+def _build(run: Run, device: torch.device) -> Transformer:
+    """The run's model with new weights, those of its seed."""
+    torch.manual_seed(run.seed)
+    model = build_model(run.model, run.techniques.values()).to(device)
+    if run.model.bytes is not None:
+        model.use(tokens_table(load_tokenizer(run.tokens_folder / "tokenizer")))
+    return model
+
+
+def _check_vocabulary(run: Run) -> None:
+    """Refuse token shards whose ids the model has no embedding for; a byte-level one reads any."""
+    if run.model.bytes is not None:
+        return
+    meta = read_json(run.tokens_folder / "meta.json")
+    if meta["vocab_size"] != run.model.vocab_size:
+        raise UserError(
+            f"{run.tokens_folder / 'meta.json'}: vocab_size: found {meta['vocab_size']}, expected "
+            f"{run.model.vocab_size} as in {run.tokenizer}; tokenize again"
+        )
