@@ -31,6 +31,7 @@ from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
 from stlm.report.documents import amount, amount_note
 from stlm.study.catalogues import PARAMS
 from stlm.study.schema import Published, StudyFile, Variant
+from stlm.techniques.registry import technique_class, technique_names
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
 
@@ -164,10 +165,19 @@ def check_repository(root: Path = Path()) -> None:
             )
 
 
+def _technique_sections() -> list[tuple[str, str, type[BaseModel]]]:
+    """A section for each technique, as the files of stlm/techniques/ describe theirs."""
+    kinds = {name: technique_class(name) for name in technique_names()}
+    return [
+        (f"`techniques.{name}`", " ".join((kind.__doc__ or "").split("\n\n")[0].split()), kind)
+        for name, kind in kinds.items()
+    ]
+
+
 def params_readme() -> str:
     """The text of params/README.md."""
     parts = [_HEAD]
-    for title, lead, model in _SECTIONS:
+    for title, lead, model in (*_SECTIONS, *_technique_sections()):
         parts.append("\n".join([f"## {title}", "", *([lead, ""] if lead else []), *_table(model), ""]))
     return "\n".join(parts)
 
