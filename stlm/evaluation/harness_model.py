@@ -26,7 +26,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
-from stlm.model.config import parameter_counts
+from stlm.model.counts import parameter_counts
 from stlm.tokens.tokenizer import EOT, load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint

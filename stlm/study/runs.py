@@ -10,13 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stlm.errors import UserError, nearest, shortened
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json
-from stlm.model.config import (
-    CHUNK_BYTES,
-    ModelConfig,
-    ParameterCounts,
-    parameter_counts,
-    training_flops_per_token,
-)
+from stlm.model.config import CHUNK_BYTES, ModelConfig, ParameterCounts
 from stlm.study.schema import Published
 from stlm.tokens.config import DataConfig
 from stlm.training.config import TrainingConfig
@@ -76,7 +70,9 @@ class Run(BaseModel):
 
     @property
     def parameters(self) -> ParameterCounts:
-        """The model's parameters."""
+        """The model's parameters, counted on its modules: imports torch."""
+        from stlm.model.counts import parameter_counts
+
         return parameter_counts(self.model)
 
     @property
@@ -86,7 +82,12 @@ class Run(BaseModel):
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized."""
+        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized.
+
+        Counted on the model's modules: imports torch.
+        """
+        from stlm.model.counts import training_flops_per_token
+
         if self.model.bytes is None:
             return training_flops_per_token(self.model)
         kind = self.tokenizer.partition("-")[0]
