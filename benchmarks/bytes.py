@@ -31,7 +31,8 @@ from torch import nn  # noqa: E402
 
 from stlm.files import write_json  # noqa: E402
 from stlm.model.build import build_model  # noqa: E402
-from stlm.model.config import ModelConfig, parameter_counts  # noqa: E402
+from stlm.model.config import ModelConfig  # noqa: E402
+from stlm.model.counts import parameter_counts  # noqa: E402
 from stlm.tokens.batches import Batches  # noqa: E402
 from stlm.tokens.chunks import SYMBOLS  # noqa: E402
 from stlm.tokens.tokenizer import load_tokenizer, tokens_table  # noqa: E402

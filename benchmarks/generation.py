@@ -40,7 +40,8 @@ from stlm.generation.bytes import ByteGenerator  # noqa: E402
 from stlm.generation.sampling import Sampling  # noqa: E402
 from stlm.generation.tokens import TokenGenerator  # noqa: E402
 from stlm.model.build import build_model  # noqa: E402
-from stlm.model.config import ModelConfig, parameter_counts  # noqa: E402
+from stlm.model.config import ModelConfig  # noqa: E402
+from stlm.model.counts import parameter_counts  # noqa: E402
 from stlm.model.transformer import Transformer  # noqa: E402
 from stlm.study.load import load_study  # noqa: E402
 from stlm.tokens.chunks import SYMBOLS  # noqa: E402

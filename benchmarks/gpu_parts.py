@@ -21,7 +21,8 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.fused_attention import fused_attention
 from stlm.model.head_loss import head_loss as fused_head_loss

@@ -21,7 +21,7 @@ from machine import machine
 
 from stlm.files import write_json
 from stlm.model.build import build_model
-from stlm.model.config import training_flops_per_token
+from stlm.model.counts import training_flops_per_token
 from stlm.study.load import load_study
 from stlm.training.devices import choose_device
 from stlm.training.optimizers import build_optimizer

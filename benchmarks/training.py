@@ -195,7 +195,8 @@ def measure_speed(options: argparse.Namespace) -> None:
 
 def figures(model: Mapping[str, Any], batch: int, peak: Side, sides: Mapping[str, Side]) -> dict[str, Any]:
     """What the sides' seconds mean; `ratios`: how much faster than each peer ours is, if it was measured."""
-    from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+    from stlm.model.config import ModelConfig
+    from stlm.model.counts import parameter_counts, training_flops_per_token
 
     config = ModelConfig(**model)
     tokens = batch * config.context

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts, training_flops_per_token
 
 MODEL = {
     "layers": 1,

@@ -10,7 +10,8 @@ from stlm.docs_pages.committed import committed_documents, read_committed
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
-from stlm.model.config import ModelConfig, parameter_counts
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts
 from stlm.report.curves import machine
 from stlm.report.documents import FEW_NOTE, Documents, amount_note, compare_seeds, interval_text
 from stlm.report.names import difference_text

@@ -26,7 +26,6 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
-from stlm.model.config import parameter_counts
 from stlm.tokens.tokenizer import EOT, load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
@@ -125,7 +124,7 @@ class StlmLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes about the model to its results."""
         return {
-            "model_num_parameters": parameter_counts(self.model.transformer.config).total,
+            "model_num_parameters": sum(p.numel() for p in self.model.transformer.parameters()),
             "model_dtype": self.model.precision,
             "model_sha": self.description["weights_sha256"],
             "model_step": self.description["step"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import read_description
 
@@ -27,10 +28,22 @@ def score_readouts(
 ) -> dict[str, dict[str, Any]]:
     """The results of a checkpoint's readouts by name; {} where it has none.
 
-    `load` gives its model, `score` the result of a model by the readout's name and what gives it. A model
-    without techniques is not loaded to find out.
+    Each has its `parameters` and `flops_per_token` (forward, in a text as long as the context) besides its
+    scores. `load` gives the checkpoint's model, `score` the result of a model by the readout's name and what
+    gives it. A model without techniques is not loaded to find out.
     """
     if not read_description(checkpoint)[1].get("techniques"):
         return {}
     readouts = readouts_of(load())
-    return {name: score(name, lambda readout=readout: readout) for name, readout in readouts.items()}
+    return {
+        name: {**_cost(readout), **score(name, lambda readout=readout: readout)}
+        for name, readout in readouts.items()
+    }
+
+
+def _cost(readout: nn.Module) -> dict[str, float]:
+    context = readout.config.context
+    return {
+        "parameters": sum(p.numel() for p in readout.parameters()),
+        "flops_per_token": forward_flops(readout, context) / context,
+    }

@@ -11,7 +11,7 @@ from stlm.model.transformer import Transformer
 
 
 class Builder(Protocol):
-    """What adds to a model: see `stlm.techniques.base.Technique`."""
+    """What adds to a model: see `stlm.techniques.base.Technique`. Hashable, as counts of models are kept."""
 
     def build(self, model: Transformer) -> None:
         """Add modules to a new model, or wrap its blocks."""

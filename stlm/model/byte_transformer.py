@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stlm.model.config import ModelConfig
+from stlm.model.config import CHUNK_BYTES, ModelConfig
+from stlm.model.flops import children_flops, forward_flops
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import Layout
@@ -37,6 +39,10 @@ class MeanPooling(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.bytes.width, config.width, bias=False)
+
+    def flops(self, length: float) -> float:
+        """Forward FLOPs of a chunk of so many bytes, of which one vector is mapped to the core's width."""
+        return forward_flops(self.up, 1) + children_flops(self, length, without=("up",))
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
         return self.up(torch.cat([x_CLW.mean(dim=1) for x_CLW in packing.split(x_TW)]))
@@ -97,15 +103,24 @@ POOLINGS: dict[str, type[nn.Module]] = {
 class ChunkEncoder(nn.Module):
     """Chunks to vectors of the core's width: byte embedding, byte transformer within each chunk, pooling."""
 
+    parameter_group, one_group = "byte encoder", True
+    parameter_groups: ClassVar[dict[str, str]] = {"bytes": "byte embedding"}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         own = config.byte_blocks(config.bytes.encoder_layers)
         self.bytes = nn.Embedding(SYMBOLS, own.width)
         self.blocks = nn.ModuleList([Block(own) for _ in range(own.layers)])
+        for block in self.blocks:
+            block.attention.attended = 1.0  # a byte sees all of its chunk
         self.norm = NORMS[own.norm](own.width, eps=own.norm_eps)
         self.pool = POOLINGS[config.bytes.pooling](config)
         self.table = Table()
         self.register_buffer("places_LW", None, persistent=False)
+
+    def flops(self, length: float, chunk_bytes: float = CHUNK_BYTES) -> float:
+        """Forward FLOPs of `length` chunks, all of `chunk_bytes` bytes."""
+        return length * children_flops(self, chunk_bytes)
 
     @property
     def weight(self) -> Tensor:
@@ -139,6 +154,9 @@ class ChunkEncoder(nn.Module):
 class ByteDecoder(nn.Module):
     """Writes chunks: a causal byte transformer that is given the core's vector in front of each block."""
 
+    parameter_group, one_group = "byte decoder", True
+    parameter_groups: ClassVar[dict[str, str]] = {"output": "head"}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         own = config.byte_blocks(config.bytes.decoder_layers)
@@ -148,6 +166,14 @@ class ByteDecoder(nn.Module):
         self.blocks = nn.ModuleList([Block(own) for _ in range(own.layers)])
         self.norm = NORMS[own.norm](own.width, eps=own.norm_eps)
         self.output = None if config.tied else nn.Linear(own.width, SYMBOLS, bias=False)
+
+    def flops(self, length: float, symbols: float = CHUNK_BYTES + 1) -> float:
+        """Forward FLOPs of `length` chunks, all of so many symbols, the logits of each included."""
+        width = self.condition.out_features // len(self.blocks)
+        # The head's matrix is the byte embedding's where it is tied.
+        head = 2 * SYMBOLS * width * symbols
+        written = children_flops(self, symbols, without=("condition", "output"))
+        return length * (forward_flops(self.condition, 1) + written + head)
 
     def forward(self, x_ND: Tensor, look_up, written: Written) -> Tensor:
         """[T, W], from which the symbols of `written` follow, given the core's x_ND for its chunks."""
@@ -194,6 +220,15 @@ class ByteTransformer(Transformer):
                     elif name == "pool.up.weight":
                         scale = INITIAL_STD
                     nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]))
+
+    def flops(self, length: float, chunk_bytes: float = CHUNK_BYTES, ends_written: bool = True) -> float:
+        """Forward FLOPs of a sequence of `length` chunks, each read and written, all of `chunk_bytes` bytes.
+
+        `ends_written`: a chunk's end is a symbol, too.
+        """
+        core = children_flops(self, length, without=("embedding", "decoder"))
+        read = self.embedding.flops(length, chunk_bytes)
+        return core + read + self.decoder.flops(length, chunk_bytes + ends_written)
 
     def use(self, table: ChunkTable) -> None:
         """From now on tokens are the chunks of `table`."""

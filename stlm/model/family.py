@@ -1,11 +1,12 @@
-"""Models of a wanted size by a stated rule, and what a size costs. Needs no torch."""
+"""Models of a wanted size by a stated rule, and what a size costs."""
 
 from __future__ import annotations
 
 import math
 
 from stlm.model.byte_config import MOST_LAYERS
-from stlm.model.config import ModelConfig, parameter_counts
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts
 
 # The paper's three sizes, in parameters.
 FAMILY = {"10M": 10_000_000, "50M": 50_000_000, "100M": 100_000_000}

@@ -18,14 +18,23 @@ from stlm.model.config import ModelConfig
 INITIAL_STD = 0.02
 
 
+class _Undrawn(nn.Linear):
+    """A linear layer that draws no random numbers when it is made; its weights are set afterwards."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights undefined."""
+
+
 class Adapter(nn.Module):
     """x A B, scaled: a change of low rank to a matrix, none at first (LoRA, Hu et al. 2022, section 4.1)."""
+
+    parameter_group = "adapters"
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__()
         # No random numbers are drawn here: the weights of a model with adapters start as those without.
-        self.a = nn.utils.skip_init(nn.Linear, inputs, rank, bias=False)
-        self.b = nn.utils.skip_init(nn.Linear, rank, outputs, bias=False)
+        self.a = _Undrawn(inputs, rank, bias=False)
+        self.b = _Undrawn(rank, outputs, bias=False)
         self.scale = scale
 
     def initialize(self) -> None:

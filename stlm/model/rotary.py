@@ -14,6 +14,8 @@ Rotary = tuple[Tensor, Tensor]
 
 def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [L, E] of rotary positions (Su et al. 2021, eq. 34; halves rotated)."""
+    if torch.get_default_device().type == "meta":  # no values: arithmetic without them would take time
+        return torch.empty(context, head_width), torch.empty(context, head_width)
     wavelengths_e = theta ** (torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angle_Le = torch.arange(context, dtype=torch.float64)[:, None] / wavelengths_e
     cos_LE = angle_Le.cos().repeat(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.feed_forward import FFNS
+from stlm.model.flops import children_flops
 from stlm.model.fused import RMSNorm
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
@@ -58,6 +59,8 @@ NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNo
 
 def sinusoidal_table(context: int, width: int) -> Tensor:
     """Fixed positions [L, D] (Vaswani et al. 2017, section 3.5): sines at even, cosines at odd dimensions."""
+    if torch.get_default_device().type == "meta":  # no values: arithmetic without them would take time
+        return torch.empty(context, width)
     wavelengths_d = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle_Ld = torch.arange(context, dtype=torch.float64)[:, None] / wavelengths_d
     return torch.stack([angle_Ld.sin(), angle_Ld.cos()], dim=-1).flatten(1).float()
@@ -65,6 +68,10 @@ def sinusoidal_table(context: int, width: int) -> Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention, with G query heads to each key/value head (Ainslie et al. 2023)."""
+
+    parameter_groups: ClassVar[dict[str, str]] = {"q_gain": "norms", "k_gain": "norms", "shift": "shifts"}
+    # Share of the pairs of positions that are attended to: the causal half.
+    attended = 0.5
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,6 +92,11 @@ class Attention(nn.Module):
             self.shift = nn.Parameter(torch.zeros(self.qkv.out_features))
         self.dropout = config.attention_dropout
         self.scheduled, self.dropout_now = False, self.dropout
+
+    def flops(self, length: float) -> float:
+        """Forward FLOPs of a sequence: the projections, and two products over the positions attended to."""
+        pairs = self.attended * length * length
+        return children_flops(self, length) + 4 * pairs * self.heads * self.head_width
 
     def _normalize(self, qk_BLHE: Tensor) -> Tensor:
         """Queries and keys [B, L, H + K, E], each head's root mean square one, times the gains."""
@@ -153,6 +165,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward network, each on a normalized input, each added to the residual stream."""
 
+    parameter_groups: ClassVar[dict[str, str]] = {
+        "attention_norm": "norms",
+        "attention": "attention",
+        "ffn_norm": "norms",
+        "ffn": "FFN",
+    }
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         norm = NORMS[config.norm]
@@ -207,6 +226,16 @@ def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ..
 class Transformer(nn.Module):
     """A decoder-only language model: token ids in, next-token logits out."""
 
+    parameter_groups: ClassVar[dict[str, str]] = {
+        "embedding": "token embedding",
+        "embedding_up": "token embedding",
+        "positions": "positions",
+        "value_embeddings": "value embeddings",
+        "norm": "norms",
+        "output_down": "head",
+        "output": "head",
+    }
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -256,6 +285,8 @@ class Transformer(nn.Module):
         are zero: a model with them starts as the one without, as does one with adapters. Factors are such
         that their products start with the variance of a dense matrix.
         """
+        if self.norm.weight.is_meta:  # no values, which factors would be computed from
+            return
         matrices, started = dict(projections(self)), set()
         for name, parameter in self.named_parameters():
             owner = name.removesuffix(".weight").removesuffix(".left").removesuffix(".right")
@@ -273,6 +304,14 @@ class Transformer(nn.Module):
         for matrix in matrices.values():
             if matrix.adapter is not None:
                 matrix.adapter.initialize()
+
+    def flops(self, length: float) -> float:
+        """Forward FLOPs of a sequence of so many tokens, its logits included."""
+        factors = 0
+        if self.embedding_up is not None:
+            # Once after the look-up, once before the head, by its transpose or by `output_down`.
+            factors = 4 * self.embedding_up.numel() * length
+        return factors + children_flops(self, length)
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The blocks' matrices: see `block_matrices`."""

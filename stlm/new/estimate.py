@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stlm.model.config import training_flops_per_token
+from stlm.model.counts import training_flops_per_token
 from stlm.new.fit import Fit
 from stlm.new.speed import Speed
 

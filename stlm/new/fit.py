@@ -1,4 +1,4 @@
-"""Which vocabulary, model and length of training fit a text, a machine and a time. Needs no torch.
+"""Which vocabulary, model and length of training fit a text, a machine and a time.
 
 The rules are simple and stated, so that each choice can be explained in a line of the study file:
 
@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts, training_flops_per_token
 
 BYTES_A_TOKEN = 1000
 # Repeating text up to four times is nearly as good as new text (Muennighoff et al. 2023).

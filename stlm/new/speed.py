@@ -6,7 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from stlm.model.config import ModelConfig, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import training_flops_per_token
 from stlm.training.config import TrainingConfig
 
 _SECONDS = 2.0  # that the timing of one model takes, about; a large model's first two steps may take longer

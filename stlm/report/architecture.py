@@ -14,7 +14,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from stlm.model.config import ModelConfig, parameter_groups
+from stlm.model.config import ModelConfig
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.names import count, some
 from stlm.report.results import RunResult
 from stlm.report.shapes import INK, Box, draw_arrow, draw_box, draw_plus, draw_square, draw_text
@@ -67,7 +68,7 @@ def write_architectures(folder: Path, study: Study, results: Mapping[str, RunRes
 
 def draw_architecture(folder: Path, name: str, label: str, config: ModelConfig) -> None:
     """Write `folder`/`name`.{svg,png}: the diagram of `config`."""
-    groups = parameter_groups(config)
+    groups = parameter_groups(build_on_meta(config))
     below, above, parts = _below(config, groups), _above(config, groups), _parts(config, groups)
     notes = _notes(config, groups)
     row = min(0.3, max(0.14, 3.2 / config.layers))

@@ -18,7 +18,8 @@ from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
 from stlm.integrity import check_beside
-from stlm.model.config import ModelConfig, parameter_groups
+from stlm.model.config import ModelConfig
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
 from stlm.report.contamination import Contamination, contamination_note
 from stlm.report.documents import amount
@@ -156,7 +157,7 @@ class Card:
         return "Languages: " + "; ".join(f"{name}: {language}" for name, language in named.items()) + "."
 
     def _model(self) -> str:
-        groups = parameter_groups(ModelConfig.model_validate(self.train.model))
+        groups = parameter_groups(build_on_meta(ModelConfig.model_validate(self.train.model)))
         rows = [[Cell(name), Cell(f"{number:,}")] for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
         table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
-from stlm.model.config import parameter_groups
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.names import count, some
 from stlm.report.results import RunResult
 from stlm.report.style import figure, group_colour, heading
@@ -24,7 +24,7 @@ def write_parameters(folder: Path, study: Study, results: Mapping[str, RunResult
     bars: dict[tuple[tuple[str, int], ...], list[str]] = {}
     records = []
     for variant, name in {result.train.variant: name for name, result in results.items()}.items():
-        division = parameter_groups(study.runs[name].model)
+        division = parameter_groups(build_on_meta(study.runs[name].model))
         bars.setdefault(tuple(division.items()), []).append(results[name].train.label)
         records += [{"variant": variant, "group": group, "value": own} for group, own in division.items()]
     write_text(folder / "data" / "parameters.csv", csv_text(records))

@@ -31,7 +31,7 @@ COST_LOOKS = {
     "flops": {"color": "#CC79A7", "marker": "^"},
     "seconds": {"color": "#D55E00", "marker": "s"},
 }
-# Where parameters are (stlm.model.config.parameter_groups); a group not named here is grey.
+# Where parameters are (stlm.model.counts.parameter_groups); a group not named here is grey.
 _GROUPS = {
     "token embedding": "#0072B2",
     "byte embedding": "#332288",

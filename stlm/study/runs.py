@@ -10,13 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from stlm.errors import UserError, nearest, shortened
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json
-from stlm.model.config import (
-    CHUNK_BYTES,
-    ModelConfig,
-    ParameterCounts,
-    parameter_counts,
-    training_flops_per_token,
-)
+from stlm.model.config import CHUNK_BYTES, ModelConfig, ParameterCounts
 from stlm.study.schema import Published
 from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig
@@ -102,9 +96,15 @@ class Run(BaseModel):
         return found
 
     @property
+    def _techniques(self) -> tuple[Technique, ...]:
+        return tuple(self.techniques.values())
+
+    @property
     def parameters(self) -> ParameterCounts:
-        """The model's parameters."""
-        return parameter_counts(self.model)
+        """The model's parameters, counted on its modules: imports torch."""
+        from stlm.model.counts import parameter_counts
+
+        return parameter_counts(self.model, self._techniques)
 
     @property
     def flops(self) -> float:
@@ -113,11 +113,18 @@ class Run(BaseModel):
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized."""
+        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized.
+
+        Counted on the model's modules: imports torch.
+        """
+        from stlm.model.counts import training_flops_per_token
+
+        extra = sum(technique.extra_flops_per_token(self) for technique in self._techniques)
         if self.model.bytes is None:
-            return training_flops_per_token(self.model)
+            return training_flops_per_token(self.model, techniques=self._techniques) + extra
         kind = self.tokenizer.partition("-")[0]
-        return training_flops_per_token(self.model, self._chunk_bytes, kind not in ("spaces", "stride"))
+        ends = kind not in ("spaces", "stride")
+        return training_flops_per_token(self.model, self._chunk_bytes, ends, self._techniques) + extra
 
     @property
     def _chunk_bytes(self) -> float:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from stlm.errors import UserError, shortened
 from stlm.files import write_text
-from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts, training_flops_per_token
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
 from stlm.tokens.chunks import SYMBOLS
 

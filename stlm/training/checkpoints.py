@@ -16,7 +16,8 @@ from stlm.errors import UserError
 from stlm.files import atomic_directory, read_json, sha256, write_record
 from stlm.integrity import Listed, check_files
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig, parameter_counts
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version
 from stlm.remedy import next_command
@@ -147,7 +148,10 @@ def _model_of(
         return UserError(f"{path}: not the weights of the model in config.json: {reason}; {_AGAIN}")
 
     # Counted first: a model of another size may be too large to build.
-    stored, described = sum(map(Tensor.numel, weights.values())), parameter_counts(config).total
+    stored, described = (
+        sum(map(Tensor.numel, weights.values())),
+        parameter_counts(config, tuple(techniques)).total,
+    )
     if stored != described:
         raise misfit(f"{stored:,} numbers, expected {described:,}")
     model = build_model(config, techniques)

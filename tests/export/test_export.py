@@ -14,7 +14,8 @@ from stlm.cli import main
 from stlm.files import read_json, write_json
 from stlm.generation.generate import load_generator
 from stlm.generation.sampling import Sampling
-from stlm.model.config import ModelConfig, parameter_counts
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.tokens.bpe import train_bpe
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stlm.model.build import build_model
 from stlm.model.byte_transformer import POOLINGS, ByteTransformer
-from stlm.model.config import ModelConfig, parameter_groups, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_groups, training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.packed_chunks import Packing
 from stlm.tokens.chunks import SYMBOLS, Chunker, Pieces, Spaces, Stride, Words, chunk_table
@@ -215,7 +216,7 @@ def test_parameters_are_those_of_the_model_group_by_group(options, tied, pooling
     found = Counter()
     for name, parameter in model.named_parameters():
         found[group_of(name)] += parameter.numel()
-    assert parameter_groups(model.config) == found
+    assert parameter_groups(model) == found
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig, parameter_counts
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts
 from stlm.model.inherit import inherit
 from stlm.model.projection import Dense, LowRank, factorize, projections
 

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts, training_flops_per_token
 from stlm.model.layout import CausalRows
 from stlm.model.segments import Segments
 from stlm.model.transformer import Dropout, Transformer

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from stlm.model.build import build_model
-from stlm.model.config import ModelConfig, parameter_counts, parameter_groups, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import build_on_meta, parameter_counts, parameter_groups, training_flops_per_token
 from stlm.model.projection import projections
 from stlm.model.transformer import Transformer
 
@@ -89,7 +90,7 @@ def test_parameters_and_flops_are_those_counted_by_torch(options):
     """Unique parameters by group; products of matrices, those of shared ones at every use."""
     config = ModelConfig(**TINY, **options)
     model = build_model(config)
-    groups = parameter_groups(config)
+    groups = parameter_groups(build_on_meta(config))
     by_name = Counter()
     for name, parameter in model.named_parameters():
         part = next((own for own in ("attention", "ffn") if f".{own}." in name), None)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from stlm.model.config import ModelConfig, parameter_counts, training_flops_per_token
+from stlm.model.config import ModelConfig
+from stlm.model.counts import parameter_counts, training_flops_per_token
 from stlm.model.rotary import rope_tables, rotate
 from stlm.model.transformer import Transformer, sinusoidal_table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stlm.model.config import parameter_counts
+from stlm.model.counts import parameter_counts
 from stlm.new.fit import EPOCHS, LEAST_STEPS, SHAPES, TOKENS_A_PARAMETER, TOKENS_OF_TEXT, Fit, TextSize, fit
 from stlm.new.speed import side_by_side
 from stlm.tokens.names import vocabulary_size

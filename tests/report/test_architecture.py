@@ -4,7 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stlm.model.config import ModelConfig, parameter_groups
+from stlm.model.config import ModelConfig
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.architecture import architectures, draw_architecture
 from stlm.report.results import read_results
 
@@ -24,7 +25,7 @@ def drawn(folder, **differs) -> list[str]:
 
 def test_the_diagram_has_every_part_and_its_parameters(tmp_path):
     texts = drawn(tmp_path)
-    groups = parameter_groups(SMALL)
+    groups = parameter_groups(build_on_meta(SMALL))
     for text in ("token embedding", "512 × 64", "head", "tied: one matrix", "same matrix", "RoPE"):
         assert text in texts
     assert f"{groups['token embedding']:,}" in texts
@@ -63,7 +64,7 @@ def test_low_ranks_are_named(tmp_path):
 
 def test_a_byte_level_model_is_drawn_around_its_core(tmp_path):
     differs = {"bytes": {"width": 32, "heads": 2, "pooling": "query"}, "vocab_size": 258}
-    texts, groups = drawn(tmp_path, **differs), parameter_groups(small(**differs))
+    texts, groups = drawn(tmp_path, **differs), parameter_groups(build_on_meta(small(**differs)))
     order = [
         "byte embedding",
         "chunk encoder",

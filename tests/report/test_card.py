@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from stlm.evaluation.statistics import wilson
 from stlm.files import write_json
 from stlm.model.byte_config import ByteConfig
-from stlm.model.config import parameter_groups
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
@@ -46,7 +46,7 @@ def test_results_are_the_runs_with_their_intervals(make_study) -> None:
     found = {(r.dataset_name, r.metric_name): r.metric_value for r in metadata.eval_results}
     assert found["BLiMP", "acc, harness mode"] == round(own["value"], 4)
     assert found["synthetic", "bits per byte"] == round(last["perplexity"]["bits_per_byte"], 4)
-    groups = parameter_groups(study.runs["baseline"].model)
+    groups = parameter_groups(build_on_meta(study.runs["baseline"].model))
     assert all(f"| {name} | {number:,} |" in text for name, number in groups.items())
     assert "sinusoidal" in cards(study)["sincos"] and "sinusoidal" not in text
 

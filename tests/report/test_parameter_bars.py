@@ -2,7 +2,7 @@
 
 import csv
 
-from stlm.model.config import parameter_groups
+from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.parameters import write_parameters
 from stlm.report.results import read_results
 
@@ -20,7 +20,7 @@ def test_bars_sum_to_the_models(make_study, tmp_path):
     found = list(csv.DictReader((tmp_path / "data" / "parameters.csv").open()))
     for run in study.runs.values():
         own = {row["group"]: int(row["value"]) for row in found if row["variant"] == run.variant}
-        assert own == parameter_groups(run.model)
+        assert own == parameter_groups(build_on_meta(run.model))
         assert sum(own.values()) == run.parameters.total
     svg = (tmp_path / "parameters.svg").read_text()
     assert "Baseline and Copy" in svg, "one bar for what is divided alike"

@@ -17,7 +17,7 @@ from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
 from stlm.files import read_json
-from stlm.model.config import parameter_counts, training_flops_per_token
+from stlm.model.counts import parameter_counts, training_flops_per_token
 from stlm.study.runs import Run
 from stlm.tokens.batches import ValidationSet
 from stlm.tokens.chunks import SYMBOLS

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.model.build import build_model
-from stlm.model.config import training_flops_per_token
+from stlm.model.counts import training_flops_per_token
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.config import TrainingConfig
 from stlm.training.divergence import locate
