@@ -84,7 +84,7 @@ def build_on_meta(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> 
     """
     try:
         with torch.device("meta"), _NoInitialization():
-            model = build_model(config, techniques)
+            return build_model(config, techniques)
     except (RuntimeError, TypeError, OverflowError) as error:
         if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
             raise
@@ -92,7 +92,6 @@ def build_on_meta(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> 
             f"model: width: {config.width}, ffn_width: {config.ffn_width}, context: {config.context}: its "
             "matrices have more weights than can be counted, over 10^18"
         ) from None
-    return model
 
 
 def parameter_groups(model: nn.Module) -> dict[str, int]:

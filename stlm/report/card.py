@@ -37,6 +37,7 @@ from stlm.report.results import (
 from stlm.report.sources import Text, read_texts
 from stlm.report.table import Cell, Table, markdown
 from stlm.study.runs import Study
+from stlm.techniques.registry import load_techniques
 
 _CITATION = """\
 ```bibtex
@@ -157,7 +158,9 @@ class Card:
         return "Languages: " + "; ".join(f"{name}: {language}" for name, language in named.items()) + "."
 
     def _model(self) -> str:
-        groups = parameter_groups(build_on_meta(ModelConfig.model_validate(self.train.model)))
+        techniques = load_techniques(self.train.techniques, "train.json", "techniques")
+        config = ModelConfig.model_validate(self.train.model)
+        groups = parameter_groups(build_on_meta(config, tuple(techniques.values())))
         rows = [[Cell(name), Cell(f"{number:,}")] for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
         table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)

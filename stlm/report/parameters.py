@@ -24,7 +24,8 @@ def write_parameters(folder: Path, study: Study, results: Mapping[str, RunResult
     bars: dict[tuple[tuple[str, int], ...], list[str]] = {}
     records = []
     for variant, name in {result.train.variant: name for name, result in results.items()}.items():
-        division = parameter_groups(build_on_meta(study.runs[name].model))
+        run = study.runs[name]
+        division = parameter_groups(build_on_meta(run.model, tuple(run.techniques.values())))
         bars.setdefault(tuple(division.items()), []).append(results[name].train.label)
         records += [{"variant": variant, "group": group, "value": own} for group, own in division.items()]
     write_text(folder / "data" / "parameters.csv", csv_text(records))

@@ -53,6 +53,10 @@ class Technique(BaseModel):
     # role -> the run that this one depends on, filled in when the study is loaded.
     _others: dict[str, Run] = PrivateAttr(default_factory=dict)
 
+    def __hash__(self) -> int:
+        """Of the settings, which may have lists: counts of models are kept by config and techniques."""
+        return hash((type(self), self.model_dump_json()))
+
     def set_others(self, others: Mapping[str, Run]) -> None:
         """Tell which runs those of `depends` are, by their roles."""
         self._others.update(others)
@@ -84,6 +88,11 @@ class Technique(BaseModel):
 
         Weights that are there stay as they are, so that the plain model's are those of the same seed. A
         matrix within `model.blocks` is trained as the other matrices are, a vector as gains are.
+
+        Parameters and FLOPs are counted on a model that this built on torch's `meta` device, where tensors
+        have no values to read. What is added says which group its parameters belong to (stlm.model.counts),
+        and by a method `flops` what it costs, where that is not three passes through its linear layers over
+        all tokens (stlm.model.flops).
         """
 
     def prepare(self, run: Run, device: Any, group: Group) -> None:

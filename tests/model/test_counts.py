@@ -11,6 +11,7 @@ from pathlib import Path
 import closed_formulas
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +30,8 @@ from stlm.model.counts import (
 )
 from stlm.model.flops import children_flops, forward_flops
 from stlm.study.load import load_study
+from stlm.study.runs import Run
+from stlm.techniques.base import Technique
 
 ROOT = Path(__file__).parents[2]
 CATALOGUES = {"benchmarks", "corpora", "vocabularies"}
@@ -189,13 +192,19 @@ class Routed(nn.Module):
         return forward_flops(self.router, length) + forward_flops(self.block, self.kept * length)
 
 
-class Routers:
-    """A technique: routers in front of all blocks, and a module about which nothing is stated."""
+class Routers(Technique):
+    """Routers in front of some blocks, and a module about which nothing is stated."""
+
+    layers: list[int] = Field(default=[0, 1, 2, 3, 4])
+    kept: float = 0.25
 
     def build(self, model: nn.Module) -> None:
-        for number, block in enumerate(model.blocks):
-            model.blocks[number] = Routed(block, model.config.width, 0.25)
+        for number in self.layers:
+            model.blocks[number] = Routed(model.blocks[number], model.config.width, self.kept)
         model.extra = nn.Sequential(nn.Linear(32, 3), nn.LayerNorm(3))
+
+    def extra_flops_per_token(self, run: Run) -> float:
+        return 1000.0 * run.model.layers
 
 
 def test_a_technique_is_counted_by_what_it_builds():
@@ -211,6 +220,20 @@ def test_a_technique_is_counted_by_what_it_builds():
     rest = before["token embedding"] + 5 * 32 + 32 * 3
     expected = 6 * (products / 4 + pairs / 16 + rest)
     assert training_flops_per_token(config, techniques=(Routers(),)) == expected
+
+
+def test_a_run_is_counted_with_its_techniques(project):
+    plain = load_study("smoke").runs["baseline"]
+    model = tiny(vocab_size=plain.model.vocab_size)
+    runs = [
+        plain.model_copy(update={"model": model, "techniques": techniques})
+        for techniques in ({}, {"routers": Routers()}, {"routers": Routers(layers=[4])})
+    ]
+    totals = [run.parameters.total for run in runs]
+    assert [total - totals[0] for total in totals] == [0, 5 * 32 + 105, 32 + 105]
+    expected = training_flops_per_token(model, techniques=(Routers(layers=[4]),)) + 5000
+    assert runs[2].flops_per_token == expected
+    assert runs[2].flops == runs[2].tokens * expected
 
 
 class Holder(nn.Module):

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.counts import parameter_counts, training_flops_per_token
+from stlm.model.dropout import Dropout
 from stlm.model.layout import CausalRows
 from stlm.model.segments import Segments
-from stlm.model.transformer import Dropout, Transformer
+from stlm.model.transformer import Transformer
 
 TINY = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": 16, "vocab_size": 61}
 OPTIONS = [
