@@ -36,10 +36,11 @@ def check_trained(run: Run, train: TrainRecord, path: Path, command: str) -> Non
         asked[section], found[section] = _dump(getattr(run, section)), _dump(settings)
     if "data" in train.model_fields_set:  # a record without it is from before there was a choice
         _check_whole(train.data, path, "data", command, set())
-    asked["techniques"] = {name: _dump(technique) for name, technique in run.techniques.items()}
-    found["techniques"] = train.techniques
     # The limit may refuse a training, but changes none.
     asked["data"], found["data"] = (_dump(one.data.unlimited) for one in (run, train))
+    asked["techniques"], found["techniques"] = list(run.techniques), list(train.techniques)
+    asked |= {f"techniques.{name}": _dump(technique) for name, technique in run.techniques.items()}
+    found |= {f"techniques.{name}": keys for name, keys in train.techniques.items()}
     recorded = {role: one.run for role, one in train.depends.items()}
     # Earlier versions recorded the role `start` alone.
     for role in {"start", *recorded, *(run.depends if "depends" in train.model_fields_set else ())}:

@@ -109,7 +109,7 @@ def check_dependencies(file: str, run: Run, runs: Mapping[str, Run]) -> None:
 
 def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
     """No run may depend on itself, whether directly or by way of others."""
-    sorter = TopologicalSorter({name: set(run.depends.values()) for name, run in runs.items()})
+    sorter = TopologicalSorter({name: dict.fromkeys(run.depends.values()) for name, run in runs.items()})
     try:
         sorter.prepare()
     except CycleError as error:

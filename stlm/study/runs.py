@@ -85,14 +85,13 @@ class Run(BaseModel):
         if self.training.start_from is not None:
             found["start"] = NamedVariant("training.start_from", self.training.start_from)
         for name, technique in self.techniques.items():
-            if (depends := getattr(technique, "depends", None)) is None:
-                continue
-            for role, variant in depends().items():
+            for role, variant in technique.depends().items():
+                key = f"techniques.{name}.{role}"
                 if role in found:
                     raise UserError(
-                        f"run {self.name}: {name}.{role}: {found[role].key} has this role already"
+                        f"run {self.name}: {key}: {found[role].key} has the role {role!r} already"
                     )
-                found[role] = NamedVariant(f"{name}.{role}", variant)
+                found[role] = NamedVariant(key, variant)
         return found
 
     @property

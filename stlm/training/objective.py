@@ -5,7 +5,7 @@ Shapes: B rows, L positions, N = B L, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property, reduce
 from operator import add
 
@@ -51,6 +51,15 @@ class Forward:
     def hidden_ND(self) -> Tensor:  # noqa: N802, as it is a tensor
         """What the head reads (`Transformer.hidden`), computed once."""
         return self._hidden(self.tokens_BL, self.layout).flatten(0, 1)
+
+    def residuals(self, after: Collection[int]) -> list[Tensor]:
+        """The residual stream [B, L, D] after blocks (`Transformer.residuals`), the last one's too.
+
+        `hidden_ND` is then made of it: asked for first, it costs no second forward pass.
+        """
+        kept = self.model.residuals(self.tokens_BL, self.layout, after=after)
+        self.hidden_ND = self.model.finish(kept[-1]).flatten(0, 1)
+        return kept
 
     def next_token_loss(self) -> Tensor:
         """Mean cross-entropy in nats, float32, of the targets, which a byte-level model reads as chunks."""
@@ -121,7 +130,7 @@ class Objective:
                 twice = {NEXT_TOKEN}
             if twice:
                 raise UserError(
-                    f"run {self._run.name}: {type(technique).__name__}: the loss has a part {min(twice)!r} "
+                    f"run {self._run.name}: techniques.{technique.key()}: the loss has a part {min(twice)!r} "
                     "already; name it otherwise, or declare replaces_next_token"
                 )
             parts |= further
