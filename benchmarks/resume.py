@@ -9,7 +9,7 @@ results), for which the script watches for the temporary file of an atomic write
 write short is seen afterwards: its temporary file is still there. A killed run that comes to its end is
 compared, and a new one is started, until all kills are spent; so every one of them counts.
 
-Compared are all files of the run's folder: weights, curve.csv, DVCLive's metrics and train.json. Left out are
+Compared are all files of the run's folder: weights, curve.csv, watch.csv and train.json. Left out are
 wall-clock times alone: the columns `seconds` and `tokens_per_second`, and the keys of the same names.
 
 Writes results/benchmarks/resume.json.

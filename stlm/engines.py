@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
+from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.manifests import Manifests, model_manifest, refresh_all
 from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
 from stlm.study.load import load_study
@@ -83,13 +84,14 @@ def published_inputs(study: Study, published: PublishedModel) -> list[str]:
 
 
 def report_inputs(study: Study) -> list[str]:
-    """What ``stlm report`` reads: the small results of every run, each item's scores, the study's
-    contamination, and where the runs' text is from and how much it is."""
-    scores = ("evaluation.json", "items.parquet", "documents.parquet")
-    names = ("curve.csv", "watch.csv", "train.json", *scores)
-    of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in names]
+    """What ``stlm report`` reads: the results of every run but its weights, the study's contamination, and
+    where the runs' text is from and how much it is."""
+    files = [output.name for output in (*TRAINING, *EVALUATION) if not output.is_folder]
+    of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in files]
     of_published = [
-        f"{published.results_folder}/{name}" for published in study.published.values() for name in scores
+        f"{published.results_folder}/{name}"
+        for published in study.published.values()
+        for name in names(EVALUATION)
     ]
     tokens = list(dict.fromkeys(str(run.tokens_folder) for run in study.runs.values()))
     texts = [*(f"data/raw/{corpus}" for corpus in study.corpora), *tokens]
@@ -192,10 +194,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
                 study, present, *(f"evaluation.{key}" for key in ("benchmarks", "limit", "limit_seed"))
             )
         ],
-        "outs": [
-            f"{study.folder}/contaminated-items.parquet",
-            _in_git(f"{study.folder}/contamination.json"),
-        ],
+        "outs": _outputs(study.folder, CONTAMINATION),
     }
     stages[f"report-{study.name}"] = {
         "cmd": f"stlm report {study.name}",
@@ -203,27 +202,24 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
         # The whole file: any change in it is seen by this stage at least, whose command then finds out
         # whether dvc.yaml still lists the right runs.
         "params": [{f"params/{study.name}.yaml": None}],
-        "outs": [
-            *(_in_git(f"{study.folder}/{name}") for name in ("tables", "plots", "cards")),
-            # Pages that `stlm report` draws from the runs' curves, most of a report's size.
-            f"{study.folder}/training",
-        ],
-        "metrics": [_in_git(f"{study.folder}/metrics.json")],
+        "outs": _outputs(study.folder, REPORT),
+        "metrics": _outputs(study.folder, [METRICS]),
     }
     return stages
 
 
 def dvc_plots(study: Study) -> list[Any]:
-    """What `dvc plots` shows: two curves of training, a line a run, and Figure 1."""
-    curves = {"validation bits per byte": "val/bits_per_byte", "training loss": "train_loss"}
+    """What `dvc plots` shows: two columns of curve.csv, a line a run, and Figure 1.
+
+    The template is DVC's `linear` without the steps for which a column is blank, which it would draw as zero.
+    """
+    curves = {"validation bits per byte": "val_bits_per_byte", "training loss": "train_loss"}
     return [
         {
             title: {
+                "template": "curve",
                 "x": "step",
-                "y": {
-                    f"{run.folder}/dvclive/plots/metrics/{curve}.tsv": Path(curve).name
-                    for run in study.runs.values()
-                },
+                "y": {f"{run.folder}/curve.csv": curve for run in study.runs.values()},
                 "x_label": "step",
                 "y_label": title,
             }
@@ -242,19 +238,13 @@ def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str,
             "cmd": f"stlm train {study.name} {run.name}",
             "deps": train_inputs(study, run),
             "params": [_study_params(study, present, "model", "training", "data", *seeds, variant)],
-            "outs": [
-                f"{run.folder}/checkpoints",
-                _in_git(f"{run.folder}/dvclive"),
-                _in_git(f"{run.folder}/curve.csv"),
-                _in_git(f"{run.folder}/watch.csv"),
-                _in_git(f"{run.folder}/train.json"),
-            ],
+            "outs": _outputs(run.folder, TRAINING),
         },
         f"evaluate-{study.name}-{run.name}": {
             "cmd": f"stlm evaluate {study.name} {run.name}",
             "deps": evaluate_inputs(study, run),
             "params": [_study_params(study, present, "evaluation", variant)],
-            "outs": _scores(run.folder),
+            "outs": _outputs(run.folder, EVALUATION),
         },
     }
 
@@ -268,22 +258,17 @@ def _published_stage(
             "cmd": f"stlm evaluate {study.name} {published.name}",
             "deps": published_inputs(study, published),
             "params": [_study_params(study, present, "evaluation", f"published.{published.name}")],
-            "outs": _scores(published.results_folder),
+            "outs": _outputs(published.results_folder, EVALUATION),
         },
     }
 
 
-def _scores(folder: Path) -> list[Any]:
-    """What an evaluation writes. Documents are few: git keeps their scores, for pages to compare them."""
+def _outputs(folder: Path, outputs: Iterable[Output]) -> list[Any]:
+    """Outputs as `dvc.yaml` lists them: DVC caches what git does not keep."""
     return [
-        f"{folder}/items.parquet",
-        *(_in_git(f"{folder}/{name}") for name in ("documents.parquet", "evaluation.json")),
+        {f"{folder}/{output.name}": {"cache": False}} if output.in_git else f"{folder}/{output.name}"
+        for output in outputs
     ]
-
-
-def _in_git(path: str) -> dict[str, dict[str, bool]]:
-    """A small output, which git keeps, so that DVC can compare commits."""
-    return {path: {"cache": False}}
 
 
 def _dvc_content(study: Study, root: Path) -> dict[str, Any]:

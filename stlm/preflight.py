@@ -20,6 +20,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json, write_record
+from stlm.layout import EVALUATION, TRAINING, names
 from stlm.study.runs import Run, Study
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 RAW = Path("data/raw")
 # Files of benchmarks that were read whole and found good.
 CHECKED = Path(".state/benchmarks.json")
-_OUTPUT_FOLDERS = ("checkpoints", "dvclive")
-_OUTPUT_FILES = ("curve.csv", "watch.csv", "train.json")
-_EVALUATION_FILES = ("evaluation.json", "items.parquet", "documents.parquet")
 # Of the disk that a run needs: below this it is warned, as other runs and logs take some, too.
 _DISK_TO_SPARE = 1.5
 
@@ -102,7 +100,7 @@ def check_evaluation(name: str, results: Path, state: Path) -> None:
     `results` and `state` are its folders of both. Raises UserError, a line a problem.
     """
     found = Findings()
-    for file in _EVALUATION_FILES:
+    for file in names(EVALUATION):
         with found.look():
             _is_file(results / file)
     for folder in (results, state / "evaluation"):
@@ -143,11 +141,12 @@ def check_tokens(run: Run) -> None:
 def check_folders(found: Findings, run: Run) -> None:
     """Where the run will write: folders that can be, and no folder in a file's place or the reverse."""
     state = run.state_folder
-    files = [run.folder / name for name in (*_OUTPUT_FILES, *_EVALUATION_FILES)]
+    outputs = (*TRAINING, *EVALUATION)
+    files = [run.folder / output.name for output in outputs if not output.is_folder]
     for file in (*files, state / "state.pt", state.with_name(f"{run.name}.lock")):
         with found.look():
             _is_file(file)
-    folders = [run.folder / name for name in _OUTPUT_FOLDERS]
+    folders = [run.folder / output.name for output in outputs if output.is_folder]
     for folder in (run.folder, *folders, state, state / "output", state / "evaluation"):
         with found.look():
             check_writable(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, names
+
 
 def remedy(path: Path) -> str:
     """The end of an error message about a damaged `path`: what to do."""
@@ -23,18 +25,24 @@ def _command(first: str, *rest: str) -> str | None:
             return f"run: stlm fetch {name}"
         case ("data", "tokens", corpus, tokenizer, *_) if rest[3:]:
             return f"run: stlm tokenize {corpus} {tokenizer}"
-        case ("results", study, "runs", run, "evaluation.json" | "items.parquet" | "documents.parquet"):
+        case ("results", study, "runs", run, file) if file in names(EVALUATION):
             return f"run: stlm evaluate {study} {run}"
         case ("results", study, "published", model, _):
             return f"run: stlm evaluate {study} {model}"
         case ("results", study, "runs", run, "checkpoints", *_):
             return f"run: stlm train {study} {run} (or dvc pull --force, where DVC has it)"
         case ("results", study, "runs", run, file):
-            restore = f"git restore results/{study}/runs/{run}/{file}"
-            return f"run: stlm train {study} {run} (or {restore}, where git has it)"
-        case ("results", study, "contamination.json" | "contaminated-items.parquet"):
+            path = f"results/{study}/runs/{run}/{file}"
+            in_git = any(output.in_git for output in TRAINING if output.name == file)
+            restore = (
+                f"git restore {path}, where git has it" if in_git else "dvc pull --force, where DVC has it"
+            )
+            return f"run: stlm train {study} {run} (or {restore})"
+        case ("results", study, file) if file in names(CONTAMINATION):
             return f"run: stlm contamination {study}"
-        case ("results", study, "metrics.json") | ("results", study, "tables", _):
+        case ("results", study, METRICS.name):
+            return f"run: stlm report {study}"
+        case ("results", study, folder, _, *_) if folder in names(REPORT):
             return f"run: stlm report {study}"
         case (".state", study, run, *_) if rest[2:]:
             return f"delete .state/{study}/{run} and run the same command again, which starts anew"

@@ -1,29 +1,30 @@
 """What git keeps of a study's results, read without their large files, for pages that show committed results.
 
-`tables/checksum.json` lists the tables that such pages show, and has the runs of metrics.json. Reports of
-earlier versions have none; then nothing is compared.
+`records/` has what runs say of themselves. `tables/checksum.json` lists the tables that such pages show;
+reports of earlier versions have none, and then nothing is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from stlm.errors import UserError
 from stlm.files import content_sha256, read_json, read_record, write_record
 from stlm.integrity import check_beside
 from stlm.remedy import remedy
-from stlm.report.documents import Documents, checkpoint_documents
+from stlm.report.documents import Documents, read_documents
+from stlm.report.records import DOCUMENTS, RUNS, StudyRecords
 from stlm.report.results import CheckpointResult, EvaluationRecord, TrainRecord
 
 _LIST = "checksum.json"
 _READ = (".csv", ".md")  # of a table, what is read again
 
 
-def write_checksums(tables: Path, runs: Iterable[str]) -> None:
-    """Write the list of the files in `tables`, and of the study's `runs` in the order of the report."""
+def write_checksums(tables: Path) -> None:
+    """Write the list of the files in `tables`."""
     files = {path.name: content_sha256(path) for path in sorted(tables.iterdir()) if path.suffix in _READ}
-    write_record(tables / _LIST, {"runs": list(runs)}, files=files)
+    write_record(tables / _LIST, {}, files=files)
 
 
 def read_table(path: Path) -> str:
@@ -38,27 +39,32 @@ def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointR
     In the order of metrics.json, the baseline's first. Raises UserError naming a file that is missing or
     broken.
     """
-    for run in _runs(folder):
-        train = read_record(folder / "runs" / run / "train.json", TrainRecord)
-        scored = read_record(folder / "runs" / run / "evaluation.json", EvaluationRecord)
+    records = read_record(folder / "records" / RUNS, StudyRecords).runs
+    _check_metrics(folder / "metrics.json", list(records))
+    for run, own in records.items():
+        train, scored = own.train, own.evaluation
         yield run, train, max(scored.checkpoints.values(), key=lambda checkpoint: checkpoint.step), scored
 
 
-def _runs(folder: Path) -> list[str]:
-    """The runs of metrics.json, which cannot have a checksum of its own: `dvc metrics` reads it."""
-    path, listed = folder / "metrics.json", folder / "tables" / _LIST
-    runs = list(read_json(path))
-    if listed.is_file() and (expected := read_json(listed)["runs"]) != runs:
+def _check_metrics(path: Path, expected: list[str]) -> None:
+    """Compare the runs of metrics.json, which cannot have a checksum of its own: `dvc metrics` reads it."""
+    if (found := list(read_json(path))) != expected:
         raise UserError(
-            f"{path}: damaged, or changed by hand: found the runs {', '.join(runs)}, expected "
+            f"{path}: damaged, or changed by hand: found the runs {', '.join(found)}, expected "
             f"{', '.join(expected)}; {remedy(path)}"
         )
-    return runs
 
 
 def committed_documents(folder: Path, run: str, last: CheckpointResult) -> Documents | None:
-    """The documents of a run's last checkpoint, which git keeps too; None of an earlier version of STLM.
+    """The documents of a run's last checkpoint; None of an earlier version of STLM.
 
-    Raises UserError where they are missing or not what evaluation.json says.
+    Raises UserError where they are missing or not what the run's record says.
     """
-    return checkpoint_documents(folder / "runs" / run, last, f"stlm evaluate {folder.name} {run}")
+    if last.perplexity.text_sha256 is None:
+        return None
+    records = folder / "records"
+    check_beside(records / RUNS, DOCUMENTS)
+    try:
+        return read_documents(records / DOCUMENTS, last.step, last.perplexity, run)
+    except UserError as error:
+        raise UserError(f"{error}: run `stlm report {folder.name}`") from None

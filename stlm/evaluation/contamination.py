@@ -32,6 +32,7 @@ from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
 from stlm.evaluation.made import made_items, made_settings
 from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
 from stlm.files import atomic_path, read_json, remove_leftovers, write_record
+from stlm.layout import CONTAMINATION, names
 from stlm.provenance import code_version
 from stlm.study.runs import Study
 from stlm.tokens.shards import ComponentTokens, read_split
@@ -92,7 +93,7 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
             corpora[corpus]["benchmarks"][own.name] = result
             tables.append(table)
             first += len(own.ids)
-    for name in ("contaminated-items.parquet", "contamination.json"):
+    for name in names(CONTAMINATION):
         remove_leftovers(study.folder, name)
     with atomic_path(study.folder / "contaminated-items.parquet") as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")

@@ -38,6 +38,7 @@ from stlm.evaluation.predictions import (
 from stlm.evaluation.readouts import score_readouts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
+from stlm.layout import EVALUATION, names
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version, processor_name, source_digest
 from stlm.study.runs import Run
@@ -148,7 +149,7 @@ def write_results(
     """
     results = {name: own.result for name, own in scored.items()}
     found = facts(about, material, results)
-    for name in ("items.parquet", "documents.parquet", "evaluation.json"):
+    for name in names(EVALUATION):
         remove_leftovers(folder, name)
     for name in _SCHEMAS:
         table = pa.concat_tables(getattr(own, name) for own in scored.values()).unify_dictionaries()

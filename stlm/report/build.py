@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from stlm.docs_pages.committed import write_checksums
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
+from stlm.layout import METRICS, REPORT, names
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures
@@ -29,6 +30,7 @@ from stlm.report.parameters import write_parameters
 from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
+from stlm.report.records import write_records
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.sources import read_texts
 from stlm.report.statistics import statistics_records
@@ -39,9 +41,9 @@ from stlm.study.runs import Study
 
 
 def report(study: Study) -> None:
-    """Write results/<study>/{tables/,plots/,training/,cards/,metrics.json} from what the stages before left.
+    """Write the outputs of `stlm.layout.REPORT` and metrics.json to results/<study>/, from the stages before.
 
-    Everything is read and compared before anything is written; the five replace their predecessors whole, and
+    Everything is read and compared before anything is written; they replace their predecessors whole, and
     only once all could be made. Raises UserError naming a run's missing or broken file and the command that
     makes it.
     """
@@ -74,23 +76,21 @@ def report(study: Study) -> None:
         *_noted([bits_table(study, results, published)], made),
         *_noted([*filter(None, [component_table(study, results)])], made),
     ]
-    for name in ("tables", "plots", "training", "cards", "metrics.json"):
+    for name in names((*REPORT, METRICS)):
         remove_leftovers(study.folder, name)  # of a report that was killed
     collected = metrics(results)
     text = summary(study, results, collected, made)
     with ExitStack() as stack:
         # Each replaces its predecessor when the block ends: where one cannot be made, all stay as they were.
-        folders = {
-            name: stack.enter_context(atomic_directory(study.folder / name))
-            for name in ("tables", "plots", "training", "cards")
-        }
+        folders = {name: stack.enter_context(atomic_directory(study.folder / name)) for name in names(REPORT)}
         tables_folder, plots = folders["tables"], folders["plots"]
         for table in tables:
-            write_table(tables_folder, table)
+            write_table(tables_folder, folders["typeset"], table)
         write_text(tables_folder / "groups.csv", csv_text(group_records(results)))
         write_text(tables_folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
         write_record(tables_folder / "made.json", {"study": study.name, "code": code})
-        write_checksums(tables_folder, collected)
+        write_checksums(tables_folder)
+        write_records(folders["records"], {run: study.runs[run].folder for run in results})
         write_plots(plots, study, results, comparisons)
         if compared:
             write_efficiency(plots, study, compared)

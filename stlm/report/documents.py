@@ -77,14 +77,17 @@ class Difference:
     few: bool
 
 
-def read_documents(path: Path, step: int, measured: Perplexity | None = None) -> Documents:
-    """The documents of a documents.parquet at the checkpoint of `step`.
+def read_documents(
+    path: Path, step: int, measured: Perplexity | None = None, run: str | None = None
+) -> Documents:
+    """The documents of a documents.parquet at the checkpoint of `step`, of `run` where it has several.
 
     `measured` is what evaluation.json says of them. Raises UserError where the file is missing, unreadable,
     or says something else.
     """
     try:
-        table = pq.read_table(path, columns=_COLUMNS, filters=[("step", "==", step)])
+        rows = [("step", "==", step), *([("run", "==", run)] if run is not None else [])]
+        table = pq.read_table(path, columns=_COLUMNS, filters=rows)
         components = np.array(table["component"].cast(pa.string()).to_pylist(), dtype=str)
         numbers = [table[name].to_numpy() for name in _COLUMNS[1:]]
     except FileNotFoundError:

@@ -56,12 +56,12 @@ class Table:
     texts: int = 1
 
 
-def write_table(folder: Path, table: Table) -> None:
-    """Write `folder`/<name>.{csv,md,tex,html}."""
+def write_table(folder: Path, typeset: Path, table: Table) -> None:
+    """Write `folder`/<name>.{csv,md}, which git keeps, and `typeset`/<name>.{tex,html}."""
     write_text(folder / f"{table.name}.csv", csv_text(table.records))
     write_text(folder / f"{table.name}.md", markdown(table))
-    write_text(folder / f"{table.name}.tex", latex(table))
-    write_text(folder / f"{table.name}.html", html_page(table))
+    write_text(typeset / f"{table.name}.tex", latex(table))
+    write_text(typeset / f"{table.name}.html", html_page(table))
 
 
 def csv_text(records: Sequence[Mapping[str, object]]) -> str:

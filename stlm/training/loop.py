@@ -126,7 +126,7 @@ class Trainer:
 
 
 def train(run: Run, check: Callable[[], None] = lambda: None) -> None:
-    """Train ``run``; write ``checkpoints/``, ``dvclive/``, {curve,watch}.csv and train.json to its folder.
+    """Train ``run``; write ``checkpoints/``, {curve,watch}.csv and train.json to its folder.
 
     Killed at any time, a second call goes on from the last saved state; so does one after ``Interrupted``,
     which is raised where a signal asked to stop. Started by `torchrun`, all its processes train the run

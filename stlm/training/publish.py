@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.files import atomic_directory, remove_leftovers, write_record
+from stlm.layout import TRAINING, names
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import check_tokenizer
 from stlm.training.checkpoints import check_checkpoints
@@ -25,22 +26,21 @@ def publish(
 ) -> None:
     """Put the finished outputs in place, then forget the rolling state.
 
-    `output` holds checkpoints/ and dvclive/, `curve`, `watch` and `summary` are what curve.csv, watch.csv and
-    train.json will hold. Until all are in place the state keeps its own (linked, not moved): a kill in
-    between, after which an engine deletes what was published, costs nothing. train.json lists the SHA-256 of
-    the CSV files. Raises ``UserError`` for a tokenizer or checkpoint that was damaged meanwhile.
+    `output` holds checkpoints/; `curve`, `watch` and `summary` are what curve.csv, watch.csv and train.json
+    will hold. Until all are in place the state keeps its own (linked, not moved): a kill in between, after
+    which an engine deletes what was published, costs nothing. train.json lists the SHA-256 of the CSV files.
+    Raises ``UserError`` for a tokenizer or checkpoint that was damaged meanwhile.
     """
     folder = run.folder
-    for name in ("checkpoints", "dvclive", "curve.csv", "watch.csv", "train.json"):
+    for name in names(TRAINING):
         remove_leftovers(folder, name)
     tokenizer = output / "checkpoints" / "tokenizer"
     shutil.rmtree(tokenizer, ignore_errors=True)
     check_tokenizer(run.tokens_folder / "tokenizer")
     shutil.copytree(run.tokens_folder / "tokenizer", tokenizer)
     check_checkpoints(output / "checkpoints", summary["checkpoints"])
-    for name in ("checkpoints", "dvclive"):
-        with atomic_directory(folder / name) as temporary:
-            shutil.copytree(output / name, temporary, copy_function=_link, dirs_exist_ok=True)
+    with atomic_directory(folder / "checkpoints") as temporary:
+        shutil.copytree(output / "checkpoints", temporary, copy_function=_link, dirs_exist_ok=True)
     write_rows(folder / "curve.csv", curve_columns(curve), curve)
     write_rows(folder / "watch.csv", WATCH_COLUMNS, watch)
     write_record(folder / "train.json", summary, beside=["curve.csv", "watch.csv"])

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, curve.csv, DVCLive and, when asked, Weights & Biases."""
+"""What a run tells while it trains: a progress bar, DVCLive and, when asked, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def curve_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
 class Records:
     """Shows steps on a progress bar; sends rows of the curve to DVCLive and, if asked, Weights & Biases.
 
-    DVCLive's folder is written anew from the rows that a resumed run already has, so that it always agrees
-    with the curve.
+    DVCLive's folder is in the run's state folder, for watching a run while it trains; the state is deleted at
+    the end, when curve.csv has the same figures. It is written anew from the rows that a resumed run already
+    has, so that it always agrees with the curve.
     """
 
     def __init__(self, run: Run, folder: Path, progress: Progress, mark: str) -> None:

@@ -15,6 +15,7 @@ from stlm.docs_pages.bytes import PAGE, bytes_page, cost_table, parameters_table
 from stlm.errors import UserError
 from stlm.files import write_json
 from stlm.report.documents import Documents
+from stlm.report.records import write_records
 from stlm.study.load import load_study
 
 
@@ -41,7 +42,7 @@ def test_bytes_have_an_output_of_their_own_as_in_the_study(root):
 
 
 def write_results(project, seeds=(0, 1), slow: str = "") -> None:
-    """Of every run of the study, as the stages leave them in git; those of `slow` on another machine."""
+    """Of every run of the study, as the report leaves them in git; those of `slow` on another machine."""
     runs = [run for run in load_study("bytes").runs.values() if run.seed in seeds]
     for run in runs:
         bits = 2.0 + 0.1 * run.seed + 0.01 * len(run.variant) + 0.02 * (run.name == "bytes-s1")
@@ -59,7 +60,9 @@ def write_results(project, seeds=(0, 1), slow: str = "") -> None:
         early = last | {"step": 500, "perplexity": perplexity | {"bits_per_byte": 9.0}}
         checkpoints = {"step-1000": last | {"benchmarks": {}}, "step-0500": early | {"benchmarks": {}}}
         write_json(project / run.folder / "evaluation.json", {"checkpoints": checkpoints})
-    write_json(project / "results" / "bytes" / "metrics.json", {run.name: {} for run in runs})
+    folder = project / "results" / "bytes"
+    write_json(folder / "metrics.json", {run.name: {} for run in runs})
+    write_records(folder / "records", {run.name: project / run.folder for run in runs})
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -117,8 +120,8 @@ def test_times_of_another_machine_are_not_compared(project):
 
 def test_a_run_without_its_records_is_an_error(project):
     write_results(project)
-    (project / "results/bytes/runs/words-s1/evaluation.json").unlink()
-    with pytest.raises(UserError, match=r"words-s1/evaluation\.json"):
+    (project / "results/bytes/records/runs.json").unlink()
+    with pytest.raises(UserError, match=r"records/runs\.json: no such file; run: stlm report bytes"):
         cost_table()
 
 

@@ -29,11 +29,11 @@ outputs = {{
     "fetch": ["data/raw/" + names[0] + "/"],
     "tokenize": ["data/tokens/" + "/".join(names) + "/"],
     "train": [f"{{run}}/{{part}}" for part in
-              ("checkpoints/", "dvclive/", "curve.csv", "watch.csv", "train.json")],
+              ("checkpoints/", "curve.csv", "watch.csv", "train.json")],
     "evaluate": [run / name for name in ("items.parquet", "documents.parquet", "evaluation.json")],
     "contamination": [f"results/{{names[0]}}/contaminat{{end}}" for end in ("ed-items.parquet", "ion.json")],
     "report": [f"results/{{names[0]}}/{{part}}" for part in
-               ("tables/", "plots/", "training/", "cards/", "metrics.json")],
+               ("tables/", "plots/", "records/", "typeset/", "training/", "cards/", "metrics.json")],
 }}[verb]
 for output in map(str, outputs):
     Path(output).mkdir(parents=True) if output.endswith("/") else Path(output).write_text(verb)

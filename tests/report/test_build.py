@@ -64,11 +64,13 @@ def test_writes_every_table_and_plot(make_study):
     # Dropout is no part of an architecture.
     diagrams = [f"architecture-{run}" for run in study.runs if run != "dropout-free"]
     assert found == (
-        {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md", "tex", "html")}
+        {f"tables/{name}.{kind}" for name in tables for kind in ("csv", "md")}
+        | {f"typeset/{name}.{kind}" for name in tables for kind in ("tex", "html")}
         | {f"plots/{name}.{kind}" for name in (*plots, *diagrams) for kind in ("svg", "png")}
         | {f"plots/data/{name}.csv" for name in plots}
         | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
         | {f"cards/{run}.md" for run in study.runs}
+        | {"records/runs.json", "records/documents.parquet"}
         | {f"tables/{name}" for name in ("groups.csv", "statistics.csv", "made.json", "checksum.json")}
         | {"metrics.json", "contamination.json"}
     )
@@ -224,8 +226,12 @@ def check_differences(study) -> None:
 
 
 def check_captions(study) -> None:
-    for folder, suffix in (("tables", "html"), ("plots", "svg"), ("training", "html")):
-        template = jinja2.Template((CAPTIONS / f"{folder}.rst").read_text())
+    for folder, caption, suffix in (
+        ("typeset", "tables", "html"),
+        ("plots", "plots", "svg"),
+        ("training", "training", "html"),
+    ):
+        template = jinja2.Template((CAPTIONS / f"{caption}.rst").read_text())
         for file in (study.folder / folder).glob(f"*.{suffix}"):
             text = template.render(snakemake=SimpleNamespace(wildcards=SimpleNamespace(name=file.stem)))
             assert text.strip() != file.stem, f"{file.name} has no caption"

@@ -10,8 +10,9 @@ import pytest
 from stlm.docs_pages.committed import read_committed, read_table, write_checksums
 from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
-from stlm.files import write_json
+from stlm.files import read_json, write_json
 from stlm.report.build import report
+from stlm.report.records import write_records
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 
@@ -32,10 +33,12 @@ def test_the_report_lists_the_tables_that_pages_show(make_study):
 @pytest.fixture
 def folder(make_study) -> Path:
     """A study's results with a table as the report writes it."""
-    folder = make_study(TWO).folder
+    study = make_study(TWO)
+    folder = study.folder
     (folder / "tables").mkdir()
     (folder / "tables" / "a.csv").write_text("run,value\nbaseline,1\n")
-    write_checksums(folder / "tables", ["baseline", "sincos"])
+    write_checksums(folder / "tables")
+    write_records(folder / "records", {name: run.folder for name, run in study.runs.items()})
     write_json(folder / "metrics.json", {"baseline": {}, "sincos": {}})
     return folder
 
@@ -57,8 +60,36 @@ def test_no_run_is_lost_from_metrics(folder):
     path.write_text(path.read_text().replace('"sincos"', '"baseline"'))
     with pytest.raises(UserError, match=r"metrics\.json: damaged.* the runs baseline, expected baseline, s"):
         list(read_committed(folder))
-    (folder / "tables" / "checksum.json").unlink()  # earlier versions wrote none
-    assert [name for name, *_ in read_committed(folder)] == ["baseline"]
+
+
+def test_a_clone_has_records_of_runs_without_their_files(folder):
+    before = list(read_committed(folder))
+    for kept in ("train.json", "evaluation.json"):
+        for run in ("baseline", "sincos"):
+            (folder / "runs" / run / kept).unlink()
+    assert list(read_committed(folder)) == before
+    path = folder / "records" / "runs.json"
+    path.write_text(path.read_text().replace('"label": "Sinusoidal"', '"label": "Cosine"'))
+    with pytest.raises(UserError, match=r"records/runs\.json: damaged.*run: stlm report toy"):
+        list(read_committed(folder))
+    path.unlink()
+    with pytest.raises(UserError, match=r"records/runs\.json: no such file; run: stlm report toy"):
+        list(read_committed(folder))
+
+
+def test_records_are_what_the_runs_say_but_groups(make_study):
+    study = make_study(TWO, benchmarks={"blimp": 40})
+    run = study.runs["sincos"]
+    write_records(study.folder / "records", {"sincos": run.folder})
+    record = read_json(study.folder / "records" / "runs.json")["runs"]["sincos"]
+    assert record["train"] == read_json(run.folder / "train.json")
+    evaluation = read_json(run.folder / "evaluation.json")
+    assert record["evaluation"]["settings"] == evaluation["settings"]
+    for name, checkpoint in evaluation["checkpoints"].items():
+        modes = checkpoint["benchmarks"]["blimp"]["modes"]
+        found = record["evaluation"]["checkpoints"][name]["benchmarks"]["blimp"]["modes"]
+        assert found == {mode: {k: v for k, v in own.items() if k != "groups"} for mode, own in modes.items()}
+        assert all(own["groups"] for own in modes.values())
 
 
 def test_all_committed_results_can_be_read(root):

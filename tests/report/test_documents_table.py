@@ -25,6 +25,7 @@ from stlm.report.efficiency import comparison_notes
 from stlm.report.pairwise import as_json, as_text, find_predictions
 from stlm.report.pairwise import compare as compare_models
 from stlm.report.pareto import write_pareto
+from stlm.report.records import write_records
 from stlm.report.results import TextRecord, read_results
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text
@@ -181,6 +182,9 @@ def test_committed_results_are_compared_over_documents(study):
     results = read_results(study)
     records = statistics_records(results, compare_all(results, study.baseline))
     (study.folder / "tables").mkdir()
+    write_records(study.folder / "records", {run: study.runs[run].folder for run in results})
+    for run in study.runs.values():
+        (run.folder / "documents.parquet").unlink()  # DVC's; git keeps the study's records
     (study.folder / "tables/statistics.csv").write_text(csv_text(records))
     (study.folder / "metrics.json").write_text(json.dumps(dict.fromkeys(results)))
     table = findings_table("toy", study.folder)
@@ -188,6 +192,10 @@ def test_committed_results_are_compared_over_documents(study):
     assert cells(table)["Better"][6] == shown(ratio_bootstrap((CLOSER - RATES) * SIZES, SIZES), "+")
     assert cells(table)["Elsewhere"][6] == "–"
     assert any("12 of 40 documents" in note for note in table.notes)
+    kept = study.folder / "records/documents.parquet"
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"records/documents\.parquet: damaged.*run: stlm report toy"):
+        findings_table("toy", study.folder)
 
 
 def test_each_component_has_its_own_interval(study):

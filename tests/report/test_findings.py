@@ -14,6 +14,7 @@ from stlm.errors import UserError
 from stlm.files import write_json, write_text
 from stlm.report.build import metrics
 from stlm.report.comparison import compare_all
+from stlm.report.records import write_records
 from stlm.report.results import read_results
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text
@@ -47,6 +48,7 @@ def report(study) -> None:
     results = read_results(study)
     records = statistics_records(results, compare_all(results, study.baseline))
     (study.folder / "tables").mkdir()
+    write_records(study.folder / "records", {run: study.runs[run].folder for run in results})
     write_text(study.folder / "tables" / "statistics.csv", csv_text(records))
     write_json(study.folder / "metrics.json", metrics(results))
 

@@ -20,9 +20,10 @@ MADE = {"device": "cpu (x86_64)", "processor": "Good CPU", "code": CODE}
 
 @pytest.fixture(scope="module")
 def made() -> tuple[dict[str, Any], dict[str, Any]]:
-    """A train.json and an evaluation.json of the committed results, with all that they may say."""
-    folder = Path(__file__).parents[2] / "results" / "desk" / "runs" / "baseline-s0"
-    train, scored = (json.loads((folder / f"{name}.json").read_text()) for name in ("train", "evaluation"))
+    """What a train.json and an evaluation.json of the committed results say, with all that they may."""
+    path = Path(__file__).parents[2] / "results" / "desk" / "records" / "runs.json"
+    record = json.loads(path.read_text())["runs"]["baseline-s0"]
+    train, scored = record["train"], record["evaluation"]
     return train | MADE, scored | MADE | {"checkpoints": {}}
 
 

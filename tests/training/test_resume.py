@@ -299,7 +299,7 @@ def test_leftovers_of_kills_are_cleared_away_and_never_published(make_run, monke
         kept / ".step-0000005.x.partial",
         kept / ".step-0000005.y.old",
         run.folder / ".checkpoints.x.partial",
-        run.folder / ".dvclive.y.old",
+        run.folder / ".checkpoints.y.old",
     ):
         left.mkdir(parents=True)
         (left / "content").write_text("left over")

@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 from stlm import engines, recording
 from stlm.errors import UserError
+from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.manifests import Manifests, named_mirror
 from stlm.study.load import load_study
 
@@ -52,6 +53,12 @@ def load():
 def canonical(content: object) -> str:
     """The same text for the same content: Snakemake runs a job again when the text changes."""
     return json.dumps(content, sort_keys=True)
+
+
+def outputs(folder: str, listed: tuple[Output, ...]) -> list[str]:
+    """A stage's outputs in its folder, the folders among them marked as such for Snakemake."""
+    paths = [(f"{folder}/{output.name}", output.is_folder) for output in listed]
+    return [directory(path) if is_folder else path for path, is_folder in paths]
 
 
 def source_params(wildcards) -> str:

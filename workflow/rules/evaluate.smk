@@ -2,9 +2,7 @@ rule evaluate:
     input:
         evaluate_inputs,
     output:
-        scores="results/{study}/runs/{run}/items.parquet",
-        documents="results/{study}/runs/{run}/documents.parquet",
-        record="results/{study}/runs/{run}/evaluation.json",
+        outputs("results/{study}/runs/{run}", EVALUATION),
     log:
         "logs/{study}/evaluate/{run}.log",
     conda:
@@ -24,8 +22,7 @@ rule contamination:
     input:
         contamination_inputs,
     output:
-        listed="results/{study}/contaminated-items.parquet",
-        record="results/{study}/contamination.json",
+        outputs("results/{study}", CONTAMINATION),
     log:
         "logs/{study}/contamination.log",
     conda:
@@ -41,9 +38,7 @@ rule evaluate_published:
     input:
         published_inputs,
     output:
-        scores="results/{study}/published/{published}/items.parquet",
-        documents="results/{study}/published/{published}/documents.parquet",
-        record="results/{study}/published/{published}/evaluation.json",
+        outputs("results/{study}/published/{published}", EVALUATION),
     log:
         "logs/{study}/evaluate/{published}.log",
     conda:

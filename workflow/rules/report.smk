@@ -2,8 +2,9 @@ rule report:
     input:
         report_inputs,
     output:
-        tables=report(
-            directory("results/{study}/tables"),
+        tables=directory("results/{study}/tables"),
+        typeset=report(
+            directory("results/{study}/typeset"),
             patterns=["{name}.html"],
             caption="../report/tables.rst",
             category="Tables",
@@ -24,6 +25,7 @@ rule report:
             labels={"run": "{name}"},
         ),
         cards=directory("results/{study}/cards"),
+        records=directory("results/{study}/records"),
         metrics="results/{study}/metrics.json",
     log:
         "logs/{study}/report.log",

@@ -2,11 +2,7 @@ rule train:
     input:
         train_inputs,
     output:
-        checkpoints=directory("results/{study}/runs/{run}/checkpoints"),
-        live=directory("results/{study}/runs/{run}/dvclive"),
-        curve="results/{study}/runs/{run}/curve.csv",
-        watch="results/{study}/runs/{run}/watch.csv",
-        record="results/{study}/runs/{run}/train.json",
+        outputs("results/{study}/runs/{run}", TRAINING),
     log:
         "logs/{study}/train/{run}.log",
     conda:
