@@ -20,8 +20,9 @@ class Dependency:
         self.tokens: int = description["tokens"]
         self.weights_sha256: str = description["weights_sha256"]
         flops = description.get("flops")
-        if flops is None:  # a checkpoint of an earlier version
-            flops = self.tokens * run.model_copy(update={"model": self.model}).flops_per_token
+        if flops is None:  # a checkpoint of an earlier version, which had no techniques
+            other = run.model_copy(update={"model": self.model, "techniques": {}})
+            flops = self.tokens * other.flops_per_token
         # For train.json. `flops` are of that training alone; `depends` has those of what it depended on.
         self.record: dict[str, Any] = {
             "run": run.depends[role],

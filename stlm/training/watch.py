@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stlm.model.transformer import Transformer
+from stlm.model.transformer import Block, Transformer
 from stlm.training.spikes import Spikes
 
 WATCH_COLUMNS = [
@@ -70,7 +70,8 @@ def outputs(model: Transformer, visit: Callable[[str, str, Tensor], None]) -> It
     """Within the block, call `visit(layer, part, output)` for each part of a forward pass, in its order.
 
     Parts: `residual` (the stream that enters the first block, of the embedding; after each block; after the
-    last norm, of the head), `attention` and `ffn` (what a block's two networks put out). Outputs [B, L, D].
+    last norm, of the head), `attention` and `ffn` (what a block's two networks put out). Outputs [B, L, D];
+    of a block that a technique hands a part of the tokens, as many.
     """
 
     def hook(layer: str, part: str) -> Callable[..., None]:
@@ -85,8 +86,10 @@ def outputs(model: Transformer, visit: Callable[[str, str, Tensor], None]) -> It
     handles = [model.blocks[0].register_forward_pre_hook(enters)]
     for number, block in enumerate(model.blocks):
         layer = block_name(number)
-        handles.append(block.attention.register_forward_hook(hook(layer, "attention")))
-        handles.append(block.ffn.register_forward_hook(hook(layer, "ffn")))
+        # A technique may have wrapped the block, or put something else in its place.
+        for plain in (module for module in block.modules() if isinstance(module, Block)):
+            handles.append(plain.attention.register_forward_hook(hook(layer, "attention")))
+            handles.append(plain.ffn.register_forward_hook(hook(layer, "ffn")))
         handles.append(block.register_forward_hook(hook(layer, "residual")))
     handles.append(model.norm.register_forward_hook(hook(HEAD, "residual")))
     try:

@@ -6,12 +6,13 @@ import pytest
 from technique_runs import with_techniques
 
 from stlm.errors import UserError
-from stlm.files import read_json
+from stlm.files import read_json, write_record
 from stlm.report.asked import check_trained
 from stlm.report.results import TrainRecord
 from stlm.study.checks import check_cycles, check_dependencies
 from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig
+from stlm.training.dependencies import Dependency
 from stlm.training.loop import Trainer, train
 
 
@@ -138,3 +139,14 @@ def test_a_record_says_its_techniques_and_the_report_compares_them(make_run):
     ):
         with pytest.raises(UserError, match=expected):
             check_trained(other, trained, path, "stlm train")
+
+
+def test_a_checkpoint_that_does_not_say_its_cost_is_counted(make_run):
+    origin = make_run("baseline")
+    train(origin)
+    path = origin.folder / "checkpoints" / "step-0000012" / "config.json"
+    said = read_json(path)
+    del said["flops"]
+    write_record(path, said)
+    found = Dependency(make_run("run", model={"low_rank": {"ffn": 9}}, start_from="baseline"), "start")
+    assert found.record["flops"] == origin.flops

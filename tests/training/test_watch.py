@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+from technique_runs import Wrapped, with_techniques
 from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.files import read_json
 from stlm.model.config import ModelConfig
+from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.loop import Trainer, train
@@ -89,7 +91,7 @@ def test_figures_are_those_of_a_plain_computation(make_run, tied, positions):
         seen["embedding"]["residual_rms"] = rms(x)
         for number, block in enumerate(model.blocks):
             own = seen[f"block {number + 1}"]
-            attention = block.attention(block.attention_norm(x), rope)
+            attention = block.attention(block.attention_norm(x), rope, CausalRows(16))
             ffn = block.ffn(block.ffn_norm(x + attention))
             x = x + attention + ffn
             own |= {"attention_rms": rms(attention), "ffn_rms": rms(ffn), "residual_rms": rms(x)}
@@ -207,3 +209,13 @@ def test_the_first_step_that_is_not_finite_is_known_when_a_row_is_due():
     watch.record(9, torch.tensor(math.nan), one)
     step, loss, norm = watch.first_not_finite()
     assert (step, loss.item(), norm.item()) == (8, 1.0, math.inf)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_blocks_that_a_technique_wraps_are_watched_as_the_others(make_run, optimizer):
+    keys = {"model": {"layers": 2}, "watch_every": 4, "optimizer": optimizer}
+    plain = make_run("plain", **keys)
+    wrapped = with_techniques(make_run("wrapped", **keys), wrapped=Wrapped())
+    for run in (plain, wrapped):
+        train(run)
+    assert table(plain) == table(wrapped) and table(plain)[1]["ffn_rms"]
