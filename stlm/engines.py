@@ -237,7 +237,9 @@ def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str,
         f"train-{study.name}-{run.name}": {
             "cmd": f"stlm train {study.name} {run.name}",
             "deps": train_inputs(study, run),
-            "params": [_study_params(study, present, "model", "training", "data", "techniques", *seeds, variant)],
+            "params": [
+                _study_params(study, present, "model", "training", "data", "techniques", *seeds, variant)
+            ],
             "outs": _outputs(run.folder, TRAINING),
         },
         f"evaluate-{study.name}-{run.name}": {
