@@ -1,9 +1,10 @@
-"""Generated documentation: params/README.md from the schema, the results in README.md from their files."""
+"""Generated documentation: params/README.md from the schema, README.md's results from their files."""
 
 from __future__ import annotations
 
 import json
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -21,14 +22,15 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
-from stlm.docs_pages.committed import read_committed, read_table
+from stlm.docs_pages.committed import read_committed
+from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
-from stlm.report.documents import amount, amount_note
+from stlm.report.table import Table, markdown
 from stlm.study.catalogues import PARAMS
 from stlm.study.schema import Published, StudyFile, Variant
 from stlm.tokens.config import DataConfig
@@ -36,9 +38,14 @@ from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
 README = Path("README.md")
-# The study whose results README.md shows, and the comments between which it shows them.
+# The study that README.md shows, and the comments that enclose what is generated.
 SHOWN = Path("results/desk")
 _BEGIN, _END = "<!-- results: written by `stlm document` from results/desk/ -->\n", "<!-- /results -->"
+# The first words of the headers of the columns that README.md takes from the table of docs/findings.md.
+_COLUMNS = ("", "bits per byte", "difference from", "BLiMP")
+_MOST_ROWS = 5
+# Variants whose number of parameters is within this share of the baseline's count as equally large.
+_EQUAL_SIZE = 0.01
 
 _HEAD = """\
 # Parameters
@@ -179,31 +186,58 @@ def write_params_readme(root: Path = Path()) -> Path:
 
 
 def readme_with_results(root: Path = Path()) -> str:
-    """README.md with the table and the figure of results/desk/, as they are there."""
+    """README.md with the headline table and the figure of results/desk/.
+
+    Raises UserError where README.md lacks the comments between which they stand.
+    """
     text = (root / README).read_text(encoding="utf-8")
     if text.count(_BEGIN) != 1 or text.count(_END) != 1:
         raise UserError(f"{README}: expected once each: {_BEGIN.strip()} and {_END}")
-    table = root / SHOWN / "tables" / "table2.md"
-    if not table.is_file():
-        raise UserError(f"{table}: no such file; run the study: make all STUDY=desk")
-    shown_table = read_table(table).strip()
-    texts = [(train.label, last.perplexity) for _, train, last, _ in read_committed(root / SHOWN)]
-    # Tables of earlier versions do not say how much text bits per byte are of.
-    said = amount(texts[0][1]) in shown_table
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
-    shown = [
-        "## What you get",
-        f"The study `desk`: models of about 4M parameters, trained on children's books (tables, plots and "
-        f"metrics in [{SHOWN}/]({SHOWN})).",
-        shown_table,
-        *([] if said else [amount_note(texts)]),
-        f"![Character perplexity on validation text during training, all runs]({SHOWN}/plots/figure1.svg)",
-    ]
-    return before + _BEGIN + "\n\n".join(shown) + "\n\n" + _END + after
+    return before + _BEGIN + _results(root / SHOWN) + "\n" + _END + after
+
+
+def headline_table(folder: Path) -> Table:
+    """At most five rows and four columns of the findings' table of a study's results.
+
+    Rows: the baseline, then the variants that have its number of parameters within 1%.
+    """
+    sizes = {train.label: train.parameters.total for _, train, _, _ in read_committed(folder)}
+    table = findings_table(folder.name, folder)
+    baseline = table.rows[0][0].text
+    equal = [row for row in table.rows if abs(sizes[row[0].text] / sizes[baseline] - 1) <= _EQUAL_SIZE]
+    columns = [_column(table.header, start) for start in _COLUMNS]
+    return Table(
+        name="headline",
+        title=f"Study {folder.name}: one change at a time, at equal parameters",
+        header=[table.header[column] for column in columns],
+        rows=[[row[column] for column in columns] for row in equal[:_MOST_ROWS]],
+    )
+
+
+def _column(header: Sequence[str], start: str) -> int:
+    """The number of the first column whose header begins with `start` (is empty, if `start` is)."""
+    return next(n for n, name in enumerate(header) if (name.startswith(start) if start else not name))
+
+
+def _results(folder: Path) -> str:
+    """The part of README.md between its two comments."""
+    train = next(read_committed(folder))[1]
+    millions = train.parameters.total / 1e6
+    seeds = {run.seed for _, run, _, _ in read_committed(folder)}
+    return (
+        f"The study `{folder.name}`: models of {millions:.1f}M parameters, trained on "
+        f"{train.tokens / 1e6:.1f}M tokens of children's books, {len(seeds)} seeds. Lower bits "
+        "per byte and a higher BLiMP accuracy are better. ±: standard deviation over seeds; in brackets: 95% "
+        f"intervals over seeds.\n\n{markdown(headline_table(folder)).strip()}\n\n"
+        f"![Validation perplexity during training, all runs of the study]({SHOWN}/plots/figure1.svg)\n\n"
+        f"All rows, with every benchmark and test: [{SHOWN}/tables/table2.md]({SHOWN}/tables/table2.md). "
+        "What each study found, and how sure it is: [docs/findings.md](docs/findings.md).\n"
+    )
 
 
 def write_readme_results(root: Path = Path()) -> Path:
-    """Put the results of results/desk/ into README.md; its path."""
+    """Put the headline table and figure of results/desk/ into README.md; its path."""
     write_text(root / README, readme_with_results(root))
     return README
