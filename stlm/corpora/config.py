@@ -1,8 +1,8 @@
 """Schemas of params/corpora.yaml, params/benchmarks.yaml and params/vocabularies.yaml.
 
-An entry names a data set and lists its *sources* in the order in which they are tried. Whatever the source,
-the same files arrive in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
-`encoder.json`) to the path or glob, or the list of them, that holds it at the source.
+An entry names a data set and lists its *sources* in the order in which they are tried. Every source gives the
+same files in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
+`encoder.json`) to its path or glob at the source, or to a list of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = {
     "dev": "val",
     "test": "test",
 }
-"""How sources spell splits -> the split."""
+"""How sources spell a split -> the split."""
 
 
 class _Strict(BaseModel):
@@ -36,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class _Files(_Strict):
-    """What every source of files says about them."""
+    """The keys that all sources of files have."""
 
     files: dict[str, str | tuple[str, ...]] = Field(
         min_length=1,
@@ -160,7 +160,7 @@ class MirrorSource(_Files):
 
 
 class FolderSource(_Files):
-    """Files of any folder of this machine, such as one's own text; no mirror is needed."""
+    """Files of any local folder, such as the user's text; no mirror is needed."""
 
     kind: Literal["folder"] = Field(description="Says that it is one of these.")
     path: str = Field(
@@ -169,7 +169,7 @@ class FolderSource(_Files):
 
     @property
     def root(self) -> Path:
-        """The folder; a relative path is one of the working directory, the project's root."""
+        """The folder; a relative path starts at the working directory, which is the project's root."""
         return Path(self.path).expanduser()
 
 
@@ -219,7 +219,7 @@ class _Entry(_Strict):
 
 
 class CorpusEntry(_Entry):
-    """A corpus, or a mix of corpora: `mix` gives the component corpora their weights."""
+    """A corpus, or a mix of corpora: `mix` maps each component corpus to its weight."""
 
     text: str = Field(
         default="text",
@@ -289,7 +289,7 @@ class CorpusEntry(_Entry):
 
 
 class BenchmarkEntry(_Entry):
-    """A benchmark; `rows` maps each split to its number of items, checked where the split is fetched."""
+    """A benchmark; `rows` maps each split to its number of items, checked when it is fetched."""
 
     columns: tuple[str, ...] = Field(min_length=1, description="Columns that each file must have.")
     rows: dict[str, int] = Field(
@@ -299,7 +299,7 @@ class BenchmarkEntry(_Entry):
 
 
 class VocabularyEntry(_Entry):
-    """A published vocabulary; `sha256` maps each output file to its digest, whatever the source."""
+    """A published vocabulary; `sha256` maps each output file to its digest, for every source."""
 
     sha256: dict[str, Sha256] = Field(
         min_length=1, description="Output file -> its SHA-256, whatever the source."
