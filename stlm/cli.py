@@ -264,19 +264,19 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(function, *arguments: tuple[str, str], overridable: bool = False) -> argparse.ArgumentParser:
-        own = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        own.set_defaults(function=function)
+        subparser = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        subparser.set_defaults(function=function)
         for name, text in arguments:
-            own.add_argument(name, metavar=name.upper(), help=text)
+            subparser.add_argument(name, metavar=name.upper(), help=text)
         if overridable:
-            own.add_argument(
+            subparser.add_argument(
                 "--set",
                 action="append",
                 default=[],
                 metavar="KEY=VALUE",
                 help="override a parameter of the study, for example model.layers=2 (repeatable)",
             )
-        return own
+        return subparser
 
     of_study = ("study", "a study: the name of a file in params/, for example smoke")
     of_run = ("run", "a run of the study, as `stlm study` lists them")
@@ -375,9 +375,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         return 141  # the reader of a listing, such as `head`, had enough
     except Exception as error:
-        said = of_the_machine(error)
-        if said is None or os.environ.get("STLM_TRACEBACK"):
+        message = of_the_machine(error)
+        if message is None or os.environ.get("STLM_TRACEBACK"):
             raise
-        tell(f"error: {said}")
+        tell(f"error: {message}")
         return 2
     return 0
