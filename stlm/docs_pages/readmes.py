@@ -50,22 +50,21 @@ _EQUAL_SIZE = 0.01
 _HEAD = """\
 # Parameters
 
-Every knob of the pipeline is in this folder, in plain YAML. This page is written by `stlm document` from the
+All parameters of the pipeline are in this folder, in plain YAML. `stlm document` writes this page from the
 schema that checks the files (a test fails when they differ): do not edit it.
 
-- A **study** is a file of its own: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes
-  one for your own text (docs/own-text.md). It states a baseline and its variants, as differences from
-  the baseline.
+- A **study** is a file: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes one for
+  your own text (docs/own-text.md). It has a baseline, and variants as differences from the baseline.
 - `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
-- A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
-  work starts. `stlm study NAME` checks a study and lists its runs.
+- Before any work starts, an error names each key that is misspelt, of the wrong type or impossible, with the
+  nearest valid choice. `stlm study NAME` checks a study and lists its runs.
 - Files are read as YAML 1.2: `off`, `yes`, `1:30` and dates are texts, `010` is ten, `0o10` eight. A key that
   is not a text (`true`, `~`, `12`) must be in quotes. Names of studies, variants and published models are
   lower-case letters, digits, `_` and `-`, at most 100 characters.
-- From the command line, one run of the pipeline only: `snakemake --cores 1 all --config study=desk
+- To override keys for one run of the pipeline: `snakemake --cores 1 all --config study=desk
   'set=training.learning_rate=1e-3 model.layers=2'`; a single stage takes `--set model.layers=2`.
 
-A variant is added by an entry under `variants`, for example one that trains with half of the learning rate:
+To add a variant, add an entry under `variants`, for example one with half of the learning rate:
 
 ```yaml
 variants:
@@ -74,35 +73,35 @@ variants:
     training: {learning_rate: 1.5e-3, min_learning_rate: 1.5e-4}
 ```
 
-"Default" is the value taken where a study leaves the key out; those of `model` and `training` are Table 1 of
-the paper, but for dropout.
+"Default" is the value of a key that a study leaves out. The defaults of `model` and `training` are those of
+Table 1 of the paper, except for dropout.
 """
 
 _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Study", "The top level of `params/<study>.yaml`.", StudyFile),
     ("`model`", "The transformer.", ModelConfig),
-    ("`model.sharing`", "Norms, gains, shifts and adapters are each layer's own.", SharingConfig),
-    ("`model.lora`", "Each layer adds (alpha / rank) x A B to its products; B starts at zero.", LoraConfig),
+    ("`model.sharing`", "Norms, gains, shifts and adapters are not shared.", SharingConfig),
+    ("`model.lora`", "A layer adds (alpha / rank) x A B to its matrices; B starts at zero.", LoraConfig),
     (
         "`model.low_rank`",
-        "U V starts with the variance of the matrix that it stands for, and must have fewer weights. A "
-        "matrix's own rank comes before that of its network.",
+        "U V replaces a matrix: it starts with the same variance, and must have fewer weights. A rank for one "
+        "matrix takes precedence over that of its network.",
         LowRankConfig,
     ),
-    ("`model.bytes`", "What takes the place of embedding and head; see docs/bytes.md.", ByteConfig),
+    ("`model.bytes`", "What replaces embedding and head; see docs/bytes.md.", ByteConfig),
     ("`training`", "The recipe.", TrainingConfig),
-    ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),
+    ("`data`", "What is read, in which order, and how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
     ("`evaluation.perplexity`", "", PerplexityConfig),
     ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),
-    ("`variants.<name>`", "A run a seed; `{}` is the baseline itself.", Variant),
+    ("`variants.<name>`", "One run for each seed; `{}` is the baseline itself.", Variant),
     ("`published.<name>`", "`stlm evaluate STUDY NAME` scores it.", Published),
-    ("`corpora.yaml`", "An entry a corpus or mix.", CorpusEntry),
-    ("`benchmarks.yaml`", "An entry a benchmark.", BenchmarkEntry),
-    ("`vocabularies.yaml`", "An entry a published vocabulary.", VocabularyEntry),
+    ("`corpora.yaml`", "One entry for each corpus or mix.", CorpusEntry),
+    ("`benchmarks.yaml`", "One entry for each benchmark.", BenchmarkEntry),
+    ("`vocabularies.yaml`", "One entry for each published vocabulary.", VocabularyEntry),
     ("`hub` source", "A repository on the Hugging Face hub.", HubSource),
     ("`mirror` source", "A folder of the local mirror.", MirrorSource),
-    ("`folder` source", "Any folder of this machine, such as one's own text.", FolderSource),
+    ("`folder` source", "Any local folder, such as your own text.", FolderSource),
     ("`wheel` source", "A package of the Python package index, read as data.", WheelSource),
     ("`synthetic` source", "The seeded story grammar.", SyntheticSource),
 )
@@ -163,7 +162,7 @@ def _table(model: type[BaseModel]) -> list[str]:
 
 
 def check_repository(root: Path = Path()) -> None:
-    """Nothing is written elsewhere than where all pages are: in the repository. `UserError` otherwise."""
+    """Raise `UserError` unless `root` is the repository, which contains all pages."""
     for path in (PARAMS_README, README, Path("docs") / "sizes.md"):
         if not (root / path).is_file():
             raise UserError(
