@@ -84,8 +84,8 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`model.lora`", "A layer adds (alpha / rank) x A B to its matrices; B starts at zero.", LoraConfig),
     (
         "`model.low_rank`",
-        "U V replaces a matrix: it starts with the same variance, and must have fewer weights. A rank for one "
-        "matrix takes precedence over that of its network.",
+        "U V replaces a matrix: it starts with the same variance, and must have fewer weights. A rank for "
+        "one matrix takes precedence over that of its network.",
         LowRankConfig,
     ),
     ("`model.bytes`", "What replaces embedding and head; see docs/bytes.md.", ByteConfig),
