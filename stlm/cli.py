@@ -1,6 +1,6 @@
-"""The command ``stlm``: one verb a stage, and no logic of its own.
+"""The command ``stlm``: one verb for each stage, and no logic.
 
-Heavy packages are imported by the verb that needs them, so that ``stlm --help`` answers at once.
+Large packages are imported by the verb that needs them, so that ``stlm --help`` is fast.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def tokenize(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train one run of a study; killed, it goes on from its last state."""
+    """Train one run of a study; after a kill, the same command continues from the last state."""
     study = _study(options)
     run = study.run(options.run)
     from stlm.preflight import check_training
@@ -118,7 +118,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def contamination(options: argparse.Namespace) -> None:
-    """Count the benchmark items of a study that stand, in part or whole, in its training text."""
+    """Count the benchmark items of a study that occur, in part or whole, in its training text."""
     study = _study(options)
     from stlm.evaluation.contamination import measure_contamination
 
@@ -141,7 +141,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Continue a prompt by a trained or published model, printing the text as it is drawn."""
+    """Continue a prompt with a trained or published model, printing the text as it is sampled."""
     prompt = options.prompt
     if prompt == "-":
         try:
@@ -187,7 +187,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def sizes(options: argparse.Namespace) -> None:
-    """Propose models of some sizes by the family's rule: parameters, cost and memory, by ways of sharing."""
+    """Propose models of given sizes by the family's rule: parameters, cost, memory, and ways of sharing."""
     from stlm.model.family import FAMILY
     from stlm.study.sizes import family, parse_sizes, text_table
     from stlm.tokens.names import vocabulary_size
@@ -197,7 +197,7 @@ def sizes(options: argparse.Namespace) -> None:
 
 
 def new(options: argparse.Namespace) -> None:
-    """Look at your own text, and write a corpus and a study that fit it and this machine."""
+    """Examine your own text, and write a corpus and a study that fit it and this machine."""
     from stlm.new.new import Wishes
     from stlm.new.new import new as new_study
 
@@ -214,7 +214,7 @@ def use(options: argparse.Namespace) -> None:
 
 
 def fingerprint(options: argparse.Namespace) -> None:
-    """Write down what the local files hold that data, or a published model, are read from."""
+    """Record the fingerprint of the local files that data, or a published model, are read from."""
     from stlm.manifests import write_manifest
 
     changed = write_manifest(options.name, options.model)
@@ -223,7 +223,7 @@ def fingerprint(options: argparse.Namespace) -> None:
 
 
 def sync(options: argparse.Namespace) -> None:
-    """Bring Snakemake's records in line after `dvc repro` or `dvc pull`."""
+    """Update Snakemake's records after `dvc repro` or `dvc pull`."""
     from stlm.recording import sync as sync_engines
 
     name = sync_engines()
@@ -248,7 +248,7 @@ def document(options: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose help, where it cannot be written, is an error as any other output."""
+    """A parser whose help is an error like any other output if it cannot be written."""
 
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:
         (file or sys.stderr).write(message)
@@ -264,19 +264,19 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(function, *arguments: tuple[str, str], overridable: bool = False) -> argparse.ArgumentParser:
-        own = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        own.set_defaults(function=function)
+        subparser = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        subparser.set_defaults(function=function)
         for name, text in arguments:
-            own.add_argument(name, metavar=name.upper(), help=text)
+            subparser.add_argument(name, metavar=name.upper(), help=text)
         if overridable:
-            own.add_argument(
+            subparser.add_argument(
                 "--set",
                 action="append",
                 default=[],
                 metavar="KEY=VALUE",
                 help="override a parameter of the study, for example model.layers=2 (repeatable)",
             )
-        return own
+        return subparser
 
     of_study = ("study", "a study: the name of a file in params/, for example smoke")
     of_run = ("run", "a run of the study, as `stlm study` lists them")
@@ -375,9 +375,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         return 141  # the reader of a listing, such as `head`, had enough
     except Exception as error:
-        said = of_the_machine(error)
-        if said is None or os.environ.get("STLM_TRACEBACK"):
+        message = of_the_machine(error)
+        if message is None or os.environ.get("STLM_TRACEBACK"):
             raise
-        tell(f"error: {said}")
+        tell(f"error: {message}")
         return 2
     return 0

@@ -1,9 +1,9 @@
 """DVC's command line, `python -m stlm.dvc_command ARGUMENTS`, faster for many runs and safe from kills.
 
-DVC parses a file of parameters up to three times a stage: with 500 runs in it, `dvc commit` takes most of an
-hour. Its parser is in Python, and slow. And it writes ``dvc.lock`` in place: killed meanwhile, it leaves a
-part. Here a file is parsed once, by the parser of `stlm.yaml_core`, and written whole or not at all. Results
-are the same. Where another version of DVC has these functions elsewhere, it works as always.
+DVC parses a parameter file up to three times a stage: with 500 runs in it, `dvc commit` takes most of an
+hour. Its parser is in Python, and slow. It also writes ``dvc.lock`` in place: a kill leaves a partial file.
+Here a file is parsed once, by the parser of `stlm.yaml_core`, and written completely or not at all. Results
+are the same. If another version of DVC has these functions elsewhere, DVC is not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stlm.files import write_text
 
 
 def read_parameters_once() -> None:
-    """Let DVC, in this process, keep what it has parsed of a file of parameters until the file changes."""
+    """Let DVC, in this process, cache a parsed parameter file until the file changes."""
     from dvc.dependency import param
 
     load, read = getattr(param, "load_path", None), getattr(param, "read_param_file", None)
@@ -32,7 +32,7 @@ def read_parameters_once() -> None:
     def load_path(path: str, fs: Any, **options: Any) -> Any:
         try:
             found = os.stat(path)
-        except OSError:  # of another commit, or of none
+        except OSError:  # a file of another commit, or none
             return load(path, fs, **options)
         if options or getattr(fs, "protocol", None) != "local":
             return load(path, fs, **options)
@@ -42,14 +42,14 @@ def read_parameters_once() -> None:
         return parsed[path][1]
 
     def read_param_file(*arguments: Any, **options: Any) -> Any:
-        # Stages must not share a value: YAML would be written with references from one to the other.
+        # Stages must not share a value: YAML would be written with references between them.
         return deepcopy(read(*arguments, **options))
 
     param.load_path, param.read_param_file = load_path, read_param_file
 
 
 def parse_fast() -> None:
-    """Let DVC, in this process, parse YAML as `params/` is; what that refuses, DVC's own parser reads."""
+    """Let DVC, in this process, parse YAML with `stlm.yaml_core`, and on errors with its own parser."""
     from dvc.utils import strictyaml
     from dvc.utils.serialize import _yaml
 
@@ -67,7 +67,7 @@ def parse_fast() -> None:
 
 
 def write_whole() -> None:
-    """Let DVC, in this process, write its files of YAML beside their places, and rename them."""
+    """Let DVC, in this process, write its YAML files atomically: to a temporary file that is renamed."""
     from dvc.utils.serialize import _common
 
     dump = getattr(_common, "_dump_data", None)
@@ -86,7 +86,7 @@ def write_whole() -> None:
 
 
 def main() -> int:
-    """Run DVC with this process's arguments; its exit status."""
+    """Run DVC with the arguments of this process; returns its exit status."""
     from dvc.cli import main as dvc
 
     read_parameters_once()

@@ -1,4 +1,4 @@
-"""What a user did or has that cannot work, said so that they can mend it."""
+"""Errors that the user can fix, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _LISTED = 50  # choices that are listed
 class UserError(Exception):
     """Bad input. The message names the file, key or flag, what was found and what was expected.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints only the message, without a traceback, and exits with status 2.
     """
 
 
 class Interrupted(Exception):
-    """A signal asked a stage to stop, and what it had done is saved. The message says how to go on.
+    """A signal stopped a stage after its work was saved. The message says how to continue.
 
-    The command line prints the message alone and exits with ``status``, 128 + the signal's number, as shells
-    give a process that a signal ended.
+    The command line prints only the message and exits with ``status``, 128 + the number of the signal, as
+    shells do for a process that a signal ended.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -29,14 +29,14 @@ class Interrupted(Exception):
 
 
 def shortened(text: str, longest: int = 80) -> str:
-    """A text of the user's as a message shows it: its beginning, where it is longer than ``longest``."""
+    """A text of the user for a message: only its beginning if it is longer than ``longest``."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint to append to an error: the choice most like ``word``, or all of them where none is like it.
+    """A hint to append to an error: the choice most similar to ``word``, or all choices if none is similar.
 
-    Of many choices the first ones are listed.
+    If there are many choices, the first ones are listed.
     """
     choices = sorted(choices)
     close = difflib.get_close_matches(word[:_COMPARED], choices, n=1, cutoff=0.5)

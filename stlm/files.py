@@ -1,11 +1,12 @@
-"""Atomic writes: a file or folder is there whole, or as it was before. Records: JSON that checks itself.
+"""Atomic writes: a file or folder is complete, or as it was before. Records: JSON with a checksum.
 
-Each write goes beside its target, is flushed to the disk and renamed. A failure of the disk (full, read-only,
-not permitted) becomes a :class:`~stlm.errors.UserError` that names the path, and leaves nothing half-written.
+Each write goes to a temporary file next to its target, is flushed to the disk and renamed. A failure of the
+disk (full, read-only, not permitted) becomes a :class:`~stlm.errors.UserError` that names the path, and
+leaves nothing half-written.
 
-A *record* is a JSON object with a key `checksum`: the SHA-256 of the rest, and of files beside it. Reading
-compares it. It is of the content and not of the bytes: neither git's line ends nor an indentation change it.
-Files of earlier versions have none, and are read as they are.
+A *record* is a JSON object with a key `checksum`: the SHA-256 of the rest, and of other files of its folder.
+Reading compares it. It covers the content and not the bytes: neither git's line ends nor indentation change
+it. Files of earlier versions have no checksum, and are read as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from stlm.remedy import next_command, remedy
 Record = TypeVar("Record", bound=BaseModel)
 
 CHECKSUM = "checksum"
-_TEXTS = (".csv", ".md")  # of which git may change the line ends
+_TEXTS = (".csv", ".md")  # git may change their line ends
 
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk; free some and run again",
@@ -50,7 +51,7 @@ _DISK_ERRORS = {
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failing disk into a ``UserError`` that names ``path``; other errors pass through.
 
-    Of a copied tree, whose errors come collected, the first is told.
+    For a copied tree, whose errors are collected, the first one is reported.
     """
     try:
         yield
@@ -62,7 +63,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _first_cause(error: shutil.Error) -> str:
-    """What `copytree` collects is (source, target, why); other errors of shutil are a text."""
+    """The first of the errors (source, target, why) that `copytree` collects; others are a text."""
     if error.args and isinstance(error.args[0], list) and error.args[0]:
         source, _, why = error.args[0][0]
         return f"{source} could not be copied ({why})"
@@ -79,13 +80,13 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; put it in place on success, remove it on any error."""
+    """Yield a temporary path next to ``path``; rename it to ``path`` on success, remove it on any error."""
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(descriptor)
-        # mkstemp makes files private; give this one the rights that a plain open() would have given.
+        # mkstemp makes files private; set the permissions that a plain open() would have given.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
@@ -102,7 +103,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it replaces ``path``, on any error it goes."""
+    """Yield a temporary folder next to ``path``; it replaces ``path``, or is removed on any error."""
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename the folder ``source`` to ``target``; a folder already there goes once the new one stands."""
+    """Rename the folder ``source`` to ``target``; an existing target is removed after that."""
     old = None
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
@@ -131,7 +132,7 @@ def replace_directory(source: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what atomic writes to `name` (default: anything) in `folder` left when a kill cut them short."""
+    """Remove temporary files of killed atomic writes to `name` (default: anything) in `folder`."""
     for suffix in ("partial", "old"):
         for left in folder.glob(f".{name}.*.{suffix}"):
             if left.is_dir():
@@ -147,7 +148,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON with a final newline, atomically. NaN and infinity are refused."""
+    """Write ``content`` as indented JSON with a final newline, atomically. NaN and infinity are rejected."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -156,31 +157,31 @@ def write_record(
 ) -> None:
     """Write a JSON object with its checksum, atomically; `beside` names files of its folder to list in it.
 
-    `files` are others to list, by name: the SHA-256 of each, as `content_sha256` has it.
+    `files` are other files to list: name -> SHA-256, as returned by `content_sha256`.
     """
     assert CHECKSUM not in content
     listed = {**{name: content_sha256(Path(path).parent / name) for name in beside}, **(files or {})}
-    # As it will be read: keys are texts, tuples lists.
+    # In the form in which it will be read: keys are texts, tuples are lists.
     as_read = json.loads(json.dumps(content, allow_nan=False))
     checksum = {"sha256": _digest(as_read, listed), **({"files": listed} if listed else {})}
     write_json(path, {**content, CHECKSUM: checksum})
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that a stage wrote, without its checksum. Raises `UserError` where it is damaged.
+    """Read a JSON file that a stage wrote, without its checksum. Raises `UserError` if it is damaged.
 
-    NaN and infinity, which `write_json` refuses, are refused.
+    NaN and infinity are rejected, as in `write_json`.
     """
     return _read_checked(path)[0]
 
 
 def recorded_files(path: Path) -> dict[str, str]:
-    """The files that a record lists, by name: SHA-256 of each. Empty for a record of an earlier version."""
+    """The files that a record lists: name -> SHA-256. Empty for a record of an earlier version."""
     return _read_checked(path)[1]
 
 
 def record_sha256(path: Path) -> str:
-    """The SHA-256 of a record's content, whether it has a checksum or is of an earlier version."""
+    """The SHA-256 of a record's content, with or without a checksum."""
     content, _ = _read_checked(path)
     return _digest(content, {})
 
@@ -207,11 +208,11 @@ def _read_checked(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _checksum(content: Any) -> dict[str, Any] | None:
-    """Take the checksum out of a record; None where it has none, empty where it is damaged."""
+    """Take the checksum out of a record; None if it has none, empty if it is damaged."""
     if not isinstance(content, dict) or not content:
         return None
     if CHECKSUM not in content:
-        # A letter of its name may have changed: the rest would pass for a record of an earlier version.
+        # A letter of the key may have changed; without this check the rest would pass as an earlier version.
         return {} if _is_checksum(content[next(reversed(content))]) else None
     value = content.pop(CHECKSUM)
     return value if _is_checksum(value) else {}
@@ -227,7 +228,7 @@ def _is_checksum(value: Any) -> bool:
 
 
 def _digest(content: Any, files: Mapping[str, str]) -> str:
-    """The SHA-256 of a record's content and of what it says of files beside it."""
+    """The SHA-256 of a record's content and of its list of files."""
     text = json.dumps([content, files] if files else content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -237,7 +238,7 @@ def _no_number(name: str) -> Any:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read a JSON file that a stage wrote, with the keys of ``kind``; a key that is wrong is named."""
+    """Read a JSON file that a stage wrote, with the keys of ``kind``; the error names a wrong key."""
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
@@ -249,12 +250,12 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
-    """A hash of what a result depends on: what was made under another one is not used again."""
+    """A hash of everything a result depends on: a result with another fingerprint is not reused."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. `UserError` where it is there and cannot be read."""
+    """The SHA-256 of a file, in hexadecimal. `UserError` if it exists and cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -265,13 +266,13 @@ def sha256(path: Path) -> str:
 
 
 def differing(found: str, expected: str) -> str:
-    """Two SHA-256 for a message, as short as they still differ."""
+    """Two SHA-256 for a message, shortened so that they still differ."""
     shown = 12 if found[:12] != expected[:12] else max(len(found), len(expected))
     return f"its SHA-256 is {found[:shown]}, expected {expected[:shown]}"
 
 
 def content_sha256(path: Path) -> str:
-    """The SHA-256 of a file; of a text that git may keep (CSV, Markdown), whatever its line ends are."""
+    """The SHA-256 of a file; for texts that git may keep (CSV, Markdown), independent of line ends."""
     path = Path(path)
     if path.suffix not in _TEXTS:
         return sha256(path)
@@ -284,14 +285,14 @@ def content_sha256(path: Path) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """What to raise where reading ``path`` ended with ``error``."""
+    """The exception to raise after reading ``path`` failed with ``error``."""
     return UserError(f"{path}: cannot be read: {reason(error)}")
 
 
 def of_the_machine(error: Exception) -> str | None:
-    """What to say of an error that the system raised, not the program; None for any other.
+    """The message for an error that the system raised, not the program; None for any other.
 
-    Of a file the user can find out more; an error of the system without an errno is a library's own.
+    The message names the file, if there is one. An OSError without an errno comes from a library.
     """
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename or error.filename2
@@ -299,14 +300,14 @@ def of_the_machine(error: Exception) -> str | None:
             writing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
             return f"{'the output cannot be written: ' if writing else ''}{reason(error)}"
         return f"{shortened(os.fsdecode(name), 200)}: {reason(error)}"
-    said = str(error)
-    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    message = str(error)
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
-        asked = f" ({shortened(said.splitlines()[0], 200)})" if said else ""
+        asked = f" ({shortened(message.splitlines()[0], 200)})" if message else ""
         return f"not enough memory{asked}; choose smaller numbers: of the model, its batches or its context"
     return None
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused, in words."""
+    """The reason for which the system refused, in words."""
     return _DISK_ERRORS.get(error.errno) or error.strerror or str(error)

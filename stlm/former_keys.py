@@ -1,18 +1,18 @@
-"""Keys that params/ had in earlier versions, and what takes their place."""
+"""Keys that params/ had in earlier versions, and their replacements."""
 
 from __future__ import annotations
 
-# The end of a key's path -> the key that took its place: budgets of tokens or documents, now of bytes.
+# The end of a key's path -> the key that replaced it: budgets of tokens or documents are now in bytes.
 _BUDGETS = {
     "training.validation_tokens": "validation_bytes",
     "training.validation_documents": "validation_bytes",
     "perplexity.max_tokens": "max_bytes",
 }
-_BYTES_PER_TOKEN = 3.5  # of English, of a token of bpe-4096
+_BYTES_PER_TOKEN = 3.5  # for English text and bpe-4096
 
 
 def former_key(path: str, found: object) -> str | None:
-    """What to write in the place of the key at `path` with the value `found`; None where it never was one."""
+    """Advice on replacing the key at `path` with the value `found`; None if there never was such a key."""
     former = next((key for key in _BUDGETS if f".{path}".endswith(f".{key}")), None)
     if former is None:
         return None

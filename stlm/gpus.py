@@ -1,9 +1,9 @@
-"""GPUs of its own for a job: `python -m stlm.gpus COUNT COMMAND...` takes COUNT and becomes the command.
+"""Assign GPUs to a job: `python -m stlm.gpus COUNT COMMAND...` takes COUNT GPUs and becomes the command.
 
-For the jobs that one Snakemake runs on one machine. The GPUs are those of ``CUDA_VISIBLE_DEVICES``, where it
-is set, else all that nvidia-smi lists. A job holds a lock on each of its GPUs, which goes with its process,
-however that ends. Where there are more jobs than GPUs, those that the fewest jobs use are shared: nothing
-waits. A cluster's scheduler gives devices itself: its jobs are not started this way.
+For the jobs that one Snakemake runs on one machine. The GPUs are those of ``CUDA_VISIBLE_DEVICES`` if it is
+set, otherwise all that nvidia-smi lists. A job holds a lock on each of its GPUs, which is released when its
+process ends, however it ends. If there are more jobs than GPUs, the least used GPUs are shared: no job waits.
+On a cluster the scheduler assigns devices: its jobs are not started in this way.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gpus() -> list[str]:
 
 
 def _listed() -> list[str]:
-    """What nvidia-smi lists: GPUs by UUID, and of one that is split (MIG) its parts."""
+    """The UUIDs that nvidia-smi lists: of GPUs, or of the parts of a split GPU (MIG)."""
     if (program := shutil.which("nvidia-smi")) is None:
         return []
     listed = subprocess.run([program, "-L"], capture_output=True, encoding="utf-8", errors="replace")
@@ -57,9 +57,9 @@ def _listed() -> list[str]:
 
 
 def take(wanted: int, devices: Sequence[str], folder: Path = FOLDER) -> list[str]:
-    """Take ``wanted`` of ``devices``, the least used first; they are given back when this process ends.
+    """Take ``wanted`` of ``devices``, the least used first; they are released when this process ends.
 
-    The process may become another program (exec). Raises ``UserError`` where there are not as many.
+    The process may become another program (exec). Raises ``UserError`` if there are too few.
     """
     if wanted > len(devices):
         raise UserError(
@@ -69,7 +69,7 @@ def take(wanted: int, devices: Sequence[str], folder: Path = FOLDER) -> list[str
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        # How many use a device: the first place of it that is not locked.
+        # The number of jobs on a device is the number of its first lock file that is free.
         places = [(*_first_free(folder, device), device) for device in devices]
         chosen = sorted(places, key=lambda place: place[0])[:wanted]
         for place in places:
@@ -82,14 +82,14 @@ def take(wanted: int, devices: Sequence[str], folder: Path = FOLDER) -> list[str
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other job chooses meanwhile."""
+    """Keep other jobs from choosing at the same time."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _first_free(folder: Path, device: str) -> tuple[int, int]:
-    """The number of jobs that use a device, and a file that is locked for one more."""
+    """The number of jobs that use a device, and a lock file that is now locked for one more."""
     for place in count():
         name = re.sub(r"[^\w.-]", "_", device)
         file = os.open(folder / f"{name}.{place}.lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -103,7 +103,7 @@ def _first_free(folder: Path, device: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Take GPUs and become the command; a status of 2 where that cannot be."""
+    """Take GPUs and become the command; returns status 2 if that fails."""
     wanted, command = int(sys.argv[1]), sys.argv[2:]
     try:
         if devices := gpus():

@@ -1,14 +1,14 @@
-"""Damage is noticed: files are compared with the SHA-256 that was recorded when they were written or fetched.
+"""Detects damage: files are compared with the SHA-256 that was recorded when they were written or fetched.
 
-Three kinds of files, by where their SHA-256 is (docs/integrity.md):
+There are three kinds of files, by the place of their SHA-256 (docs/integrity.md):
 
 - listed in a record (a folder's meta.json or source.json, a run's train.json): `check_files`, `check_beside`;
-- *sealed*, of .state/ and other working files that are written alone: the SHA-256 is their end (`seal`);
+- *sealed*: files of .state/ and other single files, which end with their SHA-256 (`seal`);
 - records themselves (`stlm.files.write_record`), which `read_json` checks.
 
-Whoever reads a file checks it first, whole. A small one is hashed every time; a large one once a file, change
-and week: what was found is kept in .state/ with all that `stat` says of the file. That has to be renewed now
-and then because a disk that loses a bit changes no time stamp.
+Every reader checks the whole file first. A small file is hashed every time; a large one once after each
+change and once a week: its digest is kept in .state/ together with its `stat`. It has to be renewed because a
+disk that loses a bit changes no time stamp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stlm.files import content_sha256, differing, read_json, recorded_files, sha
 from stlm.remedy import next_command, remedy
 
 CACHE = Path(".state/checked.json")
-LARGE = 16 << 20  # bytes from which a file is not hashed every time; 16 MB take some 10 ms
+LARGE = 16 << 20  # bytes; larger files are not hashed every time (16 MB take some 10 ms)
 TRUSTED = 7 * 24 * 3600.0  # seconds
 # A file changed this recently (seconds) may change again within one tick of its file system's clock.
 _SETTLED = 2.0
@@ -36,9 +36,9 @@ _SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size
 
 
 class Digests:
-    """SHA-256 of files, kept in a JSON file so that unchanged files are not read again.
+    """SHA-256 of files, cached in a JSON file so that unchanged files are not read again.
 
-    Kept are they for `trusted` seconds; None: for ever.
+    A digest is valid for `trusted` seconds; None: for ever.
     """
 
     def __init__(self, path: Path, trusted: float | None = None) -> None:
@@ -51,7 +51,7 @@ class Digests:
         self._kept: dict[str, Any] = kept if isinstance(kept, dict) else {}
 
     def sha256(self, file: Path) -> str | None:
-        """The SHA-256 of ``file``; None where it is gone, `unreadable` where it may not be read."""
+        """The SHA-256 of ``file``; None if it does not exist, `unreadable` if it cannot be read."""
         key = os.path.abspath(file)
         try:
             before = _state(os.stat(key))
@@ -70,7 +70,7 @@ class Digests:
         return digest
 
     def _known(self, key: str, state: list[int]) -> str | None:
-        """What is kept of a file of that `state`, unless it is too old."""
+        """The cached digest of a file in that `state`, unless it is too old."""
         match self._kept.get(key):
             case [*kept, int(when), str(digest)] if kept == state:
                 if self._trusted is None or 0 <= time.time() - when < self._trusted:
@@ -78,11 +78,11 @@ class Digests:
         return None
 
     def save(self) -> None:
-        """Keep what was computed, unless nothing was."""
+        """Write the cache, if it has changed."""
         if not self._changed:
             return
         self._changed = False
-        with suppress(UserError):  # a project that cannot be written to: computed again next time
+        with suppress(UserError):  # the project is read-only: computed again next time
             write_record(self._path, self._kept)
 
 
@@ -91,7 +91,7 @@ def _state(stat: os.stat_result) -> list[int]:
 
 
 class Listed(NamedTuple):
-    """A file, and what a record says of it; `size` in bytes, None where the record has none."""
+    """A file and its entry in a record; `size` in bytes, None if the record has none."""
 
     path: Path
     sha256: str
@@ -99,9 +99,9 @@ class Listed(NamedTuple):
 
 
 def check_files(files: Iterable[Listed], cache: Path = CACHE) -> None:
-    """Compare files with what is recorded of them.
+    """Compare files with their records.
 
-    Raises `UserError` for the first that is missing, truncated or changed, with what to run.
+    Raises `UserError` for the first file that is missing, truncated or changed, with the command to run.
     """
     digests = None
     try:
@@ -116,7 +116,7 @@ def check_files(files: Iterable[Listed], cache: Path = CACHE) -> None:
                 digests = digests or Digests(cache, TRUSTED)
                 if digests.sha256(file.path) == file.sha256:
                     continue
-            # Also where what was kept differs: it may be damaged itself.
+            # Also if the cached digest differs: the cache may be damaged.
             _compare(file.path, content_sha256(file.path), file.sha256)
     finally:
         if digests is not None:
@@ -124,9 +124,9 @@ def check_files(files: Iterable[Listed], cache: Path = CACHE) -> None:
 
 
 def check_beside(record: Path, *names: str) -> None:
-    """Compare files beside a record with what it lists. What it does not list passes, as does no record.
+    """Compare files in the folder of a record with its list. Unlisted files, or no record at all, pass.
 
-    Raises `UserError` as `check_files` does, and where the record is damaged.
+    Raises `UserError` as `check_files` does, and if the record is damaged.
     """
     if not record.is_file():
         return
@@ -151,14 +151,14 @@ def _compare(path: Path, found: str, expected: str) -> None:
 
 
 def seal(path: Path) -> None:
-    """Append the SHA-256 of a file to it. Readers of formats that know their own length pass over it."""
+    """Append the SHA-256 of a file to it. Readers of formats with a known length ignore it."""
     digest = bytes.fromhex(sha256(path))
     with path.open("ab") as file:
         file.write(_SEAL + digest)
 
 
 def check_seal(path: Path) -> None:
-    """Raise `UserError` for a file that is not as it was sealed, or has no seal."""
+    """Raise `UserError` for a file that has changed since it was sealed, or has no seal."""
     size = _size(path) - _SEAL_BYTES
     with path.open("rb") as file:
         digest, left = hashlib.sha256(), size

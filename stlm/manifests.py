@@ -1,9 +1,9 @@
-"""Manifests: what the local files that a study is made from hold, written where both engines see it.
+"""Manifests: the fingerprints of the local files that a study is made from, as inputs of both engines.
 
-``data/sources/NAME.json`` has the fingerprint of the files that ``stlm fetch NAME`` reads; that of a
-published model is beside its results. They are small, belong into git, and are inputs of the stages that read
-the files, in Snakemake as in DVC. Beside a manifest, ``data/sources/NAME/`` has links to the folders on this
-machine, which DVC watches; git ignores them.
+``data/sources/NAME.json`` has the fingerprint of the files that ``stlm fetch NAME`` reads; the manifest of a
+published model is in its results folder. Manifests are small, belong into git, and are inputs of the stages
+that read the files, in Snakemake and in DVC. ``data/sources/NAME/`` has links to the folders on this machine,
+which DVC watches; git ignores them.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from stlm.study.runs import PublishedModel, Study
 FOLDER = Path("data/sources")
 RAW = Path("data/raw")
 CACHE = Path(".state/fingerprints.json")
-# What loading a published model reads (stlm.evaluation.hf_model).
+# The files that loading a published model reads (stlm.evaluation.hf_model).
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 def named_mirror() -> Path | None:
-    """The mirror that STLM_MIRROR names, where it is there."""
+    """The mirror that STLM_MIRROR names, if it exists."""
     named = os.environ.get("STLM_MIRROR")
     mirror = Path(named).expanduser() if named else None
     return mirror if mirror is not None and mirror.is_dir() else None
 
 
 class Manifests:
-    """The manifests of a project's data, and the files of this machine that they speak of."""
+    """The manifests of a project's data, and the local files that they describe."""
 
     def __init__(self, root: Path = Path(), mirror: Path | None = None) -> None:
         self.root = root
@@ -62,13 +62,13 @@ class Manifests:
         }
 
     def path(self, name: str) -> Path | None:
-        """The manifest of the data ``name``, below the project; None where no source of them is local."""
+        """The path of the manifest of ``name`` in the project; None if no source is local."""
         if any(local_sources(entry) for entry in self._parts(name).values()):
             return FOLDER / f"{name}.json"
         return None
 
     def refresh(self, name: str) -> bool:
-        """Write the manifest of ``name`` and its links as the files are now; whether the manifest changed."""
+        """Write the manifest of ``name`` and its links for the present files; whether it changed."""
         path = self.path(name)
         if path is None:
             return False
@@ -83,7 +83,7 @@ class Manifests:
         return _write(self.root / path, content)
 
     def after_fetch(self, name: str) -> None:
-        """Write the manifest of ``name`` as what ``stlm fetch`` has just read, and the links."""
+        """Write the manifest of ``name`` for the files that ``stlm fetch`` has just read, and the links."""
         path = self.path(name)
         if path is None:
             return
@@ -97,9 +97,9 @@ class Manifests:
         _write(self.root / path, content)
 
     def changed(self, name: str) -> bool:
-        """Whether the files of ``name`` are not those that its manifest, or its source.json, speaks of.
+        """Whether the files of ``name`` differ from its manifest, or from its source.json.
 
-        A mirror that is not named is looked at where it last was.
+        If no mirror is named, the last folder is checked.
         """
         path = self.path(name)
         if path is None:
@@ -108,8 +108,8 @@ class Manifests:
         for part, entry in self._parts(name).items():
             fetched = of_record(self._record(name, part))
             _, now = self._look(name, part, entry, remembered=True)
-            said = manifest.get(part)
-            if (now and _json(now) != said) or (fetched and _json(fetched) != said):
+            recorded = manifest.get(part)
+            if (now and _json(now) != recorded) or (fetched and _json(fetched) != recorded):
                 return True
         self._digests.save()
         return False
@@ -133,19 +133,19 @@ class Manifests:
                 paths += _watched(link, local_sources(entry))
         return [Path(os.path.relpath(path, self.root)).as_posix() for path in paths]
 
-    def where(self, name: str) -> str:
-        """The folders on this machine that ``name`` was last read from."""
+    def folders(self, name: str) -> str:
+        """The local folders that ``name`` was last read from."""
         links = [self._link(name, part) for part in self._parts(name)]
         return ", ".join(os.readlink(link) for link in links if link.is_symlink())
 
     def refresh_model(self, model: PublishedModel) -> bool:
-        """Write the manifest of a published model as its files are now; whether it changed."""
+        """Write the manifest of a published model for its present files; whether it changed."""
         path = self.root / model_manifest(model)
         now = self._of_model(model)
         return _write(path, _json(now) if now else _read(path) or None)
 
     def model_changed(self, model: PublishedModel) -> bool:
-        """Whether a published model's files are not what its manifest says."""
+        """Whether the files of a published model differ from its manifest."""
         now = self._of_model(model)
         return now is not None and _json(now) != _read(self.root / model_manifest(model))
 
@@ -165,7 +165,7 @@ class Manifests:
     def _look(
         self, name: str, part: str, entry: Entry, remembered: bool = False
     ) -> tuple[Found | None, Fingerprint | None]:
-        """The files of a part, where they are here, and their fingerprint, else that of what was fetched."""
+        """The local files of a part and their fingerprint; without local files, that of the last fetch."""
         record = self._record(name, part)
         last = self._link(name, part) if remembered else None
         found = look(entry, record, self.mirror, self.root, self._digests, last)
@@ -180,20 +180,20 @@ class Manifests:
         try:
             record = read_json(path)
         except UserError:
-            return None  # not fetched yet, or cut short: fetched again
+            return None  # not fetched yet, or incomplete: fetched again
         return record if isinstance(record, dict) else None
 
 
 def model_manifest(model: PublishedModel) -> Path:
-    """Where the manifest of a published model is."""
+    """The path of the manifest of a published model."""
     return model.results_folder / "files.json"
 
 
 def write_manifest(name: str, model: str | None = None, root: Path = Path()) -> bool:
     """Write the manifest of the data ``name``, or of the study ``name``'s published ``model``.
 
-    Returns whether it changed. `UserError` for an unknown name, and where files of a mirror have changed that
-    is not named: fetching them again would fail.
+    Returns whether it changed. `UserError` for an unknown name, and if files of a mirror have changed but no
+    mirror is named: fetching them again would fail.
     """
     manifests = Manifests(root, named_mirror())
     if model is not None:
@@ -206,14 +206,14 @@ def write_manifest(name: str, model: str | None = None, root: Path = Path()) -> 
     changed = manifests.refresh(name)
     if manifests.out_of_reach(name):
         raise UserError(
-            f"{name}: the files in {manifests.where(name)} have changed, and no mirror is named to fetch "
+            f"{name}: the files in {manifests.folders(name)} have changed, and no mirror is named to fetch "
             "them from: set STLM_MIRROR"
         )
     return changed
 
 
 def refresh_all(study: Study, names: Iterable[str], root: Path = Path()) -> None:
-    """Write the manifests of a study's data and published models as the files are now."""
+    """Write the manifests of a study's data and published models for the present files."""
     manifests = Manifests(root, named_mirror())
     for name in names:
         manifests.refresh(name)
@@ -222,7 +222,7 @@ def refresh_all(study: Study, names: Iterable[str], root: Path = Path()) -> None
 
 
 def changed_sources(study: Study, names: Iterable[str], root: Path = Path()) -> list[str]:
-    """The data and published models of a study whose files are not those that its manifests speak of."""
+    """The data and published models of a study whose files differ from their manifests."""
     manifests = Manifests(root, named_mirror())
     data = [name for name in names if manifests.changed(name)]
     return data + [name for name, model in study.published.items() if manifests.model_changed(model)]
@@ -233,7 +233,7 @@ def _json(fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A manifest; empty where there is none, or one that is damaged: it is then written anew."""
+    """A manifest; empty if it is missing or damaged, because it is then written again."""
     try:
         content = read_json(path)
     except UserError:
@@ -242,7 +242,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> bool:
-    """Write a manifest unless it says the same already: its time stamp is that of the last change."""
+    """Write a manifest unless it is unchanged, so that its time stamp is that of the last change."""
     try:
         if read_json(path) == content:
             return False
@@ -253,7 +253,7 @@ def _write(path: Path, content: Any) -> bool:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make ``link`` point to ``target``; one that does already is left alone."""
+    """Make ``link`` point to ``target``; a correct link is not touched."""
     wanted = os.path.abspath(target)
     if link.is_symlink() and os.readlink(link) == wanted:
         return
@@ -264,9 +264,10 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _watched(link: Path, sources: Iterable[LocalSource]) -> list[Path]:
-    """What DVC hashes below ``link``: what the sources' paths name before the first wildcard.
+    """The paths below ``link`` that DVC hashes: the paths of the sources up to the first wildcard.
 
-    DVC does not enter a linked folder below another one: those that have files of a source are listed too.
+    DVC does not enter a linked folder below another folder, so such folders with files of a source are listed
+    too.
     """
     named: set[Path] = set()
     linked: set[Path] = set()
@@ -286,7 +287,7 @@ def _watched(link: Path, sources: Iterable[LocalSource]) -> list[Path]:
 
 
 def _before_wildcards(folder: Path, pattern: str) -> Path:
-    """The file or folder below ``folder`` that a path or glob names as far as it is fixed and there."""
+    """The deepest existing file or folder below ``folder`` on a path or glob, before any wildcard."""
     for part in Path(pattern).parts:
         if set(part) & set("*?[") or not (folder / part).exists():
             break

@@ -1,4 +1,4 @@
-"""Options of the command line: their kinds, and those of the verbs that have many."""
+"""Options of the command line: their types, and the options of verbs that have many."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 
 from stlm.errors import shortened
 
-# Of an option that has no bound of its own; more digits are no number that anyone means.
+# The bound of options that have none; nobody means a number with more digits.
 _MOST = 10**30
 
 
 def whole_number(least: int, most: int = _MOST):
-    """Of an option: text -> a whole number of at least `least` and at most `most`."""
+    """The type of an option: text -> a whole number from `least` to `most`."""
 
     def number(text: str) -> int:
-        # Digits are counted first: Python converts no text of thousands of them.
+        # Digits are counted first, because Python refuses to convert thousands of them.
         if not re.fullmatch("[0-9]{1,31}", text) or not least <= int(text) <= most:
             bound = "" if most == _MOST else f" and at most {most:,}"
             raise argparse.ArgumentTypeError(
@@ -27,7 +27,7 @@ def whole_number(least: int, most: int = _MOST):
 
 
 def _minutes(text: str) -> float:
-    """Of an option: text -> minutes, more than none."""
+    """The type of an option: text -> a positive number of minutes."""
     try:
         minutes = float(text)
     except ValueError:

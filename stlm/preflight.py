@@ -1,7 +1,7 @@
-"""What training and evaluation will need, looked at before they start: all that is wrong is told at once.
+"""Checks what training and evaluation will need before they start, and reports all problems at once.
 
-An error after hours of training that could have been told before costs those hours. A check is cheap: what
-takes longer than a moment is done once for a file and its change. Nothing is written but the record of that.
+An error after hours of training costs those hours if it could have been reported before. Checks are cheap:
+slow ones are done once for each change of a file. Only the record of that is written.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from stlm.training.memory import Memory, Room
 
 RAW = Path("data/raw")
-# Files of benchmarks that were read whole and found good.
+# Files of benchmarks that were read completely and are valid.
 CHECKED = Path(".state/benchmarks.json")
-# Of the disk that a run needs: below this it is warned, as other runs and logs take some, too.
+# A run is warned if less than this multiple of its disk space is free: other runs and logs need some too.
 _DISK_TO_SPARE = 1.5
 
 
 class Findings:
-    """What stops the run (`problems`), and what the user should know (`notes`): a line each."""
+    """Reasons to stop the run (`problems`) and information for the user (`notes`), one line each."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -42,15 +42,15 @@ class Findings:
 
     @contextmanager
     def look(self) -> Iterator[None]:
-        """Note the UserError of a check, and go on with the next one."""
+        """Collect the UserError of a check, and continue with the next one."""
         try:
             yield
         except UserError as error:
             self.problems += [line for line in str(error).splitlines() if line not in self.problems]
 
     def conclude(self, name: str) -> None:
-        """Tell the notes; raise UserError with all problems."""
-        # Of processes that train together, one speaks for all.
+        """Print the notes; raise UserError with all problems."""
+        # Of several processes that train together, one prints for all.
         if os.environ.get("RANK", "0") == "0":
             for note in self.notes:
                 print(f"{name}: {note}", file=sys.stderr)
@@ -61,9 +61,9 @@ class Findings:
 
 
 def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
-    """Refuse to train `run` where training, or its evaluation later, cannot succeed.
+    """Refuse to train `run` if training, or its later evaluation, cannot succeed.
 
-    Raises UserError with all that was found, a line each; what is only doubtful goes to standard error.
+    Raises UserError with all problems, one line each; doubtful findings go to standard error.
     """
     from stlm.evaluation.made import check_made
     from stlm.training.checkpoints import last_checkpoint
@@ -89,15 +89,15 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     device = choose_device(run.training)
     check_memory(found, run, device.device.type, device.precision, device.compiled)
     check_disk(found, run)
-    # Last: where nothing is wrong, it writes down what it has read.
+    # Last, because it records the files that it has read only if nothing is wrong.
     check_benchmark_files(found, study.evaluation, raw)
     found.conclude(f"run {run.name}")
 
 
 def check_evaluation(name: str, results: Path, state: Path) -> None:
-    """Refuse to score the run or model `name` where its results, or finished parts, could not be written.
+    """Refuse to score the run or model `name` if its results, or finished parts, could not be written.
 
-    `results` and `state` are its folders of both. Raises UserError, a line a problem.
+    `results` and `state` are its folders for these. Raises UserError with one line for each problem.
     """
     found = Findings()
     for file in names(EVALUATION):
@@ -110,7 +110,7 @@ def check_evaluation(name: str, results: Path, state: Path) -> None:
 
 
 def check_tokens(run: Run) -> None:
-    """Token shards are there, their tokenizer loads, and its ids are those of the model."""
+    """Check that token shards exist, their tokenizer loads, and its vocabulary is the model's."""
     from stlm.tokens.tokenizer import load_tokenizer
 
     again = f"run: stlm tokenize {run.corpus} {run.tokenizer}"
@@ -139,7 +139,7 @@ def check_tokens(run: Run) -> None:
 
 
 def check_folders(found: Findings, run: Run) -> None:
-    """Where the run will write: folders that can be, and no folder in a file's place or the reverse."""
+    """Check that the run can write its folders, and that no folder stands for a file or the reverse."""
     state = run.state_folder
     outputs = (*TRAINING, *EVALUATION)
     files = [run.folder / output.name for output in outputs if not output.is_folder]
@@ -153,53 +153,53 @@ def check_folders(found: Findings, run: Run) -> None:
 
 
 def _is_file(path: Path) -> None:
-    """Refuse a folder in the place of a file that will be written."""
+    """Reject a folder in the place of a file that will be written."""
     if path.is_dir():
         raise UserError(f"{path}: a folder stands where a file is to be written; move it away")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder in which nothing can be made, or that cannot itself be made."""
-    there = folder
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file"
-        raise UserError(f"{there}: {what} stands where a folder is to be written; move it away")
+    """Reject a folder in which nothing can be written, or that cannot be created."""
+    ancestor = folder
+    while not os.path.lexists(ancestor) and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        what = "a link to nothing" if ancestor.is_symlink() and not ancestor.exists() else "a file"
+        raise UserError(f"{ancestor}: {what} stands where a folder is to be written; move it away")
     try:
-        # Without a name where the system can do so; it is gone at once.
-        with tempfile.TemporaryFile(dir=there):
+        # The file has no name if the system supports that, and is removed at once.
+        with tempfile.TemporaryFile(dir=ancestor):
             pass
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{there}: nothing can be written there ({reason}); make it writable, or free space"
+            f"{ancestor}: nothing can be written there ({reason}); make it writable, or free space"
         ) from None
 
 
 def check_benchmark_files(found: Findings, config: EvaluationConfig, raw: Path = RAW) -> None:
-    """Read each fetched benchmark once for each change of its files; name those that are not there.
+    """Read each fetched benchmark once for each change of its files; name those that are not fetched.
 
-    One that is not there yet is no problem: training does not read it, and both engines may fetch it later.
+    A missing one is no problem: training does not read it, and both engines may fetch it later.
     """
-    chosen = [own for own in map(benchmark, config.benchmarks) if isinstance(own, FileBenchmark)]
-    missing = sorted({own.data_name for own in chosen if not (raw / own.data_name).exists()})
+    chosen = [entry for entry in map(benchmark, config.benchmarks) if isinstance(entry, FileBenchmark)]
+    missing = sorted({entry.data_name for entry in chosen if not (raw / entry.data_name).exists()})
     if missing:
         wanted = "; ".join(f"stlm fetch {name}" for name in missing)
         found.notes.append(f"not fetched yet, needed for evaluation only: {wanted}")
     known = _checked()
     looked: dict[str, Any] = {}
-    for own in chosen:
-        folder = raw / own.data_name
-        if own.data_name in missing:
+    for entry in chosen:
+        folder = raw / entry.data_name
+        if entry.data_name in missing:
             continue
         with found.look():
-            key, stamp = f"{own.name} {folder}", [own.version, *_stamps(own.files(folder)[1])]
+            key, stamp = f"{entry.name} {folder}", [entry.version, *_stamps(entry.files(folder)[1])]
             if known.get(key) != stamp:
-                own.load(folder)
+                entry.load(folder)
                 looked[key] = stamp
     if looked and not found.problems:
-        # Another run's check may have written meanwhile; what is lost of it is looked at again.
+        # Another run's check may have written at the same time; what is lost is checked again.
         with suppress(UserError, OSError):
             write_record(CHECKED, {**_checked(), **looked})
 
@@ -213,23 +213,23 @@ def _checked() -> dict[str, Any]:
 
 
 def _stamps(files: Iterable[Path]) -> list[list[Any]]:
-    """What changes when a file does."""
+    """The properties that change when a file does."""
     found = [(file.name, file.stat()) for file in files]
     return [[name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in found]
 
 
 def check_memory(found: Findings, run: Run, device: str, precision: str, compiled: bool) -> None:
-    """Refuse a step for which this machine, or its GPU, surely has too little memory; warn where it is close.
+    """Refuse a step if this machine, or its GPU, surely has too little memory; warn if it is close.
 
-    Processes that train together share the rows of a micro-batch, and on one machine's CPU its memory.
+    Processes that train together share the rows of a micro-batch, and on a CPU the memory of the machine.
     """
     from stlm.training.memory import machine_room, training_memory
 
     # Parts of a micro-batch as in `stlm.training.distributed.Group.share`.
-    group, here = _processes("WORLD_SIZE"), _processes("LOCAL_WORLD_SIZE")
+    group, local = _processes("WORLD_SIZE"), _processes("LOCAL_WORLD_SIZE")
     sequences = max(1, run.training.batch_size // (group // math.gcd(group, run.training.accumulation)))
     need = training_memory(run, precision, compiled, sequences)
-    room, processes = (_gpu_room(), 1) if device == "cuda" else (machine_room(), here)
+    room, processes = (_gpu_room(), 1) if device == "cuda" else (machine_room(), local)
     if room is None:
         return
     if need.least * processes > room.total:
@@ -243,9 +243,9 @@ def check_memory(found: Findings, run: Run, device: str, precision: str, compile
 
 
 def _processes(variable: str) -> int:
-    """What torchrun says of the group in a variable; 1 where it does not, or says what training refuses."""
-    said = os.environ.get(variable, "") if "RANK" in os.environ else ""
-    return max(1, int(said)) if said.isdecimal() else 1
+    """The number that torchrun set in a variable; 1 if it is missing or invalid (training rejects that)."""
+    value = os.environ.get(variable, "") if "RANK" in os.environ else ""
+    return max(1, int(value)) if value.isdecimal() else 1
 
 
 def _gpu_room() -> Room:
@@ -279,19 +279,19 @@ def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
 
 
 def check_disk(found: Findings, run: Run) -> None:
-    """Refuse a run whose checkpoints and states cannot fit the disk; warn where they nearly fill it."""
+    """Refuse a run whose checkpoints and states cannot fit the disk; warn if they nearly fill it."""
     weights = 4 * run.parameters.total
     state = run.state_folder
     done = sum(1 for _ in (state / "output" / "checkpoints").glob("step-*"))
     kept = weights * max(0, len(run.training.checkpoint_steps) - done)
-    # A new state is written beside the one before, which goes then.
+    # A new state is written before the previous one is removed.
     moments = 2 if run.training.optimizer == "adamw" else 1
     states = 1 if run.training.steps <= run.training.save_every or (state / "state.pt").is_file() else 2
     needed = {state: kept + states * (1 + moments) * weights}
-    if (here := _disk(state)) is None:
+    if (state_disk := _disk(state)) is None:
         return
     published = _disk(run.folder)
-    if published is not None and published[0] != here[0]:
+    if published is not None and published[0] != state_disk[0]:
         # Another file system: checkpoints are copied there, not linked.
         needed[run.folder] = weights * len(run.training.checkpoint_steps)
     for folder, size in needed.items():
@@ -309,7 +309,7 @@ def check_disk(found: Findings, run: Run) -> None:
 
 
 def _disk(folder: Path) -> tuple[int, int] | None:
-    """The file system that `folder` is on or will be, and its free bytes."""
+    """The file system of the present or future `folder`, and its free bytes."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -319,7 +319,7 @@ def _disk(folder: Path) -> tuple[int, int] | None:
 
 
 def _size(count: float) -> str:
-    """Bytes in the unit that people know, from MB on."""
+    """Bytes in a readable unit, from MB on."""
     for unit in ("MB", "GB", "TB", "PB"):
         count /= 1000 if unit != "MB" else 1e6
         if count < 1000:

@@ -1,4 +1,4 @@
-"""Where commands are run: in the project's top folder, which holds params/."""
+"""Commands are run in the project's top folder, which contains params/."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def where_to_stand(root: Path = Path()) -> str:
-    """What to append to an error about a file of the project that is not there.
+    """The hint to append to an error about a missing file of the project.
 
-    Empty where `root` is a project's top folder; else the folder to go to, if one above is a project's.
+    Empty if `root` is a project's top folder; otherwise it names the top folder, if a parent is one.
     """
     if (root / "params").is_dir():
         return ""

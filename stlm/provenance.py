@@ -1,4 +1,4 @@
-"""What made a record: the versions of the code, and the processor. Needs no torch."""
+"""The provenance of a record: the versions of the code, and the processor. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import stlm
 def code_version() -> dict[str, str | None]:
     """The versions of STLM and torch, and the git commit of STLM's code (see :func:`commit_of`).
 
-    Found once a process. Whatever takes long asks when it begins, so that the commit is that of the code that
-    runs, not of one checked out in the meantime.
+    Determined once a process. A long-running stage calls this when it begins, so that the commit is that of
+    the running code, not of one that was checked out in the meantime.
     """
     try:
         torch = version("torch")
@@ -29,7 +29,7 @@ def code_version() -> dict[str, str | None]:
 
 @cache
 def source_digest() -> str:
-    """A SHA-256 of STLM's sources as they are on disk: a commit with changes has many contents."""
+    """A SHA-256 of STLM's sources on disk, because a commit with changes does not identify them."""
     digest = hashlib.sha256()
     package = Path(stlm.__file__).parent
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".h")):
@@ -38,11 +38,11 @@ def source_digest() -> str:
 
 
 def commit_of(package: Path, *more: str) -> str | None:
-    """The commit, 12 digits, of the repository that tracks the folder `package`; None where none does.
+    """The commit (12 digits) of the repository that tracks the folder `package`; None if none does.
 
-    With ``-dirty`` where the package, the workflow beside it or a folder named in `more` differs from the
-    commit; results, parameters and documents do not count. A package that was installed, or unpacked inside
-    another project's repository, is not tracked there: that repository's commit says nothing of it.
+    With ``-dirty`` if the package, the workflow or a folder named in `more` differs from the commit; results,
+    parameters and documents do not count. A package that was installed, or unpacked inside another project's
+    repository, is not tracked: that repository's commit says nothing about it.
     """
     # Variables such as GIT_DIR, which git sets for its hooks, would name another repository.
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -63,13 +63,13 @@ def commit_of(package: Path, *more: str) -> str | None:
     if commit is None:  # nothing is committed yet
         return None
     changed = git("status", "--porcelain", "--", package.name, "workflow", "Snakefile", *more)
-    # Where git cannot tell, the code is not known to be the commit's.
+    # If git fails, the code is not known to be that of the commit.
     return commit if changed == "" else f"{commit}-dirty"
 
 
 @cache
 def processor_name() -> str:
-    """The CPU's model, as it calls itself; its architecture where it has no name."""
+    """The CPU's model name; its architecture if it has no name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What to run where a file that STLM wrote or fetched is missing or damaged: its place says it."""
+"""The command that makes a missing or damaged file of STLM again, derived from its path."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, na
 
 
 def remedy(path: Path) -> str:
-    """The end of an error message about a damaged `path`: what to do."""
+    """The advice at the end of an error message about a damaged `path`."""
     return next_command(path) or "delete it and run its stage again, or restore it from a copy"
 
 
 def next_command(path: Path) -> str | None:
-    """What makes `path` again; None where it is none of a project's layout."""
+    """The command that makes `path` again; None if the path is not part of a project's layout."""
     parts = Path(path).parts
     return next(filter(None, (_command(*parts[place:]) for place in reversed(range(len(parts))))), None)
 
 
 def _command(first: str, *rest: str) -> str | None:
-    """The remedy for a path of a project, as its parts; None for what is no such path."""
+    """The remedy for a path of a project, given by its parts; None for any other path."""
     match (first, *rest):
         case ("data", "raw", name, *_) if rest[2:]:
             return f"run: stlm fetch {name}"

@@ -1,5 +1,5 @@
-"""Output in any encoding, closed or without space: a character that the encoding lacks becomes a look-alike,
-and what cannot be written is an error in a line."""
+"""Output to streams of any encoding, closed or full ones: a character that the encoding lacks becomes a
+look-alike, and a failed write is an error of one line."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _LOOK_ALIKES = {
 
 
 def tune_streams() -> None:
-    """Let stdout and stderr take any text in the encoding that the user's locale gives them.
+    """Let stdout and stderr accept any text in the encoding of the user's locale.
 
-    A Latin-1 or ASCII terminal shows a minus as a hyphen and what it cannot show as \\u6c34; a byte of a
-    file's name that is not UTF-8 is shown as \\xff, on every terminal. Without this, such text is an error.
+    A Latin-1 or ASCII terminal shows a minus sign as a hyphen and unknown characters as \\u6c34; a byte of a
+    file name that is not UTF-8 is shown as \\xff on every terminal. Without this, such text is an error.
 
-    Streams that the caller has closed become empty ones. Otherwise the next file that is opened takes the
-    number of one, and what a library prints goes into it.
+    Streams that the caller has closed are replaced by empty ones. Otherwise the next file that is opened
+    would get the number of a closed stream, and the output of libraries would go into it.
     """
     _open_closed()
     codecs.register_error("stlm.readable", _readable)
@@ -49,9 +49,9 @@ def tune_streams() -> None:
 
 
 def _open_closed() -> None:
-    """Give the streams that are closed, None in Python, a file that is empty and takes everything."""
+    """Replace closed streams (None in Python) by an empty file that accepts everything."""
     closed = [number for number, name in enumerate(_STREAMS) if getattr(sys, name) is None]
-    for number in closed:  # all of them first: a file that is opened takes the lowest number that is free
+    for number in closed:  # all of them first: an opened file gets the lowest free number
         try:
             os.fstat(number)
         except OSError:
@@ -62,7 +62,7 @@ def _open_closed() -> None:
 
 
 def _silence(number: int) -> None:
-    """Let a stream write to nowhere, so that Python's end finds nothing to complain of."""
+    """Redirect a stream to nowhere, so that Python can flush it at exit without an error."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != number:
         os.dup2(nowhere, number)
@@ -70,7 +70,7 @@ def _silence(number: int) -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line to stderr; where that cannot be written, the exit status alone must tell."""
+    """Print a line to stderr; if that fails, only the exit status reports the error."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -79,9 +79,9 @@ def tell(text: str) -> None:
 
 
 def flush_output(status: int) -> int:
-    """Write what is still to be written; the exit status, 2 where it was 0 and stdout takes no more.
+    """Flush the output; returns the exit status: 2 if it was 0 and stdout cannot be written.
 
-    141, as shells give a process that SIGPIPE ended, where the reader of stdout, such as `head`, had enough.
+    141, as in shells for a process that SIGPIPE ended, if the reader of stdout, such as `head`, has stopped.
     """
     try:
         sys.stdout.flush()
@@ -107,6 +107,6 @@ def _readable(error: UnicodeError) -> tuple[str, int]:
 
 
 def _shown(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a name that it cannot decode
+    if "\udc80" <= character <= "\udcff":  # Python's representation of a byte that it cannot decode
         return f"\\x{ord(character) - 0xDC00:02x}"
     return _LOOK_ALIKES.get(character) or character.encode("ascii", "backslashreplace").decode()

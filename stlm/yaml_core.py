@@ -1,8 +1,8 @@
-"""YAML as version 1.2 reads it (its core schema), and no more of it than parameters need.
+"""YAML 1.2 (its core schema), limited to what parameters need.
 
-`off`, `yes`, `1:30` and `2026-02-31` are texts, `010` is ten, `0o10` eight. Refused are keys that are not
-texts or stand twice, tags of other types, whole numbers of more than 18 digits, and what would not fit into
-memory when written out: deep nesting, anchors inside themselves, aliases of aliases.
+`off`, `yes`, `1:30` and `2026-02-31` are texts, `010` is ten, `0o10` eight. Rejected are keys that are not
+texts or occur twice, tags of other types, whole numbers of more than 18 digits, and content that would not
+fit into memory when expanded: deep nesting, anchors inside themselves, aliases of aliases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMES = {int: "a number", float: "a number", bool: "true or false", type(None):
 
 
 class YamlError(ValueError):
-    """A text that cannot be read. `line` counts from 1, None where it is not known."""
+    """A text that cannot be read. `line` counts from 1; None if it is not known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class YamlError(ValueError):
 
 @dataclass
 class _Open:
-    """A list or mapping of which the end is not read yet. `nodes`: how many it has, aliases written out."""
+    """A list or mapping whose end has not been read yet. `nodes`: its number of nodes, aliases expanded."""
 
     content: list | dict
     anchor: str | None
@@ -55,9 +55,9 @@ def load(text: str) -> Any:
     try:
         return _Reader().read(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise YamlError(" ".join(str(said).split()), mark.line + 1 if mark else None) from None
+        position = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise YamlError(" ".join(str(problem).split()), position.line + 1 if position else None) from None
 
 
 class _Reader:
@@ -101,7 +101,7 @@ class _Reader:
             self._put(*found)
 
     def _put(self, value: Any, nodes: int, anchor: str | None = None, source: str = "") -> None:
-        """Add a value that is complete to what it stands in."""
+        """Add a complete value to the collection that contains it."""
         if anchor is not None:
             self.anchors[anchor] = (value, nodes)
         if not self.open:
@@ -133,7 +133,7 @@ class _Reader:
 
 
 def _scalar(event: events.ScalarEvent) -> Any:
-    """The value of a scalar, by its tag, else by its text where it is plain."""
+    """The value of a scalar, by its tag, otherwise by its text if it is plain."""
     text = event.value
     if "\0" in text:
         raise YamlError("a character NUL, which no parameter may have")
@@ -156,7 +156,7 @@ def _scalar(event: events.ScalarEvent) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """What a text without quotes means in the core schema."""
+    """The value of an unquoted text in the core schema."""
     if text in _WORDS:
         return _WORDS[text]
     if match := _INTEGER.fullmatch(text):
@@ -165,6 +165,6 @@ def _plain(text: str) -> Any:
             raise YamlError(f"too large a number ({digits:,} digits, at most {_DIGITS})")
         base = {"ten": 10, "eight": 8, "sixteen": 16}[match.lastgroup or ""]
         return int(match[match.lastgroup or ""], base)
-    if _NOT_FINITE.fullmatch(text):  # refused by the models of parameters, which know the key
+    if _NOT_FINITE.fullmatch(text):  # rejected by the models of parameters, which know the key
         return float(text.replace(".", ""))
     return float(text) if _FLOAT.fullmatch(text) else text

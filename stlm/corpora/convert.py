@@ -1,4 +1,4 @@
-"""Whatever a source holds, as parquet with the columns needed.
+"""Convert the files of a source to parquet with the required columns.
 
 Everything streams, in blocks of a few megabytes: memory does not grow with the files or with their documents.
 """
@@ -35,15 +35,15 @@ BLOCK_ROWS = 16 * 1024
 BLOCK_BYTES = 16 << 20  # text of a row group
 FILE_BYTES = 1 << 30  # text of a parquet file
 _LONG_ROW = 64 << 10  # bytes; a page has up to 1,024 rows
-FILE = "file"  # the column with the file that a piece is from
+FILE = "file"  # the column that names the file of a piece
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a corpus's documents are in its source's files, and in which columns they are written.
+    """Which columns of a source's files hold the documents, and which columns they are written to.
 
-    A path into objects (`a.b`) gets a plain name; where documents are pieces of files, the column `file` is
-    theirs.
+    A path into objects (`a.b`) gets a plain name. Where documents are pieces of files, the column `file` is
+    added.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Layout:
 
     @classmethod
     def of(cls, entry: CorpusEntry, join: Sequence[str], pieces: bool) -> Layout:
-        """The layout of ``entry``; with ``pieces`` and no group of its own, files are the groups."""
+        """The layout of ``entry``. With ``pieces``, and if the entry names no group, files are the groups."""
         by_file = pieces and entry.group is None
         taken = [FILE] if by_file else []
         names: list[str | None] = []
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def source_columns(self) -> tuple[str, ...]:
-        """What rows of the source must have: names or paths; of what is joined, the columns that it is in."""
+        """The columns (or paths) that rows of the source must have; for `join`, the columns alone."""
         texts = [name.partition(".")[0] for name in self.join] or [self.text]
         return tuple(dict.fromkeys([*texts, *(name for name in (self.group, self.split) if name)]))
 
@@ -167,7 +167,7 @@ def _count_divided(layout: Layout, tally: Tally, rows: int = 1) -> None:
 def _each(
     file: DataFile, layout: Layout, tally: Tally, read: Callable[[dict[str, Any]], Any]
 ) -> Iterator[Any]:
-    """What ``read`` makes of every row; a row that it refuses is named."""
+    """``read`` applied to every row; the error for a rejected row names it."""
     for place, row in file.rows(layout.source_columns, tally):
         try:
             content = read(row)
@@ -203,7 +203,7 @@ def _field(element: Any, key: str, name: str) -> Any:
 
 
 def _joined(row: dict[str, Any], join: Sequence[str]) -> str:
-    """The columns of ``join`` by empty lines; of a list of structs, one field of each element."""
+    """The columns of ``join``, joined by empty lines; of a list of structs, one field of each element."""
     texts: list[str | None] = []
     for name in join:
         column, _, key = name.partition(".")
@@ -214,7 +214,7 @@ def _joined(row: dict[str, Any], join: Sequence[str]) -> str:
 
 
 def _encoded(text: str) -> bytes:
-    """The bytes that were read: what was no UTF-8 comes out as it went in, lone surrogates as three bytes."""
+    """The bytes that were read: invalid UTF-8 is restored unchanged, a lone surrogate becomes three bytes."""
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:
@@ -250,12 +250,12 @@ class _Writer:
         self.block_bytes += size
 
     def flush(self) -> None:
-        """Write the rows that wait as a row group."""
+        """Write the buffered rows as a row group."""
         if not self.columns[0]:
             return
         if self.writer is None or self.file_bytes + self.block_bytes > FILE_BYTES:
             self.close()
-            # A page of a dictionary holds up to 1,024 whole texts, and is read whole.
+            # A dictionary page holds up to 1,024 whole texts and is read as a whole.
             self.writer = pq.ParquetWriter(
                 next(self.paths), self.schema, compression="zstd", use_dictionary=False
             )
@@ -275,8 +275,8 @@ def corpus_to_parquet(
 ) -> None:
     """Write the documents of corpus files, in their order, into parquet files at the next ``paths``.
 
-    Columns: text, and group and split where the layout has them. Raises `Divided` where a document had to be
-    divided and the layout has no place for what its rows have in common.
+    Columns: text, and group and split where the layout has them. Raises `Divided` if a document had to be
+    divided and the layout has no column that keeps its rows together.
     """
     writer = _Writer(layout, paths)
     try:
@@ -314,7 +314,7 @@ def _conformed(batch: pa.RecordBatch, schema: pa.Schema, name: str) -> pa.Table:
 
 
 def check_columns(file: DataFile, columns: Sequence[str]) -> pa.Schema:
-    """Check that a parquet or Arrow file has ``columns``, once each; its schema."""
+    """Check that a parquet or Arrow file has each of ``columns`` once; returns its schema."""
     schema = table_schema(file.path, file.kind, file.name)
     names = {*schema.names}
     missing = [column for column in columns if not names & {column, column.partition(".")[0]}]
@@ -329,7 +329,7 @@ def check_columns(file: DataFile, columns: Sequence[str]) -> pa.Schema:
 
 
 def check_source_columns(file: DataFile, layout: Layout) -> None:
-    """Check the columns of a corpus's parquet or Arrow file: text of strings, the others of single values."""
+    """Check a corpus's parquet or Arrow file: strings in the text column, single values in the others."""
     if file.kind not in ("parquet", "arrow"):
         return
     schema = check_columns(file, layout.source_columns)
@@ -343,9 +343,9 @@ def check_source_columns(file: DataFile, layout: Layout) -> None:
 
 
 def read_through(path: Path, name: str, columns: Sequence[str], split: str | None = None) -> int:
-    """Decode every value of ``columns``, so that damage shows here and not hours later; counts rows.
+    """Decode every value of ``columns``, so that damage is found now and not hours later; counts rows.
 
-    Values of the column ``split`` must be splits.
+    Values of the column ``split`` must name splits.
     """
     rows = 0
     with damage(name):

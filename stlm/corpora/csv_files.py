@@ -1,4 +1,4 @@
-"""CSV and TSV files, a row at a time."""
+"""Read CSV and TSV files row by row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ csv.field_size_limit(1 << 30)  # a field may hold a book
 def csv_rows(
     text: TextIO, name: str, kind: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a file with a header, each with its place ("line 3": its last) and its ``columns``.
+    """The rows of a file with a header: each row's place ("line 3", its last line) and its ``columns``.
 
-    Fields are separated by commas, or by semicolons or tabs where only so the header has the columns;
-    of a .tsv by tabs.
-    Raises `SourceError` for columns that are missing or there twice, and for rows longer or shorter than the
-    header.
+    Fields are separated by commas, or by semicolons or tabs if only these give the header its columns; in a
+    .tsv by tabs. Raises `SourceError` for columns that are missing or repeated, and for rows longer or
+    shorter than the header.
     """
     first = text.readline()
     header, delimiter = _header(first, name, kind, columns)
@@ -49,11 +48,13 @@ def csv_rows(
 def _header(first: str, name: str, kind: str, columns: Sequence[str]) -> tuple[list[str] | None, str]:
     """The names of the columns and the delimiter; None for an empty file."""
     delimiters = "\t" if kind == "tsv" else ",;\t"
-    headers = {mark: next(csv.reader(io.StringIO(first), delimiter=mark), None) for mark in delimiters}
+    headers = {
+        delimiter: next(csv.reader(io.StringIO(first), delimiter=delimiter), None) for delimiter in delimiters
+    }
     chosen = delimiters[0]
-    for mark, header in headers.items():
+    for delimiter, header in headers.items():
         if header is not None and all(column in header for column in columns):
-            chosen = mark
+            chosen = delimiter
             break
     header = headers[chosen]
     if header is None:

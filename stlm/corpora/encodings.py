@@ -1,8 +1,8 @@
-"""Which encoding a text file has, and its text.
+"""Detect the encoding of a text file, and read its text.
 
-A file that is valid UTF-8 throughout is UTF-8. UTF-16 and UTF-32 are told by their mark of byte order, or by
-where their NUL bytes stand; anything else is guessed from a bounded sample of the lines that are not ASCII,
-and the guess holds only if the whole file can be decoded by it.
+A file that is valid UTF-8 throughout is UTF-8. UTF-16 and UTF-32 are recognized by their byte-order mark, or
+by the positions of their NUL bytes. Any other encoding is guessed from a bounded sample of the lines that are
+not ASCII, and the guess is accepted only if the whole file can be decoded by it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ UTF8 = ("utf-8", "utf-8-sig")
 _BLOCK = 1 << 20
 _HEAD = 1 << 16
 _SAMPLE = 1 << 15
-_FEW = 8  # bytes that are not ASCII, of which nothing can be told
-# The UTF-32 marks begin with those of UTF-16, so they come first.
-_MARKS = (
+_FEW = 8  # so few non-ASCII bytes say nothing about the encoding
+# The byte-order marks of UTF-32 begin with those of UTF-16, so they come first.
+_BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Encodings that text files are found in; rare ones (of which there are dozens) win short samples by chance.
+# Common encodings of text files; one of the dozens of rare ones would match a short sample by chance.
 _COMMON = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "iso8859_2",
     "iso8859_5", "iso8859_7", "iso8859_9", "iso8859_15", "koi8_r", "koi8_u", "mac_roman", "cp437", "cp850",
@@ -43,8 +43,8 @@ _COMMON = [
 def detect_encoding(path: Path) -> str:
     """The name of Python's codec for the text file ``path`` (decompressed), or "unknown".
 
-    "utf-8-sig", "utf-16" and "utf-32" stand for files that begin with a mark of byte order, which the codec
-    takes away; "utf-16-le" and the like for those without. Raises `SourceError` where the file is damaged.
+    "utf-8-sig", "utf-16" and "utf-32" stand for files that begin with a byte-order mark, which the codec
+    removes; "utf-16-le" and the like for files without one. Raises `SourceError` if the file is damaged.
     """
     about = path.stat()
     return _detect(path, about.st_size, about.st_mtime_ns)
@@ -55,7 +55,7 @@ def _detect(path: Path, _size: int, _modified: int) -> str:
     with damage(path.name):
         with open_bytes(path) as file:
             head = file.read(_HEAD)
-        marked = next((codec for mark, codec in _MARKS if head.startswith(mark)), None)
+        marked = next((codec for bom, codec in _BOMS if head.startswith(bom)), None)
         if marked:
             return marked if _decodes(path, marked) else UNKNOWN
         if b"\0" in head:
@@ -82,7 +82,7 @@ def _decodes(path: Path, codec: str) -> bool:
 
 
 def _wide_codec(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark: most texts have characters below U+0100, whose high bytes are NUL."""
+    """UTF-16 or UTF-32 without byte-order mark: most characters are below U+0100, with high bytes of NUL."""
     head = head[: len(head) // 4 * 4]
     nul = [head[place::4].count(0) / max(len(head) // 4, 1) for place in range(4)]
     if min(nul[2:]) > 0.9 and nul[0] < 0.1:
@@ -98,7 +98,7 @@ def _wide_codec(head: bytes) -> str | None:
 
 
 def _sample(path: Path) -> bytes:
-    """Lines that are not ASCII, 32 kB of them: of a long file the beginning may say nothing."""
+    """32 kB of lines that are not ASCII: the beginning of a long file may have none."""
     sample = bytearray()
     with open_bytes(path) as file:
         while len(sample) < _SAMPLE and (line := file.readline(_SAMPLE)):
@@ -108,19 +108,19 @@ def _sample(path: Path) -> bytes:
 
 
 def _guesses(sample: bytes) -> Iterator[str]:
-    """Encodings that ``sample`` may have, the likeliest first; none of bytes that are no text."""
+    """Encodings that ``sample`` may have, the likeliest first; none if it is no text."""
     if b"\0" in sample:
         return
     text = sample.decode("utf-8", errors="surrogateescape")
     broken = sum("\udc80" <= character <= "\udcff" for character in text)
     if sum(not character.isascii() for character in text) - broken >= broken:
-        return  # UTF-8 with a few bytes damaged: as another encoding all of it would become nonsense
+        return  # UTF-8 with a few damaged bytes: decoded otherwise, all of it would become nonsense
     if sum(byte > 127 for byte in sample) < _FEW:
         yield "cp1252"
     from charset_normalizer import from_bytes
 
     matches = list(from_bytes(sample, cp_isolation=_COMMON))
-    # Several read the sample equally well; Western Europe's is by far the most common.
+    # Several may decode the sample equally well; the Western European one is by far the most common.
     best = [
         match
         for match in matches
@@ -136,7 +136,7 @@ def _guesses(sample: bytes) -> Iterator[str]:
 def open_text(path: Path, encoding: str, newline: str | None) -> Iterator[TextIO]:
     """The text of ``path``, decompressed and decoded. With ``newline`` None, CRLF and CR become LF.
 
-    Of "unknown", bytes that are no UTF-8 survive as lone surrogates, for the stage that tokenizes to count.
+    With encoding "unknown", bytes that are not UTF-8 become lone surrogates, which tokenizing counts.
     """
     codec = "utf-8" if encoding == UNKNOWN else encoding
     errors = "surrogateescape" if encoding == UNKNOWN else "strict"

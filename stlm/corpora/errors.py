@@ -1,4 +1,4 @@
-"""What a source cannot give, and how names of files are shown."""
+"""The error of a source that fails, and file names as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from stlm.errors import UserError
 
 
 class SourceError(UserError):
-    """A source that cannot give what it is asked for; the next one is tried."""
+    """A source cannot give what it is asked for; the next source is tried."""
 
 
 def shown(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Bring a corpus, benchmark or vocabulary from its first source that has it to data/raw/<name>/.
+"""Fetch a corpus, benchmark or vocabulary into data/raw/<name>/, from its first source that has it.
 
-The folder appears whole or not at all. Its source.json says what was used, why the sources before it failed,
-and the SHA-256 of every file.
+The folder appears whole or not at all. Its source.json records the source, why earlier sources failed, and
+the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def fetch(
     """Fetch ``entry`` into ``folder``, which it replaces; the content of its source.json.
 
     ``mirror`` is the local folder for mirror sources; ``corpora`` has the components of a mix; wheels and
-    unfinished downloads are kept under ``cache`` (by default the folder that ``folder`` is in). Raises
-    ``UserError`` where no source can give the entry, naming each that was tried.
+    unfinished downloads are kept under ``cache`` (by default the parent of ``folder``). Raises ``UserError``
+    if no source can give the entry, and names each source that was tried.
     """
     cache = cache or folder.parent
     with _alone(folder):
@@ -70,7 +70,7 @@ def fetch(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one fetch at a time work on ``folder``; remove what others left beside it when they were killed."""
+    """Let one fetch at a time work on ``folder``; remove temporary folders that killed fetches left."""
     lock = FileLock(folder.parent / ".locks" / f"{folder.name}.lock")
     with disk_errors(Path(lock.lock_file)):
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _alone(folder: Path) -> Iterator[None]:
             print(f"{folder.name}: waiting for another fetch of it", file=sys.stderr)
             lock.acquire()
     try:
-        # A fetch killed while it replaced the folder: what was there before goes only if there is another.
+        # If a fetch was killed while it replaced the folder, the old one is removed only if a new one exists.
         for kind in ("partial", "old") if folder.exists() else ("partial",):
             for left in folder.parent.glob(f".{folder.name}.*.{kind}"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -109,22 +109,22 @@ def _fetch_one(
     entry: Entry, folder: Path, mirror: Path | None, cache: Path, owner: str | None = None
 ) -> dict[str, Any]:
     tried: list[dict[str, str]] = []
-    # Downloads of a mix are kept until the whole mix is there.
+    # Downloads of a mix are kept until the whole mix is complete.
     downloads = cache / ".hub" / (owner or entry.name)
     for source in entry.sources:
         try:
-            # The folder is made anew for each source: nothing of one that failed is left in it.
+            # Each source starts with an empty folder: nothing of a source that failed remains.
             with atomic_directory(folder) as temporary:
                 record = _from_source(entry, source, temporary, mirror, cache, downloads / entry.name)
                 record["tried"] = tried
                 write_record(temporary / "source.json", record)
         except SourceError as error:
-            said = str(error)
-            said = said if said.startswith(source.kind) else f"{source.kind}: {said}"
-            tried.append({"kind": source.kind, "error": said})
+            reason = str(error)
+            reason = reason if reason.startswith(source.kind) else f"{source.kind}: {reason}"
+            tried.append({"kind": source.kind, "error": reason})
             if isinstance(source, MirrorSource) and mirror is None:
                 continue  # nothing was tried
-            print(f"{entry.name}: {said}", file=sys.stderr)
+            print(f"{entry.name}: {reason}", file=sys.stderr)
         else:
             print(_summary(record), file=sys.stderr)
             for line in _remarks(record):
@@ -144,7 +144,7 @@ def _fetch_one(
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    """A line that says what arrived: "mmlu: 14,327 rows from wheel"."""
+    """A line that says what was fetched: "mmlu: 14,327 rows from wheel"."""
     source = record["source"]
     what = f"{record['rows']:,} rows" if "rows" in record else f"{len(record['files'])} files"
     note = f" ({source['note']})" if source.get("note") else ""
@@ -156,7 +156,7 @@ def _files(number: int) -> str:
 
 
 def _remarks(record: Mapping[str, Any]) -> list[str]:
-    """Lines that say what was made of text files: how they were cut, decoded and divided."""
+    """Lines that say how text files were cut, decoded and divided."""
     lines = []
     if cut := record.get("documents"):
         files = f"{cut['files']:,} text file{'' if cut['files'] == 1 else 's'}"
@@ -192,7 +192,7 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
 def _from_source(
     entry: Entry, source: Source, folder: Path, mirror: Path | None, cache: Path, downloads: Path
 ) -> dict[str, Any]:
-    """Fill ``folder`` from one source; the content of source.json, without what was tried before."""
+    """Fill ``folder`` from one source; the content of source.json, without the earlier failures."""
     about: dict[str, Any] = {}
     layout = None
     if isinstance(entry, CorpusEntry):
@@ -238,7 +238,7 @@ def _from_source(
 
 
 def _used(source: FileSource, found: Found) -> dict[str, Any]:
-    """What source.json says about the source: where it is, and what each of its files was."""
+    """The entry of source.json for the source: its location, and the SHA-256 of each of its files."""
     reading = {"files", "sha256", "join", "documents", "separator", "starts", "lines"}
     used = source.model_dump(exclude=reading, exclude_defaults=True)
     used = {"kind": source.kind, **used, **found.provenance}
@@ -260,7 +260,7 @@ def _vocabulary(entry: VocabularyEntry, source: FileSource, found: Found, folder
 
 
 def _benchmark(entry: BenchmarkEntry, source: FileSource, found: Found, folder: Path) -> None:
-    """One parquet file a split; a split of several files (a paradigm or a subject each) is concatenated."""
+    """One parquet file for each split; the files of a split (one for each paradigm or subject) are joined."""
     for split, each in found.files.items():
         target = folder / f"{split}.parquet"
         files = [DataFile.of(local, path) for path, local in each]
@@ -274,7 +274,7 @@ def _benchmark(entry: BenchmarkEntry, source: FileSource, found: Found, folder: 
 def _corpus(
     entry: CorpusEntry, source: FileSource, found: Found, folder: Path
 ) -> tuple[Layout, dict[str, Any]]:
-    """Parquet as it is; anything else converted. The columns written, and what source.json says of it."""
+    """Take parquet as it is, convert other formats; the columns written, and their entry in source.json."""
     matched, moved = _held_out(found.files)
     files = {output: [DataFile.of(local, path) for path, local in each] for output, each in matched.items()}
     texts = [file for each in files.values() for file in each if file.kind == "text"]
@@ -307,7 +307,7 @@ def _corpus(
 def _held_out(
     found: Mapping[str, Sequence[tuple[str, Path]]],
 ) -> tuple[dict[str, list[tuple[str, Path]]], int]:
-    """Each file in one split: those of val and test are no part of train. Also how many train gave up."""
+    """Each file in one split: files of val and test leave train. Also the number of files that left train."""
     files = {output: list(each) for output, each in found.items()}
     outputs = {SPLITS[output]: output for output in files}
     held = {
@@ -335,7 +335,7 @@ def _write(
     pieces: bool,
     owned: bool,
 ) -> tuple[Layout, Tally]:
-    """Write the files of each split; neighbours that are converted go into one parquet file."""
+    """Write the files of each split; consecutive files that are converted go into one parquet file."""
     layout, tally = Layout.of(entry, source.join, pieces), Tally()
     for output, each in files.items():
         paths = (folder / f"{output}-{number:05d}.parquet" for number in count())
@@ -352,7 +352,7 @@ def _write(
 
 
 def _described(entry: Entry, source: Source, path: Path, layout: Layout | None) -> dict[str, Any]:
-    """A file's entry in source.json, once it has been read through."""
+    """Read a file through; its entry in source.json."""
     described: dict[str, Any] = {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
     if isinstance(entry, VocabularyEntry):
         return described

@@ -1,4 +1,4 @@
-"""The files of a folder, and which of them a path or glob means."""
+"""List the files of a folder, and match them with paths and globs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NOT_DATA = {"__pycache__", "__MACOSX", "node_modules", "lost+found", "Thumbs.db
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a glob leaves ``path`` out: hidden files and folders, checkpoints, what systems leave lying."""
+    """Whether globs skip ``path``: hidden files and folders, checkpoints, files that systems create."""
     return any(part.startswith(".") or part in _NOT_DATA for part in PurePosixPath(path).parts)
 
 
 def list_files(root: Path) -> list[str]:
     """Paths of all files under ``root``, relative to it and sorted. Links are followed.
 
-    Each folder is entered once, so that links in a circle end; a folder that is also reached by a link keeps
-    its own name.
+    Each folder is entered once, so that circular links end. A folder that is also reached by a link keeps its
+    real name.
     """
     found: list[str] = []
     entered: set[tuple[int, int]] = set()
@@ -38,7 +38,7 @@ def list_files(root: Path) -> list[str]:
 
 
 def list_named(root: Path, patterns: Iterable[str]) -> list[str]:
-    """``list_files``, with those files that are named exactly by a second path, over a link."""
+    """``list_files``, and the files that a pattern names exactly by another path, through a link."""
     paths = list_files(root)
     known = set(paths)
     for pattern in patterns:
@@ -51,7 +51,7 @@ def list_named(root: Path, patterns: Iterable[str]) -> list[str]:
 def _walk(
     start: Path, prefix: str, entered: set[tuple[int, int]], found: list[str], links: list[tuple[Path, str]]
 ) -> None:
-    """Add the files below ``start`` to ``found``, and the linked folders, not entered yet, to ``links``."""
+    """Add the files below ``start`` to ``found``, and linked folders, which are not entered, to ``links``."""
     folders = [(start, prefix)]
     while folders:
         folder, before = folders.pop()
@@ -78,10 +78,10 @@ def _pattern(glob: str) -> re.Pattern[str]:
     return re.compile("(?:.*/)?".join(parts))
 
 
-def match_names(patterns: str | Sequence[str], paths: Iterable[str], where: str) -> list[str]:
-    """Which of ``paths`` the paths and globs mean, sorted. Exact names come before globs and may be hidden.
+def match_names(patterns: str | Sequence[str], paths: Iterable[str], origin: str) -> list[str]:
+    """The ``paths`` that match the paths and globs, sorted. Exact names precede globs and may be hidden.
 
-    Raises `SourceError` for the first pattern that means none, saying why where only hidden files match.
+    Raises `SourceError` for the first pattern without a match, and says if only hidden files match.
     """
     paths = sorted(paths)
     known = set(paths)
@@ -93,7 +93,7 @@ def match_names(patterns: str | Sequence[str], paths: Iterable[str], where: str)
         every = [path for path in paths if _pattern(pattern).fullmatch(path)]
         visible = [path for path in every if not is_hidden(path)]
         if not visible:
-            raise SourceError(f"{where}: no file {shown(pattern)}{_why_none(pattern, every, paths)}")
+            raise SourceError(f"{origin}: no file {shown(pattern)}{_why_none(pattern, every, paths)}")
         matched.update(visible)
     return sorted(matched)
 
@@ -109,9 +109,9 @@ def _why_none(pattern: str, hidden: Sequence[str], paths: Sequence[str]) -> str:
 
 
 def find_files(root: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files under ``root`` that the paths and globs mean, sorted; of a ``root`` that is a file, itself.
+    """The files under ``root`` that match the paths and globs, sorted; ``root`` itself if it is a file.
 
-    Globs leave out hidden files and folders; links are followed. A pattern that means no file adds none.
+    Globs skip hidden files and folders; links are followed. A pattern without a match adds nothing.
     """
     if root.is_file():
         return [root]

@@ -1,8 +1,8 @@
 """Fingerprints of the local files that data are read from: by content, at the cost of one `stat` a file.
 
-A file's SHA-256 is kept with all that `stat` says of it. A file that was touched is read again and has the
-same fingerprint; one edited in place has another, even where its size and time of modification are put back,
-because the time of its change (ctime) cannot be.
+A file's SHA-256 is kept together with its `stat`. A touched file is read again and has the same fingerprint.
+A file that was edited in place has another, even if its size and modification time were set back, because its
+change time (ctime) cannot be set back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def of_contents(contents: Mapping[str, str]) -> Fingerprint:
 
 
 def of_record(record: Mapping[str, Any] | None) -> Fingerprint | None:
-    """The fingerprint of the files that were fetched, by source.json; None where they were not local."""
+    """The fingerprint of the fetched files, according to source.json; None if they were not local."""
     used = (record or {}).get("source") or {}
     if used.get("kind") not in LOCAL_KINDS:
         return None
@@ -45,12 +45,12 @@ def of_record(record: Mapping[str, Any] | None) -> Fingerprint | None:
 
 
 def local_sources(entry: Entry) -> list[LocalSource]:
-    """The sources of ``entry`` that are files of this machine."""
+    """The sources of ``entry`` that are local files."""
     return [source for source in entry.sources if isinstance(source, LocalSource)]
 
 
 class Found(NamedTuple):
-    """What a local source has at the moment."""
+    """The present content of a local source."""
 
     source: LocalSource
     root: Path
@@ -67,9 +67,9 @@ def look(
 ) -> Found | None:
     """The files that fetching ``entry`` would read now, from the first local source that can give them.
 
-    ``record``: the source.json of what was fetched before; ``last``: the folder that it came from, looked at
-    where no mirror is named. None where it came from elsewhere (a hub, a wheel), or where no local source is
-    there. A source that was used and lacks a file now is still found, with an empty fingerprint.
+    ``record`` is the source.json of the last fetch; ``last`` is the folder that it used, checked if no mirror
+    is named. Returns None if the last fetch used another kind of source (a hub, a wheel), or if no
+    local source exists. A source that was used and now lacks a file is returned with an empty fingerprint.
     """
     used = ((record or {}).get("source") or {}).get("kind")
     if used is not None and used not in LOCAL_KINDS:
@@ -104,7 +104,7 @@ def _as_pinned(
     matched: Mapping[str, list[tuple[str, Path]]],
     contents: Mapping[str, str],
 ) -> bool:
-    """Whether files whose digests params/ pins are those; where not, fetch passes the source over."""
+    """Whether the files have the digests that params/ pins; if not, fetch skips the source."""
     pinned = dict(source.sha256)
     if isinstance(entry, VocabularyEntry):
         pinned |= {
@@ -123,7 +123,7 @@ def components(entry: Entry, entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def of_folder(folder: Path, patterns: tuple[str, ...], digests: Digests) -> Fingerprint | None:
-    """The fingerprint of the files in ``folder`` itself that globs mean; None where there is no folder."""
+    """The fingerprint of the files directly in ``folder`` that match globs; None if there is no folder."""
     if not folder.is_dir():
         return None
     files = {file.name: file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}

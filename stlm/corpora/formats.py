@@ -1,4 +1,4 @@
-"""The formats that text is read from, told by a file's suffix in any case; each plain or compressed."""
+"""The formats that text is read from, recognized by suffix in any case; each plain or compressed."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ SUFFIXES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_SAMPLED_FILES = 100  # that are looked into for lines `<|endoftext|>`
+_SAMPLED_FILES = 100  # files that are searched for lines `<|endoftext|>`
 
 
 def known_suffix(path: Path) -> str | None:
-    """The format that a file's suffix names, or None; a suffix of a compression behind it is passed over.
+    """The format that a file's suffix names, or None; a following compression suffix is ignored.
 
     "text", "jsonl", "json", "csv", "tsv", "parquet" or "arrow".
     """
@@ -49,31 +49,31 @@ def known_suffix(path: Path) -> str | None:
 
 
 class BadValue(ValueError):
-    """A row that lacks a text where one is expected; the message says what it has."""
+    """A row without the expected text; the message says what it has instead."""
 
 
 @dataclass
 class Tally:
-    """What was met while files were read, for source.json and the user."""
+    """What was found while files were read, for source.json and the user."""
 
     encodings: Counter[str] = field(default_factory=Counter)
-    """Encoding -> files with it, of text, JSON and CSV."""
+    """Encoding -> number of files (text, JSON and CSV)."""
     undecoded: list[str] = field(default_factory=list)
-    """Files whose encoding could not be told."""
+    """Files whose encoding could not be detected."""
     empty: list[str] = field(default_factory=list)
     """Text files without text."""
     divided: int = 0
-    """Rows that documents above 16 MB became."""
+    """Number of rows that documents above 16 MB were divided into."""
 
     @property
     def converted(self) -> dict[str, int]:
-        """Encoding -> files that were converted to UTF-8."""
+        """Encoding -> number of files that were converted to UTF-8."""
         return {name: n for name, n in sorted(self.encodings.items()) if name not in (*UTF8, UNKNOWN)}
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of a source: where it lies, and its name in messages."""
+    """A file of a source: its local path, and its name in messages."""
 
     path: Path
     name: str
@@ -82,16 +82,16 @@ class DataFile:
 
     @classmethod
     def of(cls, path: Path, name: str | None = None) -> DataFile:
-        """``path`` with its kind; `SourceError` for an unknown suffix, with those that are known."""
-        # Of a link into a store of blobs (a hub's cache) the name at the source says what it is.
-        said = Path(name or path.name)
-        kind = known_suffix(said)
+        """``path`` with its kind; `SourceError` for an unknown suffix, which lists the known ones."""
+        # A link into a store of blobs (a hub's cache) has its suffix in the name at the source only.
+        named = Path(name or path.name)
+        kind = known_suffix(named)
         if kind is None:
             raise SourceError(
-                f"{shown(str(said))}: unknown kind of file, suffix {said.suffix!r}; expected one of "
+                f"{shown(str(named))}: unknown kind of file, suffix {named.suffix!r}; expected one of "
                 f"{', '.join(SUFFIXES)}, plain or with {', '.join(COMPRESSIONS)} behind it"
             )
-        return cls(path, shown(str(said)), kind)
+        return cls(path, shown(str(named)), kind)
 
     def documents(self, cut: Cut, tally: Tally) -> Iterator[tuple[str, bool]]:
         """The documents of a text file, and whether each is one of several rows of a long document."""
@@ -100,9 +100,9 @@ class DataFile:
             yield from documents_of(text, cut)
 
     def rows(self, columns: Sequence[str], tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows of a file of JSON, CSV or columns, each with its place ("line 3"), with ``columns``.
+        """The rows of a JSON, CSV, parquet or Arrow file, with ``columns``, each with its place ("line 3").
 
-        A column is a name or a path `a.b`; the row has what the path begins with.
+        A column is a name or a path `a.b`; for a path the row has its first part.
         """
         if self.kind in ("parquet", "arrow"):
             yield from table_rows(self.path, self.kind, self.name, columns)
@@ -132,7 +132,7 @@ class DataFile:
 
 
 def value_at(row: dict[str, Any], column: str) -> Any:
-    """The value of a column, or at a path `a.b` into objects; null where an object on the way is null."""
+    """The value of a column, or at a path `a.b` into objects; None if an object on it is null."""
     if column in row:
         return row[column]
     value: Any = row
@@ -149,7 +149,7 @@ def value_at(row: dict[str, Any], column: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str | None:
-    """A text or null. Bytes need not be UTF-8: they come through as those of a text file do."""
+    """A text or None. Bytes need not be UTF-8: they are kept, like those of a text file."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="surrogateescape")
     if value is None or isinstance(value, str):
@@ -158,7 +158,7 @@ def text_of(value: Any, name: str) -> str | None:
 
 
 def default_cut(files: Sequence[DataFile]) -> tuple[Cut, str]:
-    """How text files are cut where nothing says so, and why, in words."""
+    """How text files are cut by default, and the reason in words."""
     for file in files[:_SAMPLED_FILES]:
         with damage(file.name), open_text(file.path, detect_encoding(file.path), newline=None) as text:
             if has_end_of_text(text):
@@ -169,11 +169,11 @@ def default_cut(files: Sequence[DataFile]) -> tuple[Cut, str]:
 def iter_documents(
     path: Path, *, text: str = "text", documents: str | None = None, separator: str = ""
 ) -> Iterator[str]:
-    """The documents of one file, as `stlm fetch` takes them: a text file cut, of others the column ``text``.
+    """The documents of one file, as in `stlm fetch`: parts of a text file, or the column ``text``.
 
     ``documents`` is "file", "line" or "paragraph"; ``separator`` a regular expression. Without either, a text
-    file is cut at lines `<|endoftext|>` if it has any, and else is one document. Rows without text (null) are
-    passed over. Raises `SourceError`, a `UserError`, naming the file and the place.
+    file is cut at lines `<|endoftext|>` if it has any, otherwise it is one document. Rows without text are
+    skipped. Raises `SourceError`, a `UserError`, which names the file and the place.
     """
     file, tally = DataFile.of(path), Tally()
     if file.kind == "text":

@@ -1,8 +1,8 @@
-"""Constructions of the synthetic grammar: each makes a sentence, and the sentence with one error.
+"""Constructions of the synthetic grammar: each makes a sentence, and the same sentence with one error.
 
-The stories (`stlm.corpora.stories`) use the good sentence alone, the minimal pairs both. They never share a
-sentence: each construction ties one word to another (a verb to its subject, an adjective to its noun); one
-such combination in five is held out, and the stories use only the others, the pairs only these.
+The stories (`stlm.corpora.stories`) use only the good sentence, the minimal pairs both. They never share a
+sentence: each construction ties one word to another (a verb to its subject, an adjective to its noun). One
+such combination in five is held out: only the pairs use it, and the stories use only the others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ HELD_OUT_OF = 5  # one combination in so many
 
 
 class NoChoiceError(LookupError):
-    """No combination with a word is on the speaker's side of the hold-out."""
+    """A word has no combination on the speaker's side of the hold-out."""
 
 
 @functools.cache
 def held_out(first: str, second: str) -> bool:
-    """Whether this combination of words (lemmas) is kept out of the corpus, for the pairs."""
+    """Whether this combination of lemmas is held out of the corpus, for the pairs."""
     return zlib.crc32(f"{first} {second}".encode()) % HELD_OUT_OF == 0
 
 
@@ -44,7 +44,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Speaker:
-    """Random choices within a cast; ``held`` says which side of the hold-out combinations come from."""
+    """Random choices within a cast; ``held``: whether combinations are held-out ones."""
 
     rng: random.Random
     cast: Cast
@@ -56,7 +56,7 @@ class Speaker:
     def tied(self, to: str, choices: Sequence[_T], lemma: Callable[[_T], str]) -> _T:
         """A choice whose combination with ``to`` is on this speaker's side of the hold-out.
 
-        Raises ``NoChoiceError`` where there is none, which happens on the held-out side of short lists alone.
+        Raises ``NoChoiceError`` if there is none, which happens only with short lists on the held-out side.
         """
         possible = [one for one in choices if held_out(to, lemma(one)) == self.held]
         if not possible:
@@ -77,7 +77,7 @@ class Speaker:
         return first, second
 
     def being(self, nouns: Sequence[Noun] = words.BEINGS) -> Noun:
-        """One of ``nouns``, of the cast where it has any."""
+        """One of ``nouns``, from the cast if the cast has any of them."""
         return self.pick([one for one in self.cast.beings if one in nouns] or nouns)
 
     def thing(self) -> Noun:
@@ -123,7 +123,7 @@ def _construction(phenomenon: str) -> Callable[[Callable[[Speaker], Pair]], Call
 
 
 def _swap(sentence: str, good: str, bad: str) -> Pair:
-    """The sentence with its one ``{}`` filled by the good and by the bad word."""
+    """The sentence with its ``{}`` replaced by the good word, and by the bad one."""
     return sentence.format(good), sentence.format(bad)
 
 
@@ -227,7 +227,7 @@ def many_much(s: Speaker) -> Pair:
     return _swap(f"{name} {verb.past} too {{}} {s.thing().plural}.", "many", "much")
 
 
-# --- words that want a negation ---
+# --- words that need a negation (negative polarity items) ---
 
 
 @_construction("npi_licensing")
@@ -303,7 +303,7 @@ def that_without_gap(s: Speaker) -> Pair:
 
 @_construction("quantifiers")
 def existential(s: Speaker) -> Pair:
-    # Something new: the things of the cast may be said to be elsewhere.
+    # A new thing: the story may place the things of the cast elsewhere.
     noun = s.pick([one for one in words.THINGS if one not in s.cast.things])
     quality = s.adjective(noun.singular, words.QUALITIES)
     place = s.pick(s.cast.places)
@@ -326,7 +326,7 @@ def pairs(rng: random.Random, paradigm: str, count: int) -> list[Pair]:
     found: dict[str, str] = {}
     function = CONSTRUCTIONS[paradigm][1]
     while len(found) < count:
-        with contextlib.suppress(NoChoiceError):  # another cast, then
+        with contextlib.suppress(NoChoiceError):  # try again with another cast
             good, bad = function(Speaker(rng, new_cast(rng), held=True))
             found.setdefault(good, bad)
     return list(found.items())

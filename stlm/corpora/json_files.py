@@ -1,4 +1,4 @@
-"""JSON lines, and JSON files of one array or of values in a row, an element at a time."""
+"""Read JSON lines, and JSON files of one array or of consecutive values, element by element."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kind_of(value: Any) -> str:
 
 
 def json_lines(text: TextIO, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON lines file, each with its place ("line 3"). Empty lines are passed over."""
+    """The objects of a JSON lines file, each with its place ("line 3"). Empty lines are skipped."""
     for number, line in enumerate(text, 1):
         if not line.strip():
             continue
@@ -34,7 +34,7 @@ def json_lines(text: TextIO, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_values(text: TextIO, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .json file, each with its place: those of one array, or one after the other.
+    """The objects of a .json file, an array or consecutive values, each with its place.
 
     Memory holds one element and a megabyte, not the file.
     """
@@ -49,13 +49,13 @@ def json_values(text: TextIO, name: str) -> Iterator[tuple[str, dict[str, Any]]]
         return
     while True:
         yield reader.place, _object(reader.value(), name, reader.place)
-        mark = reader.peek()
-        if mark not in (",", "]"):
-            found = f"found {mark!r}" if mark else "the file ends"
+        character = reader.peek()
+        if character not in (",", "]"):
+            found = f"found {character!r}" if character else "the file ends"
             raise SourceError(f"{name}: truncated or corrupt (expected , or ] after {reader.place}, {found})")
         reader.skip()
         reader.number += 1
-        if mark == "]":
+        if character == "]":
             if reader.peek():
                 raise SourceError(f"{name}: something follows the array: {reader.peek()!r}")
             return
@@ -68,7 +68,7 @@ def _object(value: Any, name: str, place: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """A text read by JSON values."""
+    """Reads a text value by value."""
 
     def __init__(self, text: TextIO, name: str) -> None:
         self.text, self.name = text, name
@@ -80,13 +80,13 @@ class _Reader:
         return f"element {self.number}"
 
     def _more(self) -> None:
-        """Read on, each time as much as there is, so that long elements cost no more than twice."""
+        """Double the buffer, so that parsing a long element again costs at most twice its length."""
         chunk = self.text.read(max(_CHUNK, len(self.buffer) - self.at))
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0
         self.ended = not chunk
 
     def peek(self) -> str:
-        """The next character that is no white space, or "" at the end."""
+        """The next character that is not white space, or "" at the end."""
         while True:
             space = _SPACE.match(self.buffer, self.at)
             assert space is not None
@@ -99,7 +99,7 @@ class _Reader:
         self.at += 1
 
     def value(self) -> Any:
-        """The next value. One that is cut short at the buffer's end is tried again with more."""
+        """The next value. If the buffer ends within it, parsing is repeated with a larger buffer."""
         self.peek()
         while True:
             try:

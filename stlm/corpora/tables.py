@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: their columns, nested ones by a path, and their rows in small batches."""
+"""Parquet and Arrow files: their columns (nested ones by a path), and their rows in small batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from stlm.corpora.compression import damage, unpacked
 from stlm.corpora.errors import SourceError
 from stlm.errors import nearest
 
-BATCH_BYTES = 4 << 20  # of a batch of rows, about
+BATCH_BYTES = 4 << 20  # approximate size of a batch of rows
 BATCH_ROWS = 1024
 
 _ARROW_FILE = b"ARROW1"
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """A parquet file read by pages instead of whole row groups: memory does not grow with the row groups."""
+    """A parquet file that is read page by page: memory does not grow with the size of row groups."""
     return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 def small_batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a parquet file in batches of about 4 MB of the columns' own size."""
+    """The rows of a parquet file in batches with about 4 MB of the wanted columns."""
     metadata = file.metadata
     wanted = {column.partition(".")[0] for column in columns} | set(columns)
     size = 0
@@ -42,7 +42,7 @@ def small_batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.R
 
 @contextmanager
 def _open_arrow(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """The schema and batches of an Arrow file, be it a stream or the format for random access (Feather)."""
+    """The schema and batches of an Arrow file, a stream or the random-access format (Feather)."""
     with pa.memory_map(str(path)) as mapped:
         if mapped.read(len(_ARROW_FILE)) == _ARROW_FILE:
             with pa.ipc.open_file(mapped) as file:
@@ -54,7 +54,7 @@ def _open_arrow(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch
 
 
 def table_schema(path: Path, kind: str, name: str) -> pa.Schema:
-    """The columns of a file of ``kind`` "parquet" or "arrow"; `SourceError` where it is damaged."""
+    """The columns of a file of ``kind`` "parquet" or "arrow"; `SourceError` if it is damaged."""
     with damage(name), unpacked(path) as plain:
         if kind == "parquet":
             return pq.read_schema(plain)
@@ -63,7 +63,7 @@ def table_schema(path: Path, kind: str, name: str) -> pa.Schema:
 
 
 def table_batches(path: Path, kind: str, name: str) -> Iterator[pa.RecordBatch]:
-    """All columns, in the file's own batches (parquet: of 1,024 rows)."""
+    """All columns, in the batches of the file (parquet: 1,024 rows)."""
     with damage(name), unpacked(path) as plain:
         if kind == "parquet":
             yield from pq.ParquetFile(plain).iter_batches(BATCH_ROWS)
@@ -75,7 +75,7 @@ def table_batches(path: Path, kind: str, name: str) -> Iterator[pa.RecordBatch]:
 def table_rows(
     path: Path, kind: str, name: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows, each with its place ("row 3") and the top-level columns that ``columns`` are in."""
+    """The rows, each with its place ("row 3") and the top-level columns that contain ``columns``."""
     schema = table_schema(path, kind, name)
     tops = list(dict.fromkeys(top_level(schema, column, name) for column in columns))
     number = 0
@@ -103,7 +103,7 @@ def _narrow_batches(path: Path, kind: str, name: str, tops: Sequence[str]) -> It
 
 
 def top_level(schema: pa.Schema, column: str, name: str) -> str:
-    """The top-level column that ``column`` is or is in; `SourceError` for none or several."""
+    """The top-level column that is or contains ``column``; `SourceError` for none or several."""
     top = column if column in schema.names else column.partition(".")[0]
     count = schema.names.count(top)
     if count > 1:
@@ -117,7 +117,7 @@ def top_level(schema: pa.Schema, column: str, name: str) -> str:
 
 
 def column_type(schema: pa.Schema, column: str, name: str) -> pa.DataType:
-    """The type of a column, or of the field at a path `a.b` into structs; dictionaries give their values'."""
+    """The type of a column, or of the field at a path `a.b` into structs; for a dictionary, of its values."""
     top = top_level(schema, column, name)
     kind = schema.field(top).type
     rest = column[len(top) + 1 :]
@@ -137,7 +137,7 @@ def column_type(schema: pa.Schema, column: str, name: str) -> pa.DataType:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type holds strings, or bytes that are taken for UTF-8."""
+    """Whether a type holds strings, or bytes that are read as UTF-8."""
     checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     if any(getattr(pa.types, f"is_{check}")(kind) for check in checks):
         return True
@@ -145,5 +145,5 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_single(kind: pa.DataType) -> bool:
-    """Whether a value of the type is one thing: a text, a number, a date, and no list or struct."""
+    """Whether a value of the type is a single one (a text, a number, a date), not a list or struct."""
     return not pa.types.is_nested(kind)

@@ -1,7 +1,7 @@
-"""Text files cut into documents: a file, a line, a paragraph, or what stands between separators.
+"""Cut text files into documents: a file, a line, a paragraph, or the text between separators.
 
-A text passes as *fragments*, strings of at most a few megabytes, with None where a document ends: memory is
-bounded whatever the length of a line, a document or a file.
+A text is processed as *fragments*, strings of at most a few megabytes, with None at the end of a document:
+memory is bounded for any length of a line, a document or a file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TextIO
 
 MAX_DOCUMENT = 16 << 20  # bytes of UTF-8; a longer document becomes several rows
-END_OF_TEXT = r"^[ \t]*<\|endoftext\|>[ \t]*$"  # a line of its own, as in TinyStories' files
+END_OF_TEXT = r"^[ \t]*<\|endoftext\|>[ \t]*$"  # on a separate line, as in TinyStories' files
 
 _FRAGMENT = 1 << 20  # characters
 _LONGEST_SEPARATOR = 1 << 16  # characters
@@ -36,7 +36,7 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """What cuts, as source.json says it."""
+        """The way of cutting, as recorded in source.json."""
         if self.separator or self.starts:
             return "separator" if self.separator else "starts"
         return "lines" if self.lines else self.documents or "file"
@@ -45,8 +45,8 @@ class Cut:
 def documents_of(text: TextIO, cut: Cut) -> Iterator[tuple[str, bool]]:
     """The documents of a text file, and whether each is one of several rows of a document above 16 MB.
 
-    Empty lines at a document's ends are left out, and so are documents of white space alone; of `starts` and
-    `lines` every line is kept.
+    Empty lines at both ends of a document are removed, and documents of white space are skipped; with
+    `starts` and `lines` every line is kept.
     """
     if cut.starts or cut.lines:
         yield from assembled(group_lines(_lines(text), cut.starts, cut.lines))
@@ -63,7 +63,7 @@ def documents_of(text: TextIO, cut: Cut) -> Iterator[tuple[str, bool]]:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """Lines with their ends; a line above 1 M characters in fragments, of which only the last has an end."""
+    """Lines with their line ends; a line above 1 M characters comes in fragments."""
     return iter(lambda: text.readline(_FRAGMENT), "")
 
 
@@ -100,10 +100,10 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str | None]:
 def _separated(chunks: Iterable[str], separator: str) -> Iterator[str | None]:
     """The text between matches of ``separator``, which may span lines (up to 65,536 characters)."""
     pattern = re.compile(separator, re.MULTILINE)
-    text, begin, scan = "", 0, 0  # `begin`: of what has not been yielded; `scan`: where to look for a match
+    text, begin, scan = "", 0, 0  # `begin`: of the text not yet yielded; `scan`: where the next search starts
     for chunk, last in _with_last(chunks):
         text += chunk
-        # A match that ends near the end of what was read may go on in what follows.
+        # A match that ends near the end of the text read so far may continue in the next chunk.
         sure = len(text) if last else max(len(text) - _LONGEST_SEPARATOR, 0)
         match = pattern.search(text, scan)
         while match and (match.end() <= sure or match.end() - match.start() >= _LONGEST_SEPARATOR):
@@ -112,24 +112,24 @@ def _separated(chunks: Iterable[str], separator: str) -> Iterator[str | None]:
             begin = match.end()
             scan = begin + (
                 match.start() == match.end()
-            )  # a match of nothing, `(?=Chapter)`: go on behind it
+            )  # after an empty match, as of `(?=Chapter)`, search from the next character
             match = pattern.search(text, scan) if scan <= len(text) else None
         until = max(min(match.start() if match else sure, sure), begin)
         yield text[begin:until]
-        # What stands before is kept for patterns that look back, `^` among them.
+        # Some earlier text is kept for patterns that look back, such as `^`.
         kept = max(until - 1024, 0)
         text, begin, scan = text[kept:], until - kept, max(scan, until) - kept
 
 
 def _with_last(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The chunks, and after them an empty one that is the last."""
+    """The chunks, and a final empty one that is marked as the last."""
     for chunk in chunks:
         yield chunk, False
     yield "", True
 
 
 def assembled(fragments: Iterable[str | None]) -> Iterator[tuple[str, bool]]:
-    """Documents of fragments, without the end of the last line; above 16 MB in rows (True for each)."""
+    """Documents from fragments, without the last line end; above 16 MB as several rows (with True)."""
     parts: list[str] = []
     size, divided = 0, False
     for fragment in fragments:
@@ -150,9 +150,9 @@ def assembled(fragments: Iterable[str | None]) -> Iterator[tuple[str, bool]]:
 
 
 def divided_text(text: str) -> list[str]:
-    """``text`` in parts of at most 16 MB of UTF-8, cut at ends of lines, or else behind a space.
+    """``text`` in parts of at most 16 MB of UTF-8, cut at line ends, otherwise after a space.
 
-    The line end at a cut is left out; everything else is kept.
+    The line end at a cut is removed; everything else is kept.
     """
     if len(text) * 4 <= MAX_DOCUMENT:
         return [text]

@@ -1,9 +1,10 @@
-"""Generated documentation: params/README.md from the schema, the results in README.md from their files."""
+"""Generated documentation: params/README.md from the schema, README.md's results from their files."""
 
 from __future__ import annotations
 
 import json
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -21,14 +22,15 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
-from stlm.docs_pages.committed import read_committed, read_table
+from stlm.docs_pages.committed import read_committed
+from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
-from stlm.report.documents import amount, amount_note
+from stlm.report.table import Table, markdown
 from stlm.study.catalogues import PARAMS
 from stlm.study.schema import Published, StudyFile, Variant
 from stlm.techniques.registry import technique_class, technique_names
@@ -37,29 +39,33 @@ from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
 README = Path("README.md")
-# The study whose results README.md shows, and the comments between which it shows them.
+# The study that README.md shows, and the comments that enclose what is generated.
 SHOWN = Path("results/desk")
 _BEGIN, _END = "<!-- results: written by `stlm document` from results/desk/ -->\n", "<!-- /results -->"
+# The first words of the headers of the columns that README.md takes from the table of docs/findings.md.
+_COLUMNS = ("", "bits per byte", "difference from", "BLiMP")
+_MOST_ROWS = 5
+# Variants whose number of parameters is within this share of the baseline's count as equally large.
+_EQUAL_SIZE = 0.01
 
 _HEAD = """\
 # Parameters
 
-Every knob of the pipeline is in this folder, in plain YAML. This page is written by `stlm document` from the
+All parameters of the pipeline are in this folder, in plain YAML. `stlm document` writes this page from the
 schema that checks the files (a test fails when they differ): do not edit it.
 
-- A **study** is a file of its own: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes
-  one for your own text (docs/own-text.md). It states a baseline and its variants, as differences from
-  the baseline.
+- A **study** is a file: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes one for
+  your own text (docs/own-text.md). It has a baseline, and variants as differences from the baseline.
 - `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
-- A key that is misspelt, of the wrong type or impossible is named, with the nearest valid choice, before any
-  work starts. `stlm study NAME` checks a study and lists its runs.
+- Before any work starts, an error names each key that is misspelt, of the wrong type or impossible, with the
+  nearest valid choice. `stlm study NAME` checks a study and lists its runs.
 - Files are read as YAML 1.2: `off`, `yes`, `1:30` and dates are texts, `010` is ten, `0o10` eight. A key that
   is not a text (`true`, `~`, `12`) must be in quotes. Names of studies, variants and published models are
   lower-case letters, digits, `_` and `-`, at most 100 characters.
-- From the command line, one run of the pipeline only: `snakemake --cores 1 all --config study=desk
+- To override keys for one run of the pipeline: `snakemake --cores 1 all --config study=desk
   'set=training.learning_rate=1e-3 model.layers=2'`; a single stage takes `--set model.layers=2`.
 
-A variant is added by an entry under `variants`, for example one that trains with half of the learning rate:
+To add a variant, add an entry under `variants`, for example one with half of the learning rate:
 
 ```yaml
 variants:
@@ -68,35 +74,35 @@ variants:
     training: {learning_rate: 1.5e-3, min_learning_rate: 1.5e-4}
 ```
 
-"Default" is the value taken where a study leaves the key out; those of `model` and `training` are Table 1 of
-the paper, but for dropout.
+"Default" is the value of a key that a study leaves out. The defaults of `model` and `training` are those of
+Table 1 of the paper, except for dropout.
 """
 
 _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("Study", "The top level of `params/<study>.yaml`.", StudyFile),
     ("`model`", "The transformer.", ModelConfig),
-    ("`model.sharing`", "Norms, gains, shifts and adapters are each layer's own.", SharingConfig),
-    ("`model.lora`", "Each layer adds (alpha / rank) x A B to its products; B starts at zero.", LoraConfig),
+    ("`model.sharing`", "Norms, gains, shifts and adapters are not shared.", SharingConfig),
+    ("`model.lora`", "A layer adds (alpha / rank) x A B to its matrices; B starts at zero.", LoraConfig),
     (
         "`model.low_rank`",
-        "U V starts with the variance of the matrix that it stands for, and must have fewer weights. A "
-        "matrix's own rank comes before that of its network.",
+        "U V replaces a matrix: it starts with the same variance, and must have fewer weights. A rank for "
+        "one matrix takes precedence over that of its network.",
         LowRankConfig,
     ),
-    ("`model.bytes`", "What takes the place of embedding and head; see docs/bytes.md.", ByteConfig),
+    ("`model.bytes`", "What replaces embedding and head; see docs/bytes.md.", ByteConfig),
     ("`training`", "The recipe.", TrainingConfig),
-    ("`data`", "What is read, in which order, how often; see docs/data.md.", DataConfig),
+    ("`data`", "What is read, in which order, and how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
     ("`evaluation.perplexity`", "", PerplexityConfig),
     ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),
-    ("`variants.<name>`", "A run a seed; `{}` is the baseline itself.", Variant),
+    ("`variants.<name>`", "One run for each seed; `{}` is the baseline itself.", Variant),
     ("`published.<name>`", "`stlm evaluate STUDY NAME` scores it.", Published),
-    ("`corpora.yaml`", "An entry a corpus or mix.", CorpusEntry),
-    ("`benchmarks.yaml`", "An entry a benchmark.", BenchmarkEntry),
-    ("`vocabularies.yaml`", "An entry a published vocabulary.", VocabularyEntry),
+    ("`corpora.yaml`", "One entry for each corpus or mix.", CorpusEntry),
+    ("`benchmarks.yaml`", "One entry for each benchmark.", BenchmarkEntry),
+    ("`vocabularies.yaml`", "One entry for each published vocabulary.", VocabularyEntry),
     ("`hub` source", "A repository on the Hugging Face hub.", HubSource),
     ("`mirror` source", "A folder of the local mirror.", MirrorSource),
-    ("`folder` source", "Any folder of this machine, such as one's own text.", FolderSource),
+    ("`folder` source", "Any local folder, such as your own text.", FolderSource),
     ("`wheel` source", "A package of the Python package index, read as data.", WheelSource),
     ("`synthetic` source", "The seeded story grammar.", SyntheticSource),
 )
@@ -157,7 +163,7 @@ def _table(model: type[BaseModel]) -> list[str]:
 
 
 def check_repository(root: Path = Path()) -> None:
-    """Nothing is written elsewhere than where all pages are: in the repository. `UserError` otherwise."""
+    """Raise `UserError` unless `root` is the repository, which contains all pages."""
     for path in (PARAMS_README, README, Path("docs") / "sizes.md"):
         if not (root / path).is_file():
             raise UserError(
@@ -189,31 +195,58 @@ def write_params_readme(root: Path = Path()) -> Path:
 
 
 def readme_with_results(root: Path = Path()) -> str:
-    """README.md with the table and the figure of results/desk/, as they are there."""
+    """README.md with the headline table and the figure of results/desk/.
+
+    Raises UserError where README.md lacks the comments between which they stand.
+    """
     text = (root / README).read_text(encoding="utf-8")
     if text.count(_BEGIN) != 1 or text.count(_END) != 1:
         raise UserError(f"{README}: expected once each: {_BEGIN.strip()} and {_END}")
-    table = root / SHOWN / "tables" / "table2.md"
-    if not table.is_file():
-        raise UserError(f"{table}: no such file; run the study: make all STUDY=desk")
-    shown_table = read_table(table).strip()
-    texts = [(train.label, last.perplexity) for _, train, last, _ in read_committed(root / SHOWN)]
-    # Tables of earlier versions do not say how much text bits per byte are of.
-    said = amount(texts[0][1]) in shown_table
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
-    shown = [
-        "## What you get",
-        f"The study `desk`: models of about 4M parameters, trained on children's books (tables, plots and "
-        f"metrics in [{SHOWN}/]({SHOWN})).",
-        shown_table,
-        *([] if said else [amount_note(texts)]),
-        f"![Character perplexity on validation text during training, all runs]({SHOWN}/plots/figure1.svg)",
-    ]
-    return before + _BEGIN + "\n\n".join(shown) + "\n\n" + _END + after
+    return before + _BEGIN + _results(root / SHOWN) + "\n" + _END + after
+
+
+def headline_table(folder: Path) -> Table:
+    """At most five rows and four columns of the findings' table of a study's results.
+
+    Rows: the baseline, then the variants that have its number of parameters within 1%.
+    """
+    sizes = {train.label: train.parameters.total for _, train, _, _ in read_committed(folder)}
+    table = findings_table(folder.name, folder)
+    baseline = table.rows[0][0].text
+    equal = [row for row in table.rows if abs(sizes[row[0].text] / sizes[baseline] - 1) <= _EQUAL_SIZE]
+    columns = [_column(table.header, start) for start in _COLUMNS]
+    return Table(
+        name="headline",
+        title=f"Study {folder.name}: one change at a time, at equal parameters",
+        header=[table.header[column] for column in columns],
+        rows=[[row[column] for column in columns] for row in equal[:_MOST_ROWS]],
+    )
+
+
+def _column(header: Sequence[str], start: str) -> int:
+    """The number of the first column whose header begins with `start` (is empty, if `start` is)."""
+    return next(n for n, name in enumerate(header) if (name.startswith(start) if start else not name))
+
+
+def _results(folder: Path) -> str:
+    """The part of README.md between its two comments."""
+    train = next(read_committed(folder))[1]
+    millions = train.parameters.total / 1e6
+    seeds = {run.seed for _, run, _, _ in read_committed(folder)}
+    return (
+        f"The study `{folder.name}`: models of {millions:.1f}M parameters, trained on "
+        f"{train.tokens / 1e6:.1f}M tokens of children's books, {len(seeds)} seeds. Lower bits "
+        "per byte and a higher BLiMP accuracy are better. ±: standard deviation over seeds; in brackets: 95% "
+        f"intervals over seeds.\n\n{markdown(headline_table(folder)).strip()}\n\n"
+        f"![Validation perplexity during training, all runs of the study]({SHOWN}/plots/figure1.svg)\n\n"
+        f"All rows, with every benchmark and test: [{SHOWN}/tables/table2.md]({SHOWN}/tables/table2.md). "
+        "What each study found, and how sure it is: [docs/findings.md](docs/findings.md).\n"
+    )
 
 
 def write_readme_results(root: Path = Path()) -> Path:
-    """Put the results of results/desk/ into README.md; its path."""
+    """Put the headline table and figure of results/desk/ into README.md; its path."""
     write_text(root / README, readme_with_results(root))
     return README

@@ -1,1 +1,1 @@
-"""Passes over memory in C, compiled where they run; without a compiler torch's operations do the same."""
+"""Kernels in C, compiled on the machine that runs them; without a compiler torch's operations are used."""

@@ -1,12 +1,13 @@
 /* Causal attention, forward and backward, for training on a CPU (Vaswani et al. 2017).
 
-   A head's queries are taken in blocks, each with all keys up to it, and what a block needs stays in the processor's
-   cache: products of matrices in float32, or of pairs of bfloat16 with sums in float32 where the processor has them
-   (without, there is no attention in bfloat16 here). The weights are kept for the backward pass. A key/value head is
-   worked on by one thread, in the backward pass with all its query heads: results do not depend on how many there are.
+   The queries of a head are processed in blocks, each with all keys up to it, so that the data of a block stay in the
+   processor's cache. Matrix products are in float32, or of pairs of bfloat16 with float32 sums if the processor has
+   such instructions (otherwise there is no attention in bfloat16 here). The weights are kept for the backward pass.
+   One thread processes a key/value head, in the backward pass with all its query heads: results do not depend on the
+   number of threads.
 
    Shapes: B batch, L length, H query heads, K key/value heads, G = H / K, S = H + 2 K, E head width, N = B K;
-   block: Q queries, C keys up to its end. What ends in p is padded with zeros: Lp, Cp and Ep to whole vectors. */
+   block: Q queries, C keys up to its end. Sizes that end in p are padded with zeros: Lp, Cp and Ep to whole vectors. */
 
 #ifndef ELEMENT
 
@@ -32,7 +33,7 @@ typedef float vector __attribute__((vector_size(4 * LANES)));
 
 static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
 
-/* Elements of a head's weights: each block's queries by all keys up to it. */
+/* Number of elements of a head's weights: for each block, its queries times all keys up to it. */
 int64_t attention_weights(int64_t L) {
     int64_t sum = 0;
     for (int64_t begin = 0; begin < L; begin += BLOCK) {
@@ -42,7 +43,7 @@ int64_t attention_weights(int64_t L) {
     return sum;
 }
 
-/* A thread's arrays, one after the other in one piece of memory. */
+/* The arrays of a thread, consecutive in one allocation. */
 typedef struct {
     char *memory, *at;
 } arrays;
@@ -56,9 +57,9 @@ static inline arrays arrays_of(int64_t bytes) {
     return (arrays){memory, memory + (64 - (uintptr_t)memory % 64)};
 }
 
-static inline void *array(arrays *own, int64_t bytes) {
-    void *begin = own->at;
-    own->at += (bytes + 63) / 64 * 64;
+static inline void *array(arrays *mem, int64_t bytes) {
+    void *begin = mem->at;
+    mem->at += (bytes + 63) / 64 * 64;
     return begin;
 }
 
@@ -96,7 +97,7 @@ static inline __attribute__((always_inline)) vector multiply_pairs(vector sum, u
 
 typedef FACTOR NAME(factor) __attribute__((may_alias));
 
-/* c (+)= a b for some rows of a and vectors of columns of b, all sums in registers. */
+/* c (+)= a b for some rows of a and vectors of columns of b, with all sums in registers. */
 static inline __attribute__((always_inline)) void NAME(tile)(const int rows, const int columns, int64_t P,
                                                              const NAME(factor) * a, int64_t row, int64_t step,
                                                              const FACTOR *b, int64_t ldb, float *c, int64_t ldc,
@@ -135,8 +136,8 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
         for (int j = 0; j < columns; j++) memcpy(c + i * ldc + j * LANES, &sum[i][j], sizeof(vector));
 }
 
-/* c [M, N] = a b, or with `add` c + a b. b [P, N] holds factors; those of a are `row` apart from row to row and `step`
-   from one to the next. N is of whole vectors. */
+/* c [M, N] = a b, or c + a b with `add`. b [P, N] holds factors; those of a are `row` apart between rows and `step`
+   apart within a row. N is a multiple of the vector length. */
 static void NAME(product)(int64_t M, int64_t N, int64_t P, const void *left, int64_t row, int64_t step, const FACTOR *b,
                           int64_t ldb, float *c, int64_t ldc, int add) {
     const NAME(factor) *a = left;
@@ -155,7 +156,7 @@ static void NAME(product)(int64_t M, int64_t N, int64_t P, const void *left, int
 #undef TILES
 }
 
-/* A head's E elements, scaled and turned by the angles of cos and sin (Su et al. 2021); `way` -1 turns back. */
+/* The E elements of a head, scaled and rotated by the angles of cos and sin (Su et al. 2021); `way` -1 rotates back. */
 #define TURN(LOADED)                                                                                     \
     int64_t half = cos ? E / 2 : 0;                                                                      \
     _Pragma("omp simd") for (int64_t e = 0; e < half; e++) {                                             \
@@ -178,14 +179,14 @@ static inline void NAME(turn_sums)(int64_t E, const float *x, const float *cos, 
 #undef TURN
 #undef SAME
 
-/* The columns of rows [n, Ee], Ee of whole factors, as a right operand: [Ee / PAIR, ldb], zeros from n on. */
+/* The columns of rows [n, Ee], Ee a multiple of a factor, as a right operand: [Ee / PAIR, ldb], zeros from n on. */
 static void NAME(columns_of)(int64_t n, int64_t Ee, const ELEMENT *rows, FACTOR *b, int64_t ldb) {
     const NAME(factor) *from = (const void *)rows;
     for (int64_t p = 0; p < Ee / PAIR; p++)
         for (int64_t l = 0; l < ldb; l++) b[p * ldb + l] = l < n ? from[l * (Ee / PAIR) + p] : 0;
 }
 
-/* Rows [n, E], `row` apart, as a right operand: [rows / PAIR, ldb], zeros beyond them. */
+/* Rows [n, E], `row` apart, as a right operand: [rows / PAIR, ldb], zeros after row n. */
 static void NAME(rows_of)(int64_t n, int64_t rows, int64_t E, const ELEMENT *x, int64_t row, FACTOR *b, int64_t ldb) {
     for (int64_t l = 0; l < rows; l += PAIR) {
         FACTOR *to = b + l / PAIR * ldb;
@@ -205,7 +206,7 @@ static void NAME(rows_of)(int64_t n, int64_t rows, int64_t E, const ELEMENT *x, 
     }
 }
 
-/* softmax of the first `keys` of a block's row, of those that `seen` names where it is given; others are zero. */
+/* Softmax of the first `keys` of a block's row, restricted to those in `seen` if it is given; others are zero. */
 static void NAME(softmax)(int32_t keys, int32_t all, const uint8_t *seen, float *score, ELEMENT *weight) {
     float largest = -INFINITY, sum = 0;
     int32_t some = padded(keys);
@@ -226,23 +227,23 @@ static void NAME(softmax)(int32_t keys, int32_t all, const uint8_t *seen, float 
     memset(weight + some, 0, (all - some) * sizeof *weight);
 }
 
-/* y [B, L, H, E] of queries, keys and values `qkv` [B, L, S, E], the first two rotated where there are cosines and
-   sines, [L, E], those of batch row b `next` elements after those of the row before. `sees` [B, L, L]: which keys
-   count, if given. `weights` keeps each block's [Q, Cp], block after block, head after head. */
+/* y [B, L, H, E] from queries, keys and values `qkv` [B, L, S, E]. Queries and keys are rotated if cosines and sines
+   [L, E] are given; those of consecutive batch rows are `next` elements apart. `sees` [B, L, L], if given, marks the
+   visible keys. `weights` keeps [Q, Cp] of each block, block after block, head after head. */
 void NAME(attention)(int64_t B, int64_t L, int64_t H, int64_t K, int64_t E, const ELEMENT *qkv, const float *cos,
                      const float *sin, int64_t next, const uint8_t *sees, ELEMENT *y, ELEMENT *weights) {
     int64_t S = H + 2 * K, G = H / K, Lp = padded(L), Ep = padded(E), Ee = (E + PAIR - 1) / PAIR * PAIR;
-    /* With fewer key/value heads than threads, the query heads of one are shared out. */
+    /* With fewer key/value heads than threads, the query heads of one are divided among threads. */
     int64_t parts = B * K < omp_get_max_threads() ? G : 1;
     int64_t head_weights = attention_weights(L);
     float scale = 1.0f / sqrtf(E);
 #pragma omp parallel if (B * L * S * E > FEW)
     {
         int64_t sizes = Lp * Ee + BLOCK * Ee + 2 * (Lp * Ep) + BLOCK * (Lp + Ep) + 6 * 16;
-        arrays own = arrays_of(sizes * sizeof(float));
-        ELEMENT *k = array(&own, Lp * Ee * sizeof *k), *q = array(&own, BLOCK * Ee * sizeof *q);
-        FACTOR *keys = array(&own, Ee / PAIR * Lp * sizeof *keys), *values = array(&own, Lp / PAIR * Ep * sizeof *values);
-        float *score = array(&own, BLOCK * Lp * sizeof *score), *mixed = array(&own, BLOCK * Ep * sizeof *mixed);
+        arrays mem = arrays_of(sizes * sizeof(float));
+        ELEMENT *k = array(&mem, Lp * Ee * sizeof *k), *q = array(&mem, BLOCK * Ee * sizeof *q);
+        FACTOR *keys = array(&mem, Ee / PAIR * Lp * sizeof *keys), *values = array(&mem, Lp / PAIR * Ep * sizeof *values);
+        float *score = array(&mem, BLOCK * Lp * sizeof *score), *mixed = array(&mem, BLOCK * Ep * sizeof *mixed);
         memset(k, 0, Lp * Ee * sizeof *k);
         memset(q, 0, BLOCK * Ee * sizeof *q);
 #pragma omp for schedule(static)
@@ -275,11 +276,11 @@ void NAME(attention)(int64_t B, int64_t L, int64_t H, int64_t K, int64_t E, cons
                 }
             }
         }
-        free(own.memory);
+        free(mem.memory);
     }
 }
 
-/* dqkv [B, L, S, E], the gradients of what attention() took, from those of what it gave. */
+/* dqkv [B, L, S, E], the gradients of the inputs of attention(), from those of its output. */
 void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_t E, const ELEMENT *qkv,
                               const float *cos, const float *sin, int64_t next, const ELEMENT *dy,
                               const ELEMENT *weights, ELEMENT *dqkv) {
@@ -289,16 +290,16 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
 #pragma omp parallel if (B * L * S * E > FEW)
     {
         int64_t sizes = 2 * (Lp * Ee) + 2 * (BLOCK * Ee) + 5 * (Lp * Ep) + 3 * (BLOCK * Ep) + 4 * (BLOCK * Lp) + 16 * 16;
-        arrays own = arrays_of(sizes * sizeof(float));
-        ELEMENT *kv = array(&own, Lp * Ee * sizeof *kv), *q = array(&own, BLOCK * Ee * sizeof *q);
-        ELEMENT *slope = array(&own, BLOCK * Ee * sizeof *slope);
-        FACTOR *keys = array(&own, Lp / PAIR * Ep * sizeof *keys), *values = array(&own, Ee / PAIR * Lp * sizeof *values);
-        FACTOR *queries = array(&own, BLOCK / PAIR * Ep * sizeof *queries);
-        FACTOR *slopes = array(&own, BLOCK / PAIR * Ep * sizeof *slopes);
-        float *dweight = array(&own, BLOCK * Lp * sizeof *dweight), *dq = array(&own, BLOCK * Ep * sizeof *dq);
-        ELEMENT *dscore = array(&own, BLOCK * Lp * sizeof *dscore);
-        FACTOR *pairs = array(&own, BLOCK / PAIR * Lp * sizeof *pairs);
-        float *dk = array(&own, Lp * Ep * sizeof *dk), *dv = array(&own, Lp * Ep * sizeof *dv);
+        arrays mem = arrays_of(sizes * sizeof(float));
+        ELEMENT *kv = array(&mem, Lp * Ee * sizeof *kv), *q = array(&mem, BLOCK * Ee * sizeof *q);
+        ELEMENT *slope = array(&mem, BLOCK * Ee * sizeof *slope);
+        FACTOR *keys = array(&mem, Lp / PAIR * Ep * sizeof *keys), *values = array(&mem, Ee / PAIR * Lp * sizeof *values);
+        FACTOR *queries = array(&mem, BLOCK / PAIR * Ep * sizeof *queries);
+        FACTOR *slopes = array(&mem, BLOCK / PAIR * Ep * sizeof *slopes);
+        float *dweight = array(&mem, BLOCK * Lp * sizeof *dweight), *dq = array(&mem, BLOCK * Ep * sizeof *dq);
+        ELEMENT *dscore = array(&mem, BLOCK * Lp * sizeof *dscore);
+        FACTOR *pairs = array(&mem, BLOCK / PAIR * Lp * sizeof *pairs);
+        float *dk = array(&mem, Lp * Ep * sizeof *dk), *dv = array(&mem, Lp * Ep * sizeof *dv);
         memset(kv, 0, Lp * Ee * sizeof *kv);
         memset(q, 0, BLOCK * Ee * sizeof *q);
         memset(slope, 0, BLOCK * Ee * sizeof *slope);
@@ -343,7 +344,7 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
                         NAME(turn_sums)(E, dq + r * Ep, c ? c + l * E : 0, s ? s + l * E : 0, -1, scale,
                                         drow + (l * S + h) * E);
                     }
-                    /* The products with the transposed: their left factors are of a column, pairs of rows. */
+                    /* Products with the transposed matrix: a left factor is a pair of rows of one column. */
                     NAME(rows_of)(Q, rows, Cp, weight, Cp, pairs, Lp);
                     NAME(product)(Cp, Ep, rows / PAIR, pairs, 1, Lp, slopes, Ep, dv, Ep, 1);
                     NAME(rows_of)(Q, rows, Cp, dscore, Lp, pairs, Lp);
@@ -356,7 +357,7 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
                 NAME(turn_sums)(E, dv + l * Ep, 0, 0, 1, 1, drow + (l * S + H + K + m) * E);
             }
         }
-        free(own.memory);
+        free(mem.memory);
     }
 }
 

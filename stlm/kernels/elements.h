@@ -8,18 +8,16 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Fewer elements than this are not worth waking a thread for. */
+/* With fewer elements, waking threads costs more than it saves. */
 #define FEW 16384
 
-/* e^x for x up to 0: 2^n e^r with r within half of ln 2, by a polynomial fitted for the smallest relative error,
-   3e-9; with the rounding of float32 2e-7. Below -87, where float32 ends, it is zero, whatever the rest makes of it.
-   What is not a number stays it: the last operation is a product, not a sum of bits, which would make some payloads
-   numbers. */
+/* e^x for x up to 0: 2^n e^r with |r| at most half of ln 2, by a polynomial fitted for the smallest relative error,
+   3e-9 (2e-7 with float32 rounding). Below -87, where float32 ends, the result is zero. NaN stays NaN: the last
+   operation is a product, not a sum of bits, which would turn some NaN payloads into numbers. */
 static inline float exponential(float x) {
-    /* Added to 1.5 2^23 + 127, what is behind the point is rounded off, and the lowest bits are n + 127: the exponent
-       of 2^n. */
+    /* Adding 1.5 2^23 + 127 rounds to an integer; the lowest bits are then n + 127, the exponent of 2^n. */
     float shifted = x * 1.44269504f + 12583039.0f, n = shifted - 12583039.0f;
-    /* ln 2 in two parts, the first with few digits: n times it is exact. */
+    /* ln 2 in two parts; the first has few digits, so that its product with n is exact. */
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.381459124e-3f;
     p = p * r + 8.368716840e-3f;
@@ -36,13 +34,13 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
-/* 1 / (1 + e^-x), of the exponential of a number below 0. */
+/* 1 / (1 + e^-x), computed from the exponential of a negative number. */
 static inline float sigmoid(float x) {
     float e = exponential(-fabsf(x)), inverse = 1.0f / (1.0f + e);
     return x < 0 ? e * inverse : inverse;
 }
 
-/* x sigmoid(x), rounded once less. */
+/* x sigmoid(x), with one rounding less. */
 static inline float silu(float x) {
     float e = exponential(-fabsf(x));
     return (x < 0 ? x * e : x) / (1.0f + e);
@@ -60,8 +58,8 @@ static inline float from_bfloat16(uint16_t x) {
     return y;
 }
 
-/* To the nearest, to even between two. What is not a number stays it where its payload is of bfloat16's bits, as that
-   of elements and of arithmetic is. A payload of float32's may be rounded to infinity or zero: see rms_norm. */
+/* Rounds to nearest, ties to even. NaN stays NaN if its payload fits bfloat16, as for elements and results of
+   arithmetic. A payload in the lower bits of float32 may be rounded to infinity or zero: see rms_norm. */
 static inline uint16_t to_bfloat16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -70,7 +68,7 @@ static inline uint16_t to_bfloat16(float x) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The name of a function for a type of elements: f_float32. */
+/* The name of a function for an element type: f_float32. */
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(f) JOIN(f, TYPE)

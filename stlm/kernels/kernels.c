@@ -1,10 +1,10 @@
-/* Passes over memory of a training step on a CPU, each one loop where torch runs several operations.
+/* Memory-bound parts of a training step on a CPU, each in one loop where torch runs several operations.
 
-   Compiled on the machine that uses it (library.py), for the arithmetic that this has. Elements are float32 or
-   bfloat16, sums and everything between a load and a store float32. Rows are split evenly among the threads,
-   sums over rows are kept by thread and added in their order: the same threads give the same bits.
+   Compiled on the machine that uses it (library.py), for its instruction set. Elements are float32 or bfloat16;
+   sums, and everything between a load and a store, are float32. Rows are split evenly among the threads; sums over
+   rows are kept by each thread and added in the order of threads: the same number of threads gives the same bits.
 
-   The file includes itself once for each type of elements. Shapes: N rows, D width, F feed-forward units, V
+   The file includes itself once for each element type. Shapes: N rows, D width, F feed-forward units, V
    vocabulary. */
 
 #ifndef ELEMENT
@@ -40,18 +40,18 @@ void NAME(rms_norm)(int64_t N, int64_t D, const float *x, const float *gain, flo
         float squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t d = 0; d < D; d++) squares += xn[d] * xn[d];
-        float own = 1.0f / sqrtf(squares / D + eps);
-        inverse[n] = own;
-        for (int64_t d = 0; d < D; d++) yn[d] = STORE(xn[d] * own * gain[d]);
-        if (own == own && !spoilt) continue;
+        float scale = 1.0f / sqrtf(squares / D + eps);
+        inverse[n] = scale;
+        for (int64_t d = 0; d < D; d++) yn[d] = STORE(xn[d] * scale * gain[d]);
+        if (scale == scale && !spoilt) continue;
         for (int64_t d = 0; d < D; d++) {
-            float exact = xn[d] * own * gain[d];
+            float exact = xn[d] * scale * gain[d];
             if (exact != exact) yn[d] = STORE(NAN);
         }
     }
 }
 
-/* Gradients of rms_norm; `dgain` [threads, D], zeros, gets each thread's part. */
+/* Gradients of rms_norm; `dgain` [threads, D], initially zero, receives the sum of each thread. */
 void NAME(rms_norm_backward)(int64_t N, int64_t D, const ELEMENT *dy, const float *x, const float *gain,
                              const float *inverse, float *dx, float *dgain, int64_t threads) {
 #pragma omp parallel num_threads(threads) if (N * D > FEW)
@@ -62,21 +62,21 @@ void NAME(rms_norm_backward)(int64_t N, int64_t D, const ELEMENT *dy, const floa
             const ELEMENT *dyn = dy + n * D;
             const float *xn = x + n * D;
             float *dxn = dx + n * D;
-            float own = inverse[n], along = 0;
+            float scale = inverse[n], along = 0;
 #pragma omp simd reduction(+ : along)
             for (int64_t d = 0; d < D; d++) along += LOAD(dyn[d]) * gain[d] * xn[d];
-            along *= own * own / D;
+            along *= scale * scale / D;
 #pragma omp simd
             for (int64_t d = 0; d < D; d++) {
                 float slope = LOAD(dyn[d]);
-                dxn[d] = own * (slope * gain[d] - xn[d] * along);
-                sum[d] += slope * xn[d] * own;
+                dxn[d] = scale * (slope * gain[d] - xn[d] * along);
+                sum[d] += slope * xn[d] * scale;
             }
         }
     }
 }
 
-/* y [N, F] = silu(gate) * up of rows that hold the gates, then the ups (Shazeer 2020). */
+/* y [N, F] = silu(gate) * up; a row of `gate_up` has the gates, then the ups (Shazeer 2020). */
 void NAME(swiglu)(int64_t N, int64_t F, const ELEMENT *gate_up, ELEMENT *y) {
 #pragma omp parallel for schedule(static) if (N * F > FEW)
     for (int64_t n = 0; n < N; n++) {
@@ -103,8 +103,8 @@ void NAME(swiglu_backward)(int64_t N, int64_t F, const ELEMENT *dy, const ELEMEN
     }
 }
 
-/* Cross-entropy `losses` [N], in nats, of logits [N, V]; with `gradient`, p - 1 for the target and p for others
-   replace the logits. With `cap` c, logits z are c tanh(z / c), and the gradients those of z. */
+/* Cross-entropy `losses` [N], in nats, of logits [N, V]. With `gradient`, the logits are replaced by p - 1 for the
+   target and p for the others. With `cap` c, logits z become c tanh(z / c), and gradients are those of z. */
 void NAME(cross_entropy)(int64_t N, int64_t V, ELEMENT *logits, const int64_t *targets, float cap, int64_t gradient,
                          float *losses) {
 #pragma omp parallel for schedule(static) if (N * V > FEW)
@@ -115,8 +115,8 @@ void NAME(cross_entropy)(int64_t N, int64_t V, ELEMENT *logits, const int64_t *t
         if (cap) {
 #pragma omp simd reduction(max : largest)
             for (int64_t v = 0; v < V; v++) {
-                float own = cap * tangent(LOAD(z[v]) / cap);
-                largest = own > largest ? own : largest;
+                float logit = cap * tangent(LOAD(z[v]) / cap);
+                largest = logit > largest ? logit : largest;
             }
 #pragma omp simd reduction(+ : sum)
             for (int64_t v = 0; v < V; v++) sum += exponential(cap * tangent(LOAD(z[v]) / cap) - largest);
@@ -126,8 +126,8 @@ void NAME(cross_entropy)(int64_t N, int64_t V, ELEMENT *logits, const int64_t *t
         } else {
 #pragma omp simd reduction(max : largest)
             for (int64_t v = 0; v < V; v++) {
-                float own = LOAD(z[v]);
-                largest = own > largest ? own : largest;
+                float logit = LOAD(z[v]);
+                largest = logit > largest ? logit : largest;
             }
 #pragma omp simd reduction(+ : sum)
             for (int64_t v = 0; v < V; v++) sum += exponential(LOAD(z[v]) - largest);

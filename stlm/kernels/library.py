@@ -1,8 +1,7 @@
-"""Compiles the C files beside it for this machine, once, and calls them on torch's tensors.
+"""Compiles the C files of this folder for the machine, once, and calls them on torch's tensors.
 
-Needs Linux and a C compiler with OpenMP (`cc`, or what CC names). Elsewhere, without one, or with
-STLM_KERNELS=0 there are no kernels, and the callers take torch's operations: slower, the same up to rounding.
-Which it is, is recorded with a run.
+Needs Linux and a C compiler with OpenMP (`cc`, or what CC names). Otherwise, and with STLM_KERNELS=0, there
+are no kernels, and the callers use torch's operations: slower, the same up to rounding. A run records which.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from stlm.integrity import check_seal, seal
 SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c"))
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
-# None lets the compiler take sums in another order than the sources, or leave out what is no number. Where a
-# processor can, a product and a sum are rounded once.
+# None of these flags lets the compiler reorder sums or ignore NaN. If the processor can, a product and a sum
+# are rounded once (fused multiply-add).
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# Arguments of each function: a whole number, a float, an array.
+# Kinds of arguments: an integer, a float, an array.
 _KINDS = {"i": ctypes.c_int64, "f": ctypes.c_float, "a": ctypes.c_void_p}
 _SIGNATURES = {
     "rms_norm": "iiaafaa",
@@ -51,9 +50,9 @@ _SIGNATURES = {
 
 
 class Kernels:
-    """The functions for one type of elements; arrays are contiguous tensors, or None.
+    """The functions for one element type; arrays are contiguous tensors, or None.
 
-    A function that this processor has no instructions for is None.
+    A function is None if the processor lacks its instructions.
     """
 
     def __init__(self, library: ctypes.CDLL, kind: str) -> None:
@@ -65,13 +64,13 @@ class Kernels:
                 arrays = [place for place, letter in enumerate(signature) if letter == "a"]
                 function = _on_tensors(function, arrays)
             setattr(self, name, function)
-        # Elements that the weights of one head take, by the length.
+        # Number of elements of the attention weights of one head, by sequence length.
         self.attention_weights = library.attention_weights
         self.attention_weights.argtypes, self.attention_weights.restype = [ctypes.c_int64], ctypes.c_int64
 
 
 def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..., None]:
-    """`function` with tensors, or None, where it takes `arrays`: a step calls it a hundred times."""
+    """`function` that accepts tensors, or None, at the positions `arrays`; kept cheap for frequent calls."""
 
     def call(*arguments: Any) -> None:
         values = list(arguments)
@@ -87,9 +86,9 @@ def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """What works on elements of the type of `x`, if it is on a CPU for which there are kernels.
+    """The kernels for the element type of `x`, if it is on a CPU that has them.
 
-    A graph that is being compiled takes torch's operations, which the compiler fuses.
+    During compilation of a graph there are none: the compiler fuses torch's operations.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -97,7 +96,7 @@ def kernels_for(x: Tensor) -> Kernels | None:
 
 
 class Found(NamedTuple):
-    """The kernels by type of elements; where there are none, why."""
+    """The kernels by element type; if there are none, the reason."""
 
     by_type: dict[torch.dtype, Kernels]
     why_none: str = ""
@@ -105,7 +104,7 @@ class Found(NamedTuple):
 
 @cache
 def kernels() -> Found:
-    """Those of this machine; compiles them where no process has before."""
+    """The kernels of this machine, compiled if no process has done so before."""
     if os.environ.get(SWITCH) == "0":
         return Found({}, f"{SWITCH}=0")
     try:
@@ -120,7 +119,7 @@ def kernels() -> Found:
 
 
 def compiled() -> Path:
-    """The library for this machine, in the user's cache, compiled if it is not there yet, or damaged."""
+    """The library for this machine in the user's cache, compiled if it is missing or damaged."""
     openmp, compiler = _openmp_of_torch(), os.environ.get("CC") or "cc"
     texts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*SOURCES, _HEADER)]
     user = str(os.getuid())
@@ -135,9 +134,9 @@ def compiled() -> Path:
             objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
             for source, target in zip(SOURCES, objects, strict=True):
                 _run(*command, *FLAGS, "-c", str(source), "-o", target)
-            # Linked to torch's own OpenMP, whose threads then serve both.
+            # Linked to torch's OpenMP, so that both use one pool of threads.
             _run(*command, "-shared", "-Wl,-z,defs", *objects, openmp, "-lm", "-lc", "-o", str(temporary))
-            ctypes.CDLL(str(temporary))  # what cannot be loaded is not kept
+            ctypes.CDLL(str(temporary))  # a library that does not load is not kept
             seal(temporary)
     if path.stat().st_uid != os.getuid():
         raise OSError(f"{path}: belongs to another user")
@@ -145,7 +144,7 @@ def compiled() -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library is there and as it was compiled: its numbers are taken on trust."""
+    """Whether the library exists and is intact: nothing else would detect wrong results."""
     try:
         check_seal(path)
     except UserError:
@@ -154,25 +153,25 @@ def _is_whole(path: Path) -> bool:
 
 
 def _run(*command: str) -> None:
-    # In a session of its own: a signal to stop is for the run, not for its compiler.
+    # In a separate session: a stop signal is meant for the run, not for its compiler.
     subprocess.run(command, check=True, capture_output=True, timeout=300, start_new_session=True)
 
 
 def _openmp_of_torch() -> str:
-    """The path of the OpenMP library, GNU's, that torch has loaded."""
+    """The path of the GNU OpenMP library that torch has loaded."""
     if sys.platform != "linux":
         raise OSError(f"not on {sys.platform}")
     lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     found = {Path(line.split(maxsplit=5)[-1]) for line in lines if "/libgomp" in line}
     if not found:
         raise OSError("torch has no libgomp")
-    # Other packages bring theirs; torch's lies in its folder, or beside it in torch.libs.
-    own = Path(torch.__file__).parent
-    homes = (own, own.with_name("torch.libs"))
+    # Other packages bring copies; torch's is in its folder, or in the neighbouring torch.libs.
+    folder = Path(torch.__file__).parent
+    homes = (folder, folder.with_name("torch.libs"))
     return str(min(found, key=lambda path: (not any(path.is_relative_to(home) for home in homes), path)))
 
 
 def _processor() -> str:
-    """What of the processor decides what -march=native means: its instructions."""
+    """The processor's instruction set, which determines -march=native."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,4 +1,4 @@
-"""How long a study takes, and what of a given time is left for training."""
+"""Estimates how long a study takes, and how much of a given time is left for training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from stlm.new.fit import Fit
 from stlm.new.speed import Speed
 
 TECHNIQUES = 5  # rows of a study that `stlm new` writes
-_START = 12.0  # seconds that a run's two stages take to start, on one core
-_FIXED = 45.0  # of fetching, counting and reporting
-_TOKENIZED = 3e6  # bytes tokenized a second, about
+_START = 12.0  # seconds for the start of a run's two stages, on one core
+_FIXED = 45.0  # seconds for fetching, counting and reporting
+_TOKENIZED = 3e6  # approximate bytes tokenized a second
 _CHECKPOINTS, _VALIDATIONS = 3, 11
 _TEST_TOKENS, _VALIDATION_TOKENS = 100_000, 50_000
 _QUESTION_TOKENS = 80
-_TRAINING = 0.75  # share of the time between the fixed costs that training may take; the rest is evaluation
+_TRAINING = 0.75  # training's share of the time without fixed costs; the rest is evaluation
 
 
 def budget_flops(minutes: float, text_bytes: int, speed: Speed) -> float:
-    """Floating-point operations that one training may take, for a study of so many minutes."""
+    """Floating-point operations that one training run may take in a study of `minutes`."""
     fixed = _FIXED + text_bytes / _TOKENIZED + TECHNIQUES * _START / speed.runs
     left = max(60 * minutes - fixed, 0.1 * 60 * minutes)
     return _TRAINING * left * speed.all_flops / TECHNIQUES

@@ -1,14 +1,14 @@
-"""Which vocabulary, model and length of training fit a text, a machine and a time.
+"""Chooses the vocabulary, model and training length that fit a text, a machine and a time.
 
-The rules are simple and stated, so that each choice can be explained in a line of the study file:
+The rules are simple, so that the study file can explain each choice in a line:
 
 - *Vocabulary*: a power of two, at most one token for each `BYTES_A_TOKEN` bytes of training text, at most as
   many as there are distinct words, and at most half of the model's parameters.
 - *Context*: a power of two that holds three documents in four, from 64 tokens to about the model's width, as
-  in `smoke`, `desk` and the paper, or 128: small models make little of longer rows, which cost more.
-- *Tokens*: the text at most `EPOCHS` times.
-- *Model*: the largest of `SHAPES` that gets so many training tokens for each parameter: `TOKENS_A_PARAMETER`
-  where the time is what bounds them, `TOKENS_OF_TEXT` where the text is and a larger model costs time alone.
+  in `smoke`, `desk` and the paper, or 128: small models make little use of longer rows, which cost more.
+- *Tokens*: at most `EPOCHS` passes over the text.
+- *Model*: the largest of `SHAPES` that gets enough training tokens for each parameter: `TOKENS_A_PARAMETER`
+  if time is the limit, `TOKENS_OF_TEXT` if text is, because a larger model then costs only time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from stlm.model.counts import parameter_counts, training_flops_per_token
 BYTES_A_TOKEN = 1000
 # Repeating text up to four times is nearly as good as new text (Muennighoff et al. 2023).
 EPOCHS = 4
-# Hoffmann et al. 2022 find 20 best for one training's cost; less makes small models better at equal time.
+# Hoffmann et al. 2022 find 20 best at equal training cost; fewer make small models better at equal time.
 TOKENS_A_PARAMETER, TOKENS_OF_TEXT = 10, 3
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LEAST_CONTEXT, MOST_CONTEXT = 64, 512
 LEAST_STEPS, MOST_STEPS = 50, 50_000
-LEAST_BYTES = 10_000  # below, the held-out parts are a few sentences
-FEW_BYTES = 1_000_000  # below, differences between techniques are hardly larger than chance
+LEAST_BYTES = 10_000  # below this, the held-out parts are a few sentences
+FEW_BYTES = 1_000_000  # below this, differences between techniques are hardly larger than chance
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the ladder; proportions as in the paper's: four layers at 256 as in the study `desk`."""
+    """A model size, with the proportions of the paper's models; four layers at width 256 as in `desk`."""
 
     width: int
     layers: int
@@ -72,11 +72,11 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class TextSize:
-    """What the choices need to know of a text.
+    """The properties of a text that the choices depend on.
 
-    `train_bytes`: UTF-8 bytes of the training split; `words`: distinct ones in the part looked at;
-    `document_bytes`: so long are three documents in four at most. `bytes_a_token(V)`: mean bytes of a token
-    of a vocabulary of V; None where the text has too few pairs for it.
+    `train_bytes`: UTF-8 bytes of the training split; `words`: distinct ones in the sample; `document_bytes`:
+    the length that three documents in four do not exceed. `bytes_a_token(V)`: mean bytes of a token of a
+    vocabulary of V; None if the text has too few pairs for it.
     """
 
     train_bytes: int
@@ -87,7 +87,7 @@ class TextSize:
 
 @dataclass(frozen=True)
 class Fit:
-    """The choices. `limit`: what bounds the training's length: `text`, `time` or `least`."""
+    """The choices. `limit`: what limits the length of training: `text`, `time` or `least`."""
 
     shape: Shape
     vocabulary: int
@@ -111,32 +111,32 @@ class Fit:
 
     @property
     def epochs(self) -> float:
-        """How often a run reads the training text."""
+        """Number of passes of a run over the training text."""
         return self.tokens / self.train_tokens
 
     @property
     def parameters(self) -> int:
-        """Of the baseline."""
+        """Parameters of the baseline."""
         return parameter_counts(self.model).total
 
     @property
     def flops(self) -> float:
-        """Of one training."""
+        """Floating-point operations of one training run."""
         return self.tokens * training_flops_per_token(self.model)
 
 
 def _vocabulary(text: TextSize) -> int:
-    """The largest vocabulary that the text is enough for."""
+    """The largest vocabulary for which the text suffices."""
     most = max(VOCABULARIES[0], min(text.train_bytes // BYTES_A_TOKEN, max(text.words, VOCABULARIES[0])))
-    for size in reversed([own for own in VOCABULARIES if own <= most]):
+    for size in reversed([size for size in VOCABULARIES if size <= most]):
         if text.bytes_a_token(size) is not None:
             return size
-    # A text with hardly any pairs: the bytes and a few.
+    # A text with hardly any pairs: the bytes and a few tokens.
     return next((size for size in (384, 320, 288, 264) if text.bytes_a_token(size) is not None), 258)
 
 
 def _context(text: TextSize, shape: Shape, bytes_a_token: float, train_tokens: int) -> int:
-    """A power of two of tokens that holds three documents in four, and is read 20 times in an epoch."""
+    """A power of two that holds three documents in four, with at least 20 rows in an epoch."""
     tokens = max(text.document_bytes / bytes_a_token, 1)
     most = min(MOST_CONTEXT, max(128, 2 ** int(math.log2(shape.width))))
     wanted = min(most, max(LEAST_CONTEXT, 2 ** math.ceil(math.log2(tokens))))
@@ -146,7 +146,7 @@ def _context(text: TextSize, shape: Shape, bytes_a_token: float, train_tokens: i
 
 
 def _tokens_a_step(tokens: float) -> int:
-    """Batches grow with the training: 2,048 tokens as in `desk`, the paper's 245,760 only for billions."""
+    """Batches grow with the length of training: 2,048 tokens as in `desk`, larger ones for billions."""
     for least, batch in ((4e9, 131_072), (1e9, 65_536), (2e8, 16_384), (4e7, 4_096)):
         if tokens >= least:
             return batch
@@ -154,9 +154,9 @@ def _tokens_a_step(tokens: float) -> int:
 
 
 def fit(text: TextSize, run_flops: float) -> Fit:
-    """The choices for `text`, where each run may take `run_flops` floating-point operations.
+    """The choices for `text`, if each run may take `run_flops` floating-point operations.
 
-    Where the time is short even for the smallest model, it trains for `LEAST_STEPS`: `limit` says `least`.
+    If the time is too short even for the smallest model, it trains for `LEAST_STEPS` and `limit` is `least`.
     """
     largest = _vocabulary(text)
     chosen = None
@@ -165,10 +165,10 @@ def fit(text: TextSize, run_flops: float) -> Fit:
         inner = parameter_counts(shape.config(largest, 64)).non_embedding
         while vocabulary > VOCABULARIES[0] and vocabulary * shape.width > inner:
             vocabulary //= 2
-        own = _of_shape(text, shape, vocabulary, run_flops)
-        wanted = TOKENS_OF_TEXT if own.limit == "text" else TOKENS_A_PARAMETER
-        if chosen is None or own.tokens >= wanted * own.parameters:
-            chosen = own
+        candidate = _of_shape(text, shape, vocabulary, run_flops)
+        wanted = TOKENS_OF_TEXT if candidate.limit == "text" else TOKENS_A_PARAMETER
+        if chosen is None or candidate.tokens >= wanted * candidate.parameters:
+            chosen = candidate
         else:
             break
     assert chosen is not None

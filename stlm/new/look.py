@@ -1,7 +1,7 @@
-"""What a text is like: files, documents, sizes, language and oddities, in bounded time and memory.
+"""Describes a text: files, documents, sizes, language and oddities, in bounded time and memory.
 
-Up to `READ_BYTES` all is read. Of more, files spread over all of them are, each from its beginning; counts
-are then extrapolated by bytes, and `Look.sampled` says so.
+Up to `READ_BYTES` everything is read. Of larger texts, files spread over all of them are read, each from its
+beginning; counts are then extrapolated by bytes, and `Look.sampled` is true.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from stlm.corpora.formats import DataFile, Tally, iter_documents, known_suffix
 from stlm.corpora.language import Language, guess
 from stlm.corpora.text_files import Cut
 
-READ_BYTES = 64 << 20  # of files that are read, at most
-SAMPLE_BYTES = 2 << 20  # of text that is kept, for the vocabulary and the language
+READ_BYTES = 64 << 20  # the most bytes of files that are read
+SAMPLE_BYTES = 2 << 20  # of text that is kept for the vocabulary and the language
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-_EXPANSION = 3  # text bytes of a compressed byte, where nothing better is known
+_EXPANSION = 3  # assumed text bytes for each compressed byte
 _LONG_LINE, _LONG_WORD = 100_000, 1_000  # characters
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0e-\x1f\x7f]")
 _TAG = re.compile(
@@ -35,7 +35,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass
 class Look:
-    """What was found. Sizes of documents are UTF-8 bytes, in the order read."""
+    """The findings. Sizes of documents are UTF-8 bytes, in the order read."""
 
     files: int = 0
     formats: Counter[str] = field(default_factory=Counter)
@@ -43,7 +43,7 @@ class Look:
     read_files: int = 0
     read_bytes: float = 0
     sampled: bool = False
-    assumed: bool = False  # whether the extrapolation had to assume how far a file is compressed
+    assumed: bool = False  # whether the extrapolation had to assume a compression ratio
     text_bytes: int = 0
     characters: int = 0
     empty: int = 0
@@ -55,21 +55,21 @@ class Look:
 
     @property
     def scale(self) -> float:
-        """What counts of the part that was read are multiplied with."""
+        """The factor from counts of the part that was read to the whole text."""
         return self.file_bytes / self.read_bytes if self.sampled and self.read_bytes else 1.0
 
     @property
     def documents(self) -> int:
-        """Documents that hold text, in all."""
+        """Estimated number of documents that hold text."""
         return round(len(self.sizes) * self.scale)
 
     @property
     def all_bytes(self) -> int:
-        """UTF-8 bytes of their text, in all."""
+        """Estimated UTF-8 bytes of their text."""
         return round(self.text_bytes * self.scale)
 
     def quantile(self, share: float) -> int:
-        """So long, in UTF-8 bytes, is `share` of the documents at most."""
+        """The length in UTF-8 bytes that `share` of the documents do not exceed."""
         return int(np.quantile(np.frombuffer(self.sizes, np.int64), share)) if self.sizes else 0
 
 
@@ -79,9 +79,9 @@ def look(
     column: str = "text",
     cut: Cut | None = None,
 ) -> Look:
-    """Look at `files`, which all have a known format: text files are `cut`, others give a `column`.
+    """Examine `files` of known formats: text files are `cut`, others give a `column`.
 
-    Raises UserError for a file that cannot be read as what its suffix says.
+    Raises UserError for a file that cannot be read in the format of its suffix.
     """
     sizes = {path: path.stat().st_size for path in files}
     found = Look(files=len(files), file_bytes=sum(sizes.values()))
@@ -110,12 +110,12 @@ def look(
         )
     found.language = guess(found.sample)
     found.words = len({word for document in found.sample for word in _WORD.findall(document.lower())})
-    found.oddities = odd.said()
+    found.oddities = odd.lines()
     return found
 
 
 def _documents(path: Path, column: str, cut: Cut, tally: Tally) -> Iterator[str]:
-    """The documents of a file as fetching will take them."""
+    """The documents of a file as `stlm fetch` will read them."""
     file = DataFile.of(path)
     if file.kind == "text":
         return (document for document, _ in file.documents(cut, tally))
@@ -124,19 +124,19 @@ def _documents(path: Path, column: str, cut: Cut, tally: Tally) -> Iterator[str]
 
 def _format(path: Path) -> str:
     """Format and compression of a file, for people: "jsonl, gz"."""
-    own = known_suffix(path) or path.suffix or "no suffix"
-    return f"{own}, {path.suffix[1:].lower()}" if path.suffix.lower() in _COMPRESSED else own
+    name = known_suffix(path) or path.suffix or "no suffix"
+    return f"{name}, {path.suffix[1:].lower()}" if path.suffix.lower() in _COMPRESSED else name
 
 
 def _chosen(files: Sequence[Path], sizes: dict[Path, int], read_bytes: int) -> Iterator[Path]:
-    """Files spread evenly over all, each once: every one at a stride, then those between."""
+    """Files spread evenly over all of them, each once: at a stride, then those in between."""
     stride = max(1, round(sum(sizes.values()) / read_bytes))
     for first in range(stride):
         yield from files[first::stride]
 
 
 def _so_far(found: Look, path: Path, text_bytes: int, size: int) -> float:
-    """How many bytes of a file were read, of which so many bytes of text came."""
+    """Estimated bytes of a file that were read to get `text_bytes` of text."""
     if known_suffix(path) == "text" and path.suffix.lower() not in _COMPRESSED:
         return min(text_bytes, size)
     found.assumed = True
@@ -160,7 +160,7 @@ def _take(found: Look, odd: _Oddities, document: str, rate: float) -> None:
 
 
 class _Oddities:
-    """What a reader would want to know before training, counted."""
+    """Counts what the user should know before training."""
 
     def __init__(self, found: Look) -> None:
         self.found = found
@@ -171,7 +171,7 @@ class _Oddities:
         self.seen: set[bytes] = set()
 
     def of_file(self, path: Path) -> None:
-        """Its first bytes."""
+        """Examine the first bytes of a file."""
         if path.suffix.lower() in _COMPRESSED or not path.stat().st_size:
             return
         with path.open("rb") as file:
@@ -180,7 +180,7 @@ class _Oddities:
             self.files["byte-order marks"].append(path.name)
 
     def of_document(self, text: str, key: bytes) -> None:
-        """Characters, lines and marks that a text seldom has."""
+        """Count unusual characters, lines and markers of a document."""
         self.documents["exact duplicates of an earlier document, kept once"] += key in self.seen
         self.seen.add(key)
         self.documents["NUL characters"] += "\0" in text
@@ -196,8 +196,8 @@ class _Oddities:
         if "<" in text:
             self.markers.update(_MARKER.findall(text))
 
-    def said(self) -> list[str]:
-        """Each in a line."""
+    def lines(self) -> list[str]:
+        """A line for each oddity."""
         found, lines = self.found, []
         for what, names in self.files.items():
             if names:
@@ -212,8 +212,8 @@ class _Oddities:
         unspaced = not found.language.spaced
         for what, count in self.documents.items():
             if count and not (unspaced and what.startswith("words")):
-                where = "" if what.startswith("exact") else "documents with "
-                lines.append(f"{where}{what}: {count:,} of {total:,} ({count / total:.1%})")
+                subject = "" if what.startswith("exact") else "documents with "
+                lines.append(f"{subject}{what}: {count:,} of {total:,} ({count / total:.1%})")
         for marker, count in self.markers.most_common(3):
             if count >= 3:
                 lines.append(
@@ -224,7 +224,7 @@ class _Oddities:
 
 
 def _lost(text: str) -> bool:
-    """Whether a text has replacement characters, or lone surrogates that stand for undecoded bytes."""
+    """Whether a text has replacement characters, or lone surrogates in place of undecoded bytes."""
     return "\ufffd" in text or any("\udc80" <= character <= "\udcff" for character in set(text))
 
 

@@ -1,4 +1,4 @@
-"""The verb `stlm new`: look at a text, choose what fits it, write a corpus and a study."""
+"""The verb `stlm new`: examine a text, choose what fits it, write a corpus and a study."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from stlm.study.load import load_study
 from stlm.study.names import LONGEST_NAME, NOT_STUDIES, is_name, study_names
 from stlm.tokens.splits import FEW_UNITS, held_out
 
-_SOME_DOCUMENTS = 100  # of fewer the held-out splits get a handful
-_LEAST_QUESTIONS = 100  # of last_word: fewer have an interval of more than ten points to each side
+_SOME_DOCUMENTS = 100  # with fewer, held-out splits get a handful
+_LEAST_QUESTIONS = 100  # of last_word; with fewer, the interval exceeds ten points to each side
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user gave on the command line beside name and paths."""
+    """The options on the command line in addition to name and paths."""
 
     column: str | None = None
     documents: str | None = None
@@ -50,7 +50,7 @@ def new(
     wishes: Wishes | None = None,
     measure: Callable[[ModelConfig, int, int], Speed] | None = None,
 ) -> str:
-    """Write the corpus and the study `name` for the text at `paths`; what to say of them, for people.
+    """Write the corpus and the study `name` for the text at `paths`; a report for people.
 
     `measure` times training on this machine (default: `stlm.new.speed.measure`). Raises UserError before
     anything is written.
@@ -62,7 +62,7 @@ def new(
     sources = find_sources(paths)
     column, of_column = text_column(sources.all_files, wishes.column)
     cut, of_cut, found = _cut_and_look(sources, column, wishes)
-    said = _found(sources, found, [of_cut, of_column])
+    report = _found(sources, found, [of_cut, of_column])
     if not found.sizes or found.all_bytes < LEAST_BYTES:
         raise UserError(
             f"--text: {found.all_bytes:,} bytes of text in {found.documents:,} documents are too few for any "
@@ -70,12 +70,12 @@ def new(
         )
     chosen = _choose(name, sources, found, column, cut, wishes, measure)
     _write(name, chosen)
-    said += _advice(chosen, wishes)
-    return "\n".join(said)
+    report += _advice(chosen, wishes)
+    return "\n".join(report)
 
 
 def check_name(name: str, force: bool) -> None:
-    """A name must be one that studies, folders and stages may have, and not be taken unless `force`."""
+    """Raise UserError unless the name is valid for a study, and free (or `force` is set)."""
     if not is_name(name) or name in NOT_STUDIES:
         letters = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
         proposal = re.sub(r"[^a-z0-9_]+", "-", letters).strip("-_")
@@ -99,7 +99,7 @@ def check_name(name: str, force: bool) -> None:
 
 
 def _cut_and_look(sources: Sources, column: str, wishes: Wishes) -> tuple[Cut, str, Look]:
-    """How text files become documents, what is said of it, and the look at them."""
+    """How text files are cut into documents, a note about it, and the findings."""
     files = sources.all_files
     texts = [path for path in files if known_suffix(path) == "text"]
     given = Cut(documents=wishes.documents, separator=wishes.separator)  # type: ignore[arg-type]
@@ -112,12 +112,12 @@ def _cut_and_look(sources: Sources, column: str, wishes: Wishes) -> tuple[Cut, s
     if not texts:
         return Cut(), "a row is a document", look(files, column=column)
     if given != Cut():
-        said = (
+        note = (
             f"cut by --separator {wishes.separator}"
             if wishes.separator
             else f"a {wishes.documents} is a document"
         )
-        return given, said, look(files, column=column, cut=given)
+        return given, note, look(files, column=column, cut=given)
     cut, why = default_cut([DataFile.of(path) for path in texts])
     if cut.separator:
         return cut, f"text files are cut at these lines, as {why}", look(files, column=column, cut=cut)
@@ -137,7 +137,7 @@ def _check_separator(pattern: str) -> None:
 
 
 def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
-    """What was found, a line each."""
+    """The findings, one line each."""
     about = "about " if found.sampled else ""
     formats = ", ".join(f"{count:,} {name}" for name, count in found.formats.most_common())
     lines = [
@@ -174,7 +174,7 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
 
 
 def _count(number: int, what: str) -> str:
-    """A number of things: 1 file, 2 files."""
+    """A number with its noun: 1 file, 2 files."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -196,7 +196,7 @@ def _choose(
     wishes: Wishes,
     measure: Callable[[ModelConfig, int, int], Speed],
 ) -> Chosen:
-    """All choices, by two timings: of a small model, to choose one, and of the one chosen."""
+    """All choices, with two timings: of a small model, to choose a size, and of the chosen one."""
     train, test = _split_bytes(sources, found)
     text = TextSize(train, found.words, found.quantile(0.75), _bytes_a_token(found.sample))
     first = fit(text, 0)
@@ -218,24 +218,24 @@ def _choose(
     about = f"{_size(found.all_bytes)} of text in {_count(found.documents, 'document')}"
     files = dict(sources.patterns)
     corpus = Corpus(name, _path(sources.root), files, column, cut, found.language, about)
-    return Chosen(corpus, best, questions, train, found.documents, seconds / 60, speed.where)
+    return Chosen(corpus, best, questions, train, found.documents, seconds / 60, speed.device)
 
 
 def _rows(chosen: Fit) -> int:
-    """Rows of a micro-batch, small enough that its timing is short."""
+    """Rows of a micro-batch for timing, few enough that it is short."""
     return max(1, min(chosen.tokens_a_step, 4096) // chosen.context)
 
 
 def _split_bytes(sources: Sources, found: Look) -> tuple[int, int]:
-    """UTF-8 bytes of train and test split, about: declared ones, or 5% or 1% of train."""
+    """Approximate UTF-8 bytes of train and test: of the declared splits, or 5% or 1% of train."""
     total = sum(path.stat().st_size for path in sources.all_files) or 1
-    own = {
+    sizes = {
         split: found.all_bytes * sum(path.stat().st_size for path in paths) / total
         for split, paths in sources.files.items()
     }
     share = held_out(False, found.documents)
-    held = {split: own[split] if split in own else share * own["train"] for split in ("val", "test")}
-    train = own["train"] - sum(size for split, size in held.items() if split not in own)
+    held = {split: sizes[split] if split in sizes else share * sizes["train"] for split in ("val", "test")}
+    train = sizes["train"] - sum(size for split, size in held.items() if split not in sizes)
     return round(train), round(held["test"])
 
 
@@ -243,8 +243,8 @@ def _bytes_a_token(sample: Sequence[str]) -> Callable[[int], float | None]:
     """Mean bytes of a token by vocabulary size, of a vocabulary trained on most of the sample."""
     from stlm.tokens.bpe import train_bpe
 
-    # Of a part, and a tenth larger: the vocabulary must be possible on the train split alone. What that adds
-    # to the length of a token is less than chance does.
+    # Train on a part, and a tenth larger: the vocabulary must be possible on the train split alone. The
+    # effect on the length of a token is smaller than chance.
     parts = [text[: -(-len(text) * 4 // 5)] for text in sample]
 
     @functools.cache
@@ -261,7 +261,7 @@ def _bytes_a_token(sample: Sequence[str]) -> Callable[[int], float | None]:
 
 
 def _questions(found: Look, test_bytes: int) -> int:
-    """Questions of last_word that the test split will give, about; 0 where they are too few."""
+    """Approximate number of last_word questions in the test split; 0 if there are too few."""
     if not found.language.spaced:
         return 0
     sample_bytes = sum(len(text.encode(errors="replace")) for text in found.sample)
@@ -271,13 +271,13 @@ def _questions(found: Look, test_bytes: int) -> int:
 
 
 def _path(root: Path) -> str:
-    """The folder as the entry has it: relative to the project where it is in it, else absolute."""
-    here = Path(os.path.abspath("."))
-    return root.relative_to(here).as_posix() if root.is_relative_to(here) else str(root)
+    """The folder for the entry: relative if it is in the project, otherwise absolute."""
+    project = Path(os.path.abspath("."))
+    return root.relative_to(project).as_posix() if root.is_relative_to(project) else str(root)
 
 
 def _write(name: str, chosen: Chosen) -> None:
-    """Both files, once the study has been read and checked from a copy of params/."""
+    """Write both files, after the study has been loaded and checked in a copy of params/."""
     corpora = PARAMS / "corpora.yaml"
     entry = append_entry(corpora.read_text(encoding="utf-8"), name, corpus_entry(chosen.corpus))
     study = study_text(chosen)
@@ -294,7 +294,7 @@ def _write(name: str, chosen: Chosen) -> None:
 
 
 def _advice(chosen: Chosen, wishes: Wishes) -> list[str]:
-    """What was chosen and what to run."""
+    """Lines that say what was chosen and what to run."""
     best, name = chosen.fit, chosen.corpus.name
     lines = [
         "Chosen:",

@@ -1,4 +1,4 @@
-"""Which files a user means, where they lie, which are declared splits, and which column holds the text."""
+"""Finds the files that a user names, the splits that they declare, and the column that holds the text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stlm.corpora.formats import SUFFIXES, DataFile, Tally, known_suffix
 from stlm.corpora.tables import column_type, is_text, table_schema
 from stlm.errors import UserError, nearest
 
-# Words in a file's name, or its folder's, that declare a split, and the output they mean.
+# Words in the name of a file or folder that declare a split -> the output.
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -38,10 +38,10 @@ _LISTED = 50  # files of a split that are listed by name
 
 @dataclass(frozen=True)
 class Sources:
-    """`root`: the folder that all files are in; `patterns`: output -> paths and globs below it.
+    """`root`: the folder that contains all files; `patterns`: output -> paths and globs below it.
 
-    `files` are what the patterns mean; `unknown` the suffixes that no format has, with their counts; `hidden`
-    counts what globs leave out; `unmarked` files that name no split where others do: they go to train.
+    `files` are those that match the patterns; `unknown` counts unknown suffixes; `hidden` counts the files
+    that globs skip; `unmarked` counts the files that declare no split although others do: they go to train.
     """
 
     root: Path
@@ -53,12 +53,12 @@ class Sources:
 
     @property
     def all_files(self) -> list[Path]:
-        """Of all splits."""
+        """The files of all splits."""
         return [path for paths in self.files.values() for path in paths]
 
 
 def find_sources(paths: Sequence[str]) -> Sources:
-    """What `--text PATH...` means: files, folders and globs. Raises UserError where there is no text."""
+    """The files that `--text PATH...` names: files, folders, globs. Raises UserError if there is no text."""
     starts = [_start(Path(os.path.expanduser(path))) for path in paths]
     root = Path(os.path.commonpath([base for base, _ in starts]))
     if len(starts) > 1 and (root == root.parent or root in (Path.home(), Path.home().parent)):
@@ -86,11 +86,11 @@ def find_sources(paths: Sequence[str]) -> Sources:
         unknown.update(Path(path).suffix or "none" for path in chosen if known_suffix(Path(path)) is None)
         for path in known:
             if pattern is None:
-                own = _glob_for(prefix, path)
+                matching = _glob_for(prefix, path)
             else:
-                # A glob that finds unknown suffixes, too, is narrowed to the files that are known.
-                own = prefix + (pattern if len(known) == len(chosen) else path)
-            by_pattern.setdefault(own, []).append(prefix + path)
+                # A glob that also matches unknown suffixes is narrowed to the known files.
+                matching = prefix + (pattern if len(known) == len(chosen) else path)
+            by_pattern.setdefault(matching, []).append(prefix + path)
     if not by_pattern:
         found = ", ".join(f"{count:,} with suffix {name}" for name, count in unknown.most_common(5))
         raise UserError(
@@ -98,19 +98,19 @@ def find_sources(paths: Sequence[str]) -> Sources:
             f"compressed); found {found or 'no file at all'}"
         )
     patterns, files, unmarked = _splits(by_pattern)
-    outputs = {out: tuple(root / path for path in own) for out, own in files.items()}
+    outputs = {out: tuple(root / path for path in names) for out, names in files.items()}
     return Sources(root, patterns, outputs, unknown, hidden, unmarked)
 
 
 def _start(path: Path) -> tuple[Path, str | None]:
-    """An absolute folder, and the file or glob below it; None: all that is in the folder."""
+    """An absolute folder, and the file or glob below it; None for everything in the folder."""
     if path.is_dir():
         return Path(os.path.abspath(path)), None
     if path.exists():
         return Path(os.path.abspath(path.parent)), path.name
     if not _GLOB.search(str(path)):
-        beside = [own.name for own in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) if len(beside) < _LISTED else ""
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if len(siblings) < _LISTED else ""
         raise UserError(f"--text {path}: no such file or folder{hint}")
     parts = Path(os.path.abspath(path)).parts
     first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
@@ -121,7 +121,7 @@ def _start(path: Path) -> tuple[Path, str | None]:
 
 
 def _glob_for(prefix: str, path: str) -> str:
-    """The glob that finds files with the suffixes of `path` in a folder: `**/*.jsonl.gz`."""
+    """The glob for files with the suffixes of `path` in a folder: `**/*.jsonl.gz`."""
     name = path.rpartition("/")[2]
     suffixes = Path(name).suffixes[-2:] if known_suffix(Path(Path(name).stem)) else Path(name).suffixes[-1:]
     return f"{glob.escape(prefix)}**/*{glob.escape(''.join(suffixes))}"
@@ -132,7 +132,7 @@ def split_of(path: str) -> str | None:
     *folders, name = path.lower().split("/")
     stem = split_compression(name)[0].rpartition(".")[0]
     parts = re.split(r"[-_.]", stem)
-    # At an end of the name: not every book with "test" in its title is held out.
+    # Only at an end of the name: a book with "test" in its title is not held out.
     for word in (parts[0], parts[-1], *reversed(folders)):
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
@@ -142,7 +142,7 @@ def split_of(path: str) -> str | None:
 def _splits(
     by_pattern: Mapping[str, list[str]],
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], int]:
-    """Patterns and files by split; and how many files declare none, though others do."""
+    """Patterns and files by split; and the number of files that declare none although others do."""
     every = sorted({path for paths in by_pattern.values() for path in paths})
     declared = {path: split_of(path) for path in every}
     if not {"val", "test"} & set(declared.values()):
@@ -151,28 +151,30 @@ def _splits(
     for path in every:
         outputs.setdefault(declared[path] or "train", []).append(path)
     if "train" not in outputs:
-        # Held-out files alone: they are text like any other.
+        # Only held-out files: they are text like any other.
         return {"train": tuple(by_pattern)}, {"train": tuple(every)}, 0
-    # A file of val or test is no part of train, whatever the globs of train mean; those find files that are
-    # added later, too.
+    # A file of val or test is not part of train, even if a glob of train matches it. The globs also match
+    # files that are added later.
     mine = set(outputs["train"])
-    patterns = {"train": tuple(pattern for pattern, own in by_pattern.items() if mine.intersection(own))}
+    patterns = {
+        "train": tuple(pattern for pattern, matched in by_pattern.items() if mine.intersection(matched))
+    }
     patterns |= {split: _patterns(outputs[split], every) for split in ("val", "test") if split in outputs}
     unmarked = sum(split is None for split in declared.values())
     return patterns, {split: tuple(outputs[split]) for split in patterns}, unmarked
 
 
-def _patterns(own: Sequence[str], every: Sequence[str]) -> tuple[str, ...]:
-    """Names of few files; of many the globs of their folders, where those find these files and no others."""
-    if len(own) > _LISTED:
-        globs = dict.fromkeys(_glob_for(f"{path.rpartition('/')[0]}/", path) for path in own if "/" in path)
-        if globs and match_names(tuple(globs), every, "splits") == sorted(own):
+def _patterns(names: Sequence[str], every: Sequence[str]) -> tuple[str, ...]:
+    """The names of few files; for many the globs of their folders, if these match exactly the same files."""
+    if len(names) > _LISTED:
+        globs = dict.fromkeys(_glob_for(f"{path.rpartition('/')[0]}/", path) for path in names if "/" in path)
+        if globs and match_names(tuple(globs), every, "splits") == sorted(names):
             return tuple(globs)
-    return tuple(own)
+    return tuple(names)
 
 
 def text_column(files: Sequence[Path], wanted: str | None) -> tuple[str, str]:
-    """(the column that holds the text, what is said of it); `text` where no file has columns."""
+    """(the column that holds the text, a note about it); `text` if no file has columns."""
     columns = _columns(files)
     if not columns:
         return wanted or "text", ""
@@ -187,7 +189,7 @@ def text_column(files: Sequence[Path], wanted: str | None) -> tuple[str, str]:
 
 
 def _text_columns(schema: pa.Schema, file: DataFile) -> list[str]:
-    """The columns of strings; a name that several columns have is none of them."""
+    """The columns of strings, without names that occur several times."""
     names = [name for name in schema.names if schema.names.count(name) == 1]
     found = [name for name in names if is_text(column_type(schema, name, file.name))]
     if not found:
@@ -196,16 +198,19 @@ def _text_columns(schema: pa.Schema, file: DataFile) -> list[str]:
 
 
 def _header(path: Path, kind: str) -> list[str]:
-    """The columns of a CSV file: its first line, cut where that gives most of them."""
+    """The columns of a CSV file: its first line, split by the delimiter that gives most columns."""
     with open_text(path, detect_encoding(path), newline="") as text:
         first = text.readline()
-    cuts = [next(csv.reader([first], delimiter=mark), []) for mark in ("\t" if kind == "tsv" else ",;\t")]
+    cuts = [
+        next(csv.reader([first], delimiter=delimiter), [])
+        for delimiter in ("\t" if kind == "tsv" else ",;\t")
+    ]
     names = max(cuts, key=len)
     return [name for name in names if names.count(name) == 1]
 
 
 def _columns(files: Sequence[Path], rows: int = 200) -> dict[str, float]:
-    """The columns of text of the first file of each format: name -> mean characters of first rows."""
+    """The text columns of the first file of each format: name -> mean characters in the first rows."""
     first: dict[str, Path] = {}
     for path in files:
         kind = known_suffix(path)
@@ -227,5 +232,5 @@ def _columns(files: Sequence[Path], rows: int = 200) -> dict[str, float]:
             found += 1
         if found and not lengths:
             raise UserError(f"{file.name}: no column holds text; found {', '.join(row) or 'no column'}")
-    means = {name: sum(own) / max(len(own), 1) for name, own in lengths.items()}
+    means = {name: sum(values) / max(len(values), 1) for name, values in lengths.items()}
     return dict(sorted(means.items(), key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""How fast this machine trains a model: a few real steps, timed."""
+"""Measures how fast this machine trains a model, by a few real steps."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from stlm.model.config import ModelConfig
 from stlm.model.counts import training_flops_per_token
 from stlm.training.config import TrainingConfig
 
-_SECONDS = 2.0  # that the timing of one model takes, about; a large model's first two steps may take longer
+_SECONDS = 2.0  # approximate duration of a timing; the first two steps of a large model may take longer
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations a second of one run, and how many runs go side by side."""
+    """Floating-point operations a second of one run, and the number of runs in parallel."""
 
     flops: float
     runs: int
-    where: str
+    device: str
 
     @property
     def all_flops(self) -> float:
-        """Of all runs that are at work together."""
+        """Floating-point operations a second of all parallel runs."""
         return self.flops * self.runs
 
 
-def side_by_side(runs: int) -> tuple[int, int]:
-    """(runs at a time, threads of each) on a CPU, as `snakemake --cores all` shares it among `runs`."""
+def parallel_runs(runs: int) -> tuple[int, int]:
+    """(parallel runs, threads of each) on a CPU, as `snakemake --cores all` divides it among `runs`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // runs)
     return min(runs, cores // threads), threads
 
 
 def measure(model: ModelConfig, batch_size: int, runs: int) -> Speed:
-    """Time steps of `batch_size` rows of random tokens: `model` is that of one of `runs` runs of a study."""
+    """Time steps of `model` on `batch_size` rows of random tokens, for a study of `runs` runs."""
     import torch
 
     from stlm.model.build import build_model
@@ -46,7 +46,7 @@ def measure(model: ModelConfig, batch_size: int, runs: int) -> Speed:
     device = choose_device(config)
     at_a_time, threads = (1, torch.get_num_threads())
     if device.device.type == "cpu":
-        at_a_time, threads = side_by_side(runs)
+        at_a_time, threads = parallel_runs(runs)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -67,8 +67,8 @@ def measure(model: ModelConfig, batch_size: int, runs: int) -> Speed:
             times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-    # The first steps allocate; the median of the others bears what else the machine does.
-    own = sorted(times[1:])[len(times[1:]) // 2]
-    flops = batch_size * model.context * training_flops_per_token(model) / own
-    where = device.name if device.device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} a run"
-    return Speed(flops, at_a_time, where)
+    # The first step allocates memory; the median of the others includes the effect of other work.
+    median = sorted(times[1:])[len(times[1:]) // 2]
+    flops = batch_size * model.context * training_flops_per_token(model) / median
+    name = device.name if device.device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} a run"
+    return Speed(flops, at_a_time, name)

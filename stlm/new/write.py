@@ -1,4 +1,4 @@
-"""The texts that `stlm new` writes: an entry of params/corpora.yaml and a study, each choice explained."""
+"""The texts that `stlm new` writes: an entry of params/corpora.yaml, and a study with its reasons."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the entry says. `path` is as written: absolute, or relative to the project's root."""
+    """The content of the entry. `path` is absolute, or relative to the project's root."""
 
     name: str
     path: str
@@ -35,7 +35,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the study says beside the fit: `last_word` is the questions to expect, `minutes` an estimate."""
+    """The content of the study; `last_word`: expected number of questions, `minutes`: an estimate."""
 
     corpus: Corpus
     fit: Fit
@@ -47,7 +47,7 @@ class Chosen:
 
 
 def scalar(value: str) -> str:
-    """A text as YAML: plain where that is safe, else in double quotes."""
+    """A text as YAML: plain if that is safe, otherwise in double quotes."""
     plain = re.fullmatch(r"[A-Za-z_/~][\w/.~-]*( [\w/.,()~-]+)*", value)
     return value if plain and value.lower() not in _NOT_TEXT else json.dumps(value, ensure_ascii=False)
 
@@ -61,7 +61,7 @@ def _comment(text: str, indent: int = 0) -> list[str]:
 
 
 def corpus_entry(corpus: Corpus) -> str:
-    """The entry, to be appended to params/corpora.yaml; its comments are inside of it."""
+    """The entry for params/corpora.yaml; its comments are inside the entry."""
     lines = [
         f"{scalar(corpus.name)}:",
         "  # Written by `stlm new`; a copy of `sources` under another name makes another corpus.",
@@ -95,14 +95,14 @@ def append_entry(before: str, name: str, entry: str) -> str:
     if start is None:
         return "".join(lines) + entry
     end = start + 1
-    # The entry goes on while lines are indented or empty; comments at the margin belong to what follows.
+    # The entry continues while lines are indented or empty; an unindented comment belongs to the next entry.
     while end < len(lines) and (not lines[end].strip() or lines[end].startswith((" ", "\t"))):
         end += 1
     return "".join([*lines[:start], entry, *lines[end:]])
 
 
 def _key(line: str) -> str | None:
-    """The key that begins at a line's margin; None where there is none."""
+    """The unindented key of a line; None if there is none."""
     match = re.match(r"""(["']?)([\w-]+)\1\s*:""", line)
     return match[2] if match else None
 
@@ -178,7 +178,7 @@ def _head(chosen: Chosen) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """A rate as the other studies write it: 3.0e-3."""
+    """A rate in the notation of the other studies: 3.0e-3."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -300,7 +300,7 @@ def _benchmarks(chosen: Chosen) -> list[str]:
 
 def _variants(fit: Fit, rate: float, matrices: float) -> list[str]:
     model = fit.model
-    # Of equal size: positions cost context x width weights, a unit of SwiGLU 3 x width.
+    # Equal size: positions have context x width weights, a unit of SwiGLU has 3 x width.
     learned = max(1, model.ffn_width - round(model.context / (3 * model.layers)))
     return [
         *_comment("Each row changes one thing, at equal size and tokens; the last is a whole recipe."),

@@ -1,4 +1,4 @@
-"""Work handed to threads a little ahead of its use, in order."""
+"""Submit work to threads slightly ahead of its use, in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """`items`, drawn up to `depth` ahead of their use, so that the workers have something to do."""
+    """`items`, drawn up to `depth` ahead of their use, so that the workers stay busy."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)

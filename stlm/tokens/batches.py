@@ -15,23 +15,23 @@ from stlm.tokens.held_out import held_out, text_digest, text_ids
 from stlm.tokens.order import Difficulty, Order
 from stlm.tokens.shards import ComponentTokens, read_meta, read_split
 
-# Slots after which the assignment of a batch's rows to the components of a mix repeats.
-# Shares of up to four decimals are met exactly.
+# Number of rows after which the assignment of rows to the components of a mix repeats. It makes shares of up
+# to four decimals exact.
 _PERIOD = 10_000
 
 
 class Batches:
-    """Endless training batches by random access: functions of (seed, index) alone; a resume needs no state.
+    """Endless training batches with random access: functions of (seed, index) alone; resuming needs no state.
 
     Each component's stream is cut into chunks of `context` tokens (plus the next one, the last target). An
-    epoch visits every chunk once, in an order drawn from the seed, the component and the epoch, or in one of
-    the others of `config`. Components of a mix take turns: after any number of rows each of n is less than
-    one row ahead of its share, and at most 1/2 + 1/3 + ... + 1/n rows behind. Shares are whole parts of
-    10,000; a component whose share is too small for one is an error.
+    epoch visits every chunk once, in an order drawn from the seed, the component and the epoch, or in another
+    order of `config`. Components of a mix alternate: after any number of rows each of n is less than one row
+    ahead of its share, and at most 1/2 + 1/3 + ... + 1/n rows behind. Shares are multiples of 1/10,000; a
+    smaller share is an error.
 
-    `rows` is the whole training's; orders that depend on its length and limits on repetition need it.
-    `difficulty` scores chunks where `config` orders by it. The first `skip` rows, which an earlier training
-    has read, are left out.
+    `rows` is the number of rows of the whole training; orders that depend on its length, and limits on
+    repetition, need it. `difficulty` scores chunks if `config` orders by it. The first `skip` rows, which an
+    earlier training run has read, are left out.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Batches:
                 )
         weights = [component.weight for component in self.components]
         self._turns, self._ranks, self._counts = _schedule(weights)
-        # Where a component's rows begin, where one comes after the other.
+        # The first row of each component, if they follow one another.
         self._begins: np.ndarray | None = None
         if self.config.sequence:
             assert rows is not None, "data.sequence needs the number of rows"
@@ -68,8 +68,8 @@ class Batches:
         else:
             self._check_read(folder, self._counts, _PERIOD)
         self.shares = self._shares(rows)
-        # A component's chunks are drawn by its place in the corpus, so that runs which leave others out, or
-        # read them in another sequence, read the same ones of it.
+        # The chunks of a component are drawn by its place in the corpus, so that runs which leave out other
+        # components, or read them in another sequence, read the same chunks of it.
         places = {component.name: place for place, component in enumerate(corpus)}
         self._orders = [
             Order(
@@ -95,7 +95,7 @@ class Batches:
         return out
 
     def sources(self, step: int, micro: int = 0, accumulation: int = 1) -> list[tuple[ComponentTokens, int]]:
-        """Where each row of `batch` comes from: a component, and where in its token stream the row begins."""
+        """The source of each row of `batch`: a component, and the row's start in its token stream."""
         first = self.skip + (step * accumulation + micro) * self.batch_size
         found = []
         for slot in range(first, first + self.batch_size):
@@ -104,7 +104,7 @@ class Batches:
         return found
 
     def _turn(self, slot: int) -> tuple[int, int]:
-        """The component that a row is of, and how many rows it gave before."""
+        """The component that a row belongs to, and how many rows it gave before."""
         if self._begins is not None:
             turn = min(int(np.searchsorted(self._begins, slot, side="right")), len(self.components)) - 1
             return turn, slot - int(self._begins[turn])
@@ -113,7 +113,7 @@ class Batches:
         return turn, period * int(self._counts[turn]) + int(self._ranks[place])
 
     def _shares(self, rows: int | None) -> list[int] | None:
-        """How many of `rows` each component gives."""
+        """The number of `rows` that each component gives."""
         if rows is None:
             return None
         if self._begins is not None:
@@ -123,7 +123,7 @@ class Batches:
         return counts.tolist()
 
     def _check_read(self, folder: Path, counts: np.ndarray, rows: int) -> None:
-        """Refuse a mix of which a component gives none of `rows`."""
+        """Reject a mix in which a component gives none of `rows`."""
         total = sum(component.weight for component in self.components)
         for component, count in zip(self.components, counts, strict=True):
             if not count:
@@ -138,7 +138,7 @@ class Batches:
         return None if tokens is None else max(1, round(tokens * share / self.context))
 
     def _check_epochs(self, folder: Path) -> None:
-        """Refuse a training that repeats a component more often than `max_epochs`."""
+        """Reject training that repeats a component more often than `max_epochs`."""
         limit = self.config.max_epochs
         for component, order, rows in zip(self.components, self._orders, self.shares, strict=True):
             epochs = rows / order.chunks
@@ -153,7 +153,7 @@ class Batches:
 
 
 def _weighted(folder: Path, components: list[ComponentTokens], config: DataConfig) -> list[ComponentTokens]:
-    """The components that are trained on, in `config`'s sequence or else the mix's, with their weights."""
+    """The components to train on with their weights, in the sequence of `config` or else the mix."""
     by_name = {component.name: component for component in components}
     for name in (*config.weights, *config.sequence):
         if name not in by_name:
@@ -168,12 +168,12 @@ def _weighted(folder: Path, components: list[ComponentTokens], config: DataConfi
 
 
 def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whose turn each slot of a period is, how often it was before, and each component's turns a period.
+    """For each slot of a period its component and that component's earlier slots; each component's slots.
 
-    Counts by largest remainder; turns by smooth weighted round robin: the most credit is next. In turns, a
-    component is ahead of its share by less than one, since who is next has credit, and at most
-    1/2 + ... + 1/n behind: let D(k) be the largest sum of k credits. Whoever is next and not among those k
-    has the most, so that D(k) <= k / (k + 1) (D(k + 1) + 1), from D(n) = 0 down to D(1).
+    Counts by largest remainder; slots by smooth weighted round robin: the component with the most credit is
+    next. A component is ahead of its share by less than one slot, because the next one has credit, and at
+    most 1/2 + ... + 1/n behind: let D(k) be the largest sum of k credits. A next component that is not among
+    those k has the most credit, so D(k) <= k / (k + 1) (D(k + 1) + 1), from D(n) = 0 down to D(1).
     """
     counts = _largest_remainder(weights, _PERIOD)
     turns, ranks = np.zeros(_PERIOD, np.int64), np.zeros(_PERIOD, np.int64)
@@ -188,7 +188,7 @@ def _schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """`total` shared out in whole numbers by `weights`."""
+    """`total` divided into whole numbers in proportion to `weights`."""
     shares = np.array(weights) / np.sum(weights) * total
     counts = np.floor(shares + 1e-9).astype(np.int64)
     counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
@@ -196,13 +196,13 @@ def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 class ValidationSet:
-    """Windows over a fixed choice of validation documents, every token of their text a target exactly once.
+    """Windows over a fixed choice of validation documents; every token of their text is a target once.
 
-    The documents stand one after the other as in training, the end-of-text token before each, and are read
-    in windows of `context` tokens that do not overlap. They are whole documents, drawn until they have
-    `max_bytes` of text: the same ones whatever the tokenizer (`stlm.tokens.held_out`).
+    The documents follow one another as in training, each after an end-of-text token, and are read in windows
+    of `context` tokens that do not overlap. Whole documents are drawn until they have `max_bytes` of text:
+    the same ones for every tokenizer (`stlm.tokens.held_out`).
 
-    `n_tokens`, `n_bytes`, `n_chars` count the text of these documents: what the masked losses sum over.
+    `n_tokens`, `n_bytes`, `n_chars` count the text of these documents, over which the masked losses sum.
     """
 
     def __init__(self, folder: Path, context: int, max_bytes: int) -> None:
@@ -212,7 +212,7 @@ class ValidationSet:
         self.n_tokens = sum(len(document.tokens) - 1 for document in chosen)
         self.n_bytes = sum(document.n_bytes for document in chosen)
         self.n_chars = sum(document.n_chars for document in chosen)
-        # What train.json says of the text.
+        # The description of the text in train.json.
         self.record: dict[str, int | str] = {
             "documents": len(chosen),
             "documents_total": text.documents_total,
@@ -223,14 +223,14 @@ class ValidationSet:
             "text_sha256": text_digest(text_ids(folder, chosen), text.components),
         }
         self._eot = read_meta(folder).eot
-        # The last document's end of text is no target, and nothing follows it.
+        # The end of text of the last document is not a target, and nothing follows it.
         stream = np.concatenate([[self._eot], *(document.tokens for document in chosen)])[:-1]
         windows = -(-(len(stream) - 1) // context)
         self._stream = np.full(windows * context + 1, self._eot, np.int64)
         self._stream[: len(stream)] = stream
 
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(x_BL, y_BL, mask_BL): inputs, targets (int64), which targets are text; the last B may be less."""
+        """(x_BL, y_BL, mask_BL): inputs, targets (int64), whether each is text; the last B may be less."""
         x_NL = self._stream[:-1].reshape(-1, self.context)
         y_NL = self._stream[1:].reshape(-1, self.context)
         for start in range(0, len(x_NL), batch_size):

@@ -1,11 +1,11 @@
-"""The process in which a byte-pair vocabulary is trained: texts from stdin, tokenizer.json to stdout.
+"""The process that trains a byte-pair vocabulary: texts from stdin, tokenizer.json to stdout.
 
-The library's Rust code runs for minutes without a look at Python's signals. In a process of its own, which
-:func:`stlm.tokens.bpe.train_bpe` starts and ends, the training ends as soon as the command does.
+The library's Rust code runs for minutes without checking Python's signals. In a separate process, which
+:func:`stlm.tokens.bpe.train_bpe` starts and ends, training stops as soon as the command does.
 
 Input: texts, each after its length in bytes (4 bytes, little-endian), then a length of `END`. Stdin stays
-open; once it closes the parent is gone, and the process ends, too. Output on stderr: the library's progress,
-JSON lines. Only what it needs is imported: starting it takes a tenth of a second.
+open; when it closes the parent has ended, and this process ends too. Output on stderr: the library's
+progress, as JSON lines. Imports are minimal, so that the process starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from collections.abc import Iterator
 
 LENGTH = struct.Struct("<I")
 END = 2**32 - 1
-# The longest pre-token that is trained on whole, in bytes. The longest of any corpus here has 207.
+# Bytes of the longest pre-token that is not cut. The longest of any corpus here has 207.
 LONGEST = 1000
 
 
 def main(merges: int) -> None:
-    """Train `merges` merges on the texts of stdin; write the tokenizer, of those that were found, to stdout.
+    """Train up to `merges` merges on the texts of stdin; write the tokenizer to stdout.
 
-    A merge costs time with the length of each word that it changes, so that a word of a million letters would
-    take hours. Pre-tokens of more than `LONGEST` bytes are cut, for the training alone: time is linear in any
-    text's length, and a corpus without such words gets the same vocabulary, bit by bit, as without the cut.
+    The cost of a merge grows with the length of each word that it changes, so a word of a million letters
+    would take hours. Pre-tokens of more than `LONGEST` bytes are cut, for training only: time is linear in
+    the length of any text, and a corpus without such words gets the same vocabulary, to the bit.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    # After the first of the two a character stands for a byte.
+    # After the first of the two, each character stands for a byte.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [byte_level, pre_tokenizers.FixedLength(length=LONGEST)]
     )
@@ -62,7 +62,7 @@ def _texts() -> Iterator[str]:
 def _read(size: int) -> bytes:
     content = sys.stdin.buffer.read(size)
     if len(content) < size:
-        os._exit(1)  # the parent is gone
+        os._exit(1)  # the parent has ended
     return content
 
 

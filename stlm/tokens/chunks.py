@@ -1,10 +1,10 @@
-"""Chunks of bytes: where a byte-level model cuts a text, and which symbol it may write where.
+"""Chunks of bytes: where a byte-level model cuts a text, and which symbols may come next.
 
-A text is written as chunks, one after the other, and a chunk as symbols: its bytes, then the end of the
-chunk or of the text. A *rule* is a set of symbols that may come next. It follows from the chunk's bytes so
-far; that of a chunk's first symbol from the chunk before. Where nothing but the chunk's end may come, that is
+A text is a sequence of chunks, and a chunk a sequence of symbols: its bytes, then the end of the chunk or of
+the text. A *rule* is a set of symbols that may come next. It follows from the bytes of the chunk so far; the
+rule of a chunk's first symbol follows from the previous chunk. If only the end of the chunk can come, it is
 certain and no symbol is written. With `words`, `spaces` and strides each text has one spelling in symbols
-that keep to the rules, so that no probability is lost; with byte-pair tokens it is lost to other
+that follow the rules, so that no probability is lost. With byte-pair tokens some is lost to other
 segmentations, as in any model over them.
 
 Shapes: V chunks, R rules, S the number of symbols, T bytes or symbols of many chunks, one after the other.
@@ -23,9 +23,9 @@ from stlm.errors import UserError, nearest, shortened
 
 # Symbols: the bytes, and two that end a chunk.
 END, END_OF_TEXT, SYMBOLS = 256, 257, 258
-# Bytes of the longest chunk of `words` and `spaces`; what is longer is split.
+# Bytes of the longest chunk of `words` and `spaces`; longer ones are split.
 LONGEST = 16
-# The rules that all chunkers have: a byte or the end of the text; that end alone.
+# The rules that all chunkers have: a byte or the end of the text; only the end of the text.
 ANYTHING, NOTHING = 0, 1
 # Instead of a rule: the chunk ends here.
 CERTAIN = 255
@@ -34,23 +34,23 @@ _BYTES = np.arange(SYMBOLS) < 256
 
 
 class Chunker(ABC):
-    """Cuts bytes into chunks of at most `longest` bytes, and knows the rules."""
+    """Cuts bytes into chunks of at most `longest` bytes, and gives the rules."""
 
     name: str
     longest: int
-    # Which symbols each rule allows, bool [R, S], and for each rule, where it is that of a chunk's last byte,
+    # The symbols that each rule allows, bool [R, S]; and for each rule that follows the last byte of a chunk,
     # the rule of the next chunk's first symbol, [R].
     allowed_RS: np.ndarray
     following_R: np.ndarray
 
     @abstractmethod
     def split(self, content: bytes) -> list[bytes]:
-        """The chunks of a whole text; one after the other they are the text."""
+        """The chunks of a whole text; concatenated they are the text."""
 
     def rule_after(self, before: bytes, begun: bytes) -> int:
-        """The rule of the next symbol in a chunk of which `begun` is written, after the chunk `before`.
+        """The rule of the next symbol in a chunk that starts with `begun`, after the chunk `before`.
 
-        CERTAIN where the chunk ends with what is written.
+        CERTAIN if the chunk ends there.
         """
         if not begun:
             return int(chunk_table(self, [before]).following_V[0])
@@ -59,15 +59,15 @@ class Chunker(ABC):
 
     @abstractmethod
     def rules(self, bytes_T: np.ndarray, places_T: np.ndarray, begins_V: np.ndarray) -> np.ndarray:
-        """The rule [T], uint8, of the symbol after each byte of chunks that lie one after the other.
+        """The rule [T], uint8, of the symbol after each byte of consecutive chunks.
 
-        `places_T` are the bytes' places in their chunks, from 0, `begins_V` where the chunks begin. A last
-        byte's rule is CERTAIN where the chunk's end is.
+        `places_T` are the positions of bytes in their chunks, from 0; `begins_V` the starts of chunks. The
+        rule after a chunk's last byte is CERTAIN if its end is.
         """
 
 
 class Stride(Chunker):
-    """Every N bytes (MegaByte, Yu et al. 2023). A text's last chunk may be shorter: its text ends with it."""
+    """Every N bytes (MegaByte, Yu et al. 2023). The last chunk of a text may be shorter."""
 
     def __init__(self, stride: int) -> None:
         self.name, self.longest = f"stride-{stride}", stride
@@ -83,16 +83,16 @@ class Stride(Chunker):
 class Spaces(Chunker):
     """After the first space-like byte that follows another (SpaceByte, Slagle 2024).
 
-    Space-like is what is no letter, digit or continuation byte of UTF-8. "hello, world! " is "hello,",
-    " world!" and " ".
+    Space-like are all bytes but letters, digits and continuation bytes of UTF-8. "hello, world! " is
+    "hello,", " world!" and " ".
     """
 
     def __init__(self, longest: int = LONGEST) -> None:
         self.name, self.longest = "spaces", longest
         self.allowed_RS, self.following_R = _rules([])
         word, other = rb"[0-9A-Za-z\x80-\xbf]", rb"[^0-9A-Za-z\x80-\xbf]"
-        # One alternative for each number of space-like bytes at the beginning: together with what follows
-        # they have the limit `longest`.
+        # One alternative for each number of space-like bytes at the beginning, so that the whole chunk has at
+        # most `longest` bytes.
         ends = [
             b"%b{%d}%b{1,%d}%b" % (other, before, word, longest - 1 - before, other)
             for before in range(longest - 1)
@@ -113,8 +113,9 @@ class Words(Chunker):
     """At the ends of words (Learn Your Tokens, Thawani et al. 2023), with the white space before each.
 
     A word is letters, digits and bytes above ASCII, with apostrophes inside or at its end, or a run of other
-    characters: "  it's 'so'." is "  it's", " '", "so'" and ".". Whether a word ends is known from the byte
-    after it alone, so the end is a symbol; what would have made the word longer cannot begin the next.
+    characters: "  it's 'so'." is "  it's", " '", "so'" and ".". Only the next byte
+    tells whether a word has ended, so its end is a symbol; a byte that would have made the word longer cannot
+    begin the next chunk.
     """
 
     IN_WORD, IN_OTHER, AFTER_WORD, AFTER_OTHER = 2, 3, 4, 5
@@ -152,7 +153,7 @@ class Words(Chunker):
 
     def rules(self, bytes_T: np.ndarray, places_T: np.ndarray, begins_V: np.ndarray) -> np.ndarray:
         T = len(bytes_T)
-        # The chunk's kind is that of its first byte which is no white space.
+        # The first byte that is not white space determines the kind of the chunk.
         first_V = np.minimum.reduceat(np.where(self._is_space[bytes_T], T, np.arange(T)), begins_V)
         inside_V = np.where(self._is_word[bytes_T[np.minimum(first_V, T - 1)]], self.IN_WORD, self.IN_OTHER)
         lengths_V = np.diff(begins_V, append=T)
@@ -162,12 +163,12 @@ class Words(Chunker):
 
 
 class Pieces(Chunker):
-    """At the ends of byte-pair tokens, of which none is longer than `longest`; each end is a symbol."""
+    """At the ends of byte-pair tokens of at most `longest` bytes; each end is a symbol."""
 
     INSIDE = 2
 
     def __init__(self, name: str, tokens: Callable[[bytes], list[bytes]], longest: int) -> None:
-        """`tokens`: the bytes of a text's tokens, from its UTF-8."""
+        """`tokens` maps the UTF-8 of a text to the bytes of its tokens."""
         self.name, self.longest, self._tokens = name, longest, tokens
         self.allowed_RS, self.following_R = _rules([(np.arange(SYMBOLS) <= END, ANYTHING)])
 
@@ -178,22 +179,22 @@ class Pieces(Chunker):
         return np.where(places_T == self.longest - 1, CERTAIN, self.INSIDE).astype(np.uint8)
 
 
-def _rules(own: Sequence[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """`allowed_RS` and `following_R` of the two common rules and a chunker's own."""
+def _rules(rules: Sequence[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """`allowed_RS` and `following_R` of the two common rules and of further `rules`."""
     end_of_text_S = np.arange(SYMBOLS) == END_OF_TEXT
-    # A chunk that ends where anything might come is its text's last.
+    # A chunk that ends where any symbol might come is the last of its text.
     common = [(_BYTES | end_of_text_S, NOTHING), (end_of_text_S, NOTHING)]
-    allowed, following = zip(*[*common, *own], strict=True)
+    allowed, following = zip(*[*common, *rules], strict=True)
     return np.stack(allowed), np.array(following, np.uint8)
 
 
 class ChunkTable(NamedTuple):
     """Chunks as a model reads and writes them; chunk v is `symbols[begins[v] : begins[v + 1]]`.
 
-    These are its bytes and, where it is not certain, what ends it; the empty chunk stands for the end of a
-    text. The first `n_inputs` of them are what the model reads. `rules` are the symbols' own, but for a
-    chunk's first one, whose rule is `following` of the chunk before. The first `skips` are given, not scored.
-    `longest` is the chunker's: bytes of the longest chunk that there may be.
+    These are its bytes and, unless it is certain, the symbol that ends it; the empty chunk stands for the end
+    of a text. The model reads the first `n_inputs` of them. `rules` has the rule of each symbol, except a
+    chunk's first one, whose rule is `following` of the previous chunk. The first `skips` symbols are given,
+    not scored. `longest` is the chunker's limit on the bytes of a chunk.
     """
 
     symbols_T: np.ndarray
@@ -211,14 +212,14 @@ def chunk_table(chunker: Chunker, chunks: Sequence[bytes], skips: Sequence[int] 
     sizes_V = np.fromiter(map(len, chunks), np.int64, len(chunks))
     full = np.flatnonzero(sizes_V)
     bytes_T = np.frombuffer(b"".join(chunks), np.uint8)
-    # What the chunks of text have: their bytes, each with the rule of the symbol after it.
+    # For chunks of text: their bytes, each with the rule of the symbol after it.
     begins = np.cumsum(sizes_V[full]) - sizes_V[full]
     places_T = np.arange(len(bytes_T)) - np.repeat(begins, sizes_V[full])
     after_T = chunker.rules(bytes_T, places_T, begins) if len(bytes_T) else np.empty(0, np.uint8)
     last = after_T[begins + sizes_V[full] - 1]
     rule_V = np.full(len(chunks), CERTAIN, np.uint8)
     rule_V[full] = last
-    # How each ends: with a symbol, unless its end is certain.
+    # Each chunk ends with a symbol, unless its end is certain.
     open_V = rule_V != CERTAIN
     inside_V = np.where(open_V, rule_V, 0)
     ends_V = np.where(chunker.allowed_RS[inside_V, END], END, END_OF_TEXT)
@@ -229,7 +230,7 @@ def chunk_table(chunker: Chunker, chunks: Sequence[bytes], skips: Sequence[int] 
     rules_T = np.full(begins_V[-1], ANYTHING, np.uint8)
     to_T = np.repeat(begins_V[:-1][full], sizes_V[full]) + places_T
     symbols_T[to_T] = bytes_T
-    # The rule after a byte is that of the next symbol; a certain end has none.
+    # The rule after a byte belongs to the next symbol; a certain end has none.
     inner_T = after_T != CERTAIN
     rules_T[to_T[inner_T] + 1] = after_T[inner_T]
     symbols_T[begins_V[1:][open_V] - 1] = ends_V[open_V]
@@ -261,5 +262,5 @@ def make_chunker(name: str) -> Chunker:
 
 
 def cuts_chunks(name: str) -> bool:
-    """Whether a tokenizer's name is one that :func:`make_chunker` knows the kind of."""
+    """Whether a tokenizer's name has the form that :func:`make_chunker` accepts."""
     return name in ("words", "spaces") or name.startswith("stride-")

@@ -1,4 +1,4 @@
-"""What a run reads, in which order, and how documents share a row: the `data` section of a study."""
+"""The `data` section of a study: what a run reads, in which order, and how documents share a row."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DataConfig(BaseModel):
-    """Mix, order, repetition and packing of the training text. Frozen; unknown keys are refused.
+    """Mix, order, repetition and packing of the training text. Frozen; unknown keys are rejected.
 
-    Validation and test text are the whole corpus', whatever is said here, so that runs compare.
+    It does not affect validation and test text, which are those of the whole corpus, so that runs compare.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Component of the corpus, a mix -> its share of the training tokens, instead of the "
-        "mix's own; components left out are not trained on. Shares are relative.",
+        description="For a mix: component -> its share of the training tokens, in place of the shares in "
+        "params/corpora.yaml; components left out are not trained on. Shares are relative.",
     )
     sequence: tuple[str, ...] = Field(
         (),
-        description="All components trained on, in the order in which they come one after the other, each "
-        "for its share of the training. Empty: they take turns in every batch.",
+        description="All components to train on, one after the other in this order, each for its share of "
+        "the training. Empty: they alternate in every batch.",
     )
     attention: Literal["across", "within"] = Field(
         "across",
-        description="Whether a token sees the documents before its own in the row. `within`: its own "
-        "alone, whose positions begin at 0.",
+        description="Whether a token sees earlier documents of its row. `within`: only its own document, "
+        "whose positions begin at 0.",
     )
     order: Literal["shuffled", "source", "length", "difficulty"] = Field(
         "shuffled",
@@ -37,35 +37,35 @@ class DataConfig(BaseModel):
     )
     direction: Literal["easy_first", "hard_first"] = Field(
         "easy_first",
-        description="Of `length` and `difficulty`: short and easy chunks first (a curriculum), or last.",
+        description="For `length` and `difficulty`: short or easy chunks first (a curriculum), or last.",
     )
     pacing: Literal["sorted", "competence"] = Field(
         "sorted",
-        description="Of `length` and `difficulty`. `sorted`: each chunk once an epoch, in order. "
+        description="For `length` and `difficulty`. `sorted`: each chunk once an epoch, in order. "
         "`competence`: drawn, with replacement, from a first part of the order that grows with the square "
         "root of the time (Platanios et al. 2019).",
     )
     competence_start: float = Field(
-        0.01, gt=0, le=1, description="Of pacing `competence`: the part of the order at the beginning."
+        0.01, gt=0, le=1, description="For pacing `competence`: the part of the order at the beginning."
     )
     competence_share: float = Field(
-        0.5, gt=0, le=1, description="Of pacing `competence`: share of the training until all is drawn from."
+        0.5, gt=0, le=1, description="For pacing `competence`: share of the training until it is all."
     )
     reference: str | None = Field(
         None,
-        description="Of order `difficulty`: the variant of this study whose last checkpoint measures it. It "
+        description="For order `difficulty`: the variant of this study whose last checkpoint measures it. It "
         "is trained first.",
     )
     unique_tokens: int | None = Field(
         None,
         gt=0,
-        description="Train on a random part of so many tokens, repeated as often as needed; a mix's "
-        "components give their shares. null: all of the train split.",
+        description="Train on a random part of this many tokens, repeated as often as needed; a mix's "
+        "components give their shares. null: the whole train split.",
     )
     max_epochs: float | None = Field(
         None,
         gt=0,
-        description="A component that training would repeat more often is an error before it starts. "
+        description="If training would repeat a component more often, it is rejected before it starts. "
         "null: no limit.",
     )
 
@@ -87,7 +87,7 @@ class DataConfig(BaseModel):
 
     @property
     def unlimited(self) -> DataConfig:
-        """The same without its limit, which may refuse a training but changes none."""
+        """The same without `max_epochs`, which may reject a training run but changes none."""
         return self.model_copy(update={"max_epochs": None})
 
     @property

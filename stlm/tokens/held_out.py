@@ -14,9 +14,9 @@ from stlm.tokens.tokenizer import load_tokenizer
 
 
 class HeldOut(NamedTuple):
-    """Documents of a split as its shards hold them, in their order, each with its component of the corpus.
+    """Documents of a split in the order of its shards, each with its component of the corpus.
 
-    `documents_total` and `bytes_total` are the whole split's.
+    `documents_total` and `bytes_total` count the whole split.
     """
 
     documents: list[Document]
@@ -28,12 +28,11 @@ class HeldOut(NamedTuple):
 def held_out(
     folder: Path, split: str, max_bytes: int | None, max_documents: int | None = None, seed: int = 0
 ) -> HeldOut:
-    """Documents of a split of `data/tokens/<corpus>/<tokenizer>/`, whole ones, up to a budget.
+    """Whole documents of a split of `data/tokens/<corpus>/<tokenizer>/`, up to a budget.
 
     They are drawn by `seed` until they have `max_bytes` of UTF-8 text or are `max_documents` (None: no
-    bound). The components of a mix each give their share of the budgets, by weight, and at least one
-    document. Nothing depends on the tokenizer: it changes neither the order of a split's documents nor their
-    bytes.
+    bound). Each component of a mix gives its share of the budgets, by weight, and at least one document.
+    Nothing depends on the tokenizer, which changes neither the order of documents nor their bytes.
     """
     components = read_split(folder, split)
     weights = sum(component.weight for component in components)
@@ -50,13 +49,13 @@ def held_out(
         documents += taken
         names += [component.name] * len(taken)
     lengths = [shard.n_bytes for component in components for shard in component.shards]
-    return HeldOut(documents, names, sum(map(len, lengths)), int(sum(own.sum() for own in lengths)))
+    return HeldOut(documents, names, sum(map(len, lengths)), int(sum(n_bytes.sum() for n_bytes in lengths)))
 
 
 def _choose(
     component: ComponentTokens, max_bytes: float | None, max_documents: int | None, seed: int
 ) -> set[int]:
-    """The places of the documents that are taken of a component."""
+    """The indices of the documents that are taken from a component."""
     order = np.arange(len(component))
     if max_bytes is not None or max_documents is not None:
         order = np.random.default_rng(seed).permutation(len(component))[:max_documents]
@@ -68,9 +67,9 @@ def _choose(
 
 
 def text_ids(folder: Path, documents: Sequence[Document]) -> np.ndarray:
-    """uint64 [documents]: 64 bits of a hash of each document's text, whatever its tokenizer.
+    """uint64 [documents]: 64 bits of a hash of each document's text, which does not depend on the tokenizer.
 
-    `folder` is that of the tokens, which holds the tokenizer that decodes them.
+    `folder` is the folder of tokens, which contains the tokenizer that decodes them.
     """
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = (tokenizer.decode(document.tokens.tolist()).encode() for document in documents)

@@ -1,7 +1,7 @@
 """How much of the held-out text stands in the training text: shared word 13-grams, by split and document.
 
 Thirteen words in sequence are the usual sign of a leak (Brown et al. 2020, appendix C). All 13-grams of a
-corpus are counted, or of more than `MOST_HASHES` one in `rate`, drawn by their hashes.
+corpus are counted, or if there are more than `MOST_HASHES`, one in `rate`, drawn by hash.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BLOCK = 1 << 19  # hashes
 
 
 def measure_leaks(grams: DocumentHashes, splits_N: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Of val and test: `ngrams`, `share` of them that stand in train, documents above a half and a fifth.
+    """For val and test: `ngrams`, the `share` of them in train, and documents above a half and a fifth.
 
-    `grams` have every document's 13-grams, repeats included; `splits_N` its index of SPLITS (others are left
-    out). `worst` is the highest share of a document. Both are None where a split has no 13-gram.
+    `grams` has the 13-grams of every document, with repeats; `splits_N` its index in SPLITS (other values are
+    left out). `worst` is the highest share of a document. `share` and `worst` are None without 13-grams.
     """
     held = {name: np.flatnonzero(splits_N == index) for index, name in enumerate(SPLITS) if index}
     wanted = [np.unique(grams.of(document)) for documents in held.values() for document in documents.tolist()]
@@ -39,7 +39,7 @@ def _found(grams: DocumentHashes, is_train_N: np.ndarray, unique: np.ndarray) ->
     found = np.zeros(len(unique), bool)
     if not len(unique):
         return found
-    # Most training text is elsewhere: the upper bits of a hash alone tell.
+    # The upper bits of a hash suffice to skip most of the training text.
     shift = np.uint64(64 - _FILTER_BITS)
     filter_ = np.zeros(1 << _FILTER_BITS, bool)
     filter_[unique >> shift] = True
@@ -58,11 +58,11 @@ def _leak(
     total = leaked = 0
     shares = []
     for document in documents.tolist():
-        own = grams.of(document)
-        if len(own):
-            here = int(found[np.searchsorted(unique, own)].sum())
-            total, leaked = total + len(own), leaked + here
-            shares.append(here / len(own))
+        hashes = grams.of(document)
+        if len(hashes):
+            in_train = int(found[np.searchsorted(unique, hashes)].sum())
+            total, leaked = total + len(hashes), leaked + in_train
+            shares.append(in_train / len(hashes))
     return {
         "documents": len(documents),
         "ngrams": total * grams.rate,

@@ -1,4 +1,4 @@
-"""The names of tokenizers, one spelling for each. Needs nothing heavy."""
+"""The names of tokenizers, one spelling for each. Imports no large library."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def bpe_size(name: str) -> int | None:
 
 
 def vocabulary_size(tokenizer: str) -> int:
-    """Tokens in the vocabulary of a tokenizer, by its name, the end-of-text token included.
+    """Number of tokens in the vocabulary of a tokenizer, given by name, with the end-of-text token.
 
-    Of `words`, `spaces` and `stride-N`, which cut chunks of bytes: the symbols that chunks are written in.
+    For `words`, `spaces` and `stride-N`, which cut chunks of bytes: the number of symbols.
     """
     if tokenizer == "gpt2":
         return 50257

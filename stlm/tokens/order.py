@@ -1,7 +1,7 @@
-"""In which order training reads the chunks of a component: functions of seed, epoch and row alone.
+"""The order in which training reads the chunks of a component: a function of seed, epoch and row alone.
 
-A chunk is `context` tokens of a component's stream, numbered by its place. All orders start from the shuffled
-one: the chunks that it reads in an epoch, whole or cut short by the end of training, are then sorted.
+A chunk is `context` tokens of a component's stream, numbered by its position. All orders start from the
+shuffled one: the chunks that it reads in an epoch, or until training ends, are then sorted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from stlm.tokens.config import DataConfig
 from stlm.tokens.shards import ComponentTokens
 
-# Scores of chunks (float, low is easy), asked for once: (component, its number, chunks) -> float32.
+# Scores of chunks (low is easy), called once: (component, its number, chunks) -> float32.
 Difficulty = Callable[[ComponentTokens, int, np.ndarray], np.ndarray]
 
 
 class Order:
-    """Which chunk each row of a component reads. Memory: a few bytes a chunk, whatever the epochs.
+    """The chunk that each row of a component reads. Memory: a few bytes a chunk for any number of epochs.
 
-    `rows` is how many rows training asks for; None is endless, for order `shuffled` and `source` alone.
+    `rows` is the number of rows of the training; None (endless) works only for `shuffled` and `source`.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Order:
         return int(self._epoch(epoch)[index])
 
     def _drawn(self, row: int) -> int:
-        """A place in the sorted chunks, uniform over the competence's part of them (Platanios et al., eq. 7).
+        """A position in the sorted chunks, uniform over the first share c of them (Platanios et al., eq. 7).
 
-        c(t) = min(1, sqrt(t (1 - c0^2) / T + c0^2)), t the share of training done, T the share until c is 1.
+        c(t) = min(1, sqrt(t (1 - c0^2) / T + c0^2)): t is the share of training done, T that where c is 1.
         """
         start, share = self.config.competence_start, self.config.competence_share
         done = row / self.rows
@@ -80,7 +80,7 @@ class Order:
         return order
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """The chunks of an epoch in random order, cut where training ends."""
+        """The chunks of an epoch in random order, up to the end of training."""
         chunks = np.arange(self.chunks, dtype=np.uint32) if self.part is None else self.part.copy()
         np.random.default_rng((self.seed, self.number, epoch)).shuffle(chunks)
         if self.rows is None or self.config.order == "shuffled":
@@ -104,7 +104,7 @@ def mean_lengths(component: ComponentTokens, context: int) -> np.ndarray:
         [shard.offsets[1:] + start for shard, start in zip(component.shards, component.starts, strict=False)]
     ).astype(np.float64)
     lengths = np.diff(ends, prepend=0.0)
-    # The sum over the stream's first n tokens of their documents' lengths grows linearly in a document.
+    # The sum over the first n tokens of the lengths of their documents grows linearly within a document.
     places = np.arange((component.n_tokens - 1) // context + 1, dtype=np.float64) * context
     sums = np.interp(places, np.concatenate([[0.0], ends]), np.concatenate([[0.0], np.cumsum(lengths**2)]))
     return (np.diff(sums) / context).astype(np.float32)

@@ -21,15 +21,15 @@ from stlm.tokens.words import normalize_title
 
 _BATCH_BYTES = 4 << 20  # text held at a time, about
 _BATCH_ROWS = 4096
-_READ_ROWS = 64  # rows decoded at a time, at most: long documents may stand beside many short ones
+_READ_ROWS = 64  # the most rows decoded at a time: a few long documents may follow many short ones
 
 
 @dataclass(frozen=True)
 class RawComponent:
-    """One source of documents: parquet files with a text column, and perhaps columns of groups and of splits.
+    """A source of documents: parquet files with a text column, and optional columns of groups and splits.
 
-    `splits`: what the source declares each file to be, an index of SPLITS. `pieces`: rows are parts of the
-    file that their group names. With `cut`, texts of train come in passages of about so many bytes.
+    `splits`: the declared split of each file, an index of SPLITS. `pieces`: rows are parts of the file that
+    their group names. With `cut`, texts of train are read in passages of about that many bytes.
     """
 
     name: str
@@ -46,17 +46,17 @@ class RawComponent:
 
     @property
     def rows(self) -> int:
-        """Rows of the files, before any is cut."""
+        """Number of rows of the files, before texts are cut."""
         return sum(_open(self.folder / file).metadata.num_rows for file in self.files)
 
     @property
     def text_bytes(self) -> int:
-        """About how many bytes of text there are: the size of the text column, uncompressed."""
+        """Approximate bytes of text: the uncompressed size of the text column."""
         return self._bytes_of(self.files)
 
     @property
     def train_bytes(self) -> int:
-        """`text_bytes` of the files that are declared train; of a split column's, all."""
+        """`text_bytes` of the files that are declared train; with a split column, of all files."""
         return self._bytes_of(
             [file for file, split in zip(self.files, self._file_splits, strict=True) if split == 0]
         )
@@ -82,7 +82,7 @@ class RawComponent:
         return frozenset(split for _, splits in self._groups() for split in splits)
 
     def train_units(self, most: int) -> int:
-        """How many groups train has, a document without one counted as one: `most` where there are more."""
+        """Number of groups in train, at most `most`; a document without a group counts as one."""
         found: set[bytes] = set()
         alone = 0
         for groups, splits in self._groups():
@@ -96,11 +96,11 @@ class RawComponent:
         return alone + len(found)
 
     def unit_of(self, group: bytes) -> bytes:
-        """What two groups that are one have in common: of titles, the letters and digits."""
+        """The key by which groups are compared: of a title, its letters and digits."""
         return group if self.pieces else normalize_title(group)
 
     def _groups(self) -> Iterator[tuple[list[bytes | None], list[int]]]:
-        """Group and split of every row, some rows at a time; the text is not read."""
+        """Group and split of every row, in batches; the text is not read."""
         wanted = [column for column in (self.group, self.split_column) if column]
         for file, split in zip(self.files, self._file_splits, strict=True):
             path = self.folder / file
@@ -118,7 +118,7 @@ class RawComponent:
                 raise _corrupt(path, error) from error
 
     def _groups_of(self, read: pa.RecordBatch) -> list[bytes | None]:
-        """The group of each row; one that is empty is none."""
+        """The group of each row; None if it is empty."""
         if self.group is None:
             return [None] * read.num_rows
         return [group if group and group.strip() else None for group in _as_bytes(read.column(self.group))]
@@ -139,10 +139,10 @@ class RawComponent:
         return SPLITS.index(SPLIT_NAMES[spelled])
 
     def batches(self) -> Iterator[RawBatch]:
-        """All documents in the files' order, in batches of a few megabytes.
+        """All documents in the order of the files, in batches of a few megabytes.
 
-        A batch is larger only by the last documents read: at most 64, a few megabytes of their row group's
-        average. Memory holds a page of the file beside it, and `stlm fetch` writes small ones.
+        A batch exceeds this only by the last documents read: at most 64, a few megabytes by the average of
+        their row group. Memory also holds a page of the file; `stlm fetch` writes small pages.
         """
         first = 0
         for number, file in enumerate(self.files):
@@ -182,16 +182,16 @@ class RawComponent:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Documents as stored: bytes that should be UTF-8, or None; of each its group, or None, and its split."""
+    """Documents as stored: bytes that should be UTF-8, or None; the group (or None) and split of each."""
 
     texts: list[bytes | None]
     groups: list[bytes | None]
     splits: list[int]
 
     def cut(self, size: int, first: int) -> RawBatch:
-        """The same with texts of train in passages of about `size` bytes, cut where paragraphs or lines end.
+        """The batch with texts of train in passages of about `size` bytes, cut after paragraphs or lines.
 
-        Passages of a text that has no group get one: its number, from `first` on.
+        Passages of a text without a group get its number as group; numbers start at `first`.
         """
         parts = [
             passages(text, size) if text and split == 0 else [text]
@@ -210,16 +210,16 @@ class RawBatch:
 
 
 def passages(text: bytes, size: int) -> list[bytes]:
-    """Consecutive parts of a text, which joined are the text: of about `size` bytes, at most twice that.
+    """Consecutive parts of a text, which concatenate to the text: about `size` bytes, at most twice that.
 
-    Each ends after an empty line, else after a line, else after a space, else between two characters.
+    Each ends after an empty line, otherwise after a line, a space, or a character.
     """
     parts, start = [], 0
     while len(text) - start > size * 3 // 2:
-        for mark in (b"\n\n", b"\n", b" "):
-            end = text.find(mark, start + size, start + 2 * size)
+        for separator in (b"\n\n", b"\n", b" "):
+            end = text.find(separator, start + size, start + 2 * size)
             if end >= 0:
-                end += len(mark)
+                end += len(separator)
                 break
         else:
             end = start + size
@@ -238,7 +238,7 @@ class _File(BaseModel):
 
 
 class _Source(BaseModel):
-    """What source.json says that matters here."""
+    """The part of source.json that is needed here."""
 
     kind: str
     mix: dict[str, float] = {}
@@ -286,7 +286,7 @@ def _component(folder: Path, name: str, weight: float, source: _Source) -> RawCo
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        # Buffered reads of pages instead of whole row groups: memory does not grow with the row groups.
+        # Buffered reads of pages instead of whole row groups: memory does not grow with row groups.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise _corrupt(path, error) from error
@@ -303,7 +303,7 @@ def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
 
 
 def _as_bytes(column: pa.Array) -> list[bytes | None]:
-    """A column as bytes, unchecked: pyarrow would fail on the whole batch where one text is not UTF-8."""
+    """A column as unchecked bytes: pyarrow would fail on the whole batch if one text is not UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):

@@ -1,6 +1,6 @@
-"""The pass over a corpus's text that leaves on disk what the survey needs of every row.
+"""The pass over a corpus's text that writes to disk what the survey needs to know of every row.
 
-Of each row: its declared split, its digest and its unit's, its size, and hashes of its words in sequence.
+For each row: its declared split, its digest and that of its unit, its size, and hashes of its word n-grams.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from stlm.tokens.shingles import sample, shingles, word_hashes
 from stlm.tokens.splits import DROPPED, digest
 
 _BYTES_PER_WORD = 5.5
-# Files with a value, or many hashes, for each row.
+# Files with one value, or several hashes, for each row.
 FILES = {"splits": np.uint8, "digests": np.uint64, "keys": np.uint64, "sizes": np.uint32}
 FILES |= {"lengths": np.uint32, "sketches": np.uint64, "grams": np.uint64}
 
 
 @dataclass
 class Scan:
-    """What the pass over the text counted."""
+    """The counts of the pass over the text."""
 
     sketch_rate: int
     gram_rate: int
@@ -51,9 +51,9 @@ class Scan:
 
 
 def _rates(components: Sequence[RawComponent]) -> tuple[int, int]:
-    """One in how many 5-grams is kept for near-duplicates, and of 13-grams for leaks: powers of two.
+    """Sampling rates (one in so many) of 5-grams for near-duplicates, 13-grams for leaks: powers of two.
 
-    Of 5-grams, hundreds a document are enough; of both, no more than fit the disk.
+    Some hundred 5-grams of each document suffice; both are limited by the disk.
     """
     words = sum(component.text_bytes for component in components) / _BYTES_PER_WORD
     documents = max(sum(component.rows for component in components), 1)
@@ -67,7 +67,7 @@ def _power_of_two(rate: float) -> int:
 
 
 def scan_text(components: Sequence[RawComponent], folder: Path, progress: bool) -> Scan:
-    """Read every document once; the files of `FILES` have a value or more for each."""
+    """Read every document once and write the files of `FILES`."""
     sketch_rate, gram_rate = _rates(components)
     scan = Scan(sketch_rate, gram_rate)
     total = sum(component.text_bytes for component in components)
@@ -87,8 +87,8 @@ def scan_text(components: Sequence[RawComponent], folder: Path, progress: bool) 
             )
             for task in ahead(tasks, workers + 1):
                 read = task.result()
-                for name, own in read.arrays.items():
-                    files[name].write(np.ascontiguousarray(own, FILES[name]))
+                for name, array in read.arrays.items():
+                    files[name].write(np.ascontiguousarray(array, FILES[name]))
                 for name, number in read.counts.items():
                     scan.counts[name] += number
                 scan.text_bytes += read.text_bytes
@@ -127,17 +127,17 @@ def _read_batch(
     ):
         kept = _usable(text, counts)
         splits.append(split if kept else DROPPED)
-        # A line or a passage that comes again in a text is a part of it, not a copy.
+        # A line or passage that is repeated in a text is a part of the text, not a duplicate.
         is_part = component.pieces or (component.cut and split == 0)
-        own = digest(b"%b %d %b" % (name, row, text or b"") if is_part else text or b"")
-        digests.append(own)
-        keys.append((own if group is None else digest(component.unit_of(group)))[:8])
+        row_digest = digest(b"%b %d %b" % (name, row, text or b"") if is_part else text or b"")
+        digests.append(row_digest)
+        keys.append((row_digest if group is None else digest(component.unit_of(group)))[:8])
         sizes.append(len(text or b""))
         words.append(word_hashes(text if kept else b""))
     if component.pieces and not component.cut:
         words = _joined(words, batch.groups, batch.splits)
-    sketches = [np.unique(sample(shingles(own, near_duplicates.WORDS), sketch_rate)) for own in words]
-    grams = [sample(shingles(own, leaks.WORDS), gram_rate) for own in words]
+    sketches = [np.unique(sample(shingles(hashes, near_duplicates.WORDS), sketch_rate)) for hashes in words]
+    grams = [sample(shingles(hashes, leaks.WORDS), gram_rate) for hashes in words]
     nothing = np.empty(0, np.uint64)
     arrays = {
         "splits": splits,
@@ -154,7 +154,7 @@ def _read_batch(
 def _joined(
     words: Sequence[np.ndarray], groups: Sequence[bytes | None], splits: Sequence[int]
 ) -> list[np.ndarray]:
-    """The words of consecutive pieces of one file, all with the first one; a line alone says too little."""
+    """The words of consecutive pieces of one file, all at the first piece; a single line says too little."""
     joined: list[np.ndarray] = []
     for _, run in groupby(range(len(words)), lambda row: (groups[row], splits[row])):
         rows = list(run)
@@ -164,10 +164,10 @@ def _joined(
 
 
 def _usable(text: bytes | None, counts: dict[str, int]) -> bool:
-    """Whether a document is kept. NUL is a character like any other: kept, and counted."""
+    """Whether a document is kept. NUL is a character like any other: it is kept, and counted."""
     try:
         content = (text or b"").decode()
-    except UnicodeDecodeError:  # so are lone surrogates, which UTF-8 has no bytes for
+    except UnicodeDecodeError:  # also for lone surrogates, which UTF-8 cannot encode
         counts["invalid_utf8"] += 1
         return False
     if not content or content.isspace():

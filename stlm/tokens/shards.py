@@ -1,6 +1,6 @@
-"""Token shards: Arrow IPC streams, one row a document, written whole and read memory-mapped without a copy.
+"""Token shards: Arrow IPC streams, one row a document, written at once and memory-mapped without a copy.
 
-A row's tokens end with the end-of-text token, so that the values buffer of a shard is the training stream
+The tokens of a row end with the end-of-text token, so the values buffer of a shard is the training stream
 itself (document, end of text, document, ...) and the offsets are the ends of the documents.
 """
 
@@ -63,16 +63,16 @@ class ComponentTokens:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where each shard starts in the component's token stream, and after them the stream's length."""
+        """The start of each shard in the component's token stream, followed by the stream's length."""
         return np.cumsum([0, *(len(shard.values) for shard in self.shards)])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the stream, those at the ends of texts included."""
+        """Number of tokens of the stream, end-of-text tokens included."""
         return int(self.starts[-1])
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Copy `len(out)` tokens of the stream, from `start` on, into `out`; they may cross shards."""
+        """Copy `len(out)` tokens of the stream from `start` into `out`, possibly across shards."""
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         done = 0
         while done < len(out):
@@ -82,9 +82,9 @@ class ComponentTokens:
             shard += 1
 
     def documents(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """The documents of the tokens `start` to `stop` (not included) of the stream.
+        """The documents of the tokens `start` to `stop` (exclusive) of the stream.
 
-        Each as the number of its shard, its own in that shard, both from 0, and those of its tokens.
+        Each is: the number of its shard, its number in the shard (both from 0), and its tokens in the range.
         """
         for number, shard in enumerate(self.shards):
             low, high = (int(place - self.starts[number]) for place in (start, stop))
@@ -99,7 +99,7 @@ class ComponentTokens:
 
 
 class ShardEntry(BaseModel):
-    """What meta.json says of a shard."""
+    """The entry of meta.json for a shard."""
 
     path: str
     sha256: str
@@ -124,16 +124,16 @@ class _Component(BaseModel):
 
 
 class Meta(BaseModel):
-    """What meta.json says that readers need."""
+    """The part of meta.json that readers need."""
 
     eot: int
     dtype: str
     components: dict[str, _Component]
-    tokenizer_sha256: str | None = None  # of the folder beside it; None where an earlier version wrote this
+    tokenizer_sha256: str | None = None  # of the folder `tokenizer`; None in files of earlier versions
 
 
 def write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
-    """Write `documents` (at least one) as one record batch, atomically; what meta.json says of the shard."""
+    """Write `documents` (at least one) as one record batch, atomically; the shard's entry for meta.json."""
     values = np.concatenate([document.tokens for document in documents])
     offsets = np.zeros(len(documents) + 1, np.int32)
     np.cumsum([len(document.tokens) for document in documents], out=offsets[1:])
@@ -166,8 +166,8 @@ def write_shard(path: Path, documents: Sequence[Document]) -> dict[str, Any]:
 def read_split(folder: Path, split: str) -> list[ComponentTokens]:
     """A split (train, val, test) of `data/tokens/<corpus>/<tokenizer>/`, one entry a component of a mix.
 
-    Memory-mapped: nothing is copied. Each shard's SHA-256 is compared with meta.json's first, that of a large
-    one once a change (`stlm.integrity`). A missing, truncated or damaged one is a `UserError` that names it.
+    Memory-mapped: nothing is copied. First each shard's SHA-256 is compared with meta.json, for a large shard
+    once after each change (`stlm.integrity`). A missing, truncated or damaged shard is a `UserError`.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}{nearest(split, SPLITS)}")
@@ -188,7 +188,7 @@ def read_split(folder: Path, split: str) -> list[ComponentTokens]:
 
 
 def read_meta(folder: Path) -> Meta:
-    """The meta.json of a folder of tokens; `UserError` where it describes no shards."""
+    """The meta.json of a folder of tokens; `UserError` if it describes no shards."""
     return read_record(folder / "meta.json", Meta)
 
 

@@ -1,4 +1,4 @@
-"""Hashes of the words of documents, and of every n of them in sequence (shingles, n-grams)."""
+"""Hashes of the words of documents, and of every n consecutive words (shingles, n-grams)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from stlm.tokens.words import normalize
 
-# Hashed at a time: arrays of 64 bits a byte, which should fit the processor's cache.
+# Bytes hashed at a time: arrays of 64 bits for each byte should fit the processor's cache.
 _BLOCK_BYTES = 1 << 18
 # Knuth's multiplier for 64 bits; odd, so that it has an inverse modulo 2**64.
 _MULTIPLIER = 6364136223846793005
@@ -30,7 +30,7 @@ _POWERS_L, _INVERSES_L = _powers(_MULTIPLIER), _powers(_INVERSE)
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64, in place: samples are drawn by the lowest bits."""
+    """Spread every bit over all 64, in place, because samples are selected by the lowest bits."""
     hashes ^= hashes >> _SHIFT
     hashes *= _SPREAD
     hashes ^= hashes >> _SHIFT
@@ -38,7 +38,7 @@ def _mixed(hashes: np.ndarray) -> np.ndarray:
 
 
 def _blocks(content: bytes) -> Iterator[bytes]:
-    """Parts of at most a block, cut before a space; a longer word, which no text has, is cut anywhere."""
+    """Parts of at most a block, cut before a space; a word longer than a block is cut anywhere."""
     start = 0
     while len(content) - start > _BLOCK_BYTES:
         cut = content.rfind(b" ", start + 1, start + _BLOCK_BYTES)
@@ -49,7 +49,7 @@ def _blocks(content: bytes) -> Iterator[bytes]:
 
 
 def word_hashes(text: bytes) -> np.ndarray:
-    """uint64 [W]: a hash of each word of a text (UTF-8), as `stlm.tokens.words` cuts them."""
+    """uint64 [W]: a hash of each word of a text (UTF-8); words as in `stlm.tokens.words`."""
     parts = [_block_hashes(block) for block in _blocks(normalize(text))]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -61,7 +61,7 @@ def _block_hashes(block: bytes) -> np.ndarray:
     np.greater(letters_L, 32, out=inside_L[1:-1])
     edges = np.flatnonzero(inside_L[1:] != inside_L[:-1])
     begins_W, ends_W = edges[0::2], edges[1::2]
-    # A polynomial of each word's letters: the difference of two sums from the block's beginning.
+    # A polynomial in the letters of each word: the difference of two prefix sums of the block.
     sums_L = np.empty(len(block) + 1, np.uint64)
     sums_L[0] = 0
     np.cumsum(letters_L * _POWERS_L[: len(block)], out=sums_L[1:])
@@ -69,7 +69,7 @@ def _block_hashes(block: bytes) -> np.ndarray:
 
 
 def shingles(hashes_W: np.ndarray, n: int) -> np.ndarray:
-    """uint64 [W - n + 1]: a hash of every `n` words in sequence; empty where there are fewer words."""
+    """uint64 [W - n + 1]: a hash of every `n` consecutive words; empty if there are fewer words."""
     if len(hashes_W) < n:
         return np.empty(0, np.uint64)
     rolling = hashes_W.copy()
@@ -80,10 +80,10 @@ def shingles(hashes_W: np.ndarray, n: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DocumentHashes:
-    """Hashes of documents' shingles, or of one in `rate` of them, in a file, document after document.
+    """Hashes of the shingles of documents, or of one in `rate`, in a file, document after document.
 
-    Document i has those from `offsets[i]` to `offsets[i + 1]`. They are read, not mapped: the memory that a
-    process is seen to use does not grow with the file.
+    Document i has those from `offsets[i]` to `offsets[i + 1]`. They are read, not memory-mapped, so that the
+    reported memory of the process does not grow with the file.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class DocumentHashes:
 
     @classmethod
     def of_lengths(cls, path: Path, lengths: np.ndarray, rate: int) -> DocumentHashes:
-        """`lengths`: how many hashes each document has."""
+        """`lengths`: the number of hashes of each document."""
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(path, offsets, rate)
@@ -101,7 +101,7 @@ class DocumentHashes:
         return len(self.offsets) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The hashes `start` to `stop` (not included) of the file."""
+        """The hashes `start` to `stop` (exclusive) of the file."""
         return np.fromfile(self.path, np.uint64, stop - start, offset=8 * start)
 
     def of(self, document: int) -> np.ndarray:
@@ -109,9 +109,9 @@ class DocumentHashes:
         return self.read(int(self.offsets[document]), int(self.offsets[document + 1]))
 
     def blocks(self, most: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Consecutive documents, first and last (not included), of at most `most` hashes, and these.
+        """Blocks of consecutive documents with at most `most` hashes: first, last (exclusive), hashes.
 
-        A document that has more is a block by itself.
+        A document with more hashes is a block by itself.
         """
         first = 0
         while first < len(self):
@@ -122,5 +122,5 @@ class DocumentHashes:
 
 
 def sample(hashes: np.ndarray, rate: int) -> np.ndarray:
-    """One in `rate` of the hashes, a power of two: equal hashes are drawn alike, in every document."""
+    """One in `rate` (a power of two) of the hashes, selected by value: the same ones in every document."""
     return hashes if rate == 1 else hashes[(hashes & np.uint64(rate - 1)) == 0]

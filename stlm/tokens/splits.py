@@ -1,9 +1,9 @@
-"""In which split each document goes: as its source declares, else by hash, near-duplicates together.
+"""The split of each document: as its source declares, otherwise by hash, near-duplicates together.
 
-A *unit* is what must not be divided: the documents of a group (a book by its title), or one document. Units
-with near-duplicate documents form *clusters*. A cluster's split follows from a hash of its units alone, so
-that what is not near anything new stays where it is when documents are added. Clusters are capped at a share
-of their corpus; one that may not grow further goes to train, with what it could not join.
+A *unit* must not be divided: the documents of a group (a book by its title), or one document. Units with
+near-duplicate documents form *clusters*. The split of a cluster is a function of a hash of its units alone,
+so that added documents move only their near-duplicates. The size of a cluster is limited to a share of its
+corpus. A cluster that may not grow further goes to train, and so does what it could not be joined with.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from stlm.tokens.near_duplicates import Clusters
 from stlm.tokens.shards import SPLITS
 
-DROPPED = 255  # beside the indices of SPLITS
-MOST_OF_CORPUS = 0.1  # of a cluster
+DROPPED = 255  # in addition to the indices of SPLITS
+MOST_OF_CORPUS = 0.1  # largest share of a cluster
 _FEW = 1000  # documents
 FEW_UNITS = 20
-_PART = 0.05  # of a long text, val and test each
+_PART = 0.05  # share of a long text for val and for test
 
 
 def digest(content: bytes) -> bytes:
-    """128 bits: the first half decides the split, the second whether a vocabulary is trained on it."""
+    """128 bits: the first half determines the split, the second whether a vocabulary is trained on it."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def held_out(grouped: bool, rows: int) -> float:
     """The share of val, and of test: 1% of documents; 5% of groups (books), or of fewer than 1,000 documents.
 
-    1% of so few might be none. A corpus that grows past them keeps in val and test a part of what was there.
+    1% of so few might be none. A corpus that grows past 1,000 keeps a part of its earlier val and test.
     """
     return 0.05 if grouped or rows < _FEW else 0.01
 
@@ -49,7 +49,7 @@ class Units:
 
     @classmethod
     def of(cls, keys_N: np.ndarray, sizes_N: np.ndarray, grouped: bool) -> Units:
-        """From the digests' first halves and the bytes of every row; without groups each row is a unit."""
+        """From the first half of each row's digest, and its bytes; if not `grouped`, each row is a unit."""
         if not grouped:
             return cls(np.arange(len(keys_N)), np.asarray(keys_N), np.asarray(sizes_N, np.float64))
         keys, first, place = np.unique(keys_N, return_index=True, return_inverse=True)
@@ -61,10 +61,12 @@ class Units:
 
 
 def clusters_of(units: list[Units], links: list[tuple[float, int, int]]) -> Clusters:
-    """The units of all components, numbered one component after the other, joined by `links`."""
-    shares = np.concatenate([own.sizes / max(own.sizes.sum(), 1) for own in units])
-    # Of few units each is a large part.
-    many = np.concatenate([np.full(len(own.keys), len(own.keys) >= FEW_UNITS) for own in units])
+    """The units of all components, numbered consecutively, joined by `links`."""
+    shares = np.concatenate([component.sizes / max(component.sizes.sum(), 1) for component in units])
+    # If there are few units, each is a large part.
+    many = np.concatenate(
+        [np.full(len(component.keys), len(component.keys) >= FEW_UNITS) for component in units]
+    )
     clusters = Clusters(shares, MOST_OF_CORPUS, np.flatnonzero(many & (shares > MOST_OF_CORPUS)).tolist())
     for _, a, b in links:
         clusters.join(a, b)
@@ -72,23 +74,26 @@ def clusters_of(units: list[Units], links: list[tuple[float, int, int]]) -> Clus
 
 
 def assign(units: list[Units], clusters: Clusters, shares: list[tuple[float, float]]) -> list[np.ndarray]:
-    """For each component, the split of each unit: val at the bottom of the hash's range, test at the top.
+    """For each component, the split of each unit: val at the bottom of the range of hashes, test at the top.
 
-    `shares`: val's and test's of each component; 0 for a split that gets none. A cluster that reaches into
-    several components has the lowest share of these.
+    `shares`: for each component those of val and test; 0 for a split that gets none. A cluster with units of
+    several components has the lowest of their shares.
     """
     roots = clusters.roots
-    keys = np.concatenate([own.keys for own in units])
+    keys = np.concatenate([component.keys for component in units])
     members = np.bincount(roots, minlength=len(keys))
     lowest = np.full(len(keys), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(lowest, roots, keys)
     places = keys / 2**64
     for root in np.flatnonzero(members > 1):
-        # The lowest of several hashes is low: hashed once more, it falls anywhere.
+        # The lowest of several hashes is low; hashing it again makes it uniform.
         places[root] = int.from_bytes(digest(lowest[root].tobytes())[:8], "little") / 2**64
     places = places[roots]
     val, test = (
-        _lowest(np.repeat([own[index] for own in shares], [len(own.keys) for own in units]), roots)
+        _lowest(
+            np.repeat([pair[index] for pair in shares], [len(component.keys) for component in units]),
+            roots,
+        )
         for index in (0, 1)
     )
     split = np.where(places < val, 1, np.where(places >= 1 - test, 2, 0)).astype(np.uint8)
@@ -96,13 +101,13 @@ def assign(units: list[Units], clusters: Clusters, shares: list[tuple[float, flo
     split[stays] = 0
     splits = []
     first = 0
-    for own, own_shares in zip(units, shares, strict=True):
-        here = slice(first, first + len(own.keys))
-        # A cluster that reaches into other components is not moved by one of them.
-        inside = np.bincount(roots[here], minlength=len(keys))[roots[here]] == members[roots[here]]
-        _fill(split[here], places[here], roots[here], inside & ~stays[here], own_shares)
-        splits.append(split[here])
-        first += len(own.keys)
+    for component, component_shares in zip(units, shares, strict=True):
+        rows = slice(first, first + len(component.keys))
+        # A cluster with units of several components is not moved by one of them.
+        inside = np.bincount(roots[rows], minlength=len(keys))[roots[rows]] == members[roots[rows]]
+        _fill(split[rows], places[rows], roots[rows], inside & ~stays[rows], component_shares)
+        splits.append(split[rows])
+        first += len(component.keys)
     return splits
 
 
@@ -120,7 +125,7 @@ def _fill(
     movable: np.ndarray,
     shares: tuple[float, float],
 ) -> None:
-    """Give an empty val or test the cluster that is nearest to it, in place, as long as train keeps one."""
+    """Give an empty val or test the nearest cluster, in place, if train keeps at least one."""
     for index, order in ((1, np.argsort(places, kind="stable")), (2, np.argsort(-places, kind="stable"))):
         if shares[index - 1] == 0 or (split == index).any():
             continue
@@ -132,10 +137,10 @@ def _fill(
 
 
 def contiguous(units: Units, sizes_N: np.ndarray, missing: frozenset[int]) -> np.ndarray:
-    """The split of each row of few long texts: the last parts of every text are val's and test's.
+    """The split of each row of few long texts: the last parts of every text go to val and test.
 
-    A row belongs where it begins: in the last 5% of its text's bytes (test), the 5% before (val), or train. A
-    split that is not `missing` gets none.
+    The start of a row decides: in the last 5% of the bytes of its text it goes to test, in the 5% before to
+    val, otherwise to train. A split that is not `missing` gets none.
     """
     order = np.argsort(units.of_row, kind="stable")
     ends = np.cumsum(sizes_N[order], dtype=np.float64)
@@ -150,5 +155,5 @@ def contiguous(units: Units, sizes_N: np.ndarray, missing: frozenset[int]) -> np
 
 
 def names(indices: frozenset[int]) -> str:
-    """Splits as a sentence has them: "val and test"."""
+    """Splits in words: "val and test"."""
     return " and ".join(SPLITS[index] for index in sorted(indices))

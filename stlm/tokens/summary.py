@@ -1,4 +1,4 @@
-"""What tokenizing did to a corpus, in lines for people: what was kept, how it was split, and what to mind."""
+"""A summary of tokenizing for people: what was kept, how it was split, and warnings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from stlm.tokens.near_duplicates import CONTAINMENT
 from stlm.tokens.shards import SPLITS
 
-MOST_DUPLICATES = 0.05  # of the documents, before it is remarkable
+MOST_DUPLICATES = 0.05  # share of the documents above which there is a warning
 FEWEST_DOCUMENTS = 20  # of val and test each
 FEWEST_BYTES = 20_000
-# Of the 13-grams of val and test each; generated text repeats 6% of its own by construction.
+# Share of the 13-grams of val or test; generated text repeats 6% by construction.
 MOST_LEAKED = 0.1
 
 
 def summary(meta: Mapping[str, Any]) -> Iterator[str]:
-    """Lines on what meta.json says; those that begin with "warning" want attention."""
+    """Lines about meta.json; those that begin with "warning" need attention."""
     n = meta["documents"]
     yield (
         f"{meta['corpus']}: {n['read']:,} documents read, {n['kept']:,} kept; dropped: {n['duplicates']:,} "
@@ -30,7 +30,7 @@ def summary(meta: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _how(split: Mapping[str, Any]) -> str:
-    """How a component was split, in half a sentence."""
+    """A phrase that says how a component was split."""
     missing = " and ".join(name for name in SPLITS if name not in split["declared"])
     declared = " and ".join(split["declared"])
     if split["by"] == "declared":
@@ -69,19 +69,19 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
                 "its documents cut too small?"
             )
         for split in SPLITS[1:]:
-            own = component["splits"][split]
-            reasons = [f"fewer than {FEWEST_DOCUMENTS}"] if own["documents"] < FEWEST_DOCUMENTS else []
-            reasons += [f"fewer than {FEWEST_BYTES:,} bytes"] if own["bytes"] < FEWEST_BYTES else []
-            reasons += ["from one text"] if own["units"] == 1 else []
+            counts = component["splits"][split]
+            reasons = [f"fewer than {FEWEST_DOCUMENTS}"] if counts["documents"] < FEWEST_DOCUMENTS else []
+            reasons += [f"fewer than {FEWEST_BYTES:,} bytes"] if counts["bytes"] < FEWEST_BYTES else []
+            reasons += ["from one text"] if counts["units"] == 1 else []
             if reasons:
                 of = (
                     ""
                     if component["unit"] == "document"
-                    else f" of {_count(own['units'], component['unit'])}"
+                    else f" of {_count(counts['units'], component['unit'])}"
                 )
                 yield (
-                    f"warning: {name}: {split} has {_count(own['documents'], 'document')}{of}, "
-                    f"{own['bytes']:,} bytes: {', '.join(reasons)}; what is measured on it says little"
+                    f"warning: {name}: {split} has {_count(counts['documents'], 'document')}{of}, "
+                    f"{counts['bytes']:,} bytes: {', '.join(reasons)}; what is measured on it says little"
                 )
     least = meta["splitting"]["least_containment"]
     if least != CONTAINMENT:
@@ -93,12 +93,12 @@ def _warnings(meta: Mapping[str, Any]) -> Iterator[str]:
             "text (a licence, a form) stand in many documents?"
         )
     for split in SPLITS[1:]:
-        own = meta["leaks"][split]
-        if own["above_half"] or (own["share"] or 0) > MOST_LEAKED:
+        leak = meta["leaks"][split]
+        if leak["above_half"] or (leak["share"] or 0) > MOST_LEAKED:
             yield (
-                f"warning: {meta['corpus']}: {own['share']:.1%} of {split}'s {meta['leaks']['words']}-word "
-                f"sequences stand in train, {own['above_half']:,} of {own['documents']:,} documents by more "
-                "than a half"
+                f"warning: {meta['corpus']}: {leak['share']:.1%} of {split}'s {meta['leaks']['words']}-word "
+                f"sequences stand in train, {leak['above_half']:,} of {leak['documents']:,} documents by "
+                "more than a half"
             )
 
 

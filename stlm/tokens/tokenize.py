@@ -1,8 +1,8 @@
 """Tokenize a corpus: raw text in, Arrow shards out.
 
-Three passes stream over the text: a survey (which documents, in which split), the vocabulary where one is
-trained, and the encoding on all cores. Everything is built in a folder beside the target, which is renamed
-once complete; a run that was killed goes on from the shards it had finished, to the same bits.
+Three passes stream over the text: a survey (which documents, in which split), the training of a vocabulary if
+needed, and the encoding on all cores. Everything is built in a temporary folder next to the target, which is
+renamed when complete. After a kill, the next call continues from the finished shards, to the same bits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from stlm.tokens.tokenizer import (
 )
 
 SHARD_BYTES = 64 << 20
-TRAINING_BYTES = 64 << 20  # text that a vocabulary is trained on, about
+TRAINING_BYTES = 64 << 20  # approximate text that a vocabulary is trained on
 _FORMAT = 3
 
 
@@ -65,8 +65,8 @@ def tokenize_corpus(
 ) -> dict[str, Any]:
     """Tokenize `data/raw/<corpus>/` into `out_folder`, which it replaces; the content of its meta.json.
 
-    `tokenizer_name`: gpt2 (from `vocabulary_folder`'s files), bytes, bpe-N (trained on the train split), or
-    words, spaces or stride-N: the chunks that the corpus has, whatever the split.
+    `tokenizer_name`: gpt2 (from the files of `vocabulary_folder`), bytes, bpe-N (trained on the train split),
+    or words, spaces or stride-N (the chunks of all splits of the corpus).
     Memory: about four shards of `shard_bytes`, and a few megabytes of text a worker (default: one a core).
     The output does not depend on `workers`. Raises `UserError` for bad input and a failing disk.
     """
@@ -99,7 +99,7 @@ def tokenize_corpus(
             replace_directory(partial / "tokens", out_folder)
             shutil.rmtree(partial)
     except Exception:
-        # Bad input or a full disk; what a kill interrupts stays, for the next call to go on from.
+        # Bad input or a full disk. After a kill the folder remains, and the next call continues from it.
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for line in summary(meta):
@@ -108,7 +108,7 @@ def tokenize_corpus(
 
 
 def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: int) -> dict[str, Any]:
-    """All that the output depends on: what a killed run left is gone on from where this is the same."""
+    """Everything that the output depends on: a killed run is continued only if this is the same."""
     return {
         "format": _FORMAT,
         "libraries": {"tokenizers": tokenizers.__version__, "tiktoken": tiktoken.__version__},
@@ -129,7 +129,7 @@ def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: 
 
 
 def _prepare(partial: Path, plan: dict[str, Any]) -> None:
-    """Leave in `partial` what this plan can go on from, and nothing else."""
+    """Keep in `partial` only what this plan can continue from."""
     tokens = partial / "tokens"
     finished = _finished(partial, plan)
     if finished is None:
@@ -143,9 +143,9 @@ def _prepare(partial: Path, plan: dict[str, Any]) -> None:
 
 
 def _finished(partial: Path, plan: dict[str, Any]) -> set[str] | None:
-    """The shards that a killed run of this plan had finished; None where there is nothing to go on from.
+    """The shards that a killed run of this plan had finished; None if there is nothing to continue from.
 
-    What it left is gone on from only if all of it is as it was written.
+    A killed run is continued only if all of its files are intact.
     """
     tokens = partial / "tokens"
     if not (partial / "plan.json").exists() or not tokens.is_dir():
@@ -165,9 +165,10 @@ def _finished(partial: Path, plan: dict[str, Any]) -> set[str] | None:
 
 
 class Journal:
-    """The finished shards, a line each: its SHA-256 and, as JSON, what meta.json says of the shard.
+    """The finished shards, one line each: the SHA-256 of the rest, and the entry of meta.json as JSON.
 
-    And its `component`, `split` and `row`, the last document's. A damaged line is a `UserError`.
+    The entry also has its `component`, `split` and the `row` of its last document. A damaged line is a
+    `UserError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -206,7 +207,7 @@ def _tokenizer(
     folder: Path,
     progress: bool,
 ) -> Tokenizer:
-    """The tokenizer by its name, in `folder`'s tokenizer/: what a killed run left there, else made anew."""
+    """The tokenizer of this name in `folder`/tokenizer: that of a killed run, otherwise a new one."""
     if (folder / "tokenizer" / DESCRIPTION).exists():
         return load_tokenizer(folder / "tokenizer")
     if name == "bytes":

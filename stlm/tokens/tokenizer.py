@@ -1,7 +1,7 @@
 """Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, bytes, and chunks of bytes.
 
-All are byte-level, so every text that UTF-8 can hold comes back from `decode(encode(text))`. The end-of-text
-token has the last id and never comes out of `encode`, whatever the text says.
+All are byte-level: `decode(encode(text))` is the text, for every text that UTF-8 can hold. The end-of-text
+token has the last id; `encode` never returns it, whatever the text contains.
 
 Both byte-pair kinds are encoded by tiktoken. The library that trains ours could encode too, with the same
 tokens, but took 8 times as long on books (4 against 27-38 MB/s on two cores).
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eot: int
-    files: Mapping[str, bytes]  # what `save` writes beside the description
+    files: Mapping[str, bytes]  # what `save` writes in addition to the description
 
     @property
     def dtype(self) -> np.dtype:
@@ -64,7 +64,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 of `ids`, among which is no end of text; a part of a text may cut a character."""
+        """The UTF-8 of `ids`, which contain no end of text; a part of a text may end within a character."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; nothing is added. A lone surrogate is a `UserError`: UTF-8 cannot hold it."""
@@ -90,7 +90,7 @@ class Tokenizer(ABC):
 
 
 def utf8(text: str) -> bytes:
-    """A text's bytes. Raises UserError for a lone surrogate, which UTF-8 cannot hold."""
+    """The bytes of a text. Raises UserError for a lone surrogate, which UTF-8 cannot hold."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -128,8 +128,8 @@ class BpeTokenizer(Tokenizer):
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
-            # The pattern's one backtracking step exhausts the regex engine's stack on about a million white
-            # space characters. Cutting before a run and before its last character leaves the pieces the same.
+            # The backtracking step of the pattern exhausts the regex engine's stack on about a million white
+            # space characters. Cutting before a run and before its last character does not change the pieces.
             cuts = [0, *(place for run in _LONG_SPACE.finditer(text) for place in run.span()), len(text)]
             parts = [text[a:b] for a, b in pairwise(cuts)]
             ids = np.concatenate(
@@ -142,7 +142,7 @@ class BpeTokenizer(Tokenizer):
 
 
 class ChunkTokenizer(Tokenizer):
-    """Chunks of bytes for byte-level models: `words`, `spaces` or `stride-N`, over those that a corpus has.
+    """Chunks of bytes for byte-level models (`words`, `spaces` or `stride-N`): those of one corpus.
 
     Ids number the corpus' distinct chunks in the order of their bytes: shards hold ids, models see bytes.
     """
@@ -161,7 +161,7 @@ class ChunkTokenizer(Tokenizer):
 
     @classmethod
     def of(cls, name: str, files: Mapping[str, bytes]) -> ChunkTokenizer:
-        """The tokenizer from the content of its files."""
+        """The tokenizer with the given content of its files."""
         content, ends = files["chunks.bin"], list(accumulate(files["chunk-lengths.bin"], initial=0))
         if ends[-1] != len(content):
             raise ValueError(f"{len(content)} bytes in chunks, {ends[-1]} by their lengths")
@@ -182,7 +182,7 @@ class ChunkTokenizer(Tokenizer):
 
 
 def chunker_of(tokenizer: Tokenizer) -> Chunker:
-    """Where a byte-level model cuts chunks: at a tokenizer's tokens, or as a chunk tokenizer does."""
+    """The chunker of a byte-level model: at the tokens of a tokenizer, or that of a chunk tokenizer."""
     if isinstance(tokenizer, ChunkTokenizer):
         return tokenizer.chunker
     tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
@@ -194,13 +194,13 @@ def chunker_of(tokenizer: Tokenizer) -> Chunker:
 
 
 def tokens_table(tokenizer: Tokenizer) -> ChunkTable:
-    """The bytes of a tokenizer's ids as a byte-level model reads and writes them."""
+    """The chunks of a tokenizer's ids as a byte-level model reads and writes them."""
     chunks = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
     return chunk_table(chunker_of(tokenizer), [*chunks, b""])
 
 
 class _Description(BaseModel):
-    """What tokenizer-name.json says that is not known from the name."""
+    """The content of tokenizer-name.json."""
 
     name: str
     sha256: dict[str, str]
@@ -211,8 +211,8 @@ class _Description(BaseModel):
 def check_tokenizer(folder: Path, expected: str | None = None) -> str:
     """Compare a tokenizer's files with its description without loading them; the tokenizer's SHA-256.
 
-    `expected` is what `meta.json` says of it, if it does. A file that is missing, truncated or changed, or
-    another tokenizer than expected, is a `UserError`.
+    `expected` is the SHA-256 in `meta.json`, if it has one. A file that is missing, truncated or changed, or
+    a tokenizer other than the expected one, is a `UserError`.
     """
     _read_files(folder)
     found = record_sha256(folder / DESCRIPTION)
@@ -225,7 +225,7 @@ def check_tokenizer(folder: Path, expected: str | None = None) -> str:
 
 
 def _read_files(folder: Path) -> tuple[str, dict[str, bytes], _Description]:
-    """The name, the files' content and the description of a tokenizer's folder, checked."""
+    """The name, the content of the files and the description of a tokenizer's folder, checked."""
     description = read_record(folder / DESCRIPTION, _Description)
     files = {
         file: _checked(folder / file, digest, remedy(folder / file))
@@ -237,8 +237,8 @@ def _read_files(folder: Path) -> tuple[str, dict[str, bytes], _Description]:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read a tokenizer's folder (`tokenizer/` in a folder of tokens or of checkpoints).
 
-    A file that is missing, truncated or changed, or that is no vocabulary of this kind, is a `UserError` that
-    names it.
+    A file that is missing, truncated or changed, or that is not a vocabulary of this kind, is a `UserError`
+    that names it.
     """
     name, files, description = _read_files(folder)
     path = folder / DESCRIPTION
@@ -249,17 +249,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{remedy(path)}"
         )
     tokenizer = _from_files(name, files, folder)
-    found, said = (tokenizer.vocab_size, tokenizer.eot), (description.vocab_size, description.eot)
-    if found != said:
+    found, expected = (tokenizer.vocab_size, tokenizer.eot), (description.vocab_size, description.eot)
+    if found != expected:
         raise UserError(
-            f"{path}: vocab_size and eot are {said[0]} and {said[1]}, but the vocabulary of {name} has "
-            f"{found[0]} tokens; {remedy(path)}"
+            f"{path}: vocab_size and eot are {expected[0]} and {expected[1]}, but the vocabulary of {name} "
+            f"has {found[0]} tokens; {remedy(path)}"
         )
     return tokenizer
 
 
 def _files_of(name: str) -> list[str]:
-    """The files that a tokenizer is made of; an unknown name is a `UserError`."""
+    """The names of a tokenizer's files; an unknown name is a `UserError`."""
     if name == "bytes":
         return []
     if name == "gpt2":
@@ -338,8 +338,8 @@ def _gpt2_ranks(encoder: bytes) -> dict[bytes, int]:
 def _ranks(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
     """Token bytes -> id, from a vocabulary written in GPT-2's printable alphabet (see `letters`).
 
-    Ids grow with the merges, so that they serve as tiktoken's ranks. Raises ValueError or KeyError where the
-    vocabulary is of another kind: tiktoken, given it, would end the process from inside Rust.
+    Ids grow with the merges, so they serve as tiktoken's ranks. Raises ValueError or KeyError for a
+    vocabulary of another kind, with which tiktoken would end the process from inside Rust.
     """
     to_byte = letters()
     ranks = {bytes(to_byte[letter] for letter in token): id_ for token, id_ in vocabulary.items()}

@@ -1,11 +1,11 @@
-"""What counts as a word where texts are compared: for near-duplicates, leaks between splits, contamination.
+"""The definition of a word for comparing texts: near-duplicates, leaks between splits, contamination.
 
 A word is "a lowercase, whitespace delimited word with no punctuation" (Brown et al. 2020, GPT-3, appendix C),
 on ASCII text the same as that of the reference harness (`Janitor` of lm_eval): punctuation and symbols
-(Unicode categories P and S) are deleted, letters lower-cased, and the rest is split at white space. Two rules
-are added. Books put dashes between words without spaces: dashes and two hyphens or more separate words; a
-single hyphen is deleted (`well-known` is `wellknown`). In scripts that are written without spaces (Chinese,
-Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
+(Unicode categories P and S) are deleted, letters lower-cased, and the rest is split at white space. There
+are two additional rules. Dashes, and two hyphens or more, separate words, because books put them between
+words without spaces; a single hyphen is deleted (`well-known` is `wellknown`). In scripts without spaces
+(Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WITHOUT_SPACES = re.compile(
 
 
 def _normal(character: str) -> str:
-    """What becomes of one character."""
+    """The replacement of one character."""
     category = unicodedata.category(character)
     if character.isspace() or character == "\0" or (category == "Pd" and character not in _HYPHENS):
         return " "
@@ -35,7 +35,7 @@ def _normal(character: str) -> str:
 
 
 class _Characters(dict[bytes, bytes]):
-    """The UTF-8 of a character -> of what becomes of it; filled as they come."""
+    """The UTF-8 of a character -> the UTF-8 of its replacement; filled on demand."""
 
     def __missing__(self, character: bytes) -> bytes:
         self[character] = _normal(character.decode()).encode()
@@ -61,9 +61,9 @@ def words(text: str) -> list[str]:
 
 
 def normalize_title(title: bytes) -> bytes:
-    """A title's letters and digits alone, in lower case, without accents: two spellings of one are equal.
+    """The letters and digits of a title, in lower case, without accents, so that spellings of it are equal.
 
-    A title that has neither letters nor digits, or is not UTF-8, stays as it is.
+    A title that has neither letters nor digits, or is not UTF-8, is not changed.
     """
     try:
         spelled = unicodedata.normalize("NFKD", title.decode()).casefold()

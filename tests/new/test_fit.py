@@ -6,7 +6,7 @@ import pytest
 
 from stlm.model.counts import parameter_counts
 from stlm.new.fit import EPOCHS, LEAST_STEPS, SHAPES, TOKENS_A_PARAMETER, TOKENS_OF_TEXT, Fit, TextSize, fit
-from stlm.new.speed import side_by_side
+from stlm.new.speed import parallel_runs
 from stlm.tokens.names import vocabulary_size
 
 
@@ -65,4 +65,4 @@ def test_short_documents_have_short_rows() -> None:
 def test_runs_share_the_cores_as_snakemake_shares_them(monkeypatch) -> None:
     for cores, runs, expected in ((2, 5, (2, 1)), (16, 5, (5, 3)), (5, 5, (5, 1)), (1, 5, (1, 1))):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
-        assert side_by_side(runs) == expected
+        assert parallel_runs(runs) == expected

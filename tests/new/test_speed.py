@@ -15,5 +15,5 @@ def test_a_measured_speed_is_that_of_real_steps_and_leaves_torch_as_it_was(monke
     found = measure(SHAPES[0].config(512, 64), 4, 5)
     assert 1e6 < found.flops < 1e15
     if not torch.cuda.is_available():
-        assert found.runs == 2 and found.where == "1 thread a run" and found.all_flops == 2 * found.flops
+        assert found.runs == 2 and found.device == "1 thread a run" and found.all_flops == 2 * found.flops
     assert torch.get_num_threads() == before

@@ -134,7 +134,7 @@ def fetch_inputs(wildcards) -> list[str]:
         MANIFESTS.refresh(name)
         if MANIFESTS.out_of_reach(name):
             print(
-                f"{name}: the files in {MANIFESTS.where(name)} have changed; they are fetched again where "
+                f"{name}: the files in {MANIFESTS.folders(name)} have changed; they are fetched again where "
                 "the mirror is named (--config mirror=FOLDER or STLM_MIRROR)",
                 file=sys.stderr,
             )
