@@ -49,6 +49,8 @@ class Technique(BaseModel):
     combines_with: ClassVar[frozenset[str]] = frozenset()
     # Whether `objective` returns the part "next_token" itself, in the place of the plain cross-entropy.
     replaces_next_token: ClassVar[bool] = False
+    # The figures of `validated`: columns `val_NAME` of the curve.
+    figures: ClassVar[tuple[str, ...]] = ()
 
     # role -> the run that this one depends on, filled in when the study is loaded.
     _others: dict[str, Run] = PrivateAttr(default_factory=dict)
@@ -105,6 +107,13 @@ class Technique(BaseModel):
         """Named, weighted parts of the loss of a micro-batch, whose sum is minimized.
 
         They become the columns `train_NAME` of the curve.
+        """
+        return {}
+
+    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
+        """Figures of the validation batch that the model has just read: name -> [sum, count], float64.
+
+        Each is averaged over the validation text. `counted_BL`: the tokens that count; the rest is padding.
         """
         return {}
 

@@ -77,27 +77,34 @@ class Curve:
 
 @torch.no_grad()
 def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
-    """Loss (nats a token), bits per byte, character and token perplexity on the validation documents.
+    """Loss (nats a token), bits per byte, character and token perplexity on the validation documents, and the
+    figures of the run's techniques.
 
     The end-of-text tokens are not counted: the figures are those of the text (design, "Scoring").
     """
     device = setup.device.device
     setup.model.eval()
     nats = torch.zeros((), device=device, dtype=torch.float64)
+    techniques = setup.run.techniques.values()
+    figures = {name: nats.new_zeros(2) for technique in techniques for name in technique.figures}
     for number, batch in enumerate(validation.batches(setup.config.batch_size)):
         if number % setup.group.size != setup.group.rank:
             continue
-        tensors = (torch.from_numpy(part).to(device) for part in batch)
+        tokens_BL, targets_BL, mask_BL = (torch.from_numpy(part).to(device) for part in batch)
         with setup.device.autocast():
-            nats += setup.model.loss(*tensors).double()
+            nats += setup.model.loss(tokens_BL, targets_BL, mask_BL).double()
+        for technique in techniques:
+            for name, found in technique.validated(setup.model, mask_BL.bool()).items():
+                figures[name] += found
     setup.model.train()
-    setup.group.sum([nats])
+    setup.group.sum([nats, *figures.values()])
     nats = nats.item()
     return {
         "val_loss": nats / validation.n_tokens,
         "val_bits_per_byte": nats / math.log(2) / validation.n_bytes,
         "val_char_perplexity": math.exp(nats / validation.n_chars),
         "val_token_perplexity": math.exp(min(nats / validation.n_tokens, 700.0)),
+        **{f"val_{name}": (total / count).item() for name, (total, count) in figures.items() if count},
     }
 
 
