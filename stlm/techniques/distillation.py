@@ -1,150 +1,167 @@
-"""Distillation: a run of the study teaches another (Hinton et al. 2015; paper, section 2.2).
+"""Distillation: a run of the study teaches another (Hinton et al. 2015; the paper's section 2.2).
 
-Shapes: B rows, L positions, N = B L, C of them at a time, D the student's width, T the teacher's, V vocabulary,
-S sampled tokens.
+Shapes: B rows, L positions, N = B L, C of them at a time, D the student's width, E the teacher's, V
+vocabulary, S sampled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stlm.errors import UserError
+from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
-from stlm.model.head_loss import head_loss
-from stlm.model.transformer import Transformer
-from stlm.study.runs import Run
 from stlm.techniques.base import Technique
-from stlm.training.checkpoints import last_checkpoint, load_checkpoint
-from stlm.training.distributed import Group
-from stlm.training.objective import Forward
+from stlm.tokens.tokenizer import check_tokenizer
 
-# Logits held at once, of the teacher and of the student each.
-_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+if TYPE_CHECKING:
+    from stlm.model.transformer import Transformer
+    from stlm.study.runs import Run
+    from stlm.training.distributed import Group
+    from stlm.training.objective import Forward
+
+# Logits computed at once, of the student and of the teacher each; several tensors of this size coexist.
+_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class Distillation(Technique):
-    """The loss is (1 - weight) times the cross-entropy of the next token plus weight times T^2 times the
+    """The loss is (1 - weight) times the next token's cross-entropy, plus weight times T^2 times the
     Kullback-Leibler divergence of the student's distribution from the teacher's, both at temperature T.
 
-    The teacher is another run of the study, trained before. Its forward pass, and its training, are counted.
+    The teacher is another run of the study, trained before. Its training and its forward pass are counted.
     """
 
     supports = frozenset({"attention_within", "cache", "export", "packing", "sharing", "start_from"})
     replaces_next_token: ClassVar[bool] = True
 
-    teacher: str = Field(description="The variant that teaches; it has the run's corpus and tokenizer.")
-    weight: float = Field(0.5, ge=0, le=1, description="Weight of the divergence; the next token's is the rest.")
+    teacher: str = Field(
+        description="The variant that teaches: with the run's tokenizer, and a context at least as long."
+    )
+    weight: float = Field(
+        0.5, ge=0, le=1, description="Weight of the divergence; the next token's is the rest."
+    )
     temperature: float = Field(1.0, gt=0, description="Temperature T of both distributions.")
     sampled_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens drawn from the teacher's distribution at each position, an unbiased estimate of the "
-        "divergence but for the teacher's entropy, which has no gradient (Anshumann et al. 2025, "
-        "arXiv 2503.16870). null: the whole distribution.",
+        description="Tokens drawn from the teacher's distribution at each position, which estimate the loss "
+        "and its gradient without bias (Anshumann et al. 2025, arXiv 2503.16870). null: the whole distribution.",
     )
     begin: float = Field(0.0, ge=0, le=1, description="Share of the steps after which the teacher begins.")
     end: float = Field(
-        1.0, ge=0, le=1, description="Share of the steps after which it ends: early alone, as in SALT (2024)."
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the steps after which it ends; the rest is plain training, as in SALT "
+        "(Rawat et al. 2024).",
     )
 
     _teacher: Transformer | None = PrivateAttr(default=None)
-    _steps: tuple[int, int] = PrivateAttr(default=(0, 0))
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Distillation:
         if self.begin >= self.end:
-            raise ValueError(f"end: {self.end} is not after begin: {self.begin}")
+            raise ValueError(f"end: {self.end} is not above begin: {self.begin}")
         return self
+
+    def neutral(self) -> bool:
+        """Whether the divergence has no weight."""
+        return self.weight == 0
 
     def depends(self) -> dict[str, str]:
         """The teacher."""
         return {"teacher": self.teacher}
 
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
-        """The teacher reads the same tokens, as many of them, and its distribution is over them."""
+        """The teacher reads the run's tokens, as many of them, and predicts tokens of the same vocabulary."""
         teacher = self.others["teacher"]
         if teacher.model.bytes is not None:
-            raise ValueError(f"teacher: {self.teacher!r} is a byte-level model, which has no tokens to teach")
-        for key in ("tokenizer", "corpus"):
-            ours, theirs = getattr(run, key), getattr(teacher, key)
-            # A published vocabulary, or one of bytes, is the same for every corpus.
-            if ours != theirs and (key == "tokenizer" or run.tokenizer.startswith("bpe-")):
-                raise ValueError(
-                    f"teacher: {self.teacher!r} has the {key} {theirs}, the run {ours}; they must be the same"
-                )
+            raise ValueError(f"teacher: {self.teacher!r} is byte-level; expected a model of tokens")
+        if teacher.tokenizer != run.tokenizer:
+            raise ValueError(
+                f"teacher: {self.teacher!r} has the tokenizer {teacher.tokenizer}, the run {run.tokenizer}; "
+                "they must be the same"
+            )
+        if teacher.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
+            raise ValueError(
+                f"teacher: {self.teacher!r} was trained on {teacher.corpus}, with another vocabulary of the "
+                f"name {run.tokenizer}; choose a variant on {run.corpus}"
+            )
         if teacher.model.context < run.model.context:
             raise ValueError(
                 f"teacher: {self.teacher!r} has a context of {teacher.model.context}, shorter than the run's "
                 f"{run.model.context}"
             )
+        if not self._share(run.training.steps):
+            raise ValueError(
+                f"end: between {self.begin} and {self.end} of {run.training.steps} steps there is none"
+            )
 
     def prepare(self, run: Run, device: torch.device, group: Group) -> None:
-        """Load the teacher's last checkpoint, without gradients and dropout."""
+        """Load the teacher's last checkpoint, without gradients and dropout.
+
+        Raises ``UserError`` where it is missing or damaged, or of another vocabulary.
+        """
+        # Training comes after techniques: what it has is imported where it is used.
+        from stlm.training.checkpoints import last_checkpoint, load_checkpoint
+
         folder = last_checkpoint(run, run.depends["teacher"])
+        check_tokenizer(folder.parent / "tokenizer", check_tokenizer(run.tokens_folder / "tokenizer"))
         teacher, _ = load_checkpoint(folder, device)
-        if teacher.config.vocab_size != run.model.vocab_size:
-            raise UserError(
-                f"{folder}: the teacher has {teacher.config.vocab_size:,} tokens, the run "
-                f"{run.model.vocab_size:,}; they must be the same"
-            )
         self._teacher = teacher.eval().requires_grad_(False)
 
-    def teaches(self, step: int, steps: int) -> bool:
-        """Whether the teacher is asked at `step`, from 1, of `steps`."""
-        return self.begin * steps < step <= self.end * steps
+    def _taught(self, steps: int) -> range:
+        """The steps, from 1, of `steps` at which the teacher is asked."""
+        return range(round(self.begin * steps) + 1, round(self.end * steps) + 1)
+
+    def _share(self, steps: int) -> float:
+        return len(self._taught(steps)) / steps
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
-        """The parts `next_token` and `distillation`; where the teacher is off, the plain loss alone."""
-        if not self.weight or not self.teaches(forward.step, forward.steps):
-            zero = torch.zeros((), device=forward.tokens_BL.device)
+        """The parts `next_token` and `distillation`; where the teacher is not asked, the latter is zero."""
+        zero = torch.zeros((), device=forward.tokens_BL.device)
+        if self.neutral() or forward.step not in self._taught(forward.steps):
             return {"next_token": forward.next_token_loss(), "distillation": zero}
-        parts = {}
-        if self.weight < 1:
-            parts["next_token"] = (1 - self.weight) * forward.next_token_loss()
-        else:
-            parts["next_token"] = torch.zeros((), device=forward.tokens_BL.device)
-        with torch.no_grad():
-            teacher_NT = self._teacher.hidden(forward.tokens_BL, forward.layout).flatten(0, 1)
+        next_token = (1 - self.weight) * forward.next_token_loss() if self.weight < 1 else zero
         student, teacher = forward.model, self._teacher
+        with torch.no_grad():
+            teacher_NE = teacher.hidden(forward.tokens_BL, forward.layout).flatten(0, 1)
         divergence = _Divergence.apply(
             forward.hidden_ND,
             student.output.weight,
-            teacher_NT,
+            teacher_NE,
             teacher.output.weight,
             (student.config.logit_softcap, teacher.config.logit_softcap),
             self.temperature,
             self.sampled_tokens,
-            torch.is_grad_enabled(),
+            torch.is_grad_enabled(),  # inside of a Function it is not
         )
-        parts["distillation"] = self.weight * self.temperature**2 * divergence
-        return parts
+        return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * divergence}
 
     def extra_flops_per_token(self, run: Run) -> float:
-        """The teacher's forward pass, and the student's head once more, in the share of steps that it teaches."""
-        from stlm.model.counts import build_on_meta
-
-        steps = run.training.steps
-        share = sum(self.teaches(step, steps) for step in range(1, steps + 1)) / steps if self.weight else 0.0
-        teacher = self.others["teacher"]
+        """The teacher's forward pass, and the student's head once more, in the steps that are taught."""
+        if self.neutral():
+            return 0.0
+        teacher, context = self.others["teacher"], run.model.context
         network = build_on_meta(teacher.model, tuple(teacher.techniques.values()))
-        context = run.model.context
-        forward = forward_flops(network, context) / context
-        student = build_on_meta(run.model, tuple(run.techniques.values()))
-        # The divergence makes the student's logits, and their gradients, besides those of the next token's loss.
-        heads = 1 if self.weight < 1 else 0
-        return share * (forward + 3 * heads * 2 * student.output.weight.numel())
+        flops = forward_flops(network, context) / context
+        if self.weight < 1:
+            # Both parts of the loss compute the student's logits and their gradients.
+            student = build_on_meta(run.model, tuple(run.techniques.values()))
+            flops += TRAINING_PASSES * forward_flops(student.output, 1)
+        return self._share(run.training.steps) * flops
 
 
 class _Divergence(torch.autograd.Function):
-    """KL(teacher || student) at a temperature, the mean over positions, a part of the positions at a time.
+    """KL(teacher || student) at a temperature in nats, float32: the mean over positions.
 
-    As in `stlm.model.head_loss`, gradients are computed in the forward pass: no [N, V] is ever whole.
+    As in `stlm.model.head_loss`, gradients are computed in the forward pass, for some of the positions at a
+    time: logits of all of them never exist together. Products are in the arithmetic of autocast.
     """
 
     @staticmethod
@@ -152,8 +169,8 @@ class _Divergence(torch.autograd.Function):
         ctx: Any,
         x_ND: Tensor,
         weight_VD: Tensor,
-        teacher_NT: Tensor,
-        teacher_VT: Tensor,
+        teacher_NE: Tensor,
+        teacher_VE: Tensor,
         softcaps: tuple[float, float],
         temperature: float,
         sampled: int | None,
@@ -167,23 +184,19 @@ class _Divergence(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if wants_x else None
         dweight_VD = torch.zeros_like(weight_VD) if wants_weight else None
         with torch.autocast(device, enabled=False):
-            x_ND, weight_VD, teacher_NT, teacher_VT = (
-                x.to(dtype) for x in (x_ND, weight_VD, teacher_NT, teacher_VT)
+            x_ND, weight_VD, teacher_NE, teacher_VE = (
+                x.to(dtype) for x in (x_ND, weight_VD, teacher_NE, teacher_VE)
             )
             positions = max(1, _LOGITS[device] // len(weight_VD))
             for begin in range(0, N, positions):
                 here = slice(begin, begin + positions)
-                logits_CV, slope_CV = _capped(x_ND[here] @ weight_VD.T, softcaps[0])
-                taught_CV, _ = _capped(teacher_NT[here] @ teacher_VT.T, softcaps[1])
-                log_p_CV = torch.log_softmax(logits_CV / temperature, dim=1)
-                log_q_CV = torch.log_softmax(taught_CV / temperature, dim=1)
-                share_CV = _shares(log_q_CV, sampled)
-                loss += (share_CV * (log_q_CV - log_p_CV)).sum() / N
-                if wants_x or wants_weight:
-                    gradient_CV = (log_p_CV.exp() - share_CV) / (temperature * N)
-                    if slope_CV is not None:
-                        gradient_CV *= slope_CV
-                    gradient_CV = gradient_CV.to(dtype)
+                log_q_CV, _ = _log_softmax(teacher_NE[here] @ teacher_VE.T, softcaps[1], temperature)
+                log_p_CV, slope_CV = _log_softmax(x_ND[here] @ weight_VD.T, softcaps[0], temperature)
+                q_CV = _target(log_q_CV, sampled)
+                loss += (q_CV * log_q_CV.sub_(log_p_CV)).sum() / N
+                if not (wants_x or wants_weight):
+                    continue
+                gradient_CV = log_p_CV.exp_().sub_(q_CV).mul_(slope_CV / (temperature * N)).to(dtype)
                 if wants_x:
                     dx_ND[here] = gradient_CV @ weight_VD
                 if wants_weight:
@@ -194,23 +207,24 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if own is None else own * dloss for own in ctx.saved_tensors), *[None] * 6
+        gradients = [None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors]
+        return *gradients, *[None] * 6
 
 
-def _capped(logits_CV: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """Logits in float32, within the softcap, and the slope that it gives them (None without one)."""
-    logits_CV = logits_CV.float()
-    if not softcap:
-        return logits_CV, None
-    bounded_CV = torch.tanh(logits_CV / softcap)
-    return bounded_CV * softcap, 1 - bounded_CV.square()
+def _log_softmax(logits_CV: Tensor, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
+    """log softmax(z / T) in float32 of logits z, bounded where there is a softcap, and the bound's slope."""
+    logits_CV, slope_CV = logits_CV.float(), 1.0
+    if softcap:
+        bounded_CV = torch.tanh(logits_CV / softcap)
+        logits_CV, slope_CV = bounded_CV * softcap, 1 - bounded_CV.square()
+    return torch.log_softmax(logits_CV / temperature, dim=1), slope_CV
 
 
-def _shares(log_q_CV: Tensor, sampled: int | None) -> Tensor:
-    """The teacher's distribution, or each token's share of so many draws from it, whose mean it is."""
+def _target(log_q_CV: Tensor, sampled: int | None) -> Tensor:
+    """The distribution q, or the shares of tokens in so many draws from it, whose expectation is q."""
     q_CV = log_q_CV.exp()
     if sampled is None:
         return q_CV
     drawn_CS = torch.multinomial(q_CV, sampled, replacement=True)
-    share = torch.full(drawn_CS.shape, 1 / sampled, device=q_CV.device)
-    return torch.zeros_like(q_CV).scatter_add_(1, drawn_CS, share)
+    share_11 = q_CV.new_full((1, 1), 1 / sampled)
+    return q_CV.zero_().scatter_add_(1, drawn_CS, share_11.expand_as(drawn_CS))
