@@ -50,7 +50,7 @@ class Distillation(Technique):
         None,
         ge=1,
         description="Tokens drawn from the teacher's distribution at each position, which estimate the loss "
-        "and its gradient without bias (Anshumann et al. 2025, arXiv 2503.16870). null: the whole distribution.",
+        "and its gradient without bias (Anshumann et al. 2025, arXiv 2503.16870). null: the whole of it.",
     )
     begin: float = Field(0.0, ge=0, le=1, description="Share of the steps after which the teacher begins.")
     end: float = Field(
