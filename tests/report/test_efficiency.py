@@ -10,6 +10,7 @@ from stlm.report.build import report
 from stlm.report.curves import read_variants
 from stlm.report.efficiency import crossing, efficiencies, efficiency_table
 from stlm.report.results import read_results
+from stlm.techniques.distillation import Distillation
 from stlm.tokens.config import DataConfig
 
 VARIANTS = {"baseline": ("Baseline", {}), "fast": ("Fast", {}), "slow": ("Slow", {"layers": 3})}
@@ -146,3 +147,18 @@ def test_the_report_has_the_table_and_the_plot(study):
     svg = (study.folder / "plots/efficiency.svg").read_text()
     for text in ("Fast", "Slow", "tokens", "FLOPs", "time", "not reached by its end"):
         assert text in svg
+
+
+def test_the_cost_of_a_teacher_is_counted(study):
+    before, teacher = found(study)["fast"].needed, read_results(study)["slow"].train
+    technique = Distillation(teacher="slow")
+    depends = {"teacher": {"run": "slow", "tokens": teacher.tokens, "flops": teacher.flops}}
+    set_train(study, "fast", depends=depends, techniques={"distillation": technique.model_dump(mode="json")})
+    student = study.runs["fast"].model_copy(update={"techniques": {"distillation": technique}})
+    taught = study.model_copy(update={"runs": study.runs | {"fast": student}})
+    after = found(taught)["fast"].needed
+    assert after["flops"] == pytest.approx(before["flops"] + teacher.flops)
+    assert after["seconds"] == pytest.approx(before["seconds"] + teacher.seconds)
+    assert after["tokens"] == before["tokens"], "those that its own weights have read"
+    notes = efficiency_table(taught, compared(taught)).notes
+    assert "Costs include the training of other runs that it depends on: Fast." in notes
