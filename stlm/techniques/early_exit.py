@@ -146,19 +146,18 @@ class EarlyExit(Technique):
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
         """See `Technique.objective`. One norm and one head serve all exits."""
-        model, tokens_BL, targets_BL = forward.model, forward.tokens_BL, forward.targets_BL
         if not self.scale:
             return {"next_token": forward.next_token_loss()}
-        weights = self.weights(forward.step, forward.steps, len(model.blocks))
-        after = [block - 1 for block in weights]
-        losses = [
-            weight * model.hidden_loss(model.finish(x_BLD).flatten(0, 1), tokens_BL, targets_BL)
-            for x_BLD, weight in zip(
-                model.residuals(tokens_BL, forward.layout, after=after), weights.values(), strict=True
-            )
-        ]
+        model = forward.model
+        *exits, last = self.weights(forward.step, forward.steps, len(model.blocks)).items()
+        *residuals, _ = forward.residuals(after=[block - 1 for block, _ in exits])
+        exits_loss = torch.zeros((), device=forward.tokens_BL.device)
+        for (_, weight), x_BLD in zip(exits, residuals, strict=True):
+            x_ND = model.finish(x_BLD).flatten(0, 1)
+            loss = model.hidden_loss(x_ND, forward.tokens_BL, forward.targets_BL)
+            exits_loss = exits_loss + weight * loss
         # Both at every step, so that their means over the steps of a curve's row add up to the loss.
-        return {"next_token": losses[-1], "exits": sum(losses[:-1], torch.zeros_like(losses[-1]))}
+        return {"next_token": last[1] * forward.next_token_loss(), "exits": exits_loss}
 
     # Cost and evaluation
 
