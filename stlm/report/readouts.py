@@ -159,7 +159,7 @@ def write_readouts(folder: Path, study: Study, results: Mapping[str, RunResult])
         for point, (value, low, high) in _scored(own, panel.values[run])
     ]
     write_text(folder / "data" / "readouts.csv", csv_text(records))
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     title = f"Language models within the models against their cost (95% intervals), study {study.name}"
     with figure(folder, "readouts", title, 1 + 4 * columns, 0.9 + 3.4 * lines) as drawing:
@@ -187,18 +187,23 @@ def _draw(
     axes: Axes, panel: _Panel, points: Mapping[str, Sequence[_Point]], results: Mapping[str, RunResult]
 ) -> None:
     looks, seen = styles(results), set()
-    for run, own in points.items():
+    # Runs stand a little side by side, so that none hides another's interval.
+    flops = [point.flops for own in points.values() for point in own]
+    aside = 0.01 * (max(flops) - min(flops))
+    for place, (run, own) in enumerate(points.items()):
         drawn = list(_scored(own, panel.values[run]))
         if not drawn:
             continue
         label = results[run].train.label
-        x, look = [point.flops for point, _ in drawn], looks[run]
+        look, shift = looks[run], aside * (place - (len(points) - 1) / 2)
+        x = [point.flops + shift for point, _ in drawn]
         values, low, high = zip(*(one for _, one in drawn), strict=True)
         axes.plot(x, values, label=None if label in seen else label, **look, markerfacecolor="white")
         seen.add(label)
-        axes.vlines(x, low, high, color=look["color"], linewidth=1.2, alpha=0.6)
-        whole = [(point.flops, one[0]) for point, one in drawn if point.name == MODEL]
-        axes.plot(*zip(*whole, strict=True), look["marker"], color=look["color"], markersize=8)
+        axes.vlines(x, low, high, color=look["color"], linewidth=1.2, alpha=0.6, zorder=1)
+        for point, (value, _, _) in drawn:
+            if point.name == MODEL:
+                axes.plot([point.flops + shift], [value], look["marker"], color=look["color"], markersize=8)
     axes.set_title(panel.label, loc="left")
     axes.set_xlabel("FLOPs per token (filled: the model itself)")
     _name_ticks(axes, [point for own in points.values() for point in own])
