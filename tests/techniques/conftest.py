@@ -32,9 +32,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) ->
     monkeypatch.chdir(tmp_path)
     os.symlink(prepared, tmp_path / "data")
 
-    def make(
-        name: str = "tiny-run", model: dict | None = None, techniques=None, data=None, **training
-    ) -> Run:
+    def make(name: str = "run", model=None, techniques=(), data=None, **training) -> Run:
         sizes = {"layers": 4, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48, "context": 32}
         recipe = {"steps": 8, "batch_size": 4, "accumulation": 1, "warmup_steps": 2, "learning_rate": 1e-2}
         recipe |= {"min_learning_rate": 1e-3, "validate_every": 4, "validation_bytes": 500, "log_every": 2}
