@@ -30,6 +30,7 @@ from stlm.report.parameters import write_parameters
 from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
+from stlm.report.readouts import readouts_table, write_readouts
 from stlm.report.records import write_records
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.sources import read_texts
@@ -75,6 +76,7 @@ def report(study: Study) -> None:
         *filter(None, [leaks_table(study, contamination)]),
         *_noted([bits_table(study, results, published)], made),
         *_noted([*filter(None, [component_table(study, results)])], made),
+        *_noted([*filter(None, [readouts_table(study, results)])], made),
     ]
     for name in names((*REPORT, METRICS)):
         remove_leftovers(study.folder, name)  # of a report that was killed
@@ -99,6 +101,7 @@ def report(study: Study) -> None:
         write_architectures(plots, study, results)
         write_parameters(plots, study, results)
         write_pareto(plots, study, results)
+        write_readouts(plots, study, results)
         write_training_pages(folders["training"], study, results)
         write_cards(folders["cards"], study, results, comparisons, contamination)
     write_json(study.folder / "metrics.json", collected)

@@ -63,8 +63,8 @@ def write_records(folder: Path, runs: Mapping[str, Path]) -> None:
 
 def _without_groups(evaluation: dict[str, Any]) -> dict[str, Any]:
     """evaluation.json without the accuracies of each mode by group, most of its size."""
-    for checkpoint in evaluation["checkpoints"].values():
-        for benchmark in checkpoint["benchmarks"].values():
+    for scored in (*evaluation["checkpoints"].values(), *evaluation.get("readouts", {}).values()):
+        for benchmark in scored["benchmarks"].values():
             for mode in benchmark["modes"].values():
                 mode.pop("groups", None)
     return evaluation

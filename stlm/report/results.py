@@ -211,10 +211,17 @@ class CheckpointResult(Strict):
     benchmarks: dict[str, BenchmarkResult]
 
 
+class ReadoutResult(CheckpointResult):
+    """A language model within the last checkpoint's (an exit, say); FLOPs are of a forward pass."""
+
+    parameters: Count
+    flops_per_token: Positive
+
+
 class EvaluationRecord(Strict):
     """evaluation.json: every evaluated checkpoint by name, and by what and how it was scored.
 
-    Nothing of the latter in files of earlier versions.
+    Nothing of the latter in files of earlier versions. `readouts`: of the last checkpoint, by name.
     """
 
     device: str | None = None
@@ -223,6 +230,7 @@ class EvaluationRecord(Strict):
     code: dict[str, str | None] = {}
     settings: dict[str, Any] | None = None
     checkpoints: dict[str, CheckpointResult]
+    readouts: dict[str, ReadoutResult] = {}
 
 
 class PublishedRecord(EvaluationRecord):
