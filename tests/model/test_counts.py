@@ -85,10 +85,14 @@ def test_counts_of_every_option_are_those_of_the_closed_formulas(options):
 
 
 def test_counts_are_those_of_all_committed_records():
-    records = sorted((ROOT / "results").glob("*/runs/*/train.json"))
-    assert len(records) > 100
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    studies = sorted((ROOT / "results").glob("*/records/runs.json"))
+    runs = {
+        (path.parts[-3], run): record["train"]
+        for path in studies
+        for run, record in json.loads(path.read_text(encoding="utf-8"))["runs"].items()
+    }
+    assert len(runs) > 100
+    for path, record in runs.items():
         config = ModelConfig.model_validate(record["model"])
         assert parameter_counts(config)._asdict() == record["parameters"], path
         if config.bytes is None:
