@@ -49,18 +49,21 @@ HEADER = (
 _HEAD = """\
 # The 10M, 50M and 100M models
 
-Written by `stlm document` (a test fails where it is out of date). `stlm sizes` prints the table, `stlm sizes
-20M --tokenizer bpe-4096` that of other sizes.
+`stlm document` writes this page (a test fails if it is out of date). `stlm sizes` prints the table;
+`stlm sizes 20M --tokenizer bpe-4096` prints it for other sizes.
 
-The rule: the paper's Modern Transformer with heads of 32, four query heads to a key/value head (three where
-four do not divide them), a SwiGLU of three times the width, a tied embedding, and widths in steps of 64. Of
-all widths and depths within 10% of the size, the one whose width is nearest to 64 times its layers: the
-paper's 50M model has 512 for 8, GPT-2 small 768 for 12. So the rule gives the paper's own baseline for 50M.
+The rule:
+
+- **Parts**: the paper's Modern Transformer with heads of width 32, four query heads to a key/value head
+  (three if four do not divide them), a SwiGLU of three times the width, and a tied embedding.
+- **Shape**: of all widths (in steps of 64) and depths within 10% of the size, the one whose width is nearest
+  to 64 times its layers. The paper's 50M model has width 512 and 8 layers, GPT-2 small 768 and 12. For 50M
+  the rule gives the paper's baseline.
 """
 _FOOT = """\
-- *parameters*: trained ones, shared ones once (what a checkpoint stores). *Embedding*: the table of tokens,
-  with a head of its own where it is untied. *Rest, each use*: what the rest would be if no layer shared.
-- *FLOPs a token*: forward and backward, context 512; a shared matrix costs as often as it is used.
+- *parameters*: trained ones; shared ones count once, as in a checkpoint. *Embedding*: the table of tokens,
+  and the head if it is untied. *Rest, each use*: the rest if no layer shared weights.
+- *FLOPs a token*: forward and backward, context 512; a shared matrix counts each time it is used.
 - *weights*: float32; *training*: weights, gradients and AdamW's two moments in float32, without activations.
 """
 
@@ -163,14 +166,14 @@ def _share(models: Mapping[str, ModelConfig]) -> str:
     factorized = parameter_counts(small.model_copy(update={"embedding_rank": 64})).embedding
     byte_level = {**small.model_dump(), "vocab_size": SYMBOLS, "bytes": {}, "tied": False}
     in_its_place = parameter_counts(ModelConfig.model_validate(byte_level)).embedding
-    said = (
-        "The embedding grows with the width, the layers with its square and their number: it is "
-        f"{', '.join(shares)}, so that sharing layers saves little where models are smallest. There the "
-        f"table itself must shrink: in the smallest model it falls from {table / 1e6:.1f}M parameters to "
-        f"{factorized / 1e6:.1f}M where it is factorized to 64; what a [byte-level model](bytes.md) has in "
-        f"the place of embedding and head takes {in_its_place / 1e6:.2f}M."
+    text = (
+        "The embedding grows with the width, the layers with their number and the square of the width. The "
+        f"embedding is {', '.join(shares)}, so sharing layers saves little in the smallest models. There the "
+        f"table itself must shrink: in the smallest model, factorizing it to 64 reduces it from "
+        f"{table / 1e6:.1f}M parameters to {factorized / 1e6:.1f}M. A [byte-level model](bytes.md) replaces "
+        f"embedding and head by {in_its_place / 1e6:.2f}M parameters."
     )
-    return textwrap.fill(said, width=110, break_on_hyphens=False) + "\n"
+    return textwrap.fill(text, width=110, break_on_hyphens=False) + "\n"
 
 
 def write_sizes_page(root: Path = Path()) -> Path:
