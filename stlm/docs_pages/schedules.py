@@ -1,4 +1,4 @@
-"""The plots of docs/schedules.md: every schedule, as the training loop follows it."""
+"""The plots of docs/schedules.md: every schedule over a training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from stlm.training.schedules import DROPOUTS, LEARNING_RATES, dropout_factor, le
 
 SCHEDULES = Path("docs/schedules")
 _STEPS = 1000
-# What shows a schedule best where that is not the recipe's default.
+# Warm-up steps of schedules that need more than the others to show their shape.
 _WARMUPS = {"one_cycle": 300}
 
 
 def write_schedule_plots(root: Path = Path()) -> Path:
-    """Write docs/schedules/{learning-rate,dropout}.{svg,png}; their folder."""
+    """Write docs/schedules/{learning-rate,dropout}.svg and return their folder."""
     folder = root / SCHEDULES
     folder.mkdir(parents=True, exist_ok=True)
     steps = range(1, _STEPS + 1)
@@ -30,13 +30,13 @@ def write_schedule_plots(root: Path = Path()) -> Path:
 
 
 def _recipe(**keys: object) -> TrainingConfig:
-    """A recipe of 1,000 steps with the peak 1 and the minimum 0.1."""
+    """A recipe of 1,000 steps whose learning rate has the peak 1 and the minimum 0.1."""
     recipe = {"steps": _STEPS, "learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 100}
     return TrainingConfig(**(recipe | keys))
 
 
 def _panels(folder: Path, name: str, title: str, curves: dict[str, list[float]]) -> None:
-    """A panel a schedule: they overlap too much for one."""
+    """A panel for each schedule: in one panel the curves would overlap."""
     columns = 3
     with figure(folder, name, title, width=8.0, height=4.2) as drawing:
         axes = drawing.subplots(-(-len(curves) // columns), columns, sharex=True, sharey=True)

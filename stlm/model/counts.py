@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module) -> dict[str, int]:
     """
     groups: dict[str, int] = {}
     seen: set[int] = set()
-    for parameter, group in _grouped(model):
+    for parameter, group in grouped_parameters(model):
         if id(parameter) not in seen and parameter.numel():
             seen.add(id(parameter))
             groups[group] = groups.get(group, 0) + parameter.numel()
@@ -110,7 +110,7 @@ def parameter_groups(model: nn.Module) -> dict[str, int]:
     return dict(sorted(groups.items(), key=lambda item: order.get(item[0], order["norms"] - 0.5)))
 
 
-def _grouped(
+def grouped_parameters(
     module: nn.Module, group: str | None = None, overruled: bool = False
 ) -> Iterator[tuple[nn.Parameter, str]]:
     """Each parameter within `module`, which belongs to `group` if it says nothing else, with its group.
@@ -127,7 +127,7 @@ def _grouped(
     for name, child in module._modules.items():
         if child is not None:
             stated = names.get(name)
-            yield from _grouped(child, stated or group or name, overruled and stated is None)
+            yield from grouped_parameters(child, stated or group or name, overruled and stated is None)
 
 
 def total_counts(groups: dict[str, int]) -> ParameterCounts:

@@ -11,7 +11,7 @@ from stlm.files import atomic_directory, remove_leftovers, write_json, write_rec
 from stlm.layout import METRICS, REPORT, names
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
-from stlm.report.architecture import write_architectures
+from stlm.report.architecture import write_architectures, write_parameters
 from stlm.report.bits_table import bits_table
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
@@ -26,7 +26,6 @@ from stlm.report.groups import group_records
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
 from stlm.report.leaks import leaks_table
-from stlm.report.parameters import write_parameters
 from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots

@@ -1,4 +1,4 @@
-"""A variant's validation curve over its seeds, and where along it a cost is reached."""
+"""A variant's validation curve: the mean over its seeds against what training cost."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ COSTS: tuple[Cost, ...] = ("tokens", "flops", "seconds")
 class Curve:
     """Bits per byte on held-out text against the costs of training: arrays [points], in order.
 
-    Means over the seeds at the points of the first. `by_seed`: the tokens and bits per byte of each.
+    `costs` and `bits` are means over the seeds at the points of the first seed. `by_seed`: the tokens and the
+    bits per byte of each seed.
     """
 
-    tokens: np.ndarray
-    flops: np.ndarray
-    seconds: np.ndarray
+    costs: Mapping[Cost, np.ndarray]
     bits: np.ndarray
     by_seed: Mapping[int, tuple[np.ndarray, np.ndarray]]
 
     def cost(self, cost: Cost) -> np.ndarray:
-        """The points' place on the axis of `cost`, [points]."""
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}[cost]
+        """What training had cost at each point, [points]."""
+        return self.costs[cost]
 
     def end(self, cost: Cost) -> float:
-        """What the whole training cost, to its last validation."""
-        return float(self.cost(cost)[-1])
+        """What training cost up to the last validation."""
+        return float(self.costs[cost][-1])
 
     @property
     def last(self) -> dict[int, float]:
@@ -42,28 +41,28 @@ class Curve:
         return {seed: float(bits[-1]) for seed, (_, bits) in self.by_seed.items()}
 
     def at(self, cost: Cost, place: float) -> dict[int, float] | None:
-        """Each seed's bits per byte where the variant has cost `place`, by linear interpolation.
+        """Each seed's bits per byte where training has cost `place`, by linear interpolation.
 
-        Seeds are read at one number of tokens, since their times differ by chance alone. None outside of
-        what was measured.
+        Seeds are compared at equal tokens, since their times differ by chance. None outside of the range
+        that was measured.
         """
-        axis = self.cost(cost)
+        axis = self.costs[cost]
         if not axis[0] <= place <= axis[-1]:
             return None
-        tokens = np.interp(place, axis, self.tokens)
-        return {seed: float(np.interp(tokens, *own)) for seed, own in self.by_seed.items()}
+        tokens = np.interp(place, axis, self.costs["tokens"])
+        return {seed: float(np.interp(tokens, *curve)) for seed, curve in self.by_seed.items()}
 
 
 @dataclass(frozen=True)
 class Variant:
     """A variant that was validated, and how it compares with the baseline.
 
-    `train`: its first seed's record. `curve`: on its validation text. `beside` and `reference`: its curve and
-    the baseline's on the same text, None where there is none; tokens are those of the baseline's tokenizer
-    that hold as much text. `shifted`: only test text is the same, and both are shifted to end at their values
-    on it, which `test` has by seed. `same_machine`: on the baseline's device, with its number of threads and
-    processes and with kernels if it had them, so that seconds compare. `spikes`: loss spikes of all seeds;
-    None where no one looked.
+    `train`: the record of its first seed. `curve`: on its own validation text. `beside` and `reference`: the
+    curves of the variant and of the baseline on one text, None where they share none; their tokens are
+    converted to those of the baseline's tokenizer, by the text they hold. `shifted`: they share test text
+    only, and both curves are shifted to end at their values on it. `test`: these values by seed.
+    `same_machine`: trained on the baseline's device, threads, processes and kernels, so that seconds compare.
+    `spikes`: the number of loss spikes of all seeds; None where they were not looked for.
     """
 
     train: TrainRecord
@@ -83,23 +82,23 @@ class Variant:
         return len(self.curve.by_seed)
 
     def compares(self, cost: Cost) -> bool:
-        """Whether its place on the axis of `cost` means what the baseline's does."""
+        """Whether its costs compare with the baseline's."""
         return self.beside is not None and (cost != "seconds" or self.same_machine)
 
 
-def read_curve(
-    own: Sequence[RunResult],
+def mean_curve(
+    runs: Sequence[RunResult],
     results: Mapping[str, RunResult],
     shifted: bool = False,
     token: float = 1.0,
 ) -> Curve | None:
-    """The curve of the runs of one variant, of those of `results`; None where one was never validated.
+    """The curve of one variant's `runs`, among `results`; None where a run was never validated.
 
-    What was spent on the runs that one depended on is counted. `shifted`: each curve is moved up or
-    down to end at its value on test text. `token`: what a token counts for.
+    The cost of the runs that one depended on is included. `shifted`: each curve is moved up or down to
+    end at its value on test text. `token`: how many tokens each token counts as.
     """
     points: dict[int, np.ndarray] = {}
-    for result in own:
+    for result in runs:
         rows = result.curve[["tokens", "seconds", "val_bits_per_byte"]].dropna()
         rows = rows[np.isfinite(rows["val_bits_per_byte"])]
         if not len(rows):
@@ -112,23 +111,25 @@ def read_curve(
         tokens = token * (before["tokens"] + tokens)
         points[result.train.seed] = np.stack([tokens, flops, before["seconds"] + seconds, bits])
     tokens = next(iter(points.values()))[0]
-    flops, seconds, bits = (
-        np.mean([np.interp(tokens, one[0], one[row]) for one in points.values()], axis=0) for row in (1, 2, 3)
+    *costs, bits = (
+        np.mean([np.interp(tokens, seed[0], seed[row]) for seed in points.values()], axis=0)
+        for row in range(4)
     )
-    return Curve(tokens, flops, seconds, bits, {seed: (one[0], one[3]) for seed, one in points.items()})
+    by_seed = {seed: (rows[0], rows[3]) for seed, rows in points.items()}
+    return Curve(dict(zip(COSTS, costs, strict=True)), bits, by_seed)
 
 
 def spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
-    """What a run's weights have cost: its training, and that of the runs that it depended on."""
+    """What a run's weights have cost: its training and that of the runs it depended on."""
     train, before = result.train, _before(result, results)
-    own: dict[Cost, float] = {"tokens": train.tokens, "flops": train.flops, "seconds": train.seconds}
-    return {cost: before[cost] + own[cost] for cost in COSTS}
+    trained: dict[Cost, float] = {"tokens": train.tokens, "flops": train.flops, "seconds": train.seconds}
+    return {cost: before[cost] + trained[cost] for cost in COSTS}
 
 
 def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
-    """What was spent on the runs that a run depended on, on each once.
+    """What the runs that a run depended on had cost, each counted once.
 
-    Tokens are those that its weights have read, of the run that they started from alone.
+    Tokens are those that its weights have read, hence only those of the run they started from.
     """
     needed: dict[str, TrainRecord] = {}
     waiting = [result.train]
@@ -146,7 +147,7 @@ def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, f
 
 
 def flops_per_token(result: RunResult) -> float:
-    """Training FLOPs of a token, or of a chunk of bytes."""
+    """Training FLOPs per token, or per chunk of bytes."""
     return result.train.flops / result.train.tokens
 
 
@@ -156,37 +157,36 @@ def read_variants(study: Study, results: Mapping[str, RunResult]) -> list[Varian
     for result in results.values():
         runs.setdefault(result.train.variant, []).append(result)
     base = runs[results[study.baseline].train.variant]
-    found = [
-        _variant(curve, own, base, results)
-        for own in runs.values()
-        if (curve := read_curve(own, results)) is not None
-    ]
-    return found if len(found) > 1 and found[0].train.variant == base[0].train.variant else []
+    curves = {name: mean_curve(own, results) for name, own in runs.items()}
+    if curves[base[0].train.variant] is None:
+        return []
+    found = [_variant(curve, runs[name], base, results) for name, curve in curves.items() if curve]
+    return found if len(found) > 1 else []
 
 
 def _variant(
-    curve: Curve, own: Sequence[RunResult], base: Sequence[RunResult], results: Mapping[str, RunResult]
+    curve: Curve, runs: Sequence[RunResult], base: Sequence[RunResult], results: Mapping[str, RunResult]
 ) -> Variant:
-    train = own[0].train
-    token = token_length(own[0], base[0])
+    train = runs[0].train
+    token = token_length(runs[0], base[0])
     validation = _same_validation(train, base[0].train)
-    shifted = not validation and _same_test(own[0], base[0])
+    shifted = not validation and _same_test(runs[0], base[0])
     beside = reference = None
     if token is not None and (validation or shifted):
-        beside = read_curve(own, results, shifted, token)
-        reference = read_curve(base, results, shifted)
-    spikes = [result.train.loss_spikes for result in own]
+        beside = mean_curve(runs, results, shifted, token)
+        reference = mean_curve(base, results, shifted)
+    spikes = [result.train.loss_spikes for result in runs]
     return Variant(
         train=train,
         curve=curve,
-        test={result.train.seed: result.last.perplexity.bits_per_byte for result in own},
-        flops_per_token=flops_per_token(own[0]),
+        test={result.train.seed: result.last.perplexity.bits_per_byte for result in runs},
+        flops_per_token=flops_per_token(runs[0]),
         same_tokens=train.tokenizer == base[0].train.tokenizer,
         beside=beside if reference is not None else None,
         reference=reference,
         shifted=shifted,
-        same_machine=all(machine(result.train) == machine(base[0].train) for result in own),
-        spikes=None if None in spikes else sum(len(seen) for seen in spikes),
+        same_machine=all(machine(result.train) == machine(base[0].train) for result in runs),
+        spikes=None if None in spikes else sum(map(len, spikes)),
     )
 
 
@@ -196,7 +196,7 @@ def _same_validation(train: TrainRecord, base: TrainRecord) -> bool:
         return False
     if train.validation is not None and base.validation is not None:
         return train.validation.text_sha256 == base.validation.text_sha256
-    # Of earlier versions, which drew so many documents, or so many tokens, by the tokenizer.
+    # Earlier versions drew a number of documents, or of tokens, and the tokens depend on the tokenizer.
     documents, tokens = (
         (train.training.get(key), base.training.get(key))
         for key in ("validation_documents", "validation_tokens")
@@ -206,25 +206,25 @@ def _same_validation(train: TrainRecord, base: TrainRecord) -> bool:
     return documents[0] is not None or (train.tokenizer == base.tokenizer and tokens[0] == tokens[1])
 
 
-def _same_test(own: RunResult, base: RunResult) -> bool:
+def _same_test(run: RunResult, base: RunResult) -> bool:
     """Whether both were measured on the same test text, whatever their tokenizers."""
-    return own.train.corpus == base.train.corpus and own.last.perplexity.same_text(base.last.perplexity)
+    return run.train.corpus == base.train.corpus and run.last.perplexity.same_text(base.last.perplexity)
 
 
-def token_length(own: RunResult, base: RunResult) -> float | None:
-    """How many of `base`'s tokens hold as much text as one of `own`'s; None where no one counted."""
-    if own.train.tokenizer == base.train.tokenizer:
+def token_length(run: RunResult, base: RunResult) -> float | None:
+    """How many of `base`'s tokens hold as much text as one of `run`'s; None where it was not recorded."""
+    if run.train.tokenizer == base.train.tokenizer:
         return 1.0
-    lengths = _bytes_per_token(own), _bytes_per_token(base)
+    lengths = _bytes_per_token(run), _bytes_per_token(base)
     return lengths[0] / lengths[1] if all(lengths) else None
 
 
 def _bytes_per_token(result: RunResult) -> float | None:
-    """Mean bytes of a token, or of a chunk, in the test text; None: written by an earlier version."""
+    """Mean bytes of a token, or of a chunk, in the test text; None in records of earlier versions."""
     measured = result.last.perplexity
     return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
 
 
 def machine(train: TrainRecord) -> tuple[str, str | None, int | None, int, bool]:
-    """What must be equal for seconds to compare: device, processor, its threads, processes, kernels."""
+    """What must be equal for seconds to compare: device, processor, threads, processes, kernels."""
     return train.device, train.processor, train.threads, train.processes, train.kernels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +15,18 @@ from stlm.files import write_text
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Comparisons, Score, mark, significant
 from stlm.report.names import benchmark_label
 from stlm.report.results import RunResult, run_label
-from stlm.report.style import CHANCE, figure, heading, styles
+from stlm.report.style import CHANCE, figure, heading, sign, styles, variant_rows
 from stlm.report.table import csv_text
 from stlm.report.unlike import rows_of, unlike_variants
 from stlm.study.runs import Study
 
 _COLUMNS = 3
-_GREY = "#444444"
-# After a row that was not made as the baseline was; table2 says how.
-_OTHERWISE = "§"
+# Follows the label of a row that was not made as the baseline was; table2 says how.
+_UNLIKE = "§"
 
 
 class _Difference(NamedTuple):
-    """Fractions; `sign` as in the tables: significant, on these items only, or neither (empty)."""
+    """Fractions. `sign` is the tables': significant, significant over these items only, or empty."""
 
     value: float
     interval: Interval
@@ -39,7 +38,7 @@ class _Difference(NamedTuple):
 def write_differences(
     folder: Path, study: Study, results: Mapping[str, RunResult], comparisons: Comparisons, mode: str
 ) -> None:
-    """Write `folder`/differences.{svg,png} and data/differences.csv, of `acc` in `mode`.
+    """Write `folder`/differences.svg and data/differences.csv, of `acc` in `mode`.
 
     Nothing is written where no run is compared with another.
     """
@@ -48,31 +47,28 @@ def write_differences(
     panels = {benchmark: rows for benchmark, rows in panels.items() if rows}
     if not panels:
         return
-    write_text(
-        folder / "data" / "differences.csv",
-        csv_text([_record(b, run, own) for b, rows in panels.items() for run, own in rows.items()]),
-    )
+    records = [_record(b, run, found) for b, rows in panels.items() for run, found in rows.items()]
+    write_text(folder / "data" / "differences.csv", csv_text(records))
     names = list(dict.fromkeys(run for rows in panels.values() for run in rows))
-    looks, labels = styles(results), {run: _label(run, results, comparisons, mode) for run in names}
-    otherwise = unlike_variants(rows_of(results)) & {results[run].train.variant for run in names}
-    labels |= {run: f"{labels[run]} {_OTHERWISE}" for run in names if results[run].train.variant in otherwise}
-    columns = min(_COLUMNS, len(panels))
+    unlike = unlike_variants(rows_of(results)) & {results[run].train.variant for run in names}
+    labels = [
+        _label(run, results, comparisons, mode) + f" {_UNLIKE}" * (results[run].train.variant in unlike)
+        for run in names
+    ]
+    columns, looks = min(_COLUMNS, len(panels)), styles(results)
     lines = -(-len(panels) // columns)
     baseline = results[study.baseline].train.label
     title = f"Differences from {baseline} ({mode} mode, acc, 95% intervals), study {study.name}"
     height = 1.5 + lines * (0.75 + 0.3 * len(names))
-    width = max(8.5, 3.6 + 2.5 * columns)  # room for the title beside a single panel
+    width = max(8.5, 3.6 + 2.5 * columns)  # room for the title above a single panel
     with figure(folder, "differences", title, width, height) as drawing:
         grid = drawing.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (benchmark, rows) in zip(grid.flat, panels.items(), strict=False):
             axes.set_title(benchmark_label(benchmark), loc="left")
             axes.axvline(0, zorder=1, **CHANCE)
-            for run, own in rows.items():
-                _draw(axes, names.index(run), own, looks[run])
-            axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_yticks(range(len(names)), [labels[run] for run in names])
-            axes.grid(False, axis="y")
-            axes.tick_params(axis="y", length=0)
+            for run, found in rows.items():
+                _draw(axes, names.index(run), found, looks[run])
+            variant_rows(axes, labels)
             axes.xaxis.set_major_locator(MaxNLocator(5))
         for place, axes in enumerate(grid.flat):
             if place >= len(panels):
@@ -81,7 +77,7 @@ def write_differences(
                 axes.tick_params(axis="x", labelbottom=True)
                 axes.set_xlabel("difference (points)")
         heading(drawing, title)
-        handles = _legend(panels, bool(otherwise))
+        handles = _legend([own for rows in panels.values() for own in rows.values()], bool(unlike))
         drawing.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1)
 
 
@@ -94,70 +90,64 @@ def _rows(results: Mapping[str, RunResult], comparisons: Comparisons, score: Sco
         over_seeds = comparisons.seeds.get(variant, {}).get(score)
         if over_seeds is not None and over_seeds.test is not None:
             if variant not in tested:
-                sign = SIGN if significant(over_seeds.adjusted) else ""
-                test = over_seeds.test
-                rows[name] = _Difference(test.difference, test.interval, None, sign, over_seeds.adjusted)
+                test, star = over_seeds.test, SIGN if significant(over_seeds.adjusted) else ""
+                rows[name] = _Difference(test.difference, test.interval, None, star, over_seeds.adjusted)
             tested.add(variant)
             continue
         point = comparisons.last(name, score)
-        if point is not None and point.paired is not None:
-            own = point.paired
-            rows[name] = _Difference(own.difference, own.interval, own.clustered, mark(own), own.adjusted)
+        if point is not None and (paired := point.paired) is not None:
+            rows[name] = _Difference(
+                paired.difference, paired.interval, paired.clustered, mark(paired), paired.adjusted
+            )
     return rows
 
 
 def _label(run: str, results: Mapping[str, RunResult], comparisons: Comparisons, mode: str) -> str:
     train = results[run].train
-    tested = [
-        own.shared
-        for (_, in_mode, _), own in comparisons.seeds.get(train.variant, {}).items()
-        if in_mode == mode and own.test is not None
-    ]
-    return f"{train.label} ({len(tested[0])} seeds)" if tested else run_label(results[run], results)
+    for (_, in_mode, _), found in comparisons.seeds.get(train.variant, {}).items():
+        if in_mode == mode and found.test is not None:
+            return f"{train.label} ({len(found.shared)} seeds)"
+    return run_label(results[run], results)
 
 
-def _record(benchmark: str, run: str, own: _Difference) -> dict[str, Any]:
+def _record(benchmark: str, run: str, found: _Difference) -> dict[str, Any]:
     """`value` must be the last column: the one that DVC plots unless told otherwise."""
-    record = {"run": run, "benchmark": benchmark, "low": round(own.interval.low, 5)}
-    record |= {"high": round(own.interval.high, 5)}
-    clustered = own.clustered
-    record |= {
-        "clustered_low": None if clustered is None else round(clustered.low, 5),
-        "clustered_high": None if clustered is None else round(clustered.high, 5),
-        "p_holm": None if own.adjusted is None else float(f"{own.adjusted:.4g}"),
-    }
-    return record | {"value": round(own.value, 5)}
+    record: dict[str, Any] = {"run": run, "benchmark": benchmark}
+    for prefix, interval in (("", found.interval), ("clustered_", found.clustered)):
+        low, high = (None, None) if interval is None else (round(bound, 5) for bound in interval)
+        record |= {f"{prefix}low": low, f"{prefix}high": high}
+    p = None if found.adjusted is None else float(f"{found.adjusted:.4g}")
+    return record | {"p_holm": p, "value": round(found.value, 5)}
 
 
-def _draw(axes: Axes, row: int, own: _Difference, look: Mapping[str, Any]) -> None:
-    colour = look["color"]
-    for interval, width in ((own.clustered, 1.0), (own.interval, 3.2)):
+def _draw(axes: Axes, row: int, found: _Difference, look: Mapping[str, Any]) -> None:
+    for interval, width in ((found.clustered, 1.0), (found.interval, 3.2)):
         if interval is not None:
             bounds = [100 * bound for bound in interval]
             # Butt: the line must end where the interval does.
-            axes.plot(bounds, [row, row], color=colour, linewidth=width, solid_capstyle="butt", zorder=2)
-    marker = {"marker": look["marker"], "markersize": 7, "color": colour, **_fill(own.sign)}
-    axes.plot([100 * own.value], [row], linestyle="none", zorder=3, **marker)
+            axes.plot(
+                bounds, [row, row], color=look["color"], linewidth=width, solid_capstyle="butt", zorder=2
+            )
+    marker = look | {"linestyle": "none", "markersize": 7, **_fill(found.sign)}
+    axes.plot([100 * found.value], [row], zorder=3, **marker)
 
 
-def _fill(sign: str) -> dict[str, Any]:
-    if not sign:
+def _fill(kind: str) -> dict[str, Any]:
+    if not kind:
         return {"markerfacecolor": "white"}
-    return {"fillstyle": "full" if sign == SIGN else "left", "markerfacecoloralt": "white"}
+    return {"fillstyle": "full" if kind == SIGN else "left", "markerfacecoloralt": "white"}
 
 
-def _legend(panels: Mapping[str, Mapping[str, _Difference]], otherwise: bool) -> list[Line2D]:
-    shown = [own for rows in panels.values() for own in rows.values()]
+def _legend(shown: Sequence[_Difference], unlike: bool) -> list[Line2D]:
     texts = {SIGN: "p < 0.05 after Holm's correction"}
-    if any(own.sign == SIGN_ITEMS for own in shown):
+    if any(found.sign == SIGN_ITEMS for found in shown):
         texts[SIGN_ITEMS] = "the same, but not over groups of items"
     texts[""] = "not significant"
-    grey = {"color": _GREY, "marker": "o", "markersize": 7, "linestyle": "none"}
-    handles = [Line2D([], [], label=text, **grey, **_fill(sign)) for sign, text in texts.items()]
-    handles.append(Line2D([], [], color=_GREY, linewidth=3.2, label="interval over items (or over seeds)"))
-    if any(own.clustered is not None for own in shown):
-        handles.append(Line2D([], [], color=_GREY, linewidth=1.0, label="interval over groups of items"))
-    if otherwise:
-        text = "other arithmetic, code or processor than the baseline's"
-        handles.append(Line2D([], [], linestyle="none", marker=f"${_OTHERWISE}$", color=_GREY, label=text))
+    handles = [sign(text, marker="o", **_fill(kind)) for kind, text in texts.items()]
+    handles.append(sign("interval over items (or over seeds)", linestyle="-", linewidth=3.2))
+    if any(found.clustered is not None for found in shown):
+        handles.append(sign("interval over groups of items", linestyle="-", linewidth=1.0))
+    if unlike:
+        text = "made with another precision, code or processor than the baseline"
+        handles.append(sign(text, marker=f"${_UNLIKE}$"))
     return handles

@@ -1,4 +1,4 @@
-"""Comparisons at equal cost as a table and a plot."""
+"""Comparisons at equal cost, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stlm.report.efficiency import comparison_notes
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE, SAME_TIME, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
 from stlm.report.noise import noise_note
-from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
+from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, sign, variant_rows
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study.runs import Study
 
@@ -27,54 +27,61 @@ _NAMES: dict[str, str] = {
     "flops": "training FLOPs",
     "seconds": "training time",
 }
+# Kind of a comparison -> its marker in the plot, and what the legend says of it.
+_KINDS: dict[str, tuple[dict[str, object], str]] = {
+    "finished": ({}, "both trainings finished"),
+    "between sizes": ({"fillstyle": "left", "markerfacecoloralt": "white"}, "interpolated between two sizes"),
+    "other budget": (
+        {"markerfacecolor": "white", "marker": "s"},
+        "equal parameters, but another training budget",
+    ),
+    "on the way": ({"markerfacecolor": "white"}, "the variant on the way of a longer training"),
+    "ended sooner": (
+        {"markerfacecolor": "white", "marker": "<"},
+        "the variant ended sooner: the baseline on the way",
+    ),
+}
+_INTERVAL = {"linewidth": 3.2, "alpha": 0.45, "solid_capstyle": "butt"}
 
 
 def equal_cost_table(study: Study, found: EqualCosts) -> Table:
-    """A row a variant: its size and last value, and its value beside the baseline's at each equal cost."""
-    base = found.base
-    names = _columns(found)
-    rows, records = [], []
+    """A row for each variant: its size, its last value, and its value and difference at each equal cost."""
+    base, names, rows = found.base, _columns(found), []
     for row in found.rows:
-        own = row.variant
-        bits = list(own.curve.last.values())
+        variant = row.variant
+        bits = list(variant.curve.last.values())
         spread = f"\nsd {stdev(bits):.3f}, {len(bits)} seeds" if len(bits) > 1 else ""
-        rows.append(
-            [
-                Cell(own.train.label),
-                Cell(f"{count(own.train.parameters.total)}\n{own.flops_per_token:.2e}"),
-                Cell(f"{mean(bits):.3f}{spread}"),
-                *(_cell(row, name, row.pairs[name], found) for name in names),
-            ]
-        )
-        records.append(_record(row, found))
+        size = f"{count(variant.train.parameters.total)}\n{variant.flops_per_token:.2e}"
+        cells = [_cell(row, name, found) for name in names]
+        rows.append([Cell(variant.train.label), Cell(size), Cell(f"{mean(bits):.3f}{spread}"), *cells])
     amounts = {cost: cost_text(cost, base.curve.end(cost)).removesuffix(" FLOPs") for cost in COSTS}
     amounts["parameters"] = count(base.train.parameters.total)
     amounts["both"] = f"{amounts['parameters']}, {amounts['flops']}"
     header = [f"at equal\n{_NAMES[name]}\n({amounts[name]})" for name in names]
     return Table(
         name="equal-cost",
-        title=f"Validation bits per byte beside {base.train.label} at equal cost, study {study.name}",
+        title=f"Validation bits per byte and {base.train.label}'s at equal cost, study {study.name}",
         header=["", "parameters\nFLOPs a token", "bits per byte\nat the end", *header],
         rows=rows,
         notes=_notes(found),
-        records=records,
+        records=[_record(row, found) for row in found.rows],
     )
 
 
 def _columns(found: EqualCosts) -> list[str]:
-    """What there is to compare at: both parameters and FLOPs where the study has sizes for it."""
+    """What the study can compare at: parameters and FLOPs together only where it has sizes for that."""
     return [name for name in _NAMES if name != "both" or any(row.both for row in found.rows)]
 
 
-def _cell(row: Row, name: str, pair: Pair | None, found: EqualCosts) -> Cell:
-    own = row.variant
-    if own is found.base:
-        return Cell(f"{mean(own.curve.last.values()):.3f}")
+def _cell(row: Row, name: str, found: EqualCosts) -> Cell:
+    variant, pair = row.variant, row.pairs[name]
+    if variant is found.base:
+        return Cell(f"{mean(variant.curve.last.values()):.3f}")
     if pair is None:
         if name in ("parameters", "both"):
             member = row.family if name == "parameters" else row.equal_flops
             return Cell("a size of\nthe baseline" if member else "–")
-        return Cell("before its first\nvalidation" if own.compares(name) else "–")
+        return Cell("before its first\nvalidation" if variant.compares(name) else "–")
     half = found.half_width(pair)
     text = difference_text(pair.difference) + ("" if half is None else f" ±{half:.3f}")
     certain = half is not None and abs(pair.difference) > half and pair.like_for_like
@@ -93,11 +100,11 @@ def _notes(found: EqualCosts) -> list[str]:
     pairs = [pair for row in found.rows for pair in row.pairs.values() if pair is not None]
     kinds = {pair.kind for pair in pairs}
     notes = [
-        "In the columns of tokens, FLOPs and time, the value of a variant where it has cost what all of "
+        "The columns of tokens, FLOPs and time give a variant's value where it has cost what all of "
         f"{base.train.label}'s training cost (in brackets), and the difference from the baseline there. "
-        "Values between validations are on a straight line; nothing is extrapolated. Costs are equal where "
-        f"tokens or FLOPs are within {SAME_COST:.0%}; times of as many FLOPs, which vary though the work "
-        f"does not, within {SAME_TIME:.0%}."
+        "Values between validations are interpolated linearly; nothing is extrapolated. Costs count as "
+        f"equal where tokens or FLOPs differ by at most {SAME_COST:.0%}; times for the same FLOPs, which "
+        f"vary though the work does not, by at most {SAME_TIME:.0%}."
     ]
     if "on the way" in kinds:
         notes.append(
@@ -106,18 +113,18 @@ def _notes(found: EqualCosts) -> list[str]:
         )
     if "ended sooner" in kinds:
         notes.append(
-            "Not reached: its training ended at that part of the baseline's cost. The difference is from the "
-            "baseline there, a point on the way: a baseline planned for that cost would have ended lower."
+            "Not reached: its training ended at that fraction of the baseline's cost. The difference is from "
+            "the baseline at that point of its way: one planned for that cost would have ended lower."
         )
     notes += _size_notes(found, pairs)
     if found.noise is None:
-        notes.append("One seed: how far another would move these figures is not known.")
+        notes.append("One seed: how far another seed would move these figures is not known.")
     else:
         notes.append(
             "±: 95% interval of the mean difference over seeds, from the noise of the seeds of all variants "
             f"together at the end of training (randomized blocks: standard deviation {found.noise.sd:.4f}, "
-            f"{found.noise.dof} degrees of freedom), not adjusted for the number of differences. Bold: zero "
-            "is outside, both trainings are finished, and what they are compared at is equal for both."
+            f"{found.noise.dof} degrees of freedom), not adjusted for the number of differences. Bold: the "
+            "interval excludes zero, both trainings are finished, and the cost is equal for both."
         )
         trains = [row.variant.train for row in found.rows]
         notes.append(noise_note(found.noise, {train.variant: train.label for train in trains}))
@@ -132,9 +139,10 @@ def _size_notes(found: EqualCosts, pairs: Sequence[Pair]) -> list[str]:
     )
     if sum(row.family for row in found.rows) > 1:
         notes = [
-            f"Equal parameters: beside the baseline in its sizes ({family}), trained on as many tokens, all "
-            f"at the end of their training: the size that is equal within {SAME_SIZE:.0%}, or a straight "
-            "line between the two next, in the logarithms of parameters and of bits per byte."
+            f"Equal parameters: compared with the baseline in its sizes ({family}), trained on as many "
+            "tokens, all at the end of their training: with the size that is equal within "
+            f"{SAME_SIZE:.0%}, or with a straight line between the next smaller and larger sizes, in the "
+            "logarithms of parameters and of bits per byte."
         ]
     else:
         notes = [
@@ -143,13 +151,13 @@ def _size_notes(found: EqualCosts, pairs: Sequence[Pair]) -> list[str]:
         ]
     if "both" in _columns(found):
         notes.append(
-            f"Equal parameters and FLOPs: so too, beside the baseline in its sizes ({equal}), each trained "
-            "for as many FLOPs as the baseline; for variants that were so, too."
+            f"Equal parameters and FLOPs: the same for the baseline's sizes ({equal}) that were each trained "
+            "for as many FLOPs as the baseline, and for variants trained so."
         )
     if any(pair.kind == "between sizes" for pair in pairs):
         notes.append(
-            "Between sizes: such curves are convex, so that a straight line lies above them, noise aside, "
-            "which favours the variant beside it."
+            "Between sizes: loss against size is convex in these logarithms, so that, apart from noise, a "
+            "straight line lies above it, which favours the variant."
         )
     if any(abs(pair.flops - 1) > SAME_COST for pair in pairs):
         notes.append(
@@ -160,39 +168,34 @@ def _size_notes(found: EqualCosts, pairs: Sequence[Pair]) -> list[str]:
 
 
 def _record(row: Row, found: EqualCosts) -> dict[str, object]:
-    own = row.variant
-    bits = list(own.curve.last.values())
+    curve, train = row.variant.curve, row.variant.train
+    bits = list(curve.last.values())
     record: dict[str, object] = {
-        "variant": own.train.variant,
-        "label": own.train.label,
-        "seeds": own.seeds,
-        "parameters": own.train.parameters.total,
-        "tokens": round(own.curve.end("tokens")),
-        "flops": round(own.curve.end("flops")),
-        "seconds": round(own.curve.end("seconds"), 1),
+        "variant": train.variant,
+        "label": train.label,
+        "seeds": row.variant.seeds,
+        "parameters": train.parameters.total,
+        "tokens": round(curve.end("tokens")),
+        "flops": round(curve.end("flops")),
+        "seconds": round(curve.end("seconds"), 1),
         "val_bits_per_byte": round(mean(bits), 5),
         "sd": round(stdev(bits), 5) if len(bits) > 1 else None,
     }
     for name, pair in row.pairs.items():
-        half = None if pair is None else found.half_width(pair)
-        record |= {
-            f"{name}_kind": None if pair is None else pair.kind,
-            f"{name}_share": None if pair is None else round(pair.share, 4),
-            f"{name}_bits_per_byte": None if pair is None else round(pair.value, 5),
-            f"{name}_difference": None if pair is None else round(pair.difference, 5),
-            f"{name}_half_width": _rounded(half, 5),
-        }
+        keys = [f"{name}_{key}" for key in ("kind", "share", "bits_per_byte", "difference", "half_width")]
+        if pair is None:
+            record |= dict.fromkeys(keys)
+        else:
+            half = found.half_width(pair)
+            values = (pair.kind, round(pair.share, 4), round(pair.value, 5), round(pair.difference, 5))
+            record |= zip(keys, (*values, None if half is None else round(half, 5)), strict=True)
         if name == "parameters":
             record["parameters_flops"] = None if pair is None else round(pair.flops, 4)
     return record
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
 def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
-    """Write `folder`/equal-cost.{svg,png} and data/equal-cost.csv: a row a variant, a panel a cost."""
+    """Write `folder`/equal-cost.svg and data/equal-cost.csv: a row per variant, a panel per cost."""
     rows = [row for row in found.rows[1:] if any(row.pairs.values())]
     if not rows:
         return
@@ -206,7 +209,7 @@ def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
             axes.axvline(0, zorder=1, **CHANCE)
             for place, row in enumerate(rows):
                 if (pair := row.pairs[name]) is not None:
-                    _draw(axes, place, pair, found.half_width(pair), COST_LOOKS[name])
+                    _draw(axes, place, pair, found.half_width(pair), COST_LOOKS[name]["color"])
             variant_rows(axes, [row.variant.train.label for row in rows])
             axes.set_xlabel("bits per byte")
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -217,59 +220,35 @@ def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
         drawing.legend(handles=_legend(rows, found), loc="outside lower center", ncols=2)
 
 
-def _draw(axes: Axes, place: int, pair: Pair, half: float | None, look: Mapping[str, object]) -> None:
-    colour = look["color"]
+def _draw(axes: Axes, place: int, pair: Pair, half: float | None, colour: object) -> None:
     if half is not None:
         bounds = [pair.difference - half, pair.difference + half]
-        axes.plot(
-            bounds, [place, place], color=colour, linewidth=3.2, alpha=0.45, solid_capstyle="butt", zorder=2
-        )
+        axes.plot(bounds, [place, place], color=colour, zorder=2, **_INTERVAL)
         seeds = pair.differences
         axes.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9, markeredgewidth=1.3, zorder=3)
-    marker = {"marker": "o", "markersize": 7, "color": colour, **_FILLS[_look(pair)]}
+    marker = {"marker": "o", "markersize": 7, "color": colour, **_KINDS[_kind(pair)][0]}
     axes.plot([pair.difference], [place], linestyle="none", zorder=4, **marker)
 
 
-def _look(pair: Pair) -> str:
-    """Which mark of `_FILLS` a pair has."""
+def _kind(pair: Pair) -> str:
+    """The key of `_KINDS`."""
     if not pair.same_budget:
         return "other budget"
     return "finished" if pair.kind == "matched" else pair.kind
 
 
-_FILLS: dict[str, dict[str, object]] = {
-    "finished": {},
-    "between sizes": {"fillstyle": "left", "markerfacecoloralt": "white"},
-    "other budget": {"markerfacecolor": "white", "marker": "s"},
-    "on the way": {"markerfacecolor": "white"},
-    "ended sooner": {"markerfacecolor": "white", "marker": "<"},
-}
-_MEANINGS: dict[str, str] = {
-    "finished": "both trainings finished there",
-    "between sizes": "beside a line between two sizes",
-    "other budget": "equal parameters, but another training budget",
-    "on the way": "the variant on the way of a longer training",
-    "ended sooner": "ended sooner: the baseline on the way",
-}
-
-
 def _legend(rows: Sequence[Row], found: EqualCosts) -> list[Line2D]:
-    looks = {_look(pair) for row in rows for pair in row.pairs.values() if pair is not None}
-    grey = {"color": "#444444", "linestyle": "none", "markersize": 7}
+    kinds = {_kind(pair) for row in rows for pair in row.pairs.values() if pair is not None}
     handles = [
-        Line2D([], [], label=text, **({"marker": "o"} | grey | _FILLS[look]))
-        for look, text in _MEANINGS.items()
-        if look in looks
+        sign(text, **({"marker": "o"} | look)) for kind, (look, text) in _KINDS.items() if kind in kinds
     ]
     if found.noise is not None:
-        handles.append(
-            Line2D([], [], color="#444444", linewidth=3.2, alpha=0.45, label="95% interval over seeds")
-        )
-        handles.append(Line2D([], [], label="a seed", **(grey | {"marker": "|", "markersize": 9})))
+        handles.append(sign("95% interval over seeds", linestyle="-", **_INTERVAL))
+        handles.append(sign("a seed", marker="|", markersize=9))
     return handles
 
 
-def _data(rows: Sequence[Row], found: EqualCosts) -> list[dict[str, object]]:
+def _data(rows: Sequence[Row], found: EqualCosts) -> list[Mapping[str, object]]:
     """`value` must be the last column: the one that DVC plots unless told otherwise."""
     records = []
     for row in rows:
@@ -277,10 +256,8 @@ def _data(rows: Sequence[Row], found: EqualCosts) -> list[dict[str, object]]:
             if pair is None:
                 continue
             half, value = found.half_width(pair), pair.difference
-            records.append(
-                {"variant": row.variant.train.variant, "cost": name, "kind": pair.kind}
-                | {"share": round(pair.share, 4), "flops": round(pair.flops, 4)}
-                | {"low": None if half is None else round(value - half, 5)}
-                | {"high": None if half is None else round(value + half, 5), "value": round(value, 5)}
-            )
+            low, high = (None, None) if half is None else (round(value - half, 5), round(value + half, 5))
+            record = {"variant": row.variant.train.variant, "cost": name, "kind": pair.kind}
+            record |= {"share": round(pair.share, 4), "flops": round(pair.flops, 4)}
+            records.append(record | {"low": low, "high": high, "value": round(value, 5)})
     return records

@@ -1,4 +1,4 @@
-"""What parameters buy: the Pareto plot of parameters and bits per byte."""
+"""The Pareto plot: the number of parameters and bits per byte."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
+import textalloc
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -16,83 +17,79 @@ from stlm.files import write_text
 from stlm.report.curves import spent, token_length
 from stlm.report.documents import amount, comparable
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE
-from stlm.report.labels import label_points
 from stlm.report.names import count
 from stlm.report.results import RunResult
-from stlm.report.style import figure, heading, styles
+from stlm.report.style import figure, heading, sign, styles
 from stlm.report.table import csv_text
 from stlm.study.runs import Study
 
 _FRONT = {"color": "#999999", "linewidth": 1.3, "zorder": 1}
 _HOLLOW = {"markerfacecolor": "white"}
+# Key of a point's record -> title of the panel whose horizontal axis it is.
+_PANELS = {"parameters": "all parameters", "non_embedding": "without embedding and head"}
 
 
 class _Point(NamedTuple):
-    """A variant: its run's look, sizes, costs with those of a start, and bits per byte of each seed.
+    """A variant. `record`: its row in pareto.csv; `bits`: bits per byte by seed."""
 
-    `same_tokens`: trained on as many tokens as the baseline, and comparable by its size.
-    """
-
-    variant: str
     label: str
     look: Mapping[str, object]
-    total: int
-    non_embedding: int
-    tokens: float
-    flops: float
-    same_tokens: bool
+    record: dict[str, object]
     bits: list[float]
 
     @property
     def mean(self) -> float:
         return mean(self.bits)
 
+    @property
+    def same_tokens(self) -> bool:
+        """Whether it was trained on as many tokens as the baseline, so that sizes compare."""
+        return bool(self.record["same_tokens"])
+
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of `points` (size, bits) no other is as small and as good as: their places, by size."""
+    """The indices, by size, of the `points` (size, bits) that no other equals or beats in both."""
     best, found = float("inf"), []
-    for place in sorted(range(len(points)), key=lambda own: points[own]):
-        if points[place][1] < best:
-            best = points[place][1]
-            found.append(place)
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if points[index][1] < best:
+            best = points[index][1]
+            found.append(index)
     return found
 
 
 def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
-    """Write `folder`/pareto.{svg,png} and data/pareto.csv; nothing where all variants are of one size."""
+    """Write `folder`/pareto.svg and data/pareto.csv; nothing where all variants have the same size."""
     points = _points(study, results)
-    sizes = [point.total for point in points]
+    sizes = [point.record["parameters"] for point in points]
     if len(points) < 2 or max(sizes) <= (1 + SAME_SIZE) * min(sizes):
         return
-    equal = [own for own in points if own.same_tokens]
-    on_front = {equal[place].variant for place in front([(own.total, own.mean) for own in equal])}
+    equal = [point for point in points if point.same_tokens]
+    places = [(point.record["parameters"], point.mean) for point in equal]
+    best = [equal[index] for index in front(places)]
     records = [
-        {"variant": own.variant, "parameters": own.total, "non_embedding": own.non_embedding}
-        | {"tokens": round(own.tokens), "flops": round(own.flops), "same_tokens": own.same_tokens}
-        | {"seeds": len(own.bits), "front": own.variant in on_front, "value": round(own.mean, 5)}
-        for own in points
+        point.record | {"seeds": len(point.bits), "front": point in best, "value": round(point.mean, 5)}
+        for point in points
     ]
     write_text(folder / "data" / "pareto.csv", csv_text(records))
     text = amount(results[study.baseline].last.perplexity)
     title = f"Parameters and bits per byte (test: {text}), study {study.name}"
     with figure(folder, "pareto", title, 11, 4.4 + 0.16 * len(points)) as drawing:
         panels = drawing.subplots(1, 2, sharey=True)
-        for axes, name, size in zip(
-            panels, ("all parameters", "without embedding and head"), ("total", "non_embedding"), strict=True
-        ):
+        for axes, (size, name) in zip(panels, _PANELS.items(), strict=True):
             axes.set_title(name, loc="left")
-            _draw(axes, [(getattr(own, size), own) for own in points])
+            _draw(axes, [(point.record[size], point) for point in points])
         panels[0].set_ylabel("bits per byte: lower is better")
         heading(drawing, title)
         drawing.legend(handles=_legend(points), loc="outside lower center", ncols=3)
-        for axes, size in zip(panels, ("total", "non_embedding"), strict=True):
-            places = [(getattr(own, size), own.mean) for own in points]
-            spans = [(min(own.bits), max(own.bits)) for own in points]
-            label_points(drawing, axes, places, [own.label for own in points], spans)
+        for axes, size in zip(panels, _PANELS, strict=True):
+            seeds = [(point.record[size], value) for point in points for value in point.bits]
+            places = [(point.record[size], point.mean) for point in points]
+            names, colours = [point.label for point in points], [point.look["color"] for point in points]
+            label_points(axes, places, names, colours, seeds)
 
 
 def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
-    """A point a variant measured on the baseline's text: bits per byte compare on one text alone."""
+    """A point for each variant measured on the baseline's text: bits per byte compare on one text only."""
     looks, base = styles(results), results[study.baseline]
     points: dict[str, _Point] = {}
     for name, result in results.items():
@@ -103,33 +100,62 @@ def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
         if train.variant not in points:
             cost, token = spent(result, results), token_length(result, base)
             share = None if token is None else token * cost["tokens"] / spent(base, results)["tokens"]
-            points[train.variant] = _Point(
-                variant=train.variant,
-                label=train.label,
-                look=looks[name],
-                total=train.parameters.total,
-                non_embedding=train.parameters.non_embedding,
-                tokens=cost["tokens"],
-                flops=cost["flops"],
-                same_tokens=share is not None and abs(share - 1) <= SAME_COST,
-                bits=[],
-            )
+            record = {"variant": train.variant, "parameters": train.parameters.total}
+            record |= {"non_embedding": train.parameters.non_embedding}
+            record |= {"tokens": round(cost["tokens"]), "flops": round(cost["flops"])}
+            record |= {"same_tokens": share is not None and abs(share - 1) <= SAME_COST}
+            points[train.variant] = _Point(train.label, looks[name], record, [])
         points[train.variant].bits.append(result.last.perplexity.bits_per_byte)
     return list(points.values())
 
 
+def label_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    colours: Sequence[str],
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write a name near each of `points`, off the points, `others` and other names, with a line to its point.
+
+    Call it last: the axes must have their final limits and size.
+    """
+    x, y = zip(*points, strict=True)
+    x_scatter, y_scatter = zip(*points, *others, strict=True)
+    _, _, texts, lines = textalloc.allocate(
+        axes,
+        x,
+        y,
+        names,
+        x_scatter=x_scatter,
+        y_scatter=y_scatter,
+        textsize=9,
+        textcolor=colours,
+        linecolor=colours,
+        linewidth=0.6,
+        margin=0.004,
+        min_distance=0.01,
+        max_distance=0.25,
+        nbr_candidates=2000,
+        avoid_label_lines_overlap=True,
+        avoid_crossing_label_lines=True,
+    )
+    for artist in filter(None, [*texts, *lines]):
+        artist.set_in_layout(False)
+
+
 def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
-    equal = [(size, own.mean) for size, own in points if own.same_tokens]
+    equal = [(size, point.mean) for size, point in points if point.same_tokens]
     edge = [equal[place] for place in front(equal)]
     axes.step([size for size, _ in edge], [bits for _, bits in edge], where="post", **_FRONT)
-    for size, own in points:
-        colour = own.look["color"]
-        if len(own.bits) > 1:
-            axes.plot([size] * len(own.bits), own.bits, "_", color=colour, markersize=9, zorder=2)
-            axes.plot([size] * 2, [min(own.bits), max(own.bits)], color=colour, linewidth=1, zorder=2)
-        fill = {} if own.same_tokens else _HOLLOW
-        axes.plot([size], [own.mean], own.look["marker"], color=colour, markersize=7, zorder=3, **fill)
-    sizes, bits = [size for size, _ in points], [value for _, own in points for value in own.bits]
+    for size, point in points:
+        colour = point.look["color"]
+        if len(point.bits) > 1:
+            axes.plot([size] * len(point.bits), point.bits, "_", color=colour, markersize=9, zorder=2)
+            axes.plot([size] * 2, [min(point.bits), max(point.bits)], color=colour, linewidth=1, zorder=2)
+        fill = {} if point.same_tokens else _HOLLOW
+        axes.plot([size], [point.mean], point.look["marker"], color=colour, markersize=7, zorder=3, **fill)
+    sizes, bits = [size for size, _ in points], [value for _, point in points for value in point.bits]
     axes.set_xscale("log")
     stretch = (max(sizes) / min(sizes)) ** 0.28
     axes.set_xlim(min(sizes) / stretch / 1.06, max(sizes) * stretch * 1.06)
@@ -143,14 +169,12 @@ def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
 
 
 def _legend(points: Sequence[_Point]) -> list[Line2D]:
-    others = not all(own.same_tokens for own in points)
+    others = not all(point.same_tokens for point in points)
     text = "front: none on as many training tokens" if others else "front: none"
-    handles = [Line2D([], [], color=_FRONT["color"], linewidth=1.3, label=f"{text} is smaller and as good")]
-    grey = {"color": "#444444", "linestyle": "none"}
+    handles = [sign(f"{text} is smaller and as good", **_FRONT, linestyle="-")]
     if others:
         text = "trained on more or fewer tokens than the baseline: not on the front"
-        handles.append(Line2D([], [], marker="o", markersize=7, label=text, **grey, **_HOLLOW))
-    if any(len(own.bits) > 1 for own in points):
-        handles.append(Line2D([], [], marker="o", markersize=7, label="mean of the seeds", **grey))
-        handles.append(Line2D([], [], marker="_", markersize=9, label="a seed", **grey))
+        handles.append(sign(text, marker="o", **_HOLLOW))
+    if any(len(point.bits) > 1 for point in points):
+        handles += [sign("mean of the seeds", marker="o"), sign("a seed", marker="_", markersize=9)]
     return handles

@@ -1,29 +1,35 @@
-"""How plots look: one place for colours, sizes and deterministic output."""
+"""How plots look: their colours and sizes, the parts that several share, and how they are saved."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from stlm.report.names import count
 from stlm.report.results import RunResult
 
-# Okabe & Ito's colours, told apart by colour-blind readers too; the yellow is too faint on white.
+# The palette of Okabe & Ito for colour-blind readers, without its yellow, too faint on white.
 _COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _LINES = ["-", "--", ":", "-."]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
+GREY = "#444444"
+# How often people agree with a benchmark's labels.
 HUMAN = {"color": "#999999", "linewidth": 3.0, "solid_capstyle": "butt"}
-# A position that runs are held against: what guessing scores, no difference.
+# A reference line: the accuracy of guessing, or no difference.
 CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
-# The costs of a training, wherever they are drawn together.
+# The costs of a training, in every plot that compares them.
 COST_LOOKS = {
     "parameters": {"color": "#009E73", "marker": "D"},
     "both": {"color": "#56B4E9", "marker": "v"},
@@ -31,7 +37,7 @@ COST_LOOKS = {
     "flops": {"color": "#CC79A7", "marker": "^"},
     "seconds": {"color": "#D55E00", "marker": "s"},
 }
-# Where parameters are (stlm.model.counts.parameter_groups); a group not named here is grey.
+# Groups of parameters whose colour is the same in every plot; other groups take the colours that are left.
 _GROUPS = {
     "token embedding": "#0072B2",
     "byte embedding": "#332288",
@@ -43,7 +49,9 @@ _GROUPS = {
     "adapters": "#CC79A7",
     "byte decoder": "#A0522D",
     "head": "#D55E00",
+    "norms": "#888888",
 }
+_OTHER_GROUPS = ["#44AA99", "#882255", "#DDCC77", "#117733", "#AA4499", "#6699CC"]
 
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -83,9 +91,15 @@ def tint(colour: str, strength: float) -> str:
     return to_hex([1 - strength * (1 - channel) for channel in to_rgb(colour)])
 
 
-def group_colour(group: str, strength: float = 0.3) -> str:
-    """The colour of a group of parameters, light enough to write on."""
-    return tint(_GROUPS.get(group, "#888888"), strength)
+def group_colours(groups: Iterable[str], strength: float = 0.6) -> dict[str, str]:
+    """A colour for each group of parameters, light enough to write on."""
+    others = cycle(_OTHER_GROUPS)
+    return {group: tint(_GROUPS.get(group) or next(others), strength) for group in dict.fromkeys(groups)}
+
+
+def sign(label: str, **look: object) -> Line2D:
+    """A legend's entry for a marker; with a `linestyle`, for a line."""
+    return Line2D([], [], label=label, **({"color": GREY, "linestyle": "none", "markersize": 7} | look))
 
 
 def plain_log_ticks(axes: Axes) -> None:
@@ -98,43 +112,37 @@ def plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def variant_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Make the vertical axis a list of names from the top, with a band behind every second."""
+def count_axis(axis: Axis, ticks: int = 5) -> None:
+    """About `ticks` round numbers on an axis of counts, written as 10k or 2.5M."""
+    axis.set_major_locator(MaxNLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+
+
+def variant_rows(axes: Axes, labels: Sequence[str], bands: bool = True) -> None:
+    """Make the vertical axis a list of names from the top; `bands`: with every second row in grey."""
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_yticks(range(len(labels)), labels)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-    for row in range(1, len(labels), 2):
+    for row in range(1, len(labels) if bands else 0, 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
 
 
 @contextmanager
-def figure(
-    folder: Path,
-    name: str,
-    title: str,
-    width: float,
-    height: float,
-    png: bool = True,
-    layout: str | None = "constrained",
-) -> Iterator[Figure]:
-    """A figure (inches) to draw on, saved as `folder`/`name`.svg and .png when the block ends well."""
+def figure(folder: Path, name: str, title: str, width: float, height: float) -> Iterator[Figure]:
+    """A figure (inches) to draw on, saved as `folder`/`name`.svg when the block ends without an error."""
     with matplotlib.rc_context(_RC):
-        drawing = Figure(figsize=(width, height), layout=layout)
+        drawing = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawing)
         yield drawing
-        engine = drawing.get_layout_engine()
-        if engine is not None:
-            # Once for both files: savefig would draw each once more, to the same places.
-            engine.execute(drawing)
-            drawing.set_layout_engine("none")
+        # Once: savefig would lay the figure out twice more, to the same places.
+        drawing.get_layout_engine().execute(drawing)
+        drawing.set_layout_engine("none")
         # No date and no version: the same numbers give the same bytes.
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
-        if png:
-            drawing.savefig(folder / f"{name}.png", metadata={"Software": None, "Title": title})
 
 
 def heading(drawing: Figure, title: str) -> None:
-    """The figure's title, at the left, in as many lines as its width asks for."""
+    """The figure's title, left-aligned, on as many lines as the figure's width requires."""
     characters = int(9.5 * drawing.get_figwidth())  # of 13 points
     drawing.suptitle(textwrap.fill(title, characters), fontsize=13, x=0.01, ha="left")

@@ -1,4 +1,4 @@
-"""A page a run: how it trained, in figures of its curve and of its layers, and its loss spikes."""
+"""A page for each run on how it trained: plots of its curve and of its layers, and its loss spikes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from stlm.files import write_text
 from stlm.report.documents import amount
 from stlm.report.names import count
 from stlm.report.results import LossSpike, RunResult, run_label
-from stlm.report.style import CHANCE, figure, heading, plain_log_ticks
+from stlm.report.style import CHANCE, count_axis, figure, heading, plain_log_ticks
 from stlm.report.table import Cell, Table, html_document, html_table
 from stlm.study.runs import Study
 
-# More points than this on a line are hardly seen, and a page holds many lines.
+# Points of a line at most: more do not show, and a page has many lines.
 _MOST_POINTS = 250
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_BLUE, _ORANGE, _RED = "#0072B2", "#E69F00", "#D55E00"
 _OUTER = {
     "embedding": {"color": "#000000", "linestyle": "--", "label": "embedding"},
     "head": {"color": "#777777", "linestyle": ":", "label": "head"},
 }
-# Column of watch.csv -> title of its panel, its axis, whether the axis is logarithmic.
+# Column of watch.csv -> title of its panel, its axis, whether the axis is logarithmic. Other columns are
+# drawn under their names.
 _PANELS = {
     "residual_rms": ("residual stream after the layer", "root mean square", True),
     "weight_rms": ("weights", "root mean square", True),
@@ -41,49 +42,48 @@ _PANELS = {
     "attention_logit_max": ("largest attention logit", "logit", False),
     "attention_entropy": ("entropy of attention weights", "nats, mean", False),
     "grad_norm": ("gradient, before clipping", "Euclidean norm", True),
-    "update_ratio": ("update beside the weights", "norm / norm", True),
+    "update_ratio": ("update, relative to the weights", "norm / norm", True),
 }
+# Columns of curve.csv with a panel of their own, or that are axes; other parts of the loss get one each.
+_CURVE = {"step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"}
 _CSS = "img{max-width:100%;height:auto;display:block;margin:1em 0}h1{font-size:20px}table{margin:1em 0}"
 
 
 def write_training_pages(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
-    """Write `folder`/<run>.html for each run, and its figures beside it: <run>-{curve,layers}.svg."""
+    """Write `folder`/<run>.html for each run, and its plots as <run>-{curve,layers}.svg."""
     for name, result in results.items():
         label = run_label(result, results)
-        figures = {f"{name}-curve": "Loss, learning rate, gradient norm and speed against optimizer steps"}
-        _curve(folder, f"{name}-curve", f"{label}: training, study {study.name}", result)
-        if result.watch is not None:
-            figures[f"{name}-layers"] = "Activations, weights and gradients by layer against optimizer steps"
-            _layers(folder, f"{name}-layers", f"{label}: layers, study {study.name}", result.watch)
         title = f"{label}: how it trained, study {study.name}"
-        write_text(folder / f"{name}.html", _page(folder, title, result, figures))
+        body = [f"<h1>{html.escape(title)}</h1>", *html_table(_facts(result))]
+        _curve(folder, f"{name}-curve", f"{label}: training, study {study.name}", result)
+        text = "Loss, learning rate, gradient norm and speed against optimizer steps"
+        body.append(embedded(folder / f"{name}-curve.svg", text))
+        if result.watch is None:
+            body.append(
+                "<p>No layer was watched (training.watch_every), or an earlier version trained it.</p>"
+            )
+        else:
+            _layers(folder, f"{name}-layers", f"{label}: layers, study {study.name}", result.watch)
+            text = "Activations, weights and gradients by layer against optimizer steps"
+            body.append(embedded(folder / f"{name}-layers.svg", text))
+        if result.train.loss_spikes:
+            body += html_table(_spikes(result.train.loss_spikes))
+        write_text(folder / f"{name}.html", html_document(title, body, _CSS))
 
 
-def _page(folder: Path, title: str, result: RunResult, figures: Mapping[str, str]) -> str:
-    body = [f"<h1>{html.escape(title)}</h1>", *html_table(_facts(result))]
-    for name, text in figures.items():
-        # As data: the page stands alone, in Snakemake's report too.
-        data = b64encode((folder / f"{name}.svg").read_bytes()).decode()
-        body.append(f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}">')
-    if result.watch is None:
-        body.append("<p>No layer was looked at (training.watch_every), or by an earlier version.</p>")
-    if result.train.loss_spikes:
-        body += html_table(_spikes(result.train.loss_spikes))
-    return html_document(title, body, _CSS)
+def embedded(svg: Path, text: str) -> str:
+    """HTML of an image that needs no other file, as pages in Snakemake's report must. `text` describes it."""
+    data = b64encode(svg.read_bytes()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _facts(result: RunResult) -> Table:
     train, curve, norms = result.train, result.curve, result.curve["grad_norm"]
-    validated = curve.dropna(subset="val_loss")
-    spikes = train.loss_spikes
-    where = [
-        train.device,
-        train.precision,
-        *(["compiled"] if train.compiled else []),
-        *(["kernels in C"] if train.kernels else []),
-        *([f"{train.threads} thread{'s'[: train.threads > 1]}"] if train.threads else []),
-        *([f"{train.processes} processes"] if train.processes > 1 else []),
-    ]
+    validated, spikes = curve.dropna(subset="val_loss"), train.loss_spikes
+    computed = [train.device, train.precision]
+    computed += ["compiled"] * train.compiled + ["kernels in C"] * train.kernels
+    computed += [f"{train.threads} thread{'s'[: train.threads > 1]}"] if train.threads else []
+    computed += [f"{train.processes} processes"] if train.processes > 1 else []
     facts = {
         "run": train.run,
         "seed": str(train.seed),
@@ -91,7 +91,7 @@ def _facts(result: RunResult) -> Table:
         "parameters": f"{train.parameters.total:,}",
         "training": f"{train.steps:,} steps, {count(train.tokens)} tokens, {train.seconds:,.0f} s",
         "speed": f"{train.tokens / train.seconds:,.0f} tokens/s" if train.seconds else "–",
-        "on": ", ".join(where),
+        "on": ", ".join(computed),
         "last training loss": _last(curve["train_loss"], " nats a token"),
         "last validation loss": _last(validated["val_loss"], " nats a token"),
         "last validation bits per byte": _last(validated["val_bits_per_byte"]),
@@ -99,13 +99,8 @@ def _facts(result: RunResult) -> Table:
         "gradient norm": f"{norms.median():.3g} (median), {norms.max():.3g} (largest)",
         "loss spikes": "not looked for" if spikes is None else str(len(spikes)),
     }
-    return Table(
-        name="facts",
-        title="In short",
-        header=["", ""],
-        rows=[[Cell(key), Cell(value)] for key, value in facts.items()],
-        texts=2,
-    )
+    rows = [[Cell(key), Cell(value)] for key, value in facts.items()]
+    return Table("facts", "Summary", ["", ""], rows, texts=2)
 
 
 def _last(values: pd.Series, unit: str = "") -> str:
@@ -113,153 +108,121 @@ def _last(values: pd.Series, unit: str = "") -> str:
 
 
 def _spikes(spikes: Sequence[LossSpike]) -> Table:
-    return Table(
-        name="spikes",
-        title="Loss spikes",
-        header=["step", "loss", "level before", "largest rise", "gradient norm", "steps until it was back"],
-        rows=[
-            [
-                Cell(f"{spike.step:,}"),
-                Cell(f"{spike.loss:.3f}"),
-                Cell(f"{spike.level:.3f}"),
-                Cell(f"+{spike.rise:.3f}"),
-                Cell(f"{spike.grad_norm:.3g}"),
-                Cell("never" if spike.recovered_after is None else f"{spike.recovered_after:,}"),
-            ]
-            for spike in spikes
-        ],
-        notes=[
-            "A spike begins where a step's loss is above the median of the last 10 steps by more than 7 "
-            "standard deviations of the noise and by 0.2 nats, and is over when the loss is back at that "
-            "median."
-        ],
+    rows = []
+    for spike in spikes:
+        recovered = "never" if spike.recovered_after is None else f"{spike.recovered_after:,}"
+        level, rise = f"{spike.level:.3f}", f"+{spike.rise:.3f}"
+        texts = (f"{spike.step:,}", f"{spike.loss:.3f}", level, rise, f"{spike.grad_norm:.3g}", recovered)
+        rows.append([Cell(text) for text in texts])
+    header = ["step", "loss", "level before", "largest rise", "gradient norm", "steps until it was back"]
+    note = (
+        "A spike begins where a step's loss is above the median of the last 10 steps by more than 7 standard "
+        "deviations of the noise and by 0.2 nats, and is over when the loss is back at that median."
     )
+    return Table("spikes", "Loss spikes", header, rows, [note])
 
 
 def _thinned(rows: pd.DataFrame) -> pd.DataFrame:
-    """At most so many rows, evenly, the last one among them."""
+    """At most `_MOST_POINTS` rows, evenly spaced, with the last one."""
     if len(rows) <= _MOST_POINTS:
         return rows
     return rows.iloc[np.linspace(0, len(rows) - 1, _MOST_POINTS).round().astype(int)]
 
 
-def _steps_axis(axes: Axes, label: bool) -> None:
+def _finish(axes: Axes, title: str, unit: str, legend: Sequence[Line2D] = ()) -> None:
+    """A panel's title, axes and, where its lines or `legend` have labels, its legend, above the lines."""
+    axes.set_title(title, loc="left")
+    axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
     axes.set_xlim(left=0)
-    if label:
-        axes.set_xlabel("optimizer step")
-
-
-def _above(axes: Axes, handles: Sequence[Line2D] = ()) -> None:
-    """A legend, of the panel's lines or of `handles`, above it at the right, where no line runs."""
-    handles = handles or axes.get_legend_handles_labels()[0]
-    if handles:
-        axes.legend(
-            handles=handles,
-            loc="lower right",
-            bbox_to_anchor=(1, 0.99),
-            ncols=len(handles),
-            borderaxespad=0.2,
-            handlelength=1.4,
-            columnspacing=1.0,
-            handletextpad=0.5,
-        )
+    if handles := legend or axes.get_legend_handles_labels()[0]:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "ncols": len(handles)}
+        spacing = {"borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0, "handletextpad": 0.5}
+        axes.legend(handles=handles, **place, **spacing)
 
 
 def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
-    """Four panels: loss, learning rate, gradient norm, speed; spikes marked in the first and the third."""
-    curve = result.curve
+    """Panels of loss, learning rate, gradient norm, speed and what else training recorded; loss spikes."""
+    curve, spikes = result.curve, result.train.loss_spikes or []
+    others = [name for name in curve if name not in _CURVE and not name.startswith("val_")]
+    others = [name for name in others if curve[name].notna().any()]
+    lines = 2 - (-len(others) // 2)
     rows, validated = _thinned(curve), curve.dropna(subset="val_loss")
-    spikes = result.train.loss_spikes or []
-    clip = result.train.training.get("clip")
-    with figure(folder, name, title, 9.5, 6.4, png=False) as drawing:
-        (loss, rate), (gradient, speed) = drawing.subplots(2, 2, sharex=True)
-        loss.plot(rows["step"], rows["train_loss"], color=_BLUE, linewidth=1.2, label="training")
-        marker = "o" if len(validated) <= 60 else ""
-        loss.plot(
-            validated["step"],
-            validated["val_loss"],
-            color=_RED,
-            marker=marker,
-            markersize=4,
-            label="validation",
-        )
-        loss.set_ylabel("nats a token")
-        _headed(loss, "loss")
+    with figure(folder, name, title, 9.5, 0.6 + 2.9 * lines) as drawing:
+        panels = drawing.subplots(lines, 2, sharex=True)
+        loss, rate, gradient, speed, *rest = panels.flat
+        thin = {"color": _BLUE, "linewidth": 1.2}
+        loss.plot(rows["step"], rows["train_loss"], label="training", **thin)
+        marker = {"marker": "o" if len(validated) <= 60 else "", "markersize": 4}
+        loss.plot(validated["step"], validated["val_loss"], color=_RED, label="validation", **marker)
         rate.plot(rows["step"], rows["learning_rate"], color=_BLUE)
-        rate.set_ylim(bottom=0)
         rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        _headed(rate, "learning rate")
-        gradient.plot(rows["step"], rows["grad_norm"], color=_BLUE, linewidth=1.2)
-        if clip:
+        gradient.plot(rows["step"], rows["grad_norm"], **thin)
+        if clip := result.train.training.get("clip"):
             gradient.axhline(clip, label="clipped above", zorder=1, **CHANCE)
-        gradient.set_ylabel("Euclidean norm")
-        _headed(gradient, "gradient norm")
-        for axes in (loss, gradient):
-            _mark_spikes(axes, spikes)
-        if spikes:
-            points = [[spike.step for spike in spikes], [spike.grad_norm for spike in spikes]]
-            gradient.plot(*points, color=_ORANGE, marker="v", linestyle="none", zorder=3)
-        speed.plot(rows["step"], rows["tokens_per_second"], color=_BLUE, linewidth=1.2)
+        for number, spike in enumerate(spikes):
+            for axes in (loss, gradient):
+                label = None if number else "loss spike"
+                axes.axvline(spike.step, color=_ORANGE, linewidth=1.0, alpha=0.7, zorder=1, label=label)
+            gradient.plot([spike.step], [spike.grad_norm], color=_ORANGE, marker="v", zorder=3)
+        speed.plot(rows["step"], rows["tokens_per_second"], **thin)
         speed.axhline(curve["tokens_per_second"].median(), label="median", zorder=1, **CHANCE)
-        speed.set_ylim(bottom=0)
-        speed.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count(y)))
-        speed.set_ylabel("tokens a second")
-        _headed(speed, "speed")
+        count_axis(speed.yaxis)
         for axes in (loss, gradient):
             _logarithmic_if_wide(axes)
-        for place, axes in enumerate((loss, rate, gradient, speed)):
-            _steps_axis(axes, label=place >= 2)
-            _above(axes)
+        for axes in (rate, speed):
+            axes.set_ylim(bottom=0)
+        _finish(loss, "loss", "nats a token")
+        _finish(rate, "learning rate", "")
+        _finish(gradient, "gradient norm", "Euclidean norm")
+        _finish(speed, "speed", "tokens a second")
+        for axes, column in zip(rest, others, strict=False):
+            axes.plot(rows["step"], rows[column], **thin)
+            _finish(axes, column.replace("_", " "), "")
+        for axes in rest[len(others) :]:
+            axes.set_axis_off()
+        for axes in panels[-1]:
+            axes.set_xlabel("optimizer step")
         heading(drawing, title)
 
 
 def _logarithmic_if_wide(axes: Axes) -> None:
     """A logarithmic axis where the values, all above zero, differ by a factor of three or more."""
     low = min((line.get_ydata().min() for line in axes.get_lines() if len(line.get_ydata()) > 2), default=0.0)
-    high = axes.dataLim.y1
-    if low > 0 and high > 3 * low:
+    if 0 < 3 * low < axes.dataLim.y1:
         axes.set_yscale("log")
         plain_log_ticks(axes)
 
 
-def _headed(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left")
-
-
-def _mark_spikes(axes: Axes, spikes: Sequence[LossSpike]) -> None:
-    for place, spike in enumerate(spikes):
-        label = "loss spike" if place == 0 else None
-        axes.axvline(spike.step, color=_ORANGE, linewidth=1.0, alpha=0.7, zorder=1, label=label)
-
-
 def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
-    """A panel a figure of watch.csv, a line a layer; blocks are coloured by their depth."""
-    panels = {c: p for c, p in _PANELS.items() if c in watch and watch[c].notna().any()}
+    """A panel for each column of watch.csv, a line for each layer; blocks are coloured by their depth."""
+    columns = [column for column in watch if column not in ("step", "layer") and watch[column].notna().any()]
+    columns.sort(key=lambda column: [*_PANELS, column].index(column))
     blocks = [layer for layer in dict.fromkeys(watch["layer"]) if layer not in _OUTER]
     colours = [colormaps["viridis"](x) for x in np.linspace(0, 0.92, max(len(blocks), 1))]
     looks = {layer: {"color": c} for layer, c in zip(blocks, colours, strict=False)} | _OUTER
-    lines = -(-len(panels) // 2)
-    with figure(folder, name, title, 9.5, 1.1 + 2.45 * lines, png=False) as drawing:
+    lines = -(-len(columns) // 2)
+    with figure(folder, name, title, 9.5, 1.1 + 2.45 * lines) as drawing:
         grid = drawing.subplots(lines, 2, sharex=True, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(panels):
-                axes.set_axis_off()
-                continue
-            column, (name, unit, logarithmic) = list(panels.items())[place]
+        for axes in grid.flat[len(columns) :]:
+            axes.set_axis_off()
+        outer = [Line2D([], [], linewidth=1.5, **look) for look in _OUTER.values()]
+        for place, (axes, column) in enumerate(zip(grid.flat, columns, strict=False)):
+            text, unit, logarithmic = _PANELS.get(column, (column.replace("_", " "), "", False))
             for layer, rows in watch.dropna(subset=column).groupby("layer", sort=False):
                 shown = _thinned(rows)
-                axes.plot(shown["step"], shown[column], linewidth=1.5, **looks[layer])
+                look = {key: value for key, value in looks[layer].items() if key != "label"}
+                axes.plot(shown["step"], shown[column], linewidth=1.5, **look)
             if logarithmic and (watch[column].dropna() > 0).any():
                 axes.set_yscale("log")
                 plain_log_ticks(axes)
-            else:
+            elif watch[column].min() >= 0:
                 axes.set_ylim(bottom=0)
-            axes.set_ylabel(unit)
-            _headed(axes, name)
-            _steps_axis(axes, label=place >= len(panels) - 2)
-        _above(grid.flat[1], [Line2D([], [], linewidth=1.5, **look) for look in _OUTER.values()])
+            _finish(axes, text, unit, outer if place == 1 else ())
+        for axes in grid.flat[len(columns) - 2 : len(columns)]:
+            axes.set_xlabel("optimizer step")
+            axes.tick_params(axis="x", labelbottom=True)
         _depth_bar(drawing, grid, blocks, colours)
         heading(drawing, title)
 
@@ -269,7 +232,7 @@ def _depth_bar(drawing: Figure, grid: np.ndarray, blocks: Sequence[str], colours
     edges = np.arange(len(blocks) + 1) + 0.5
     scale = ScalarMappable(BoundaryNorm(edges, len(blocks)), ListedColormap(colours))
     bar = drawing.colorbar(scale, ax=grid, location="bottom", shrink=0.55, aspect=40, pad=0.02)
-    numbers = [int(block.rpartition(" ")[2]) for block in blocks]
+    numbers = [block.rpartition(" ")[2] for block in blocks]
     every = -(-len(blocks) // 16)
     bar.set_ticks(range(1, len(blocks) + 1, every), labels=numbers[::every])
     bar.ax.tick_params(length=0)

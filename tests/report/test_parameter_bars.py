@@ -3,7 +3,7 @@
 import csv
 
 from stlm.model.counts import build_on_meta, parameter_groups
-from stlm.report.parameters import write_parameters
+from stlm.report.architecture import write_parameters
 from stlm.report.results import read_results
 
 SIZES = {

@@ -7,10 +7,8 @@ import numpy as np
 from hand_made import begin_from, set_test, set_train
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 
-from stlm.report.labels import label_points
-from stlm.report.pareto import front, write_pareto
+from stlm.report.pareto import front, label_points, write_pareto
 from stlm.report.results import read_results
 
 SIZES = {
@@ -112,8 +110,8 @@ def test_variants_of_one_size_have_no_pareto_plot(make_study, tmp_path):
     assert not list(tmp_path.glob("pareto*"))
 
 
-def test_names_stand_clear_of_each_other_and_of_the_marks():
-    """Twelve marks in a heap, as variants of one size are, in a plot with room for their names."""
+def test_names_are_clear_of_each_other_and_of_the_points():
+    """Twelve points close together, as variants of one size are, with room for their names."""
     drawing = Figure(figsize=(6, 5), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
@@ -121,22 +119,11 @@ def test_names_stand_clear_of_each_other_and_of_the_marks():
     points = [(1 + 0.02 * x, y) for x, y in rng.random((12, 2))]
     axes.plot(*zip(*points, strict=True), "o", markersize=7)
     axes.set_xlim(0.8, 1.2)
-    names = [f"variant {place}" for place in range(12)]
-    label_points(drawing, axes, points, names, [(y, y) for _, y in points])
+    names = [f"variant {number}" for number in range(12)]
+    label_points(axes, points, names, ["#000000"] * 12)
     drawing.draw_without_rendering()
-    renderer = drawing.canvas.get_renderer()
-    texts = {own.get_text(): own for own in axes.texts if isinstance(own, Annotation)}
-    assert set(texts) == set(names)
-    boxes = [text_box(own, renderer) for own in texts.values()]
-    for place, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
-        for point in points:
-            assert not box.contains(*axes.transData.transform(point))
-
-
-def text_box(own: Annotation, renderer):
-    """The box of the text alone, without its line."""
-    line, own.arrow_patch = own.arrow_patch, None
-    box = own.get_window_extent(renderer)
-    own.arrow_patch = line
-    return box
+    assert {text.get_text() for text in axes.texts} == set(names)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points)

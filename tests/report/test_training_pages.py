@@ -74,6 +74,17 @@ def test_a_figure_that_no_row_has_gets_no_panel(make_study, tmp_path):
     assert "attention's output" in text and "entropy" not in text and "feed-forward" not in text
 
 
+def test_figures_that_a_technique_adds_get_panels_under_their_names(make_study, tmp_path):
+    study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
+    folder = study.runs["baseline"].folder
+    for name, column in (("curve", "router_loss"), ("watch", "tokens_kept")):
+        path = folder / f"{name}.csv"
+        pd.read_csv(path).assign(**{column: 0.5}).to_csv(path, index=False)
+    pages(study, tmp_path / "training")
+    assert "router loss" in words(tmp_path / "training" / "baseline-curve.svg")
+    assert "tokens kept" in words(tmp_path / "training" / "baseline-layers.svg")
+
+
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_a_run_that_was_not_watched_has_a_page_without_layers(make_study, tmp_path, how):
     study = make_study(TWO, benchmarks={})
@@ -86,7 +97,7 @@ def test_a_run_that_was_not_watched_has_a_page_without_layers(make_study, tmp_pa
     del train["loss_spikes"], train["threads"]
     (folder / "train.json").write_text(json.dumps(train))
     page = pages(study, tmp_path / "training")["odd"]
-    assert "No layer was looked at" in page and "not looked for" in page
+    assert "No layer was watched" in page and "not looked for" in page
     assert not (tmp_path / "training" / "odd-layers.svg").exists()
 
 
