@@ -1,8 +1,8 @@
-"""`stlm report`: from the runs' files to the study's tables, plots and metrics."""
+"""`stlm report`: makes a study's tables, plots, pages and metrics from its runs' files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from stlm.report.efficiency import efficiencies, efficiency_table, write_efficie
 from stlm.report.equal_cost import equal_costs
 from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
 from stlm.report.groups import group_records
+from stlm.report.headline import findings, front_page, headline_table
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.last_word import word_perplexity
 from stlm.report.leaks import leaks_table
@@ -41,52 +42,52 @@ from stlm.study.runs import Study
 
 
 def report(study: Study) -> None:
-    """Write the outputs of `stlm.layout.REPORT` and metrics.json to results/<study>/, from the stages before.
+    """Write the outputs of `stlm.layout.REPORT` and metrics.json to results/<study>/, from earlier stages.
 
-    Everything is read and compared before anything is written; they replace their predecessors whole, and
-    only once all could be made. Raises UserError naming a run's missing or broken file and the command that
-    makes it.
+    All input is read and compared before anything is written. Each output replaces its predecessor as a whole,
+    and only once all of them are made. Raises UserError naming a run's missing or damaged file and the command
+    that makes it.
     """
     code = code_version()
-    results = read_results(study)
-    published = read_published(study)
+    results, published = read_results(study), read_published(study)
     comparisons = compare_all(results, study.baseline)
     comparisons.disturbing.extend(published_alike(results[study.baseline], published))
     contamination = read_contamination(study)
-    note = contamination_note(contamination)
     rows = rows_of(results, published)
     made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
     for corpus, tokenizer in {(own.train.corpus, own.train.tokenizer) for own in results.values()}:
-        read_texts(corpus, tokenizer)  # the cards' writer reads them again: what is damaged is told before
+        read_texts(corpus, tokenizer)  # the model cards read them, too: damage is reported before writing
     variants = read_variants(study, results)
     compared = efficiencies(variants) if variants else []
     costs = equal_costs(variants) if variants else None
     trainings = [
         table1(study, results),
-        *filter(None, [variants_table(study, results)]),
-        *([equal_cost_table(study, costs)] if costs else []),
-        *([efficiency_table(study, compared)] if compared else []),
+        variants_table(study, results),
+        equal_cost_table(study, costs) if costs else None,
+        efficiency_table(study, compared) if compared else None,
     ]
+    bits = bits_table(study, results, published)
+    headline = headline_table(study, findings(results, bits.records))
+    note = contamination_note(contamination)
     tables = [
+        *_noted([headline], made),
         *_noted(trainings, trained),
         *_noted(accuracy_tables(study, results, comparisons, published), note, made),
-        *_noted([*phenomena_tables(study, results)], made),
-        contamination_table(study, contamination),
-        *filter(None, [leaks_table(study, contamination)]),
-        *_noted([bits_table(study, results, published)], made),
-        *_noted([*filter(None, [component_table(study, results)])], made),
-        *_noted([*filter(None, [readouts_table(study, results)])], made),
+        *_noted(phenomena_tables(study, results), made),
+        *_noted([contamination_table(study, contamination), leaks_table(study, contamination)]),
+        *_noted([bits, component_table(study, results), readouts_table(study, results)], made),
     ]
     for name in names((*REPORT, METRICS)):
         remove_leftovers(study.folder, name)  # of a report that was killed
     collected = metrics(results)
     text = summary(study, results, collected, made)
     with ExitStack() as stack:
-        # Each replaces its predecessor when the block ends: where one cannot be made, all stay as they were.
+        # Each replaces its predecessor when the block ends: if one cannot be made, all stay as they were.
         folders = {name: stack.enter_context(atomic_directory(study.folder / name)) for name in names(REPORT)}
         tables_folder, plots = folders["tables"], folders["plots"]
         for table in tables:
             write_table(tables_folder, folders["typeset"], table)
+        write_text(folders["typeset"] / "headline.rst", front_page(headline))
         write_text(tables_folder / "groups.csv", csv_text(group_records(results)))
         write_text(tables_folder / "statistics.csv", csv_text(statistics_records(results, comparisons)))
         write_record(tables_folder / "made.json", {"study": study.name, "code": code})
@@ -107,9 +108,9 @@ def report(study: Study) -> None:
     print(text)
 
 
-def _noted(tables: Sequence[Table], *notes: str | None) -> list[Table]:
-    """The tables with further notes below, where there are any."""
-    return [replace(table, notes=[*table.notes, *filter(None, notes)]) for table in tables]
+def _noted(tables: Iterable[Table | None], *notes: str | None) -> list[Table]:
+    """The tables that there are, with further notes below them."""
+    return [replace(own, notes=[*own.notes, *filter(None, notes)]) for own in tables if own is not None]
 
 
 def summary(
@@ -118,7 +119,7 @@ def summary(
     collected: Mapping[str, Mapping[str, float]],
     made: str | None = None,
 ) -> str:
-    """The study in a few lines for the terminal; the tables have the intervals. `made`: what is unlike."""
+    """The study's metrics for the terminal, a line for each run. `made`: what rows were made differently."""
     names = list(dict.fromkeys(name for own in collected.values() for name in own))[2:]
     header = ["", *(name.removeprefix("test_").replace("_", " ") for name in names)]
     rows = [

@@ -48,7 +48,7 @@ def test_writes_every_table_and_plot(make_study):
         "contamination",
         "leaks",
     )
-    tables += ("bits-per-byte", "variants", "efficiency", "equal-cost")
+    tables += ("bits-per-byte", "variants", "efficiency", "equal-cost", "headline")
     plots = (
         "figure1",
         "accuracy-blimp",
@@ -67,6 +67,7 @@ def test_writes_every_table_and_plot(make_study):
         | {f"typeset/{name}.{kind}" for name in tables for kind in ("tex", "html")}
         | {f"plots/{name}.svg" for name in (*plots, *diagrams)}
         | {f"plots/data/{name}.csv" for name in plots}
+        | {"typeset/headline.rst"}
         | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
         | {f"cards/{run}.md" for run in study.runs}
         | {"records/runs.json", "records/documents.parquet"}
