@@ -82,7 +82,7 @@ def _part(
     seen.update((key, path) for keys in sets for key in keys if key not in seen)
     return Part(
         name=name,
-        kind=type(modules[0]).__name__,
+        kind=_kind(modules[0]),
         detail=_detail(modules[0]),
         groups=frozenset(groups[key] for key in parameters),
         number=number,
@@ -107,6 +107,11 @@ def _children(modules: Sequence[nn.Module]) -> Iterator[tuple[str, list[nn.Modul
                 yield f"{name} {_numbers(places)}", [own[place] for own in found for place in places]
         elif type(child).__name__ != "Dropout":
             yield name, found
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of a module's class, or of the first of its bases whose name is public."""
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__name__[0] != "_")
 
 
 def _detail(module: nn.Module) -> str:

@@ -44,9 +44,9 @@ from stlm.study.runs import Study
 def report(study: Study) -> None:
     """Write the outputs of `stlm.layout.REPORT` and metrics.json to results/<study>/, from earlier stages.
 
-    All input is read and compared before anything is written. Each output replaces its predecessor as a whole,
-    and only once all of them are made. Raises UserError naming a run's missing or damaged file and the command
-    that makes it.
+    All input is read and compared before anything is written. Each output replaces its predecessor as a
+    whole, and only once all of them are made. Raises UserError naming a run's missing or damaged file and
+    the command that makes it.
     """
     code = code_version()
     results, published = read_results(study), read_published(study)
