@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from stlm.evaluation.statistics import Interval
 from stlm.files import write_text
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Comparisons, Score, mark, significant
 from stlm.report.names import benchmark_label
 from stlm.report.results import RunResult, run_label
-from stlm.report.style import CHANCE, figure, heading, sign, styles, variant_rows
+from stlm.report.style import Dot, draw_differences, figure, heading, sign, styles
 from stlm.report.table import csv_text
 from stlm.report.unlike import rows_of, unlike_variants
 from stlm.study.runs import Study
@@ -56,26 +54,16 @@ def write_differences(
         for run in names
     ]
     columns, looks = min(_COLUMNS, len(panels)), styles(results)
-    lines = -(-len(panels) // columns)
     baseline = results[study.baseline].train.label
     title = f"Differences from {baseline} ({mode} mode, acc, 95% intervals), study {study.name}"
-    height = 1.5 + lines * (0.75 + 0.3 * len(names))
+    height = 1.5 - (-len(panels) // columns) * (0.75 + 0.3 * len(names))
     width = max(8.5, 3.6 + 2.5 * columns)  # room for the title above a single panel
     with figure(folder, "differences", title, width, height) as drawing:
-        grid = drawing.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, (benchmark, rows) in zip(grid.flat, panels.items(), strict=False):
-            axes.set_title(benchmark_label(benchmark), loc="left")
-            axes.axvline(0, zorder=1, **CHANCE)
-            for run, found in rows.items():
-                _draw(axes, names.index(run), found, looks[run])
-            variant_rows(axes, labels)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-        for place, axes in enumerate(grid.flat):
-            if place >= len(panels):
-                axes.set_axis_off()
-            elif place + columns >= len(panels):  # the lowest of its column
-                axes.tick_params(axis="x", labelbottom=True)
-                axes.set_xlabel("difference (points)")
+        dots = {
+            benchmark_label(benchmark): [_dot(names.index(run), own, looks[run]) for run, own in rows.items()]
+            for benchmark, rows in panels.items()
+        }
+        draw_differences(drawing, dots, labels, "difference (points)", columns)
         heading(drawing, title)
         handles = _legend([own for rows in panels.values() for own in rows.values()], bool(unlike))
         drawing.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1)
@@ -120,16 +108,13 @@ def _record(benchmark: str, run: str, found: _Difference) -> dict[str, Any]:
     return record | {"p_holm": p, "value": round(found.value, 5)}
 
 
-def _draw(axes: Axes, row: int, found: _Difference, look: Mapping[str, Any]) -> None:
-    for interval, width in ((found.clustered, 1.0), (found.interval, 3.2)):
-        if interval is not None:
-            bounds = [100 * bound for bound in interval]
-            # Butt: the line must end where the interval does.
-            axes.plot(
-                bounds, [row, row], color=look["color"], linewidth=width, solid_capstyle="butt", zorder=2
-            )
-    marker = look | {"linestyle": "none", "markersize": 7, **_fill(found.sign)}
-    axes.plot([100 * found.value], [row], zorder=3, **marker)
+def _dot(row: int, found: _Difference, look: Mapping[str, Any]) -> Dot:
+    intervals = [
+        ((100 * interval.low, 100 * interval.high), {"linewidth": width})
+        for interval, width in ((found.clustered, 1.0), (found.interval, 3.2))
+        if interval is not None
+    ]
+    return Dot(row, 100 * found.value, {**look, **_fill(found.sign)}, intervals)
 
 
 def _fill(kind: str) -> dict[str, Any]:

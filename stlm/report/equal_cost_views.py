@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
 from stlm.report.curves import COSTS
@@ -16,7 +14,7 @@ from stlm.report.efficiency import comparison_notes
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE, SAME_TIME, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
 from stlm.report.noise import noise_note
-from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, sign, variant_rows
+from stlm.report.style import COST_LOOKS, Dot, draw_differences, figure, heading, sign
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study.runs import Study
 
@@ -41,7 +39,8 @@ _KINDS: dict[str, tuple[dict[str, object], str]] = {
         "the variant ended sooner: the baseline on the way",
     ),
 }
-_INTERVAL = {"linewidth": 3.2, "alpha": 0.45, "solid_capstyle": "butt"}
+_INTERVAL = {"linewidth": 3.2, "alpha": 0.45}
+_SEED = {"marker": "|", "markersize": 9, "markeredgewidth": 1.3, "linestyle": "none", "zorder": 3}
 
 
 def equal_cost_table(study: Study, found: EqualCosts) -> Table:
@@ -200,34 +199,31 @@ def write_equal_cost(folder: Path, study: Study, found: EqualCosts) -> None:
     if not rows:
         return
     write_text(folder / "data" / "equal-cost.csv", csv_text(_data(rows, found)))
-    panels = [name for name in _NAMES if any(row.pairs[name] for row in rows)]
+    panels = {
+        f"equal {title}".replace(" and ", "\nand "): [
+            _dot(place, pair, found.half_width(pair), COST_LOOKS[name]["color"])
+            for place, row in enumerate(rows)
+            if (pair := row.pairs[name]) is not None
+        ]
+        for name, title in _NAMES.items()
+    }
+    panels = {title: dots for title, dots in panels.items() if dots}
     title = f"Difference from {found.base.train.label} at equal cost (left is better), study {study.name}"
     with figure(folder, "equal-cost", title, 3.4 + 2.1 * len(panels), 1.9 + 0.3 * len(rows)) as drawing:
-        grid = drawing.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, name in zip(grid, panels, strict=True):
-            axes.set_title(f"equal {_NAMES[name]}".replace(" and ", "\nand "), loc="left")
-            axes.axvline(0, zorder=1, **CHANCE)
-            for place, row in enumerate(rows):
-                if (pair := row.pairs[name]) is not None:
-                    _draw(axes, place, pair, found.half_width(pair), COST_LOOKS[name]["color"])
-            variant_rows(axes, [row.variant.train.label for row in rows])
-            axes.set_xlabel("bits per byte")
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.xaxis.set_major_formatter(
-                FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if x else "0")
-            )
+        labels = [row.variant.train.label for row in rows]
+        draw_differences(drawing, panels, labels, "bits per byte", len(panels))
         heading(drawing, title)
         drawing.legend(handles=_legend(rows, found), loc="outside lower center", ncols=2)
 
 
-def _draw(axes: Axes, place: int, pair: Pair, half: float | None, colour: object) -> None:
-    if half is not None:
-        bounds = [pair.difference - half, pair.difference + half]
-        axes.plot(bounds, [place, place], color=colour, zorder=2, **_INTERVAL)
-        seeds = pair.differences
-        axes.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9, markeredgewidth=1.3, zorder=3)
-    marker = {"marker": "o", "markersize": 7, "color": colour, **_KINDS[_kind(pair)][0]}
-    axes.plot([pair.difference], [place], linestyle="none", zorder=4, **marker)
+def _dot(row: int, pair: Pair, half: float | None, colour: object) -> Dot:
+    """A pair's difference, with its interval and its seeds where there is one."""
+    look = {"marker": "o", "color": colour, **_KINDS[_kind(pair)][0]}
+    if half is None:
+        return Dot(row, pair.difference, look)
+    seeds = [((value, value), _SEED | {"color": colour}) for value in pair.differences]
+    bounds = pair.difference - half, pair.difference + half
+    return Dot(row, pair.difference, look, [(bounds, _INTERVAL), *seeds])
 
 
 def _kind(pair: Pair) -> str:
@@ -244,7 +240,7 @@ def _legend(rows: Sequence[Row], found: EqualCosts) -> list[Line2D]:
     ]
     if found.noise is not None:
         handles.append(sign("95% interval over seeds", linestyle="-", **_INTERVAL))
-        handles.append(sign("a seed", marker="|", markersize=9))
+        handles.append(sign("a seed", **_SEED))
     return handles
 
 

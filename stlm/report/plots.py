@@ -22,6 +22,7 @@ from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.style import (
     CHANCE,
     HUMAN,
+    Dot,
     count_axis,
     figure,
     heading,
@@ -210,7 +211,9 @@ def _dots(
             for place, run in enumerate(own if most == 1 else runs):
                 if run in own:
                     offset = 0.0 if most == 1 else 0.78 * ((place + 0.5) / len(runs) - 0.5)
-                    _dot(axes, row + offset, own[run], looks[run])
+                    bounds = 100 * own[run].low, 100 * own[run].high
+                    look = looks[run] | {"markersize": 5}
+                    Dot(row + offset, 100 * own[run].value, look, [(bounds, {"linewidth": 1.3})]).draw(axes)
             if label in people:
                 axes.plot([100 * people[label]] * 2, [row - 0.4, row + 0.4], zorder=1, **HUMAN)
         if scores.chance is not None:
@@ -222,11 +225,6 @@ def _dots(
         heading(drawing, title)
         extra = [Line2D([], [], label=HUMANS, **HUMAN)] if people else []
         _legend(drawing, results, dict.fromkeys(runs, "") if most > 1 else {}, extra=extra)
-
-
-def _dot(axes: Axes, y: float, accuracy: Proportion, look: Mapping[str, Any]) -> None:
-    axes.plot([100 * accuracy.low, 100 * accuracy.high], [y, y], color=look["color"], linewidth=1.3, zorder=2)
-    axes.plot([100 * accuracy.value], [y], zorder=3, **(look | {"linestyle": "none"}))
 
 
 def _name_chance(axes: Axes, place: tuple[float, float], transform: Any, **align: str) -> None:

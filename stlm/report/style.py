@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -126,6 +127,46 @@ def variant_rows(axes: Axes, labels: Sequence[str], bands: bool = True) -> None:
     axes.tick_params(axis="y", length=0)
     for row in range(1, len(labels) if bands else 0, 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", linewidth=0, zorder=0)
+
+
+class Dot(NamedTuple):
+    """A value in a row of a plot. `look`: its marker; `intervals`: bounds, and how wide the line is drawn."""
+
+    row: float
+    value: float
+    look: Mapping[str, Any]
+    intervals: Sequence[tuple[tuple[float, float], Mapping[str, Any]]] = ()
+
+    def draw(self, axes: Axes) -> None:
+        """Draw it; intervals end in butts, so that lines end where they do."""
+        for bounds, look in self.intervals:
+            line = {"color": self.look["color"], "solid_capstyle": "butt", "zorder": 2} | look
+            axes.plot(bounds, [self.row, self.row], **line)
+        axes.plot(
+            [self.value], [self.row], **({"markersize": 7, "zorder": 4} | self.look | {"linestyle": "none"})
+        )
+
+
+def draw_differences(
+    drawing: Figure, panels: Mapping[str, Sequence[Dot]], labels: Sequence[str], unit: str, columns: int
+) -> None:
+    """A panel of differences from zero for each title of `panels`, with a row for each label."""
+    grid = drawing.subplots(-(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for place, (axes, (title, dots)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+        axes.set_title(title, loc="left")
+        axes.axvline(0, zorder=1, **CHANCE)
+        for dot in dots:
+            dot.draw(axes)
+        variant_rows(axes, labels)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if x else "0")
+        )
+        if place + columns >= len(panels):  # the lowest of its column
+            axes.tick_params(axis="x", labelbottom=True)
+            axes.set_xlabel(unit)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
 
 
 @contextmanager
