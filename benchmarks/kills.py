@@ -68,7 +68,7 @@ TRIES = 4  # to kill, where the pipeline had ended before
 TIMES = re.compile(r"seconds|tokens_per_second|hours|duration|per_second|utilization", re.IGNORECASE)
 # Of the report: these show times in their text, or have digests of those that do.
 TIMED = re.compile(
-    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*(-curve\.svg|\.html)|tables/checksum\.json)$"
+    r"/(cards/.*\.md|(efficiency|equal-cost)\.\w+|training/[^/]*\.html|tables/checksum\.json)$"
 )
 NOT_COMPARED = {".git", ".dvc", ".snakemake", ".state", "logs", "workflow", "profiles", "params"}
 CORPORA = """\

@@ -50,14 +50,14 @@ _CSS = "img{max-width:100%;height:auto;display:block;margin:1em 0}h1{font-size:2
 
 
 def write_training_pages(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
-    """Write `folder`/<run>.html for each run, and its plots as <run>-{curve,layers}.svg."""
+    """Write `folder`/<run>.html for each run, with its plots within."""
     for name, result in results.items():
         label = run_label(result, results)
         title = f"{label}: how it trained, study {study.name}"
         body = [f"<h1>{html.escape(title)}</h1>", *html_table(_facts(result))]
         _curve(folder, f"{name}-curve", f"{label}: training, study {study.name}", result)
         text = "Loss, learning rate, gradient norm and speed against optimizer steps"
-        body.append(embedded(folder / f"{name}-curve.svg", text))
+        body.append(_embedded(folder / f"{name}-curve.svg", text))
         if result.watch is None:
             body.append(
                 "<p>No layer was watched (training.watch_every), or an earlier version trained it.</p>"
@@ -65,15 +65,16 @@ def write_training_pages(folder: Path, study: Study, results: Mapping[str, RunRe
         else:
             _layers(folder, f"{name}-layers", f"{label}: layers, study {study.name}", result.watch)
             text = "Activations, weights and gradients by layer against optimizer steps"
-            body.append(embedded(folder / f"{name}-layers.svg", text))
+            body.append(_embedded(folder / f"{name}-layers.svg", text))
         if result.train.loss_spikes:
             body += html_table(_spikes(result.train.loss_spikes))
         write_text(folder / f"{name}.html", html_document(title, body, _CSS))
 
 
-def embedded(svg: Path, text: str) -> str:
-    """HTML of an image that needs no other file, as pages in Snakemake's report must. `text` describes it."""
+def _embedded(svg: Path, text: str) -> str:
+    """The image in HTML, where it needs no file: `svg` is removed. `text` describes it."""
     data = b64encode(svg.read_bytes()).decode()
+    svg.unlink()
     return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}">'
 
 

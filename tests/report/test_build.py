@@ -68,7 +68,7 @@ def test_writes_every_table_and_plot(make_study):
         | {f"plots/{name}.svg" for name in (*plots, *diagrams)}
         | {f"plots/data/{name}.csv" for name in plots}
         | {"typeset/headline.rst"}
-        | {f"training/{run}{end}" for run in study.runs for end in (".html", "-curve.svg", "-layers.svg")}
+        | {f"training/{run}.html" for run in study.runs}
         | {f"cards/{run}.md" for run in study.runs}
         | {"records/runs.json", "records/documents.parquet"}
         | {f"tables/{name}" for name in ("groups.csv", "statistics.csv", "made.json", "checksum.json")}
