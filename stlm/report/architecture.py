@@ -27,8 +27,8 @@ from stlm.study.runs import Run, Study
 # Settings in which models of one architecture may differ.
 _UNDRAWN = {"dropout", "attention_dropout", "norm_eps", "rope_theta", "zero_init"}
 # All sizes in inches.
-_WIDTH, _LINE, _GAP, _INDENT, _SQUARE = 8.0, 0.27, 0.07, 0.14, 0.17
-_MOST_SQUARES = 24
+_WIDTH, _TEXT, _LINE, _GAP, _INDENT, _SQUARE = 8.0, 2.3, 0.27, 0.07, 0.14, 0.17
+_MOST_SQUARES = 32
 _SETS = ("#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#8c8c8c")
 
 
@@ -52,14 +52,15 @@ class Part:
 
     @property
     def text(self) -> list[str]:
-        """Its kind and detail, in the lines that they take in the diagram."""
-        return textwrap.wrap(f"{self.kind}: {self.detail}".removesuffix(": "), 75)
+        """Its kind, detail and earlier weights, in the lines that they take in the diagram."""
+        detail = ", ".join(filter(None, [self.detail, f"weights of {self.tied}" if self.tied else ""]))
+        return textwrap.wrap(f"{self.kind}: {detail}".removesuffix(": "), 75)
 
     @property
     def height(self) -> float:
         """Of its box with its parts within, in inches."""
         inner = sum(part.height + _GAP for part in self.parts)
-        return _LINE * len(self.text) + (inner + _GAP if self.parts else 0.0)
+        return _LINE * (len(self.text) + bool(self.sets)) + (inner + _GAP if self.parts else 0.0)
 
 
 def module_tree(model: nn.Module) -> Part:
@@ -208,11 +209,12 @@ def _draw(axes: Axes, part: Part, x: float, y: float, colours: Mapping[str, str]
     middle = y + _LINE / 2
     style = {"va": "center_baseline", "fontsize": 9}
     axes.text(x + 0.1, middle, part.name, fontweight="bold", **style)
-    number = f"weights of {part.tied}" if part.tied and not part.number else f"{part.number:,}"
-    axes.text(_WIDTH - x - 0.1, middle, number, ha="right", **style)
-    _draw_sets(axes, part.sets[:_MOST_SQUARES], middle)
+    axes.text(_WIDTH - x - 0.1, middle, f"{part.number:,}" if part.number else "–", ha="right", **style)
     for line in part.text:
-        axes.text(2.3, y + _LINE / 2, line, **style)
+        axes.text(_TEXT, y + _LINE / 2, line, **style)
+        y += _LINE
+    if part.sets:
+        _draw_sets(axes, part.sets[:_MOST_SQUARES], y + _LINE / 2)
         y += _LINE
     for inner in part.parts:
         _draw(axes, inner, x + _INDENT, y, colours)
@@ -221,8 +223,8 @@ def _draw(axes: Axes, part: Part, x: float, y: float, colours: Mapping[str, str]
 
 def _draw_sets(axes: Axes, sets: Sequence[int], y: float) -> None:
     """A numbered square for each repeated module, in the colour of its set of weights."""
-    for place, used in enumerate(sets, start=-len(sets)):
-        x, side = _WIDTH - 1.5 + _SQUARE * place, 0.9 * _SQUARE
+    for place, used in enumerate(sets):
+        x, side = _TEXT + _SQUARE * place, 0.9 * _SQUARE
         colour = tint(_SETS[used % len(_SETS)], 0.55)
         axes.add_patch(Rectangle((x, y - side / 2), side, side, facecolor=colour, edgecolor="none"))
         axes.text(x + side / 2, y, str(used + 1), fontsize=7, ha="center", va="center")

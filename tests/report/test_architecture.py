@@ -44,7 +44,7 @@ def number_of(found: list[str], name: str) -> str:
 def test_the_diagram_has_every_part_and_its_parameters(tmp_path):
     found, groups = drawn(tmp_path), parameter_groups(build_on_meta(SMALL))
     assert number_of(found, "embedding") == f"{groups['token embedding']:,}"
-    assert number_of(found, "output") == "weights of embedding"
+    assert number_of(found, "output") == "–" and "Linear: 64 → 512, weights of embedding" in found
     assert number_of(found, "attention") == f"{groups['attention']:,}"
     assert number_of(found, "ffn") == f"{groups['FFN']:,}"
     assert number_of(found, "model") == f"{sum(groups.values()):,}"
