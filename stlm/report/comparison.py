@@ -279,46 +279,44 @@ def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]
         )
     for name, result in results.items():
         base = baselines.get(result.train.seed, name)
-        if name == base or facts[name] is None or facts[base] is None:
-            continue
-        refusals, warnings = unlike_items(facts[base], facts[name])
-        if refusals:
-            raise UserError(
-                f"{result.items_path} was not scored as {results[base].items_path} was "
-                f"({'; '.join(refusals)}): run `{results[base].evaluate_command}` and "
-                f"`{result.evaluate_command}`"
-            )
-        disturbing += [f"{base} and {name}: {warning}" for warning in warnings]
+        if name != base and facts[name] is not None and facts[base] is not None:
+            disturbing += _differences(results[base], facts[base], result, facts[name])
     return disturbing
 
 
 def published_alike(base: RunResult, published: Mapping[str, PublishedResult]) -> list[str]:
     """Differences in scoring between runs and published models; UserError where rules or files differ."""
-    own, disturbing = base.facts(), []
+    base_facts, disturbing = base.facts(), []
     for name, model in published.items():
         facts = read_facts(model.items_path)
-        if own is None or facts is None:
+        if base_facts is None or facts is None:
             disturbing.append(f"{name}: not said how it, or {base.name}, was scored")
-            continue
-        refusals, warnings = unlike_items(own, facts)
-        if refusals:
-            raise UserError(
-                f"{model.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): "
-                "evaluate both again"
-            )
-        disturbing += [f"{base.name} and {name}: {warning}" for warning in warnings]
+        else:
+            disturbing += _differences(base, base_facts, model, facts)
     return disturbing
 
 
+def _differences(
+    base: RunResult, base_facts: Facts, other: RunResult | PublishedResult, facts: Facts
+) -> list[str]:
+    refusals, warnings = unlike_items(base_facts, facts)
+    if refusals:
+        raise UserError(
+            f"{other.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): run "
+            f"`{base.evaluate_command}` and `{other.evaluate_command}`"
+        )
+    return [f"{base.name} and {other.name}: {warning}" for warning in warnings]
+
+
 def _check_one_evaluation(result: RunResult, facts: Facts | None) -> None:
-    """Refuse an items.parquet that was not written with the evaluation.json beside it."""
+    """Refuse an items.parquet that was not written together with its evaluation.json."""
     if facts is None:
         return
     for key in ("device", "processor", "precision", "code", "settings"):
-        own, beside = getattr(facts, key), getattr(result.evaluation, key)
-        if own != beside:
+        found, expected = getattr(facts, key), getattr(result.evaluation, key)
+        if found != expected:
             raise UserError(
-                f"{result.items_path} says {key}: {own}, evaluation.json beside it {beside}: run "
+                f"{result.items_path} says {key}: {found}, evaluation.json beside it {expected}: run "
                 f"`{result.evaluate_command}`"
             )
 
