@@ -22,6 +22,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json, write_record
 from stlm.layout import EVALUATION, TRAINING, names
 from stlm.study.runs import Run, Study
+from stlm.units import byte_size
 
 if TYPE_CHECKING:
     from stlm.training.memory import Memory, Room
@@ -236,9 +237,9 @@ def check_memory(found: Findings, run: Run, device: str, precision: str, compile
         found.problems.append(_too_much(run, need, room, processes))
     elif need.likely * processes > room.free:
         found.notes.append(
-            f"a step takes about {_size(need.likely * processes)} of memory, and {_size(room.free)} are free "
-            f"({room.what} {_size(room.total)}); if it is killed, lower training.batch_size and raise "
-            "training.accumulation"
+            f"a step takes about {byte_size(need.likely * processes)} of memory, and {byte_size(room.free)} "
+            f"are free ({room.what} {byte_size(room.total)}); if it is killed, lower training.batch_size and "
+            "raise training.accumulation"
         )
 
 
@@ -259,11 +260,11 @@ def _gpu_room() -> Room:
 
 def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
     share = room.total // processes
-    has = f"{room.what} {_size(room.total)}" + (f" for {processes} processes" if processes > 1 else "")
+    has = f"{room.what} {byte_size(room.total)}" + (f" for {processes} processes" if processes > 1 else "")
     if need.weights + need.gradients > share:
         return (
             f"model: {run.parameters.total:,} parameters in {run.model.layers:,} layers need at least "
-            f"{_size(need.weights + need.gradients)} of memory to train (weights, gradients and the "
+            f"{byte_size(need.weights + need.gradients)} of memory to train (weights, gradients and the "
             f"optimizer's moments in float32), but {has}; lower model.layers or model.width"
         )
     most = need.sequences_that_fit(share)
@@ -274,7 +275,7 @@ def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
     )
     return (
         f"training.batch_size: {need.sequences:,} sequences of {run.model.context:,} tokens at once need at "
-        f"least {_size(need.least)} of memory, but {has}; {advice}"
+        f"least {byte_size(need.least)} of memory, but {has}; {advice}"
     )
 
 
@@ -299,8 +300,9 @@ def check_disk(found: Findings, run: Run) -> None:
         if place is None or size * _DISK_TO_SPARE < place[1]:
             continue
         text = (
-            f"{folder}: {len(run.training.checkpoint_steps)} checkpoints of {_size(weights)} and the states "
-            f"that training resumes from take {_size(size)}, and {_size(place[1])} are free on that disk"
+            f"{folder}: {len(run.training.checkpoint_steps)} checkpoints of {byte_size(weights)} and the "
+            f"states that training resumes from take {byte_size(size)}, and {byte_size(place[1])} are free "
+            "on that disk"
         )
         if size > place[1]:
             found.problems.append(f"{text}; free some, or keep fewer (training.checkpoints)")
@@ -316,12 +318,3 @@ def _disk(folder: Path) -> tuple[int, int] | None:
         return folder.stat().st_dev, shutil.disk_usage(folder).free
     except OSError:
         return None
-
-
-def _size(count: float) -> str:
-    """Bytes in a readable unit, from MB on."""
-    for unit in ("MB", "GB", "TB", "PB"):
-        count /= 1000 if unit != "MB" else 1e6
-        if count < 1000:
-            break
-    return f"{count:,.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"

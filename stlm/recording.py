@@ -127,8 +127,8 @@ def record_in_dvc(root: Path = Path()) -> str:
 
 def _check_made(study: Study, root: Path) -> None:
     """Refuse to record what was made with other parameters: `snakemake --touch` takes all as today's."""
-    from stlm.report.asked import check_published, check_scored, check_trained
     from stlm.report.results import EvaluationRecord, PublishedRecord, TrainRecord
+    from stlm.report.settings_check import check_published, check_scored, check_trained
 
     for run in study.runs.values():
         path, command = run.folder / "train.json", f"stlm train {study.name} {run.name}"

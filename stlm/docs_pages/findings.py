@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Literal
 
-from stlm.docs_pages.committed import committed_documents, read_committed, read_table
+from stlm.docs_pages.blocks import block, fill, studies_shown
+from stlm.docs_pages.committed import CommittedVariant, differences, read_committed, read_variants
 from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
-from stlm.report.documents import (
-    FEW_NOTE,
-    Difference,
-    Documents,
-    amount_note,
-    compare_seeds,
-    interval_text,
-)
+from stlm.report.comparison import SIGN, SIGN_ITEMS, significant
+from stlm.report.documents import FEW_NOTE, Difference, amount_note, interval_text
 from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
-from stlm.report.noise import noise_note
-from stlm.report.results import TextRecord, TrainRecord
-from stlm.report.table import Cell, Table, markdown
+from stlm.report.notes import noise_note
+from stlm.report.table import Cell, Table, markdown, read_table
 from stlm.report.unlike import Row, unlike_note
 
 FINDINGS = Path("docs/findings.md")
 _BENCHMARK, _MODE = "blimp", "harness"
 # What a block shows: the study in short, or a table of its report by name.
 _SHORT = "in short"
-_BEGIN = "<!-- {what}: written by `stlm document` from results/{study}/ -->\n"
-_END = "<!-- /table -->\n"
-_BLOCK = re.compile(_BEGIN.format(what="([a-z0-9 -]+)", study="([a-z0-9_-]+)") + "(.*?)" + _END, re.DOTALL)
-
-
-@dataclass
-class _Variant:
-    """A variant's first record, and by seed: bits per byte on test text (`text` says on how much), those of
-    each document, accuracy, and its difference."""
-
-    train: TrainRecord
-    text: TextRecord
-    bits: dict[int, float] = field(default_factory=dict)
-    documents: dict[int, Documents | None] = field(default_factory=dict)
-    accuracy: dict[int, float] = field(default_factory=dict)
-    items: int = 0
-    paired: dict[str, str] = field(default_factory=dict)
 
 
 def studies_with_results(root: Path) -> list[str]:
@@ -63,19 +37,17 @@ def findings_page(root: Path = Path()) -> str:
     Raises UserError for a table of a study that has no results: what was not run is not in the findings.
     """
     text = (root / FINDINGS).read_text(encoding="utf-8")
-    there = studies_with_results(root)
-    named = [match[2] for match in _BLOCK.finditer(text)]
-    absent = [study for study in named if study not in there]
+    present, named = studies_with_results(root), studies_shown(text)
+    absent = [study for study in named if study not in present]
     if absent:
         raise UserError(
             f"{FINDINGS}: has a table of {', '.join(absent)}, but results/{absent[0]}/metrics.json is "
             "missing: run the study, or take its section out"
         )
-    page = _BLOCK.sub(lambda match: _block(root, match[2], match[1]), text)
-    for study in there:
-        if study not in named:
-            page += f"\n## `{study}`\n\n{_block(root, study)}"
-    return page
+    page = fill(FINDINGS, text, lambda what, study: _block(root, study, what))
+    return page + "".join(
+        f"\n## `{study}`\n\n{_block(root, study)}\n" for study in present if study not in named
+    )
 
 
 def write_findings(root: Path = Path()) -> Path:
@@ -95,46 +67,50 @@ def _block(root: Path, study: str, what: str = _SHORT) -> str:
         raise UserError(
             f"{FINDINGS}: shows {path.relative_to(root)}, which is missing: run `stlm report {study}`"
         )
-    return f"{_BEGIN.format(what=what, study=study)}{table}{_END}"
+    return block(what, table, study, end="table")
 
 
 def findings_table(study: str, folder: Path) -> Table:
     """A row a variant of the study whose results are in `folder`, the baseline first."""
-    variants = _read(folder)
+    variants, tests = read_variants(folder), _tests(folder)
     base = next(iter(variants.values()))
-    bits = seed_noise({name: own.bits for name, own in variants.items()})
-    accuracy = seed_noise({name: own.accuracy for name, own in variants.items()})
-    scored = any(own.accuracy for own in variants.values())
-    over_documents = {name: compare_seeds(own.documents, base.documents) for name, own in variants.items()}
+    accuracies = {name: _accuracies(variant) for name, variant in variants.items()}
+    scored = any(accuracies.values())
+    bits = seed_noise({name: variant.bits for name, variant in variants.items()})
+    accuracy = seed_noise(accuracies)
+    over_documents = {name: variant.over_documents(base) for name, variant in variants.items()}
     kept = any(over_documents.values())
     rows = []
-    for own in variants.values():
-        train = own.train
-        row = [
-            Cell(train.label),
-            Cell(count(train.parameters.total)),
-            Cell(f"{train.total_flops:.2e}"),
-            Cell(count(train.tokens + (train.start.tokens if train.start else 0))),
-            Cell(str(len(own.bits))),
-            Cell(_mean(own.bits, 1, 3)),
-            Cell("" if own is base else _difference(own, base, "bits", bits, 1, 3)),
+    for name, variant in variants.items():
+        train = variant.train
+        models = (name, base.train.variant)
+        cells = [
+            train.label,
+            count(train.parameters.total),
+            f"{train.total_flops:.2e}",
+            count(train.tokens + (train.start.tokens if train.start else 0)),
+            str(len(variant.bits)),
+            _mean(variant.bits, 1, 3),
+            _difference(differences(variant.bits, base.bits), bits, models, 1, 3),
         ]
+        compared = [6]  # columns that are empty for the baseline
         if kept:
-            over = None if own is base else over_documents[train.variant]
-            shown = "–" if over is None else interval_text(over.interval, over.few, signed=True)
-            row.append(Cell("" if own is base else shown))
+            found = over_documents[name]
+            cells.append("–" if found is None else interval_text(found.interval, found.few, signed=True))
+            compared.append(7)
         if scored:
-            row += [
-                Cell(_mean(own.accuracy, 100, 1)),
-                Cell("" if own is base else _accuracy(own, base, accuracy)),
-            ]
-        rows.append(row)
+            shared = differences(accuracies[name], accuracies[base.train.variant])
+            test = tests.get(list(variant.trains)[-1], {}) if accuracies[name] else {}
+            over_items = accuracy is None and test.get("difference")
+            cells.append(_mean(accuracies[name], 100, 1))
+            cells.append(_over_items(test) if over_items else _difference(shared, accuracy, models, 100, 1))
+            compared.append(len(cells) - 1)
+        rows.append([Cell("" if variant is base and n in compared else text) for n, text in enumerate(cells)])
     header = ["", "parameters", "training FLOPs", "tokens", "seeds", "bits per byte (test)"]
-    header.append(f"difference from {base.train.label}")
-    if kept:
-        header.append("over documents")
+    header += [f"difference from {base.train.label}", *(["over documents"] if kept else [])]
     if scored:
-        header += [f"{benchmark_label(_BENCHMARK)} (%, n = {base.items:,})", "difference (points)"]
+        label = f"{benchmark_label(_BENCHMARK)} (%, n = {_items(variants):,})"
+        header += [label, "difference (points)"]
     return Table(
         name="findings",
         title=f"Study {study}",
@@ -142,43 +118,48 @@ def findings_table(study: str, folder: Path) -> Table:
         rows=rows,
         notes=[
             *_notes(variants, bits, accuracy, scored),
-            amount_note((own.train.label, own.text) for own in variants.values()),
-            *_document_notes(over_documents.values()),
+            amount_note((variant.train.label, variant.text) for variant in variants.values()),
+            *_document_notes([found for found in over_documents.values() if found is not None]),
             *filter(None, [_unlike(folder)]),
         ],
     )
 
 
-def _document_notes(compared: Iterable[Difference | None]) -> list[str]:
+def _accuracies(variant: CommittedVariant) -> dict[int, float]:
+    """The accuracy of the one benchmark that the table shows, by seed."""
+    found = {}
+    for run, train in variant.trains.items():
+        scored = variant.last[run].benchmarks.get(_BENCHMARK)
+        if scored is not None and _MODE in scored.modes:
+            found[train.seed] = scored.modes[_MODE].acc.value
+    return found
+
+
+def _items(variants: Mapping[str, CommittedVariant]) -> int:
+    """The number of items that the baseline answered last."""
+    base = next(iter(variants.values()))
+    modes = [
+        last.benchmarks[_BENCHMARK].modes for last in base.last.values() if _BENCHMARK in last.benchmarks
+    ]
+    return next((scored[_MODE].acc.n for scored in reversed(modes) if _MODE in scored), 0)
+
+
+def _tests(folder: Path) -> dict[str, dict[str, str]]:
+    """By run, the row of statistics.csv for the benchmark that the table shows, at the last checkpoint."""
+    statistics = read_table(folder / "tables" / "statistics.csv")
+    wanted = {"kind": "run", "benchmark": _BENCHMARK, "metric": "acc", "mode": _MODE}
+    rows = csv.DictReader(io.StringIO(statistics))  # the last checkpoint comes last
+    return {row["run"]: row for row in rows if wanted.items() <= row.items()}
+
+
+def _document_notes(found: list[Difference]) -> list[str]:
     """What the column `over documents` says, where the study's runs kept the scores of their documents."""
-    found = [own for own in compared if own is not None]
     if not found:
         return []
     note = (
         "Over documents: the difference's 95% interval when documents are resampled, paired; not other seeds."
     )
-    return [note, *([FEW_NOTE] if any(own.few for own in found) else [])]
-
-
-def _read(folder: Path) -> dict[str, _Variant]:
-    """Variants in the report's order, from the files of their runs."""
-    statistics = read_table(folder / "tables" / "statistics.csv")
-    rows = [row for row in csv.DictReader(io.StringIO(statistics)) if row["kind"] == "run"]
-    paired = {
-        row["run"]: row
-        for row in rows  # the last checkpoint's come last
-        if (row["benchmark"], row["metric"]) == (_BENCHMARK, "acc") and row["mode"] == _MODE
-    }
-    variants: dict[str, _Variant] = {}
-    for run, train, last, _ in read_committed(folder):
-        own = variants.setdefault(train.variant, _Variant(train, last.perplexity))
-        own.bits[train.seed] = last.perplexity.bits_per_byte
-        own.documents[train.seed] = committed_documents(folder, run, last)
-        modes = last.benchmarks[_BENCHMARK].modes if _BENCHMARK in last.benchmarks else {}
-        if _MODE in modes:
-            scored = modes[_MODE].acc
-            own.accuracy[train.seed], own.items, own.paired = scored.value, scored.n, paired.get(run, {})
-    return variants
+    return [note, *([FEW_NOTE] if any(difference.few for difference in found) else [])]
 
 
 def _unlike(folder: Path) -> str | None:
@@ -195,40 +176,31 @@ def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
 
 
 def _difference(
-    own: _Variant,
-    base: _Variant,
-    figure: Literal["bits", "accuracy"],
-    noise: SeedNoise | None,
-    scale: float,
-    digits: int,
+    found: list[float], noise: SeedNoise | None, models: tuple[str, str], scale: float, digits: int
 ) -> str:
     """The mean over common seeds, with its 95% interval where the noise of seeds is known."""
-    values, references = getattr(own, figure), getattr(base, figure)
-    differences = [value - references[seed] for seed, value in values.items() if seed in references]
-    if not differences:
+    if not found:
         return "–"
-    value = scale * mean(differences)
+    value = scale * mean(found)
     if noise is None:
         return difference_text(value, digits)
-    half = scale * noise.half_width(differences, (own.train.variant, base.train.variant))
+    half = scale * noise.half_width(found, models)
     interval = f"[{difference_text(value - half, digits)}, {difference_text(value + half, digits)}]"
     return f"{difference_text(value, digits)} {interval}"
 
 
-def _accuracy(own: _Variant, base: _Variant, noise: SeedNoise | None) -> str:
-    """Over seeds where there are several; else over items, as the report tested it."""
-    if noise is not None or not own.paired.get("difference"):
-        return _difference(own, base, "accuracy", noise, 100, 1)
-    value, low, high = (float(own.paired[f"difference{end}"]) / 100 for end in ("", "_low", "_high"))
-    sign = "*" if own.paired["p_holm"] and float(own.paired["p_holm"]) < 0.05 else ""
-    groups = [own.paired.get(f"difference_clustered_{end}") for end in ("low", "high")]
+def _over_items(test: Mapping[str, str]) -> str:
+    """The difference over items, as the report tested it."""
+    value, low, high = (float(test[f"difference{end}"]) / 100 for end in ("", "_low", "_high"))
+    sign = SIGN if test["p_holm"] and significant(float(test["p_holm"])) else ""
+    groups = [test.get(f"difference_clustered_{end}") for end in ("low", "high")]
     if sign and all(groups) and float(groups[0]) <= 0 <= float(groups[1]):
-        sign = "†"
+        sign = SIGN_ITEMS
     return f"{percent(value, signed=True)}{sign} {bounds(low, high, signed=True)}"
 
 
 def _notes(
-    variants: Mapping[str, _Variant], bits: SeedNoise | None, accuracy: SeedNoise | None, scored: bool
+    variants: Mapping[str, CommittedVariant], bits: SeedNoise | None, accuracy: SeedNoise | None, scored: bool
 ) -> list[str]:
     if bits is None:
         notes = [
@@ -243,8 +215,8 @@ def _notes(
                 "another seed."
             )
         return notes
-    seeds = max(len(own.bits) for own in variants.values())
-    labels = {name: own.train.label for name, own in variants.items()}
+    seeds = max(len(variant.bits) for variant in variants.values())
+    labels = {name: variant.train.label for name, variant in variants.items()}
     return [
         f"±: standard deviation over the {seeds} seeds. In brackets 95% intervals of differences, paired by "
         f"seed, from the noise of the seeds of all variants together (standard deviation {bits.sd:.4f} bits "

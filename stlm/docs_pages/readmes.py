@@ -22,6 +22,7 @@ from stlm.corpora.config import (
     VocabularyEntry,
     WheelSource,
 )
+from stlm.docs_pages.blocks import block, fill
 from stlm.docs_pages.committed import read_committed
 from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
@@ -39,9 +40,8 @@ from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
 README = Path("README.md")
-# The study that README.md shows, and the comments that enclose what is generated.
+# The study that README.md shows.
 SHOWN = Path("results/desk")
-_BEGIN, _END = "<!-- results: written by `stlm document` from results/desk/ -->\n", "<!-- /results -->"
 # The first words of the headers of the columns that README.md takes from the table of docs/findings.md.
 _COLUMNS = ("", "bits per byte", "difference from", "BLiMP")
 _MOST_ROWS = 5
@@ -200,11 +200,8 @@ def readme_with_results(root: Path = Path()) -> str:
     Raises UserError where README.md lacks the comments between which they stand.
     """
     text = (root / README).read_text(encoding="utf-8")
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise UserError(f"{README}: expected once each: {_BEGIN.strip()} and {_END}")
-    before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
-    return before + _BEGIN + _results(root / SHOWN) + "\n" + _END + after
+    results = f"{_results(root / SHOWN)}\n"
+    return fill(README, text, lambda name, study: block(name, results, study), needed=["results"])
 
 
 def headline_table(folder: Path) -> Table:

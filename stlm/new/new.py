@@ -28,6 +28,7 @@ from stlm.study.catalogues import PARAMS, load_benchmarks, load_corpora, load_vo
 from stlm.study.load import load_study
 from stlm.study.names import LONGEST_NAME, NOT_STUDIES, is_name, study_names
 from stlm.tokens.splits import FEW_UNITS, held_out
+from stlm.units import byte_size
 
 _SOME_DOCUMENTS = 100  # with fewer, held-out splits get a handful
 _LEAST_QUESTIONS = 100  # of last_word; with fewer, the interval exceeds ten points to each side
@@ -141,14 +142,15 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
     about = "about " if found.sampled else ""
     formats = ", ".join(f"{count:,} {name}" for name, count in found.formats.most_common())
     lines = [
-        f"{_count(found.files, 'file')} ({formats}), {_size(found.file_bytes)}, in {sources.root}",
-        f"{about}{_count(found.documents, 'document')}, {about}{_size(found.all_bytes)} of text, "
+        f"{_count(found.files, 'file')} ({formats}), {byte_size(found.file_bytes)}, in {sources.root}",
+        f"{about}{_count(found.documents, 'document')}, {about}{byte_size(found.all_bytes)} of text, "
         f"{about}{round(found.characters * found.scale):,} characters",
     ]
     if found.sampled:
         how = "; how far files are compressed was assumed" if found.assumed else ""
         lines.append(
-            f"counted in {_count(found.read_files, 'file')}, {_size(found.read_bytes)}, and extrapolated{how}"
+            f"counted in {_count(found.read_files, 'file')}, {byte_size(found.read_bytes)}, and "
+            f"extrapolated{how}"
         )
     lines += [note for note in notes if note]
     lines.append(f"language: {found.language.name} (a guess)")
@@ -176,15 +178,6 @@ def _found(sources: Sources, found: Look, notes: Sequence[str]) -> list[str]:
 def _count(number: int, what: str) -> str:
     """A number with its noun: 1 file, 2 files."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
 
 
 def _choose(
@@ -215,7 +208,7 @@ def _choose(
         seeds = max(1, min(3, int(60 * wishes.minutes / seconds)))
         best = replace(best, seeds=seeds)
         seconds = study_seconds(best, found.all_bytes, test, questions, speed)
-    about = f"{_size(found.all_bytes)} of text in {_count(found.documents, 'document')}"
+    about = f"{byte_size(found.all_bytes)} of text in {_count(found.documents, 'document')}"
     files = dict(sources.patterns)
     corpus = Corpus(name, _path(sources.root), files, column, cut, found.language, about)
     return Chosen(corpus, best, questions, train, found.documents, seconds / 60, speed.device)
@@ -315,8 +308,8 @@ def _advice(chosen: Chosen, wishes: Wishes) -> list[str]:
         lines.append(f"That is more than the {wishes.minutes:g} minutes asked for: {why}")
     if chosen.train_bytes < FEW_BYTES:
         lines.append(
-            f"Caution: {_size(chosen.train_bytes)} of training text is little, below {_size(FEW_BYTES)} "
-            "differences between techniques are mostly chance"
+            f"Caution: {byte_size(chosen.train_bytes)} of training text is little, below "
+            f"{byte_size(FEW_BYTES)} differences between techniques are mostly chance"
         )
     return [
         *lines,

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
-from stlm.docs_pages.committed import write_checksums
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
 from stlm.layout import METRICS, REPORT, names
 from stlm.provenance import code_version
@@ -35,7 +34,7 @@ from stlm.report.records import write_records
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.sources import read_texts
 from stlm.report.statistics import statistics_records
-from stlm.report.table import Table, csv_text, write_table
+from stlm.report.table import Table, csv_text, write_checksums, write_table
 from stlm.report.training import write_training_pages
 from stlm.report.unlike import rows_of, unlike_note
 from stlm.study.runs import Study

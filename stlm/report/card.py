@@ -1,4 +1,4 @@
-"""The model card of a run (Mitchell et al. 2019): what it is made of and how, its results, and its limits.
+"""The model card of a run (Mitchell et al. 2019): data, model, training, results and limits.
 
 Markdown under YAML front matter, as the Hugging Face hub reads it.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel
 
 from stlm.corpora.language import NAMES
@@ -24,7 +24,6 @@ from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mo
 from stlm.report.contamination import Contamination, contamination_note
 from stlm.report.documents import amount
 from stlm.report.hyperparameters import settings
-from stlm.report.items import read_outcomes
 from stlm.report.names import benchmark_label, bounds, percent
 from stlm.report.results import (
     CheckpointResult,
@@ -34,6 +33,7 @@ from stlm.report.results import (
     TrainRecord,
     run_label,
 )
+from stlm.report.run_files import read_outcomes
 from stlm.report.sources import Text, read_texts
 from stlm.report.table import Cell, Table, markdown
 from stlm.study.runs import Study
@@ -61,9 +61,9 @@ deployment, and not for advice, facts or decisions about people.
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a checkpoint; None, or nothing in a collection, where no file says so.
+    """What is known of a checkpoint; None or empty where no file says.
 
-    `chance[benchmark]` is the expected accuracy of a blind choice, a fraction.
+    `chance[benchmark]`: the expected accuracy of a random choice, a fraction.
     """
 
     title: str
@@ -76,23 +76,34 @@ class Card:
     contamination: Contamination | None
     texts: Sequence[Text]
 
-    def metadata(self, **more: Any) -> dict[str, Any]:
-        """The hub's metadata, `more` among it."""
-        repositories = [text.repository for text in self.texts if text.repository]
+    def metadata(self, **more: Any) -> ModelCardData:
+        """The metadata of the Hugging Face hub, `more` among it; accuracies are fractions."""
         languages = list(dict.fromkeys(text.language for text in self.texts if text.language))
-        return {
-            **({"language": languages[0] if len(languages) == 1 else languages} if languages else {}),
-            "license": "unknown",
+        return ModelCardData(
+            language=(languages[0] if len(languages) == 1 else languages) or None,
+            license="unknown",
+            pipeline_tag="text-generation",
+            tags=["stlm", "super-tiny-language-models"],
+            datasets=[text.repository for text in self.texts if text.repository] or None,
+            **({"model_name": self.title, "eval_results": self._evaluated()} if self.result else {}),
             **more,
-            "pipeline_tag": "text-generation",
-            "tags": ["stlm", "super-tiny-language-models"],
-            **({"datasets": repositories} if repositories else {}),
-            **({"model-index": [self._index()]} if self.result is not None else {}),
-        }
+        )
+
+    def _evaluated(self) -> list[EvalResult]:
+        def entry(kind: str, label: str, metric: str, name: str, value: float) -> EvalResult:
+            return EvalResult("text-generation", kind, label, metric, round(value, 4), metric_name=name)
+
+        corpus, bits = self.train.corpus, self.result.perplexity.bits_per_byte
+        return [
+            entry(corpus, corpus, "bits_per_byte", "bits per byte", bits),
+            *(
+                entry(name, benchmark_label(name), "accuracy", f"{metric}, {mode} mode", found.value)
+                for (name, mode, metric), found in self.accuracies.items()
+            ),
+        ]
 
     def markdown(self, use: str = "", **more: Any) -> str:
-        """The whole card, how to `use` the model second in it; `more` goes to the metadata at its top."""
-        head = yaml.safe_dump(self.metadata(**more), sort_keys=False, width=110, allow_unicode=True)
+        """The whole card, with the section `use` second; `more` goes to the metadata at its top."""
         sections = {
             **({"Use": use} if use else {}),
             "Data": self._data(),
@@ -107,11 +118,12 @@ class Card:
             "Citation": _CITATION,
         }
         body = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections.items())
-        return f"---\n{head}---\n\n# {self.title}\n\n{self._summary()}\n\n{body}\n"
+        head = self.metadata(**more).to_yaml()
+        return f"---\n{head}\n---\n\n# {self.title}\n\n{self._summary()}\n\n{body}\n"
 
     @property
     def _unit(self) -> str:
-        """What the model reads a position: byte-level ones, chunks of bytes."""
+        """What a position of the model's input is: for byte-level models, a chunk of bytes."""
         return "chunks" if self.train.model.get("bytes") else "tokens"
 
     def _summary(self) -> str:
@@ -151,7 +163,7 @@ class Card:
         return f"{self._languages()}\n\n{markdown(table)}"
 
     def _languages(self) -> str:
-        """The languages of the text in words; each component's own, where a mix has several."""
+        """The languages of the text in words; of each component where a mix has several."""
         named = {text.name: _language(text.language) for text in self.texts}
         if len(set(named.values())) == 1:
             return f"Language: {next(iter(named.values()))}."
@@ -191,7 +203,7 @@ class Card:
         )
 
     def _origin(self) -> str:
-        """What was trained before, where the run began with another's weights."""
+        """The training that went before, where the run began with another's weights."""
         start = self.train.start
         if start is None:
             return ""
@@ -238,7 +250,7 @@ class Card:
         ) + (f"\n\n{markdown(table)}" if rows else "")
 
     def _guessing(self) -> list[str]:
-        """The benchmarks none of whose accuracies is above chance, by the wider of their intervals."""
+        """Benchmarks with no accuracy significantly above chance, by the wider of its intervals."""
         above: dict[str, bool] = {}
         for (benchmark, _, _), found in self.accuracies.items():
             if benchmark in self.chance:
@@ -262,23 +274,6 @@ class Card:
             f"whoever publishes it chooses one that the terms of its training text allow.\n\n{texts}"
         )
 
-    def _index(self) -> dict[str, Any]:
-        """The results as the hub's metadata holds them; accuracies are fractions."""
-        own = self.result.perplexity
-        results = [
-            _entry(
-                self.train.corpus, self.train.corpus, {"bits per byte": own.bits_per_byte}, "bits_per_byte"
-            ),
-        ]
-        for benchmark in dict.fromkeys(benchmark for benchmark, _, _ in self.accuracies):
-            named = {
-                f"{metric}, {mode} mode": found.value
-                for (name, mode, metric), found in self.accuracies.items()
-                if name == benchmark
-            }
-            results.append(_entry(benchmark_label(benchmark), benchmark, named, "accuracy"))
-        return {"name": self.title, "results": results}
-
 
 def _over_documents(own: Perplexity) -> str:
     if own.interval is None:
@@ -288,21 +283,11 @@ def _over_documents(own: Perplexity) -> str:
 
 
 def _language(tag: str | None) -> str:
-    """A language as people call it, with its tag: English (en)."""
+    """The name of a language with its tag: English (en)."""
     if tag is None:
         return "not stated (`language` in params/corpora.yaml)"
     name = NAMES.get(tag.partition("-")[0].lower())
     return f"{name} ({tag})" if name else tag
-
-
-def _entry(name: str, kind: str, metrics: Mapping[str, float], metric: str) -> dict[str, Any]:
-    return {
-        "task": {"type": "text-generation"},
-        "dataset": {"name": name, "type": kind},
-        "metrics": [
-            {"type": metric, "name": own, "value": round(value, 4)} for own, value in metrics.items()
-        ],
-    }
 
 
 def write_cards(
@@ -330,7 +315,7 @@ def write_cards(
 
 
 def read_card(checkpoint: Path) -> Card | None:
-    """The card of a checkpoint's folder, from what a run leaves beside it; None where there is no train.json.
+    """The card of a checkpoint's folder, from the files of its run; None where there is no train.json.
 
     Raises UserError for a file that is damaged.
     """
@@ -378,7 +363,7 @@ def read_card(checkpoint: Path) -> Card | None:
 
 
 class _Description(BaseModel):
-    """What a checkpoint's config.json says of its run."""
+    """The keys of a checkpoint's config.json that identify its run."""
 
     study: str
     step: int

@@ -28,7 +28,7 @@ Score = tuple[str, str, str]
 # With two seeds a standard deviation says next to nothing, and a t interval is 6 times as wide as with three.
 FEWEST_SEEDS = 3
 SIGNIFICANT = 0.05
-# After a difference that is significant; and after one that is so over these items, not over their groups.
+# Follows a significant difference; the second, one that is significant over items but not over groups.
 SIGN, SIGN_ITEMS = "*", "†"
 
 
@@ -49,12 +49,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Paired:
-    """A run against the baseline on the `n` items that both answered.
+    """A run compared with the baseline on the `n` items that both answered.
 
     `difference` is the mean of the item-wise differences (a fraction, positive: the run is better) with its
     95% bootstrap `interval` over items and, where there are groups, over groups (`clustered`). `better` and
-    `worse` count the items on which the run's credit was higher and lower; `p` is the two-sided exact McNemar
-    test of them, `adjusted` the same after Holm's correction for all tests of the table.
+    `worse` count the items on which the run's credit was higher and lower; `p` is that of the two-sided
+    exact McNemar test of these counts, `adjusted` the same after Holm's correction for the table's tests.
     """
 
     n: int
@@ -96,9 +96,9 @@ class Point:
 class Comparisons:
     """`points[run][checkpoint][score]`, `seeds[variant][score]`, and `chance[benchmark]` as a fraction.
 
-    Of the last checkpoints, the tests that the tables show are adjusted for their number, `tests[mode,
-    metric]`: one a benchmark and run, or one a benchmark and variant with seeds enough for a test over them.
-    `disturbing` says how runs were scored differently, in ways that should not but may move the figures.
+    The tests that tables show, those of the last checkpoints, are adjusted for their number, `tests[mode,
+    metric]`: one for each benchmark and run, or variant where there are enough seeds for a test over them.
+    `disturbing` lists differences in scoring that should not change the figures, but may.
     """
 
     points: Mapping[str, Mapping[str, Mapping[Score, Point]]]
@@ -201,9 +201,9 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
 def _partners(
     results: Mapping[str, RunResult], baselines: Mapping[int, str]
 ) -> dict[tuple[str | None, str], list[tuple[str, str]]]:
-    """By the baseline's run and checkpoint, the (run, checkpoint) to hold against it, its own first.
+    """(Baseline run, checkpoint) -> the (run, checkpoint) pairs compared with it, itself first.
 
-    What has no partner stands alone, under None and its own name.
+    A checkpoint without a partner is listed alone, under None and its name.
     """
     found: dict[tuple[str | None, str], list[tuple[str, str]]] = {
         (name, checkpoint): [(name, checkpoint)]
@@ -243,7 +243,7 @@ def _codes(group: pd.Series) -> pd.Series | None:
 
 
 def _within(interval: Interval | None) -> Interval | None:
-    """The part of an accuracy's interval that accuracies can take."""
+    """An accuracy's interval, clipped to 0..1."""
     return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
 
 
@@ -266,7 +266,7 @@ def _point(items, base_items, base: str | None, key: Score) -> Point:
 
 
 def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]) -> list[str]:
-    """What may disturb the comparisons; UserError where a run was scored by other rules or files."""
+    """Differences in scoring that may affect comparisons; UserError where rules or files differ."""
     facts = {name: result.facts() for name, result in results.items()}
     for name, result in results.items():
         _check_one_evaluation(result, facts[name])
@@ -279,47 +279,44 @@ def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]
         )
     for name, result in results.items():
         base = baselines.get(result.train.seed, name)
-        if name == base or facts[name] is None or facts[base] is None:
-            continue
-        refusals, warnings = unlike_items(facts[base], facts[name])
-        if refusals:
-            raise UserError(
-                f"{result.items_path} was not scored as {results[base].items_path} was "
-                f"({'; '.join(refusals)}): run `{results[base].evaluate_command}` and "
-                f"`{result.evaluate_command}`"
-            )
-        disturbing += [f"{base} and {name}: {warning}" for warning in warnings]
+        if name != base and facts[name] is not None and facts[base] is not None:
+            disturbing += _differences(results[base], facts[base], result, facts[name])
     return disturbing
 
 
 def published_alike(base: RunResult, published: Mapping[str, PublishedResult]) -> list[str]:
-    """What may disturb a look from the runs to published models; UserError where their scores are of another
-    kind than the baseline's."""
-    own, disturbing = base.facts(), []
+    """Differences in scoring between runs and published models; UserError where rules or files differ."""
+    base_facts, disturbing = base.facts(), []
     for name, model in published.items():
         facts = read_facts(model.items_path)
-        if own is None or facts is None:
+        if base_facts is None or facts is None:
             disturbing.append(f"{name}: not said how it, or {base.name}, was scored")
-            continue
-        refusals, warnings = unlike_items(own, facts)
-        if refusals:
-            raise UserError(
-                f"{model.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): "
-                "evaluate both again"
-            )
-        disturbing += [f"{base.name} and {name}: {warning}" for warning in warnings]
+        else:
+            disturbing += _differences(base, base_facts, model, facts)
     return disturbing
 
 
+def _differences(
+    base: RunResult, base_facts: Facts, other: RunResult | PublishedResult, facts: Facts
+) -> list[str]:
+    refusals, warnings = unlike_items(base_facts, facts)
+    if refusals:
+        raise UserError(
+            f"{other.items_path} was not scored as {base.items_path} was ({'; '.join(refusals)}): run "
+            f"`{base.evaluate_command}` and `{other.evaluate_command}`"
+        )
+    return [f"{base.name} and {other.name}: {warning}" for warning in warnings]
+
+
 def _check_one_evaluation(result: RunResult, facts: Facts | None) -> None:
-    """Refuse an items.parquet that was not written with the evaluation.json beside it."""
+    """Refuse an items.parquet that was not written together with its evaluation.json."""
     if facts is None:
         return
     for key in ("device", "processor", "precision", "code", "settings"):
-        own, beside = getattr(facts, key), getattr(result.evaluation, key)
-        if own != beside:
+        found, expected = getattr(facts, key), getattr(result.evaluation, key)
+        if found != expected:
             raise UserError(
-                f"{result.items_path} says {key}: {own}, evaluation.json beside it {beside}: run "
+                f"{result.items_path} says {key}: {found}, evaluation.json beside it {expected}: run "
                 f"`{result.evaluate_command}`"
             )
 

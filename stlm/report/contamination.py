@@ -1,4 +1,4 @@
-"""The table of contamination: how many items of each benchmark stand in the training text."""
+"""How many benchmark items, and how much held-out text, the training text contains: two tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stlm.study.runs import Study
 
 
 class Example(BaseModel):
-    """Words that an item shares, and the document of the component's train split that has them first."""
+    """Words that an item shares with the training text, and the first document of train that has them."""
 
     item: str
     words: str
@@ -39,7 +39,7 @@ class BenchmarkContamination(BaseModel):
 
 
 class Leak(BaseModel):
-    """Of a held-out split: word sequences that stand in train, as `stlm.tokens.leaks` measures them."""
+    """Word sequences of a held-out split that also occur in train, as `stlm.tokens.leaks` counts them."""
 
     documents: int
     ngrams: int
@@ -50,7 +50,7 @@ class Leak(BaseModel):
 
 
 class HeldOut(BaseModel):
-    """Leaks of val and test; sequences of `words` words, of which one in `one_in` was looked at."""
+    """Leaks of val and test: sequences of `words` words, of which one in `one_in` was looked up."""
 
     words: int
     one_in: int
@@ -66,7 +66,7 @@ class CorpusContamination(BaseModel):
 
 
 class Contamination(BaseModel):
-    """contamination.json: corpus -> benchmark -> numbers of items; `made`: what decides which are made."""
+    """contamination.json: corpus -> benchmark -> numbers of items; `made`: settings of generated items."""
 
     sizes: list[int]
     made: dict[str, Any] | None = None
@@ -75,7 +75,7 @@ class Contamination(BaseModel):
 
 
 def read_contamination(study: Study) -> Contamination:
-    """The study's contamination.json. UserError: missing, damaged, of other corpora or benchmarks."""
+    """The study's contamination.json. UserError where it is missing, damaged, or of another study's data."""
     path, command = study.folder / "contamination.json", f"run: stlm contamination {study.name}"
     if not path.is_file():
         raise UserError(f"{path}: is missing; {command}")
@@ -110,7 +110,7 @@ def _versions(benchmarks: Mapping[str, str]) -> str:
 
 
 def contamination_table(study: Study, contamination: Contamination) -> Table:
-    """A row a benchmark: how many items, and how many share how much with each corpus of the study."""
+    """A row per benchmark and corpus: the number of items, and how many share n-grams with the corpus."""
     rows: list[Sequence[Cell] | Section] = []
     records: list[dict[str, object]] = []
     for corpus, own in contamination.corpora.items():
@@ -138,7 +138,7 @@ def contamination_table(study: Study, contamination: Contamination) -> Table:
 
 
 def contamination_note(contamination: Contamination) -> str | None:
-    """A line for tables of accuracies; None where no item shares a long n-gram or stands whole in a text."""
+    """A note for tables of accuracies; None where no item is contaminated."""
     parts = [
         f"{benchmark_label(name)} {counted.contaminated:,} of {counted.items:,}"
         + (f" ({corpus})" if len(contamination.corpora) > 1 else "")
@@ -185,3 +185,51 @@ def _notes(contamination: Contamination) -> list[str]:
 def _shortened(words: str, most: int = 20) -> str:
     listed = words.split()
     return words if len(listed) <= most else f"{' '.join(listed[:most])} …"
+
+
+def leaks_table(study: Study, contamination: Contamination) -> Table | None:
+    """A row per held-out split; None where no corpus was measured (tokenized by an earlier version)."""
+    rows: list[Sequence[Cell] | Section] = []
+    records: list[dict[str, object]] = []
+    words = 0
+    for corpus, own in contamination.corpora.items():
+        if own.held_out is None:
+            continue
+        words = own.held_out.words
+        size = f"{own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"
+        drawn = "" if own.held_out.one_in == 1 else f"; one in {own.held_out.one_in} sequences looked at"
+        rows.append(Section(f"{corpus}, train split: {size}{drawn}"))
+        for split, leak in (("val", own.held_out.val), ("test", own.held_out.test)):
+            cells = [
+                split,
+                f"{leak.documents:,}",
+                f"{leak.ngrams:,}",
+                "–" if leak.share is None else f"{leak.share:.2%}",
+                f"{leak.above_half:,}",
+                f"{leak.above_fifth:,}",
+                "–" if leak.worst is None else f"{leak.worst:.0%}",
+            ]
+            rows.append([Cell(text) for text in cells])
+            records.append({"corpus": corpus, "split": split, **leak.model_dump()})
+    if not rows:
+        return None
+    notes = [
+        "Words as in the table of contamination. Near-duplicate documents are in one split, unless the "
+        "source declares its splits; what is left are quotations, set phrases and what the source repeats."
+    ]
+    return Table(
+        name="leaks",
+        title=f"Held-out text that stands in the training text; study {study.name}",
+        header=[
+            "",
+            "documents",
+            f"sequences of\n{words} words",
+            "of these\nin train",
+            "documents\nabove a half",
+            "above\na fifth",
+            "most of\na document",
+        ],
+        rows=rows,
+        notes=notes,
+        records=records,
+    )

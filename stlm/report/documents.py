@@ -1,7 +1,6 @@
-"""How much text bits per byte are of, and how far other documents would move them.
+"""Bits per byte over documents: the amount of text measured, intervals, and paired differences.
 
-Two models on the same documents are compared document by document: what makes a document hard is the same for
-both, and cancels.
+Two models are compared document by document, on the same documents: how hard a document is cancels out.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval, few_units, ratio_bootstrap
 from stlm.integrity import check_beside
-from stlm.report.names import count, difference_text, some
+from stlm.report.names import difference_text, some
 from stlm.report.results import CheckpointResult, Perplexity, PublishedResult, RunResult, TextRecord
 from stlm.tokens.held_out import text_digest
+from stlm.units import byte_size
 
 _COLUMNS = ["component", "text", "nats", "n_bytes"]
 
@@ -51,12 +52,12 @@ class Documents:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of all documents together."""
+        """Bits per byte of all documents together."""
         return float(self.bits.sum() / self.n_bytes.sum())
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of bits per byte over documents; None where a component has one alone."""
+        """The 95% interval of bits per byte over documents; None where a component has a single document."""
         return ratio_bootstrap(self.bits, self.n_bytes, self.components)
 
     @property
@@ -65,11 +66,11 @@ class Documents:
         return few_units(self.components)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Bits per byte of a model less those of another on the same documents.
+class Difference(NamedTuple):
+    """The bits per byte of one model minus those of another on the same documents.
 
-    `interval`: 95%, over documents, paired; None for one document. `few`: too few for it to be wide enough.
+    `interval`: 95%, paired, over documents; None for a single document. `few`: so few documents that it is
+    too narrow.
     """
 
     value: float
@@ -82,8 +83,8 @@ def read_documents(
 ) -> Documents:
     """The documents of a documents.parquet at the checkpoint of `step`, of `run` where it has several.
 
-    `measured` is what evaluation.json says of them. Raises UserError where the file is missing, unreadable,
-    or says something else.
+    `measured` are their figures in evaluation.json. Raises UserError where the file is missing, unreadable,
+    or disagrees with them.
     """
     try:
         rows = [("step", "==", step), *([("run", "==", run)] if run is not None else [])]
@@ -112,7 +113,7 @@ def read_documents(
 
 
 def documents_of(result: RunResult | PublishedResult) -> Documents | None:
-    """The documents of a run's last checkpoint, or of a published model; None of an earlier version of STLM.
+    """The documents of a run's last checkpoint or a published model; None if an earlier version kept none.
 
     Raises UserError naming the command that makes them again.
     """
@@ -121,7 +122,7 @@ def documents_of(result: RunResult | PublishedResult) -> Documents | None:
 
 
 def checkpoint_documents(folder: Path, checkpoint: CheckpointResult, command: str) -> Documents | None:
-    """The documents of a checkpoint whose evaluation.json is in `folder`; None of an earlier version of STLM.
+    """The documents of a checkpoint evaluated in `folder`; None if an earlier version kept none.
 
     Raises UserError naming `command`, which makes them again.
     """
@@ -135,14 +136,14 @@ def checkpoint_documents(folder: Path, checkpoint: CheckpointResult, command: st
 
 
 def mean_over_seeds(runs: Sequence[Documents]) -> Documents:
-    """The mean bits of each document, of runs on the same text."""
+    """The mean bits of each document over runs on the same text."""
     first = runs[0]
     bits = np.mean([own.bits for own in runs], axis=0)
     return Documents(first.components, first.text, bits, first.n_bytes)
 
 
 def compare(own: Documents, base: Documents) -> Difference | None:
-    """How `own` differs from `base`; None where they are not of the same documents."""
+    """How `own` differs from `base`; None where their documents differ."""
     if not own.same_text(base):
         return None
     both = Documents(own.components, own.text, own.bits - base.bits, own.n_bytes)
@@ -152,9 +153,9 @@ def compare(own: Documents, base: Documents) -> Difference | None:
 def compare_seeds(
     own: Mapping[int, Documents | None], base: Mapping[int, Documents | None]
 ) -> Difference | None:
-    """How a variant's runs differ from the baseline's, both by seed: over the seeds in common, if there are.
+    """How a variant differs from the baseline, each given as seed -> documents: over common seeds, if any.
 
-    None where a run is of other documents than the others, or of an earlier version of STLM, which kept none.
+    None where the documents of two runs differ, or an earlier version of STLM kept none.
     """
     seeds = [seed for seed in own if seed in base]
     pairs = [own[s] for s in seeds] or list(own.values()), [base[s] for s in seeds] or list(base.values())
@@ -165,27 +166,19 @@ def compare_seeds(
 
 
 def amount(text: TextRecord) -> str:
-    """How much text a figure is of: 44 of 297 documents, 715.3 kB of 4.801 MB."""
+    """The amount of text behind a figure: 44 of 297 documents, 715.3 kB of 4.801 MB."""
     if text.documents is None or text.bytes is None:
         return "an amount of text that was not recorded"
     total, whole = text.documents_total, text.bytes_total
     documents = f"{text.documents:,}" + ("" if total is None else f" of {total:,}")
-    size = size_text(text.bytes) + ("" if whole is None else f" of {size_text(whole)}")
+    size = byte_size(text.bytes, digits=4) + ("" if whole is None else f" of {byte_size(whole, digits=4)}")
     return f"{documents} document{'s'[: (total or text.documents) > 1]}, {size}"
 
 
-def size_text(n_bytes: int) -> str:
-    """715,269 -> 715.3 kB."""
-    if n_bytes < 1000:
-        return f"{n_bytes} bytes"
-    shown = count(n_bytes)
-    return f"{shown[:-1]} {shown[-1]}B"
-
-
 def amount_note(texts: Iterable[tuple[str, TextRecord]], what: str = "Bits per byte") -> str:
-    """How much text the figures of a table are of, from each row's label and record, the baseline's first.
+    """The amount of text behind a table's figures, from each row's label and record, the baseline's first.
 
-    Rows of other text than the baseline's are named: their figures do not compare.
+    It names the rows measured on other text than the baseline, whose figures do not compare with it.
     """
     rows = list(texts)
     base = rows[0][1]
@@ -197,12 +190,12 @@ def amount_note(texts: Iterable[tuple[str, TextRecord]], what: str = "Bits per b
 
 
 def comparable(own: TextRecord, base: TextRecord) -> bool:
-    """Whether figures of one corpus are of the same text, as far as earlier versions of STLM recorded it."""
+    """Whether two figures of one corpus were measured on the same text, as far as that was recorded."""
     return own.same_text(base) or (own.bytes is None and base.bytes is None)
 
 
 def interval_text(interval: Interval | None, few: bool = False, signed: bool = False) -> str:
-    """An interval of bits per byte, with the sign for few documents: [1.95, 2.03]‡; a dash for none."""
+    """An interval of bits per byte, marked if there are few documents: [1.95, 2.03]‡; a dash for None."""
     if interval is None:
         return "–"
     low, high = (difference_text(bound) if signed else f"{bound:.3f}" for bound in interval)

@@ -1,8 +1,8 @@
-"""Tokens, FLOPs and seconds that a variant needs for the loss that the baseline ends with: table and plot."""
+"""Tokens, FLOPs and seconds that a variant needs to reach the baseline's final loss: table and plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,16 @@ from stlm.study.runs import Study
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What of a variant's training led to the baseline's last value; None: not reached, or not comparable."""
+    """The cost at which a variant reaches the baseline's last value; None: not reached, or not comparable."""
 
     variant: Variant
     needed: Mapping[Cost, float | None]
 
 
 def crossing(x: np.ndarray, values: np.ndarray, target: float) -> float | None:
-    """Where a falling curve of points is first at `target` or below, by linear interpolation; None: nowhere.
+    """The first x at which a falling curve is at or below `target`, by linear interpolation; None: never.
 
-    A first point that is already there is the answer itself: what lies before it was not measured.
+    If its first point already is, that point is returned: what came before was not measured.
     """
     below = np.flatnonzero(values <= target)
     if not len(below):
@@ -45,38 +45,38 @@ def crossing(x: np.ndarray, values: np.ndarray, target: float) -> float | None:
 
 
 def efficiencies(variants: Sequence[Variant]) -> list[Efficiency]:
-    """Of each of `variants`, of which the first is the baseline."""
+    """The efficiency of each of `variants`, of which the first is the baseline."""
     return [
-        Efficiency(own, {cost: _needed(own, cost, is_base=own is variants[0]) for cost in COSTS})
-        for own in variants
+        Efficiency(variant, {cost: _needed(variant, cost, is_base=variant is variants[0]) for cost in COSTS})
+        for variant in variants
     ]
 
 
-def _needed(own: Variant, cost: Cost, is_base: bool) -> float | None:
-    if is_base:  # all of it: a curve that rises at times is there sooner
-        return own.curve.end(cost)
-    if not own.compares(cost):
+def _needed(variant: Variant, cost: Cost, is_base: bool) -> float | None:
+    if is_base:  # the whole cost: a curve that is not monotonic reaches the value earlier
+        return variant.curve.end(cost)
+    if not variant.compares(cost):
         return None
-    return crossing(own.beside.cost(cost), own.beside.bits, float(own.reference.bits[-1]))
+    return crossing(variant.beside.cost(cost), variant.beside.bits, float(variant.reference.bits[-1]))
 
 
 def efficiency_table(study: Study, found: Sequence[Efficiency]) -> Table:
-    """A row a variant: its training, and what of it led to the baseline's last loss."""
+    """A row per variant: the cost of its training, and the cost until it reached the baseline's last loss."""
     base = found[0]
     rows, records = [], []
-    for own in found:
-        train, curve = own.variant.train, own.variant.curve
+    for result in found:
+        train, curve = result.variant.train, result.variant.curve
         rows.append(
             [
-                Cell(seeds_label(train.label, own.variant.seeds)),
+                Cell(seeds_label(train.label, result.variant.seeds)),
                 Cell(count(train.parameters.total)),
                 Cell("\n".join(cost_text(cost, curve.end(cost)) for cost in COSTS)),
                 Cell(f"{curve.bits[-1]:.3f}"),
-                *(_reached(own, base, cost) for cost in COSTS),
-                Cell("–" if own.variant.spikes is None else str(own.variant.spikes)),
+                *(_reached(result, base, cost) for cost in COSTS),
+                Cell("–" if result.variant.spikes is None else str(result.variant.spikes)),
             ]
         )
-        records.append(_record(own, base))
+        records.append(_record(result, base))
     return Table(
         name="efficiency",
         title=f"Training efficiency beside {base.variant.train.label}, study {study.name}",
@@ -96,9 +96,9 @@ def efficiency_table(study: Study, found: Sequence[Efficiency]) -> Table:
     )
 
 
-def _reached(own: Efficiency, base: Efficiency, cost: Cost) -> Cell:
-    value, whole = own.needed[cost], base.needed[cost]
-    if own is not base and not own.variant.compares(cost):
+def _reached(result: Efficiency, base: Efficiency, cost: Cost) -> Cell:
+    value, whole = result.needed[cost], base.needed[cost]
+    if result is not base and not result.variant.compares(cost):
         return Cell("–")
     return Cell("not reached") if value is None else Cell(f"{cost_text(cost, value)}\n{value / whole:.2f} ×")
 
@@ -111,59 +111,68 @@ def _notes(found: Sequence[Efficiency]) -> list[str]:
         "its validations, first is there; below, their ratio to all of the baseline's. Where learning rates "
         "decay to the end, so do losses: a variant that trains longer than the baseline has not yet decayed "
         "where the baseline ends.",
-        *comparison_notes([own.variant for own in found]),
+        *comparison_notes([result.variant for result in found]),
     ]
 
 
 def comparison_notes(variants: Sequence[Variant]) -> list[str]:
-    """What limits any comparison of these curves, of which the first is the baseline's."""
+    """Limits of comparing these curves, of which the first is the baseline's."""
     base = variants[0]
-    texts = [(own.train.label, own.train.validation) for own in variants if own.train.validation is not None]
+    texts = [
+        (variant.train.label, variant.train.validation)
+        for variant in variants
+        if variant.train.validation is not None
+    ]
     notes = [amount_note(texts, "Validation bits per byte")] if base.train.validation is not None else []
-    if any(own.seeds > 1 for own in variants):
+    if any(variant.seeds > 1 for variant in variants):
         notes.append("Where a variant has several seeds: the mean of their curves.")
-    other_tokens = [own.train.label for own in variants if own.beside is not None and not own.same_tokens]
-    if other_tokens:
-        notes.append(
-            "Of another tokenizer, or in chunks of bytes, and compared at the tokens of the baseline's "
-            f"tokenizer that hold as much text: {', '.join(other_tokens)}."
-        )
-    shifted = [own.train.label for own in variants if own.shifted and own.beside is not None]
-    if shifted:
-        notes.append(
-            "Validated on other text than the baseline, and compared by test text: both curves are shifted "
-            f"to end at their values on it: {', '.join(shifted)}."
-        )
-    started = [own.train.label for own in variants if own.train.start is not None]
-    if started:
-        notes.append(f"Costs include those of the run whose weights it started from: {', '.join(started)}.")
-    others = [own.train.label for own in variants if own.train.depends.keys() - {"start"}]
-    if others:
-        notes.append(f"Costs include the training of other runs that it depends on: {', '.join(others)}.")
-    other = [own.train.label for own in variants if own.beside is None]
-    if other:
-        notes.append(
-            "On other text than the baseline (another corpus, or another part of it), and not compared: "
-            f"{', '.join(other)}."
-        )
-    compared = [own for own in variants if own.beside is not None]
-    within = [own.train.label for own in compared if own.train.data.attention == "within"]
-    if within:
-        notes.append(
-            "Trained with attention within documents, but validated, as all are, on rows that run across "
-            f"them, which they never saw; compare these by test text: {', '.join(within)}."
-        )
+
+    def add(sentence: str, labels: Iterable[str], between: str = ", ") -> None:
+        if listed := between.join(labels):
+            notes.append(f"{sentence}: {listed}.")
+
+    compared = [variant for variant in variants if variant.beside is not None]
+    add(
+        "Of another tokenizer, or in chunks of bytes, and compared at the tokens of the baseline's tokenizer "
+        "that hold as much text",
+        (variant.train.label for variant in compared if not variant.same_tokens),
+    )
+    add(
+        "Validated on other text than the baseline, and compared by test text: both curves are shifted to "
+        "end at their values on it",
+        (variant.train.label for variant in compared if variant.shifted),
+    )
+    add(
+        "Costs include those of the run whose weights it started from",
+        (variant.train.label for variant in variants if variant.train.start is not None),
+    )
+    add(
+        "Costs include the training of other runs that it depends on",
+        (variant.train.label for variant in variants if variant.train.depends.keys() - {"start"}),
+    )
+    add(
+        "On other text than the baseline (another corpus, or another part of it), and not compared",
+        (variant.train.label for variant in variants if variant.beside is None),
+    )
+    add(
+        "Trained with attention within documents, but validated, as all are, on rows that run across them, "
+        "which they never saw; compare these by test text",
+        (variant.train.label for variant in compared if variant.train.data.attention == "within"),
+    )
     notes.append(
         "FLOPs are counted from the shapes, and for chunks of bytes with their mean length; times are of "
         "training alone, without validation, and compare where nothing else kept the machine busy."
     )
-    elsewhere = [f"{own.train.label} ({_place(own.train)})" for own in variants if not own.same_machine]
-    if elsewhere:
-        notes.append(
-            f"Times do not compare with those of the baseline ({_place(base.train)}), the device, the "
-            "processor, the number of threads or processes or the kernels being others: "
-            f"{'; '.join(elsewhere)}."
-        )
+    add(
+        f"Times do not compare with those of the baseline ({_place(base.train)}), the device, the processor, "
+        "the number of threads or processes or the kernels being others",
+        (
+            f"{variant.train.label} ({_place(variant.train)})"
+            for variant in variants
+            if not variant.same_machine
+        ),
+        between="; ",
+    )
     return notes
 
 
@@ -174,27 +183,37 @@ def _place(train: TrainRecord) -> str:
     return f"{device}{threads}{processes}" + (", kernels in C" if train.kernels else "")
 
 
-def _record(own: Efficiency, base: Efficiency) -> dict[str, object]:
-    train, curve = own.variant.train, own.variant.curve
+def _record(result: Efficiency, base: Efficiency) -> dict[str, object]:
+    train, curve = result.variant.train, result.variant.curve
     digits: dict[Cost, int | None] = {"tokens": None, "flops": None, "seconds": 1}
-    record: dict[str, object] = {"variant": train.variant, "label": train.label, "seeds": own.variant.seeds}
+    record: dict[str, object] = {
+        "variant": train.variant,
+        "label": train.label,
+        "seeds": result.variant.seeds,
+    }
     record |= {cost: round(curve.end(cost), digits[cost]) for cost in COSTS}
     record["val_bits_per_byte"] = round(float(curve.bits[-1]), 5)
     for cost in COSTS:
-        value, whole = own.needed[cost], base.needed[cost]
+        value, whole = result.needed[cost], base.needed[cost]
         record[f"{cost}_to_baseline"] = None if value is None else round(value, digits[cost])
         record[f"{cost}_ratio"] = None if value is None else round(value / whole, 4)
-    return record | {"loss_spikes": own.variant.spikes}
+    return record | {"loss_spikes": result.variant.spikes}
 
 
 def write_efficiency(folder: Path, study: Study, found: Sequence[Efficiency]) -> None:
-    """Write `folder`/efficiency.{svg,png} and data/efficiency.csv: a row a variant that compares."""
-    base, others = found[0], [own for own in found[1:] if own.variant.beside is not None]
+    """Write the plot efficiency and data/efficiency.csv into `folder`: a row per comparable variant."""
+    base, others = found[0], [result for result in found[1:] if result.variant.beside is not None]
     if not others:
         return
-    write_text(folder / "data" / "efficiency.csv", csv_text(_data(base, others)))
+    # `value` must be the last column: the one that DVC plots unless told otherwise.
+    records = [
+        {key: record[key] for key in ("variant", "flops_ratio", "seconds_ratio")}
+        | {"value": record["tokens_ratio"]}
+        for record in (_record(result, base) for result in others)
+    ]
+    write_text(folder / "data" / "efficiency.csv", csv_text(records))
     title = f"Cost until the last loss of {base.variant.train.label}, study {study.name}"
-    labels = [own.variant.train.label for own in others]
+    labels = [result.variant.train.label for result in others]
     with figure(folder, "efficiency", title, 8.5, 2.0 + 0.42 * len(others)) as drawing:
         axes = drawing.subplots()
         _draw(axes, base, others)
@@ -206,12 +225,12 @@ def write_efficiency(folder: Path, study: Study, found: Sequence[Efficiency]) ->
 def _draw(axes: Axes, base: Efficiency, others: Sequence[Efficiency]) -> None:
     axes.axvline(1, zorder=1, **CHANCE)
     shown = [1.0]
-    for row, own in enumerate(others):
+    for row, result in enumerate(others):
         for place, cost in enumerate(COSTS):
-            if not own.variant.compares(cost):
+            if not result.variant.compares(cost):
                 continue
-            value = own.needed[cost]
-            ratio = (own.variant.beside.end(cost) if value is None else value) / base.needed[cost]
+            value = result.needed[cost]
+            ratio = (result.variant.beside.end(cost) if value is None else value) / base.needed[cost]
             shown.append(ratio)
             look = dict(COST_LOOKS[cost]) if value is not None else _not_reached(COST_LOOKS[cost])
             axes.plot([ratio], [row + 0.24 * (place - 1)], linestyle="none", markersize=7, **look)
@@ -234,18 +253,10 @@ def _legend(others: Sequence[Efficiency]) -> list[Line2D]:
         return Line2D([], [], linestyle="none", markersize=7, label=label, **look)
 
     names: dict[Cost, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
-    shown = [cost for cost in COSTS if any(own.variant.compares(cost) for own in others)]
+    shown = [cost for cost in COSTS if any(result.variant.compares(cost) for result in others)]
     handles = [mark(names[cost], COST_LOOKS[cost]) for cost in shown]
-    if any(own.variant.compares(cost) and own.needed[cost] is None for own in others for cost in COSTS):
+    if any(
+        result.variant.compares(cost) and result.needed[cost] is None for result in others for cost in COSTS
+    ):
         handles.append(mark("not reached by its end", _not_reached({"color": "#444444"})))
     return handles
-
-
-def _data(base: Efficiency, others: Sequence[Efficiency]) -> list[dict[str, object]]:
-    """`value` must be the last column: the one that DVC plots unless told otherwise."""
-    records = [_record(own, base) for own in others]
-    return [
-        {key: own[key] for key in ("variant", "flops_ratio", "seconds_ratio")}
-        | {"value": own["tokens_ratio"]}
-        for own in records
-    ]

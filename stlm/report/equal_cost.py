@@ -1,4 +1,4 @@
-"""Variants beside the baseline at equal parameters, training tokens, training FLOPs and training time."""
+"""Variants compared with the baseline at equal parameters, training tokens, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SAME_COST, SAME_SIZE = 0.01, 0.03
 # Seconds of the same work differ from run to run by more than 1%.
 SAME_TIME = 0.05
 Kind = Literal["finished", "on the way", "ended sooner", "matched", "between sizes"]
-# What makes a model of the baseline's family larger or smaller, and nothing else of it.
+# Keys that change only the size of a model, within the baseline's family.
 _SIZE_KEYS = {"layers", "width", "heads", "kv_heads", "ffn_width"}
-# What a size may need for itself, at equal tokens.
+# Keys that may be tuned for each size, at equal tokens.
 _TUNED_KEYS = {
     *("learning_rate", "matrix_learning_rate", "min_learning_rate"),
     *("batch_size", "accumulation", "steps", "warmup_steps"),
 }
-# What a training's budget is counted in: two are of one budget where either is equal.
+# Units of a training budget: two budgets are equal where either is.
 _BUDGETS: tuple[Cost, ...] = ("tokens", "flops")
 
 
@@ -33,11 +33,11 @@ _BUDGETS: tuple[Cost, ...] = ("tokens", "flops")
 class Pair:
     """Bits per byte by seed of a variant, and of the baseline (or its family) at an equal cost.
 
-    `share`: that cost as a part of the baseline's. `kind`, of costs: both trainings `finished` there; the
-    variant is `on the way` of a longer one; or it `ended sooner` than the baseline, which is on the way. Of
-    parameters: `matched` by a model of that size, or `between sizes`; `flops`: the variant's training FLOPs
-    as a multiple of that model's; `same_budget`: these or the tokens are equal. `models`: the variants that
-    it is of.
+    `share`: that cost divided by the baseline's whole cost. `kind` for costs: both trainings are `finished`
+    there; the variant is `on the way` through a longer training; or it `ended sooner` than the baseline. For
+    parameters: `matched` by a model of that size, or `between sizes`. `flops`: the variant's training FLOPs
+    divided by those of the size it is compared with. `same_budget`: these or the tokens are equal. `models`:
+    the variants that are compared.
     """
 
     values: Mapping[int, float]
@@ -60,7 +60,7 @@ class Pair:
 
     @property
     def differences(self) -> list[float]:
-        """The variant's less the baseline's, seed by seed."""
+        """The variant's values minus the baseline's, seed by seed."""
         return [
             value - self.references[seed] for seed, value in self.values.items() if seed in self.references
         ]
@@ -73,11 +73,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant, and what compares it with the baseline at each equal cost; None: nothing does.
+    """A variant and its comparison with the baseline at each equal cost (None: not comparable).
 
-    `parameters`: beside the baseline's sizes on as many tokens as the baseline. `both`: beside its sizes at
-    as many training FLOPs, where the variant has cost as many. `family`, `equal_flops`: it is one of these
-    sizes, and says what parameters are worth.
+    `parameters`: with the baseline's architecture at the variant's size, trained on as many tokens. `both`:
+    the same at equal training FLOPs, if the variant used as many. `family`, `equal_flops`: the variant is
+    itself one of these sizes.
     """
 
     variant: Variant
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def pairs(self) -> dict[str, Pair | None]:
-        """What compares it at equal parameters and at each equal cost, by its name."""
+        """Its comparisons by name: at equal parameters, at both equal, and at each equal cost."""
         return {"parameters": self.parameters, "both": self.both, **self.at}
 
 
@@ -113,79 +113,82 @@ class EqualCosts:
 def equal_costs(variants: Sequence[Variant]) -> EqualCosts:
     """Compare `variants`, of which the first is the baseline."""
     base = variants[0]
-    family = [own for own in variants if own is base or is_size(own, base, "tokens")]
-    sizes = [own for own in variants if own is base or is_size(own, base, "flops")]
+    family = [variant for variant in variants if variant is base or is_size(variant, base, "tokens")]
+    sizes = [variant for variant in variants if variant is base or is_size(variant, base, "flops")]
     rows = []
-    for own in variants:
+    for variant in variants:
         at = {
-            cost: _pair(own, base, cost) if own is not base and own.compares(cost) else None for cost in COSTS
+            cost: _pair(variant, base, cost) if variant is not base and variant.compares(cost) else None
+            for cost in COSTS
         }
-        in_family, in_sizes = (any(own is member for member in members) for members in (family, sizes))
-        sized = None if in_family or own.beside is None else _of_size(own, family)
+        in_family, in_sizes = (any(variant is member for member in members) for members in (family, sizes))
+        sized = None if in_family or variant.beside is None else _of_size(variant, family)
         both = None
         if len(sizes) > 1 and not in_sizes and at["flops"] is not None and at["flops"].kind == "finished":
-            both = _of_size(own, sizes)
+            both = _of_size(variant, sizes)
         if both is not None:  # each within a tolerance of the baseline's FLOPs, so at most two apart
             both = replace(both, flops=1.0, same_budget=True)
-        rows.append(Row(own, at, sized, both, in_family, in_sizes))
-    compared = {own.train.variant: own.beside.last for own in variants if own.beside is not None}
+        rows.append(Row(variant, at, sized, both, in_family, in_sizes))
+    compared = {
+        variant.train.variant: variant.beside.last for variant in variants if variant.beside is not None
+    }
     return EqualCosts(rows, seed_noise(compared))
 
 
-def _pair(own: Variant, baseline: Variant, cost: Cost) -> Pair | None:
-    """Both at the baseline's whole cost, or at the variant's where it ended sooner."""
-    curve, base = own.beside, own.reference
+def _pair(variant: Variant, baseline: Variant, cost: Cost) -> Pair | None:
+    """Both at the baseline's whole cost, or at the variant's if that is smaller."""
+    curve, base = variant.beside, variant.reference
     share = curve.end(cost) / base.end(cost)
     same_work = abs(curve.end("flops") / base.end("flops") - 1) <= SAME_COST
     if abs(share - 1) <= (SAME_TIME if cost == "seconds" and same_work else SAME_COST):
-        return Pair(curve.last, base.last, "finished", models=_names(own, baseline))
+        return Pair(curve.last, base.last, "finished", models=_names(variant, baseline))
     kind: Kind = "on the way" if share > 1 else "ended sooner"
     place = min(curve.end(cost), base.end(cost))
     values, references = curve.at(cost, place), base.at(cost, place)
     if values is None or references is None:
         return None
-    return Pair(values, references, kind, min(share, 1.0), models=_names(own, baseline))
+    return Pair(values, references, kind, min(share, 1.0), models=_names(variant, baseline))
 
 
 def _names(*variants: Variant) -> frozenset[str]:
-    return frozenset(own.train.variant for own in variants)
+    return frozenset(variant.train.variant for variant in variants)
 
 
-def is_size(own: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
-    """Whether it is the baseline in another size, trained as the baseline is, at the same cost."""
-    train, base = own.train, baseline.train
+def is_size(variant: Variant, baseline: Variant, cost: Literal["tokens", "flops"]) -> bool:
+    """Whether a variant is the baseline in another size, trained alike at the same cost."""
+    train, base = variant.train, baseline.train
 
     def rest(settings: Mapping[str, object], without: set[str]) -> dict[str, object]:
         return {key: value for key, value in settings.items() if key not in without}
 
     recipe = _TUNED_KEYS | RECORD_KEYS
     return (
-        own.beside is not None
-        and not own.shifted
+        variant.beside is not None
+        and not variant.shifted
         and train.model != base.model
         and rest(train.model, _SIZE_KEYS) == rest(base.model, _SIZE_KEYS)
         and rest(train.training, recipe) == rest(base.training, recipe)
-        and own.same_tokens
+        and variant.same_tokens
         and abs(getattr(train, cost) / getattr(base, cost) - 1) <= SAME_COST
         and (train.corpus, train.data) == (base.corpus, base.data)
     )
 
 
-def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
-    """The variant beside the family at its number of parameters, all at the end of their training.
+def _of_size(variant: Variant, family: Sequence[Variant]) -> Pair | None:
+    """The variant compared with the family at its number of parameters, all fully trained.
 
-    A member of nearly that size stands for itself; else the family's curve between the two next sizes, a
-    straight line in the logarithms of parameters and of bits per byte; beyond the family: None.
+    With a member of nearly that size if there is one; otherwise with the two nearest sizes, interpolated
+    linearly in the logarithms of parameters and bits per byte; None outside the family's range.
     """
-    size = own.train.parameters.total
+    size = variant.train.parameters.total
     members = sorted(family, key=lambda member: member.train.parameters.total)
     sizes = [member.train.parameters.total for member in members]
-    bits = [member.test if own.shifted else member.beside.last for member in members]
+    bits = [member.test if variant.shifted else member.beside.last for member in members]
     nearest = min(range(len(sizes)), key=lambda place: abs(sizes[place] - size))
     if abs(size / sizes[nearest] - 1) <= SAME_SIZE:
         ends = {cost: members[nearest].beside.end(cost) for cost in _BUDGETS}
-        of = _names(own, members[nearest])
-        return Pair(own.beside.last, bits[nearest], "matched", models=of, **_budget(own, ends))
+        of = _names(variant, members[nearest])
+        return Pair(variant.beside.last, bits[nearest], "matched", models=of, **_budget(variant, ends))
     if not sizes[0] < size < sizes[-1]:
         return None
 
@@ -195,12 +198,12 @@ def _of_size(own: Variant, family: Sequence[Variant]) -> Pair | None:
     common = [seed for seed in bits[0] if all(seed in one for one in bits)]
     references = {seed: between([one[seed] for one in bits]) for seed in common}
     ends = {cost: between([member.beside.end(cost) for member in members]) for cost in _BUDGETS}
-    of = _names(own, *members)
-    return Pair(own.beside.last, references, "between sizes", models=of, **_budget(own, ends))
+    of = _names(variant, *members)
+    return Pair(variant.beside.last, references, "between sizes", models=of, **_budget(variant, ends))
 
 
-def _budget(own: Variant, ends: Mapping[Cost, float]) -> dict[str, Any]:
-    """A pair's `flops` and `same_budget` beside a training that has cost `ends`."""
-    shares = {cost: own.beside.end(cost) / end for cost, end in ends.items()}
+def _budget(variant: Variant, ends: Mapping[Cost, float]) -> dict[str, Any]:
+    """A pair's `flops` and `same_budget`, compared with a training whose whole costs are `ends`."""
+    shares = {cost: variant.beside.end(cost) / end for cost, end in ends.items()}
     equal = any(abs(share - 1) <= SAME_COST for share in shares.values())
     return {"flops": shares["flops"], "same_budget": equal}

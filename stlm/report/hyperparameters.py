@@ -1,4 +1,4 @@
-"""Table 1, the hyper-parameters as run, and the variants as what differs in each."""
+"""Table 1, the hyper-parameters as run, and the table of variants: the settings in which each differs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stlm.study.runs import Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 
-# Keys that tell how a run was logged and saved, not what was trained.
+# Keys about how a run is logged and saved, not about what is trained.
 _HOUSEKEEPING = {"checkpoints", *RECORD_KEYS}
-# Keys that have rows of their own, with what was made of them.
+# Keys that have their own rows elsewhere, with the value that was used.
 _ELSEWHERE = {"steps", "precision"}
-# Keys that say nothing in a table: they belong to a part that another key names and that is not in use.
+# Keys that matter only with certain values of another key: left out of tables otherwise.
 _ONLY_WITH = {
     "rope_theta": ("positions", {"rope"}),
     "momentum": ("optimizer", {"muon"}),
@@ -31,9 +31,9 @@ _ONLY_WITH = {
     "competence_start": ("pacing", {"competence"}),
     "competence_share": ("pacing", {"competence"}),
 }
-# A default like these means that a technique is not used: one that no variant uses has no row.
 # Roles of other runs (`Run.depends`), whose training FLOPs have a row each.
 _DEPENDENCIES = {"start": "of the run it starts from"}
+# Defaults that mean that a technique is not used; a technique that no variant uses has no row.
 _OFF = (None, False, 0, 0.0, "none", "constant", "auto")
 _LABELS = {
     "kv_heads": "key/value heads",
@@ -76,20 +76,19 @@ _NAMES = {
 
 
 def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
-    """Rows are hyper-parameters, columns variants (a variant's seeds share one, being equal in all else)."""
+    """Rows are hyper-parameters, columns are variants; the seeds of a variant share a column."""
     variants = _variants(results)
     columns = _columns(results)
-    base = next(iter(columns.values()))
-    sections = {
-        section: list(dict.fromkeys(k for c in columns.values() for k in c[section])) for section in base
-    }
-
+    sections: dict[str, dict[str, None]] = {}
+    for column in columns.values():
+        for section, values in column.items():
+            sections.setdefault(section, {}).update(dict.fromkeys(values))
     rows: list[list[Cell] | Section] = []
     records = []
     for section, keys in sections.items():
         rows.append(Section(section))
         for key in keys:
-            values = [column[section].get(key, "–") for column in columns.values()]
+            values = [column.get(section, {}).get(key, "–") for column in columns.values()]
             own = [Cell("") if value == values[0] else Cell(value, bold=True) for value in values[1:]]
             rows.append([Cell(key), Cell(values[0]), *own])
             records.append(
@@ -111,7 +110,7 @@ def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
 
 
 def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | None:
-    """A row a variant: the settings in which it differs from the baseline; None where there is but one."""
+    """A row per variant: the settings in which it differs from the baseline; None for a single variant."""
     variants, columns = _variants(results), _columns(results)
     if len(variants) < 2:
         return None
@@ -119,9 +118,9 @@ def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | No
     rows, records = [], []
     for name, own in columns.items():
         differs = []
-        for section in ("Model", "Data", "Recipe"):
-            for key, value in own[section].items():  # one that it lacks is of a part it does not use
-                reference = base[section].get(key)
+        for section in ("Model", "Data", "Recipe", "Techniques"):
+            for key, value in own.get(section, {}).items():  # a missing key is of an unused part
+                reference = base.get(section, {}).get(key)
                 if value != reference:
                     differs.append(f"{key}: {value}" + (f" (baseline: {reference})" if reference else ""))
                     records.append(
@@ -152,7 +151,7 @@ def _variants(results: Mapping[str, RunResult]) -> dict[str, TrainRecord]:
 
 
 def _columns(results: Mapping[str, RunResult]) -> dict[str, dict[str, dict[str, str]]]:
-    """Variant -> section -> label -> value, of all keys that any variant uses, whatever they are called."""
+    """Variant -> section -> label -> value, of all keys that any variant uses."""
     variants = _variants(results)
     seeds: dict[str, list[int]] = {name: [] for name in variants}
     for result in results.values():
@@ -217,7 +216,25 @@ def _settings(
             "precision": train.precision,
             "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
         },
+        **({"Techniques": techniques} if (techniques := _techniques(train)) else {}),
+        **({"Recorded": recorded} if (recorded := _recorded(train.further)) else {}),
     }
+
+
+def _techniques(train: TrainRecord) -> dict[str, str]:
+    return {name.replace("_", " "): _value(keys) for name, keys in train.techniques.items()}
+
+
+def _recorded(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Further facts of a record, a row each, nested keys joined; lists are left to the record."""
+    found: dict[str, str] = {}
+    for key, value in content.items():
+        label = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            found |= _recorded(value, f"{label}, ")
+        elif value is not None and not isinstance(value, list):
+            found[label] = _value(value)
+    return found
 
 
 def _labelled(settings: Mapping[str, object], used: Sequence[str]) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""How things are called in tables and plots, and how numbers are written there."""
+"""Names in tables and plots, and how numbers are written there and in the records for programs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from stlm.units import count, duration
 
 _BENCHMARKS = {
     "blimp": "BLiMP",
@@ -19,7 +21,7 @@ _BENCHMARKS = {
 
 
 def benchmark_label(name: str) -> str:
-    """The benchmark's usual spelling; a name not known here, with spaces for underscores."""
+    """The benchmark's usual spelling; an unknown name gets spaces in place of underscores."""
     return _BENCHMARKS.get(name, name.replace("_", " ").capitalize())
 
 
@@ -36,35 +38,37 @@ def bounds(low: float, high: float, signed: bool = False) -> str:
     return f"[{percent(low, signed=signed)}, {percent(high, signed=signed)}]"
 
 
+def bounds_record(
+    interval: tuple[float, float] | None,
+    prefix: str = "",
+    digits: int | None = None,
+    scale: float = 1.0,
+) -> dict[str, float | None]:
+    """An interval for programs: `prefix`low and `prefix`high, times `scale`; None where there is none."""
+    bounds = (None, None) if interval is None else [scale * bound for bound in interval]
+    rounded = [bound if digits is None or bound is None else round(bound, digits) for bound in bounds]
+    return {f"{prefix}low": rounded[0], f"{prefix}high": rounded[1]}
+
+
+def p_record(p: float | None) -> float | None:
+    """A p-value for programs: four significant digits."""
+    return None if p is None else float(f"{p:.4g}")
+
+
 def p_value(p: float) -> str:
     """How a p-value is quoted: two digits, or < 0.001."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def count(number: float) -> str:
-    """49,850,368 -> 49.85M: four significant digits with the SI letter."""
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.4g}{letter}"
-    return f"{number:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """418 s, 14 min, 3.2 h."""
-    if seconds < 600:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def cost_text(cost: str, value: float) -> str:
-    """A cost of training with its unit, where it is not plain: 1.024M tokens, 8.86e+12 FLOPs, 150 s."""
+    """A cost of training (tokens, flops or seconds) with its unit: 1.024M tokens, 8.86e+12 FLOPs, 150 s."""
     if cost == "seconds":
         return duration(value)
     return f"{count(value)} tokens" if cost == "tokens" else f"{value:.2e} FLOPs"
 
 
 def seeds_label(label: str, seeds: int) -> str:
-    """A variant's name, and how many seeds its figures are a mean of."""
+    """A variant's name and, where there are several, the number of seeds that its figures average."""
     return f"{label}, mean of {seeds} seeds" if seeds > 1 else label
 
 
@@ -75,7 +79,7 @@ def difference_text(value: float, digits: int = 3) -> str:
 
 
 def some(labels: Sequence[str], most: int = 3) -> str:
-    """Labels in a line: A and B; A, B, C and 9 others. Those with commas in them are parted by semicolons."""
+    """Labels in a line: A and B; A, B, C and 9 others. Semicolons separate labels that contain commas."""
     between = "; " if any("," in label for label in labels) else ", "
     if len(labels) <= most:
         return " and ".join(filter(None, [between.join(labels[:-1]), labels[-1]]))

@@ -1,16 +1,18 @@
-"""What stands below the tables of accuracies."""
+"""Sentences below tables: how figures are to be read, and what they assume."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stlm.evaluation.benchmarks import LAST_WORD
+from stlm.evaluation.statistics import SeedNoise
 from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons
-from stlm.report.last_word import last_word_note
-from stlm.report.names import benchmark_label, percent
+from stlm.report.names import benchmark_label, percent, some
 from stlm.report.results import PublishedResult, RunResult, run_label
 from stlm.study.runs import Study
 
-# A clustered interval so many times as wide as Wilson's is told in the notes.
+_LARGEST_SHARES = 2
+# Notes mention clustered intervals that are this many times as wide as Wilson's.
 _MUCH_WIDER = 1.25
 _METRICS = {
     "acc": "acc: the option of highest log-probability is the answer",
@@ -23,7 +25,7 @@ _MODES = {
 
 
 def items_scored(results: Mapping[str, RunResult], benchmark: str) -> str:
-    """How many items of the benchmark the runs were scored on, from the fewest to the most."""
+    """The numbers of items of the benchmark that the runs were scored on, fewest to most."""
     found = [r.last.benchmarks[benchmark] for r in results.values() if benchmark in r.last.benchmarks]
     sizes = sorted({b.items for b in found})
     return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
@@ -38,13 +40,13 @@ def accuracy_notes(
     metric: str,
     references: bool,
 ) -> list[str]:
-    """What stands below a table of accuracies; `references`: whether it has the literature's rows."""
+    """The notes below a table of accuracies; `references`: it includes rows from the literature."""
     several = len({result.train.variant for result in results.values()}) < len(results)
     baseline = results[study.baseline].train.label + (" of the same seed" if several else "")
     tests = comparisons.tests.get((mode, metric), 0)
     notes = [
-        f"{_MODES[mode]}; {_METRICS[metric]}; k options tied for the best count 1/k. After each "
-        "accuracy: its 95% Wilson interval."
+        f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(metric, metric)}; k options tied for the best "
+        "count 1/k. After each accuracy: its 95% Wilson interval."
     ]
     if tests:
         notes[0] += (
@@ -82,7 +84,7 @@ def accuracy_notes(
 
 
 def prefix_notes(published: Mapping[str, PublishedResult]) -> list[str]:
-    """The token that starts a text of each published model, by which its scores may differ by points."""
+    """The start token of each published model, which can change its scores by points."""
     named = {model.label: model.prefix for model in published.values() if model.prefix is not None}
     if not named:
         return []
@@ -93,7 +95,7 @@ def prefix_notes(published: Mapping[str, PublishedResult]) -> list[str]:
 def _group_notes(
     baseline: RunResult, comparisons: Comparisons, benchmarks: list[str], mode: str, metric: str
 ) -> list[str]:
-    """Where the Wilson interval is much too narrow for other groups of items than these."""
+    """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
     wider = []
     for benchmark in benchmarks:
         point = comparisons.last(baseline.name, (benchmark, mode, metric))
@@ -117,7 +119,7 @@ def _group_notes(
 def _subset_notes(
     study: Study, results: Mapping[str, RunResult], benchmarks: list[str], mode: str
 ) -> list[str]:
-    """Limits, and items that do not fit the context."""
+    """Notes about limits on items, and items that do not fit the context."""
     limited, truncated = [], []
     for benchmark in benchmarks:
         found = [r.last.benchmarks[benchmark] for r in results.values() if benchmark in r.last.benchmarks]
@@ -139,3 +141,44 @@ def _subset_notes(
             f"{'; '.join(truncated)}."
         )
     return notes
+
+
+def last_word_note(results: Mapping[str, RunResult], labels: Mapping[str, str], mode: str) -> str | None:
+    """How to read last_word, with each run's perplexity of the word; None where no run was scored on it.
+
+    `labels`: the runs' names in the table.
+    """
+    name = LAST_WORD.name
+    found = {run: result.word_perplexity(name, mode) for run, result in results.items()}
+    shown = [
+        f"{labels[run]} {perplexity:,.{0 if perplexity > 100 else 1}f}"
+        for run, perplexity in found.items()
+        if perplexity is not None
+    ]
+    if not shown:
+        return None
+    return (
+        f"{benchmark_label(name)}: passages of the test split of each run's own corpus; right where every "
+        "token of the word is the model's first choice, so that chance is 0. Other corpora give other "
+        f"passages: compare runs of one corpus only. Perplexity of the word: {'; '.join(shown)}."
+    )
+
+
+def noise_note(noise: SeedNoise, labels: Mapping[str, str], of: str = "") -> str:
+    """The assumption that all variants have equal seed noise, its test, and the largest shares of variance.
+
+    `labels` are the variants' names in tables; `of` names the figure where a table has several.
+    """
+    of = f" {of}" if of else ""
+    if len(noise.shares) <= _LARGEST_SHARES:
+        return f"The noise{of} is assumed to be equal in both variants."
+    shares = [f"{labels[name]} {share:.0%}" for name, share in list(noise.shares.items())[:_LARGEST_SHARES]]
+    p = "p < 0.001" if noise.p < 0.001 else f"p = {noise.p:.3f}"
+    test = f"{p}; largest shares of the variance, of {len(noise.shares)} variants: {'; '.join(shares)}"
+    if not noise.unequal:
+        return f"The noise{of} is assumed to be equal in all variants (test: {test})."
+    return (
+        f"A test rejects that the noise{of} is equal in all variants ({test}). Differences with "
+        f"{some([labels[name] for name in noise.unequal])} have the wider of the pooled interval and the "
+        "paired t interval of their own seeds; all others assume equal noise."
+    )

@@ -1,4 +1,4 @@
-"""`stlm compare A B`: two models on the items that both were scored on, from their items.parquet alone."""
+"""`stlm compare A B`: two models on the items and documents on which both were scored."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ from stlm.evaluation.statistics import Interval, holm
 from stlm.integrity import check_beside
 from stlm.project import where_to_stand
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
-from stlm.report.items import read_checkpoints, read_outcomes
-from stlm.report.names import percent
-from stlm.report.pairwise_text import TextComparison, compare_text, text_json, text_lines
+from stlm.report.documents import (
+    FEW,
+    FEW_NOTE,
+    Difference,
+    Documents,
+    interval_text,
+    read_documents,
+)
+from stlm.report.documents import compare as compare_documents
+from stlm.report.names import bounds_record, difference_text, percent
+from stlm.report.run_files import read_checkpoints, read_outcomes
+from stlm.text_table import text_table
 from stlm.training.checkpoint_names import RESULTS, is_file, is_folder, split_step
+from stlm.units import byte_size
 
-_ITEMS = "items.parquet"
+_ITEMS, _DOCUMENTS = "items.parquet", "documents.parquet"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One checkpoint of an items.parquet; `facts` are None where the file says nothing of itself."""
+    """One checkpoint of an items.parquet; `facts` are its metadata, None where it has none."""
 
     path: Path
     checkpoint: str
@@ -51,7 +61,7 @@ class Predictions:
         return found
 
     def metrics(self, benchmark: str, mode: str) -> list[str]:
-        """What the benchmark reports in the mode; acc alone where the file does not say."""
+        """The metrics of the benchmark in the mode; acc alone where the file does not say."""
         if self.facts is None:
             return ["acc"]
         return self.facts.benchmarks[benchmark].metrics.get(mode, [])
@@ -59,7 +69,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Row:
-    """One score of two models: each one's accuracy on the common items, and B against A."""
+    """One score of two models: the accuracy of each on the common items, and B compared with A."""
 
     benchmark: str
     version: str | None
@@ -71,8 +81,17 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TextComparison:
+    """Two models on the same documents, and the difference of B from A."""
+
+    a: Documents
+    b: Documents
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class PairwiseComparison:
-    """What `stlm compare` found; `warnings` say what may disturb it. `text`: on test text, if on the same."""
+    """The result of `stlm compare`; `text`: bits per byte, if of the same documents; `warnings`: caveats."""
 
     a: Predictions
     b: Predictions
@@ -82,7 +101,7 @@ class PairwiseComparison:
 
 
 def find_predictions(name: str) -> Predictions:
-    """The predictions that `name` means, at its last checkpoint or at the step after an @.
+    """The predictions that `name` refers to, at its last checkpoint or at the step after an @.
 
     `name` is a run's folder, an items.parquet, or STUDY/RUN for results/STUDY/runs/RUN (or published/RUN).
     Raises UserError naming the nearest run where there is none.
@@ -101,10 +120,10 @@ def find_predictions(name: str) -> Predictions:
 
 
 def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComparison:
-    """Compare B with A wherever they share items of a benchmark, mode and metric.
+    """Compare B with A on the items of each benchmark, mode and metric that they share.
 
-    Raises UserError where they were scored by other rules or files, or do not say by which, unless `force`:
-    then that is a warning; and where they share no item.
+    Raises UserError where they were scored by different or unknown rules or files (with `force` only a
+    warning), and where they share no item.
     """
     refusals, warnings = _unlike(a, b)
     if refusals and not force:
@@ -158,12 +177,12 @@ def as_json(found: PairwiseComparison) -> str:
     rows = [
         {"benchmark": row.benchmark, "version": row.version, "mode": row.mode, "metric": row.metric}
         | {"n": row.paired.n, "a": _accuracy(row.a), "b": _accuracy(row.b)}
-        | {"difference": row.paired.difference, **_bounds(row.paired.interval, row.paired.clustered)}
+        | {"difference": row.paired.difference, **_bounds(row.paired)}
         | {"better": row.paired.better, "worse": row.paired.worse}
         | {"p": row.paired.p, "p_holm": row.paired.adjusted}
         for row in found.rows
     ]
-    text = {"bits_per_byte": None if found.text is None else text_json(found.text)}
+    text = {"bits_per_byte": None if found.text is None else _text_json(found.text)}
     return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows} | text, indent=2)
 
 
@@ -177,12 +196,12 @@ def as_text(found: PairwiseComparison) -> str:
     for row in found.rows:
         blocks.setdefault((row.mode, row.metric), []).append(row)
     head = ["", "items", "A", "B", "B - A", "B>A", "A>B", "p", "Holm"]
-    cells = {key: [_cells(row) for row in rows] for key, rows in blocks.items()}
-    widths = [max(len(line[i]) for own in cells.values() for line in [head, *own]) for i in range(len(head))]
-    for (mode, metric), own in cells.items():
-        lines += ["", f"{mode} mode, {metric}", _line(head, widths)]
-        for row, line in zip(blocks[mode, metric], own, strict=True):
-            lines.append(_line(line, widths))
+    shown = text_table([head, *(_cells(row) for rows in blocks.values() for row in rows)], gap=" ")
+    body = iter(shown[1:])
+    for (mode, metric), rows in blocks.items():
+        lines += ["", f"{mode} mode, {metric}", shown[0]]
+        for row in rows:
+            lines.append(next(body))
             if row.paired.clustered is not None:
                 lines.append(f"  over {row.a.groups} groups{_over_groups(row)}")
     lines += [
@@ -192,7 +211,7 @@ def as_text(found: PairwiseComparison) -> str:
         "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
         f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05,",
         f"{SIGN_ITEMS} where it is but the interval over groups includes zero.",
-        *([] if found.text is None else text_lines(found.text)),
+        *([] if found.text is None else _text_lines(found.text)),
         *(f"warning: {warning}" for warning in found.warnings),
     ]
     return "\n".join(lines)
@@ -227,7 +246,7 @@ def _items_file(name: str) -> Path:
 
 
 def _facts(path: Path, checkpoints: dict[int, str]) -> Facts | None:
-    """What the file says of itself; UserError where that is of other checkpoints than its rows are."""
+    """The file's metadata; UserError where it lists other checkpoints than the rows have."""
     facts = read_facts(path)
     if facts is not None:
         said = {checkpoint.step: name for name, checkpoint in facts.checkpoints.items()}
@@ -275,14 +294,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *rest = (
-        cell.ljust(w) if i == 0 else cell.rjust(w)
-        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return " ".join([first, *rest])
-
-
 def _over_groups(row: Row) -> str:
     parts = (("A", row.a.clustered), ("B", row.b.clustered), ("B - A", row.paired.clustered))
     return "".join(f"; {name} {_short(interval)}" for name, interval in parts if interval is not None)
@@ -297,9 +308,62 @@ def _p(p: float) -> str:
 
 
 def _accuracy(own: Accuracy) -> dict[str, Any]:
-    return {"accuracy": own.value, **_bounds(own.interval, own.clustered), "groups": own.groups or None}
+    return {"accuracy": own.value, **_bounds(own), "groups": own.groups or None}
 
 
-def _bounds(interval: Interval, clustered: Interval | None) -> dict[str, float | None]:
-    low, high = clustered or (None, None)
-    return {"low": interval.low, "high": interval.high, "clustered_low": low, "clustered_high": high}
+def _bounds(own: Accuracy | Paired) -> dict[str, float | None]:
+    return bounds_record(own.interval) | bounds_record(own.clustered, "clustered_")
+
+
+def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str | None:
+    """Compare the documents.parquet next to two items.parquet, each at a step; or the reason why not.
+
+    None where neither exists: both were evaluated by an earlier version. Raises UserError where one is
+    unreadable or damaged.
+    """
+    files = [items.with_name(_DOCUMENTS) for items, _ in (a, b)]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        return f"bits per byte are not compared: no {missing[0]} (evaluated by an earlier version of STLM)"
+    for file in files:
+        check_beside(file.with_name("evaluation.json"), _DOCUMENTS)
+    own, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
+    found = compare_documents(other, own)
+    if found is None:
+        sizes = f"{len(own):,} against {len(other):,}"
+        return f"bits per byte are not compared: measured on other documents ({sizes})"
+    return TextComparison(own, other, found)
+
+
+def _text_lines(found: TextComparison) -> list[str]:
+    """The comparison for the terminal."""
+    documents, size = len(found.a), byte_size(int(found.a.n_bytes.sum()), digits=4)
+    parts = [
+        f"{name} {own.bits_per_byte:.4f} {interval_text(own.interval, own.few)}"
+        for name, own in (("A", found.a), ("B", found.b))
+    ]
+    difference = found.difference
+    shown = interval_text(difference.interval, difference.few, signed=True)
+    lines = [
+        "",
+        f"bits per byte of test text ({documents:,} document{'s'[: documents > 1]}, {size})",
+        f"{'; '.join(parts)}; B - A {difference_text(difference.value, 4)} {shown}",
+        "with 95% intervals over documents, of B - A paired: not over seeds.",
+    ]
+    return [*lines, FEW_NOTE] if any(FEW in line for line in lines) else lines
+
+
+def _text_json(found: TextComparison) -> dict[str, Any]:
+    """The comparison for programs."""
+    difference = found.difference
+    return {
+        "documents": len(found.a),
+        "bytes": int(found.a.n_bytes.sum()),
+        "few_documents": difference.few,
+        "a": {"bits_per_byte": found.a.bits_per_byte, **bounds_record(found.a.interval)},
+        "b": {"bits_per_byte": found.b.bits_per_byte, **bounds_record(found.b.interval)},
+        "difference": difference.value,
+        **bounds_record(difference.interval),
+    }

@@ -1,4 +1,4 @@
-"""Accuracy by linguistic phenomenon, beside people's agreement where BLiMP's paper has measured it."""
+"""Accuracy by linguistic phenomenon, next to the human accuracy that the paper of BLiMP reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stlm.report.accuracies import main_mode, score
-from stlm.report.names import percent
+from stlm.report.names import bounds, bounds_record, percent
 from stlm.report.results import Proportion, RunResult, run_label
 from stlm.report.table import Cell, Table
 from stlm.study.runs import Study
@@ -19,7 +19,7 @@ Phenomena = Mapping[str, Mapping[str, Proportion]]
 
 
 def human_agreement(benchmark: str) -> dict[str, float]:
-    """How often a person picks the acceptable sentence, a fraction by phenomenon; `all`: over all paradigms.
+    """How often a person picks the acceptable sentence, as a fraction by phenomenon; `all`: all paradigms.
 
     The row "Human" of Table 3 of Warstadt et al. 2020 (BLiMP, TACL 8): forced choices of single people, not
     the majority of several (96.4%). Empty for any other benchmark.
@@ -31,7 +31,7 @@ def human_agreement(benchmark: str) -> dict[str, float]:
 
 
 def phenomena(results: Mapping[str, RunResult], benchmark: str, mode: str) -> Phenomena:
-    """The accuracies of the runs that have any, by phenomenon, at their last checkpoint."""
+    """Accuracies by phenomenon at the last checkpoint of every run that has any."""
     found = {}
     for name, result in results.items():
         scored = result.last.benchmarks.get(benchmark)
@@ -42,14 +42,14 @@ def phenomena(results: Mapping[str, RunResult], benchmark: str, mode: str) -> Ph
 
 
 def by_difficulty(groups: Phenomena, baseline: str) -> list[str]:
-    """Every phenomenon of any run, those that the baseline (else the first run) finds hardest last."""
+    """Every phenomenon of any run, from the baseline's best to its worst (or the first run's)."""
     reference = groups.get(baseline) or next(iter(groups.values()))
     names = dict.fromkeys(name for own in groups.values() for name in own)
     return sorted(names, key=lambda name: -reference[name].value if name in reference else 0.0)
 
 
 def phenomena_tables(study: Study, results: Mapping[str, RunResult]) -> list[Table]:
-    """blimp-phenomena: a row a phenomenon, a column a run, people beside them; none without BLiMP."""
+    """blimp-phenomena: a row per phenomenon, a column per run, one for people; no table without BLiMP."""
     mode = main_mode(results)
     groups = phenomena(results, _BENCHMARK, mode)
     if not groups:
@@ -93,11 +93,8 @@ def _row(
         if accuracy is None:
             cells.append(Cell("–"))
             continue
-        shown = percent(accuracy.value)
-        cells.append(Cell(f"{shown}\n[{percent(accuracy.low)}, {percent(accuracy.high)}]"))
-        record |= {
-            f"{run}_{key}": round(100 * getattr(accuracy, field), 3)
-            for key, field in (("percent", "value"), ("low", "low"), ("high", "high"))
-        }
+        cells.append(Cell(f"{percent(accuracy.value)}\n{bounds(*accuracy.interval)}"))
+        record[f"{run}_percent"] = round(100 * accuracy.value, 3)
+        record |= bounds_record(accuracy.interval, f"{run}_", 3, 100)
     cells.append(Cell("–" if human is None else percent(human)))
     return cells, record | ({} if human is None else {"human_percent": round(100 * human, 1)})

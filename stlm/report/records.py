@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stlm.files import atomic_path, read_json, write_record
-from stlm.report.results import EvaluationRecord, Strict, TrainRecord
+from stlm.report.schema import EvaluationRecord, Strict, TrainRecord
 
 RUNS, DOCUMENTS = "runs.json", "documents.parquet"
 # Of documents.parquet of a run, what comparisons read.

@@ -1,255 +1,58 @@
-"""What a run left behind, read and checked: {train,evaluation}.json, {curve,watch}.csv, items.parquet."""
+"""What a run left, read and checked: train.json, evaluation.json, curve.csv, watch.csv, items.parquet."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
 from stlm.integrity import check_beside
-from stlm.report.asked import check_published, check_scored, check_trained
-from stlm.report.items import read_outcomes
-from stlm.report.rows import read_curve, read_watch
-from stlm.study.runs import Run, Study
-from stlm.tokens.config import DataConfig
+from stlm.report.run_files import read_curve, read_outcomes, read_watch
+from stlm.report.schema import (
+    BenchmarkResult,
+    CheckpointResult,
+    EvaluationRecord,
+    LossSpike,
+    Perplexity,
+    Proportion,
+    PublishedRecord,
+    TextRecord,
+    TrainRecord,
+)
+from stlm.report.settings_check import check_published, check_scored, check_trained
+from stlm.study.runs import PublishedModel, Run, Study
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Strict(BaseModel):
-    """A part of a record: no text for a number, no NaN, no infinity."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class ParameterCounts(Strict):
-    total: Count
-    embedding: Count
-    non_embedding: Count
-
-
-class CheckpointReference(Strict):
-    step: Count
-    tokens: Count
-    weights_sha256: str
-
-
-class LossSpike(Strict):
-    """A loss (nats) far above the level of the steps before, `level`; `rise`: its height at the worst step.
-
-    `recovered_after`: steps until the loss was back at the level; None where it never was.
-    """
-
-    step: int
-    loss: float
-    level: float
-    rise: float
-    grad_norm: float
-    recovered_after: int | None
-
-
-class Truncation(Strict):
-    """What cutting matrices to lower ranks lost, of all their Frobenius norm together."""
-
-    relative_error: float
-
-
-class DependencyRecord(Strict):
-    """A run whose last weights another needed, and what its training had cost.
-
-    `depends`: role -> what it depended on itself. `truncation`: of weights that a run started from.
-    """
-
-    run: str
-    tokens: int
-    flops: float
-    truncation: Truncation | None = None
-    depends: dict[str, DependencyRecord] = {}
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """Run -> FLOPs of its training: this one and all that it depended on."""
-        return {self.run: self.flops} | _costs(self.depends)
-
-
-def _costs(depends: Mapping[str, DependencyRecord]) -> dict[str, float]:
-    return {run: flops for one in depends.values() for run, flops in one.costs.items()}
-
-
-class TextRecord(Strict):
-    """How much held-out text a figure is of, of how much there is; `text_sha256` is equal for equal text.
-
-    What earlier versions did not write is None.
-    """
-
-    documents: Count | None = None
-    documents_total: Count | None = None
-    bytes: Count | None = None
-    bytes_total: Count | None = None
-    tokens: Count | None = None
-    text_sha256: str | None = None
-
-    def same_text(self, other: TextRecord) -> bool:
-        """Whether both are of the same text; of earlier versions' of as many bytes. Of one corpus."""
-        if self.text_sha256 is not None and other.text_sha256 is not None:
-            return self.text_sha256 == other.text_sha256
-        return self.bytes is not None and self.bytes == other.bytes
-
-
-class TrainRecord(Strict):
-    """train.json: what was trained, with which settings, and how long it took.
-
-    `loss_spikes` of runs of earlier versions is None: no one looked. `parts`: what it was computed by, one
-    after the other, where it went on elsewhere or by other code than it began. `validation`: the text that
-    the curve is of, None of earlier versions. `depends`: role -> the run that the training depended on.
-    """
-
-    run: str
-    variant: str
-    label: str
-    seed: int
-    parameters: ParameterCounts
-    steps: Count
-    tokens: Count
-    seconds: Annotated[float, Field(ge=0)]
-    flops: Positive
-    device: str
-    processor: str | None = None
-    parts: list[dict[str, Any]] = []
-    precision: str
-    compiled: bool = False
-    kernels: bool = False
-    threads: int | None = None
-    processes: int = 1
-    model: dict[str, Any]
-    training: dict[str, Any]
-    data: DataConfig = DataConfig()
-    techniques: dict[str, dict[str, Any]] = {}
-    validation: TextRecord | None = None
-    loss_spikes: list[LossSpike] | None = None
-    depends: dict[str, DependencyRecord] = {}
-    corpus: str
-    tokenizer: str
-    checkpoints: list[CheckpointReference]
-    code: dict[str, str | None] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _former_start(cls, content: Any) -> Any:
-        """Earlier versions recorded the role `start` alone, by a key of that name."""
-        if isinstance(content, dict) and content.get("start") is not None and "depends" not in content:
-            return {**content, "depends": {"start": content["start"]}}
-        return content
-
-    @property
-    def start(self) -> DependencyRecord | None:
-        """The run whose last weights the training began from."""
-        return self.depends.get("start")
-
-    @property
-    def total_flops(self) -> float:
-        """Training FLOPs of the run and of all runs that it depended on, each counted once."""
-        return self.flops + sum(_costs(self.depends).values())
-
-
-class Proportion(Strict):
-    """An accuracy as a fraction 0..1, its 95% interval, and the number of items."""
-
-    value: Fraction
-    low: float
-    high: float
-    n: Count
-
-
-class ModeResult(Strict):
-    acc: Proportion
-    acc_norm: Proportion | None = None
-    word_perplexity: Positive | None = None
-    truncated: Count = 0
-    groups: dict[str, dict[str, Proportion]] = {}
-
-
-class BenchmarkResult(Strict):
-    version: str | int | float
-    items: Count
-    items_total: Count
-    limit: int | None = None
-    modes: dict[str, ModeResult]
-
-
-class DocumentInterval(Strict):
-    """The 95% interval of bits per byte over documents; `few_documents`: so few that it is too narrow."""
-
-    low: float
-    high: float
-    few_documents: bool
-
-
-class Perplexity(TextRecord):
-    """Figures of the test text. `interval` is None for one document, and of earlier versions."""
-
-    bits_per_byte: Annotated[float, Field(ge=0)]
-    char_perplexity: Positive
-    interval: DocumentInterval | None = None
-    components: dict[str, Perplexity] = {}
-
-
-class CheckpointResult(Strict):
-    step: Count
-    tokens: Count
-    weights_sha256: str
-    perplexity: Perplexity
-    benchmarks: dict[str, BenchmarkResult]
-
-
-class ReadoutResult(CheckpointResult):
-    """A language model within the last checkpoint's (an exit, say); FLOPs are of a forward pass."""
-
-    parameters: Count
-    flops_per_token: Positive
-
-
-class EvaluationRecord(Strict):
-    """evaluation.json: every evaluated checkpoint by name, and by what and how it was scored.
-
-    Nothing of the latter in files of earlier versions. `readouts`: of the last checkpoint, by name.
-    """
-
-    device: str | None = None
-    processor: str | None = None
-    precision: str | None = None
-    code: dict[str, str | None] = {}
-    settings: dict[str, Any] | None = None
-    checkpoints: dict[str, CheckpointResult]
-    readouts: dict[str, ReadoutResult] = {}
-
-
-class PublishedRecord(EvaluationRecord):
-    """evaluation.json of a published model, with its size, how it was loaded, the token that starts texts.
-
-    Files of earlier versions of STLM name neither.
-    """
-
-    parameters: Count
-    prefix: str | None = None
-    published: dict[str, Any] | None = None
+__all__ = [
+    "BenchmarkResult",
+    "CheckpointResult",
+    "EvaluationRecord",
+    "LossSpike",
+    "Perplexity",
+    "Proportion",
+    "PublishedRecord",
+    "PublishedResult",
+    "RunResult",
+    "TextRecord",
+    "TrainRecord",
+    "read_published",
+    "read_results",
+    "run_label",
+]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A published model's scores, got as the runs' are; `items_path` has a row a scored option.
+    """The scores of a published model, evaluated as the runs were; `items_path` has a row a scored option.
 
-    `parameters_shown`: its size in the study's own words, where it has any. `prefix`: the token that starts a
-    text; None where the file does not say.
+    `parameters_shown`: its size as the study writes it, if it does. `prefix`: the token that starts a text;
+    None where the file does not say.
     """
 
     name: str
@@ -265,9 +68,9 @@ class PublishedResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run's files. `checkpoints` are sorted by step; `items` is read on demand, being the large one.
+    """One run's files. `checkpoints` are sorted by step; items.parquet, which is large, is read on demand.
 
-    `watch`: the rows of watch.csv; None where no layer was looked at, or by an earlier version.
+    `watch`: the rows of watch.csv; None where no layer was watched, or by an earlier version.
     """
 
     name: str
@@ -284,6 +87,11 @@ class RunResult:
         """The last checkpoint: the one that the tables quote."""
         return list(self.checkpoints.values())[-1]
 
+    def word_perplexity(self, benchmark: str, mode: str) -> float | None:
+        """The perplexity of a word at the last checkpoint; None for a benchmark that measures none."""
+        scored = self.last.benchmarks.get(benchmark)
+        return scored.modes[mode].word_perplexity if scored and mode in scored.modes else None
+
     def outcomes(self, checkpoint: str | None = None) -> pd.DataFrame:
         """The outcome of each item at `checkpoint` (None: the last): see `read_outcomes`.
 
@@ -299,7 +107,7 @@ class RunResult:
         return outcomes
 
     def facts(self) -> Facts | None:
-        """What items.parquet says of itself; None where an earlier version of STLM wrote it."""
+        """The metadata of items.parquet; None where an earlier version of STLM wrote it."""
         try:
             return read_facts(self.items_path)
         except UserError as error:
@@ -317,15 +125,8 @@ def read_results(study: Study) -> dict[str, RunResult]:
 
     Raises UserError naming each missing or broken file and the command that makes it.
     """
-    results, problems = {}, []
-    for name in sorted(study.runs, key=lambda name: name != study.baseline):
-        try:
-            results[name] = _read_run(study, study.runs[name])
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return results
+    names = sorted(study.runs, key=lambda name: name != study.baseline)
+    return _read_all(names, lambda name: _read_run(study, study.runs[name]))
 
 
 def read_published(study: Study) -> dict[str, PublishedResult]:
@@ -333,33 +134,17 @@ def read_published(study: Study) -> dict[str, PublishedResult]:
 
     Raises UserError naming each missing or broken file and the command that makes it.
     """
+    return _read_all(study.published, lambda name: _read_published(study, study.published[name]))
+
+
+def _read_all(names: Iterable[str], read: Callable[[str], Result]) -> dict[str, Result]:
+    """What `read` gives for each name; what is wrong with any of them, all at once."""
     results, problems = {}, []
-    for name, published in study.published.items():
-        command = f"stlm evaluate {study.name} {name}"
-        folder = published.results_folder
+    for name in names:
         try:
-            record = _read_record(folder / "evaluation.json", PublishedRecord, command)
-            if list(record.checkpoints) != ["published"]:
-                raise _broken(folder / "evaluation.json", "is not of a published model", command)
-            check_scored(study.evaluation, record.settings, folder / "evaluation.json", command)
-            check_published(published, record.published, folder / "evaluation.json", command)
-            if not (folder / "items.parquet").is_file():
-                raise _broken(folder / "items.parquet", "is missing", command)
-            check_beside(folder / "evaluation.json", "items.parquet")
+            results[name] = read(name)
         except UserError as error:
             problems.append(str(error))
-            continue
-        results[name] = PublishedResult(
-            name,
-            published.label,
-            record.parameters,
-            published.parameters,
-            record,
-            record.prefix,
-            record.checkpoints["published"],
-            folder / "items.parquet",
-            command,
-        )
     if problems:
         raise UserError("\n".join(problems))
     return results
@@ -380,6 +165,38 @@ def _read_record(path: Path, kind: type[Record], command: str) -> Record:
         raise UserError(f"{error}: run `{command}`") from None
 
 
+def _read_scores(study: Study, folder: Path, kind: type[Record], command: str) -> Record:
+    """The evaluation.json of `folder`, scored as the study asks, with its items.parquet there and whole."""
+    path, items = folder / "evaluation.json", folder / "items.parquet"
+    record = _read_record(path, kind, command)
+    check_scored(study.evaluation, record.settings, path, command)
+    if not record.checkpoints:
+        raise _broken(path, "holds no checkpoint", command)
+    if not items.is_file():
+        raise _broken(items, "is missing", command)
+    check_beside(path, items.name)
+    return record
+
+
+def _read_published(study: Study, model: PublishedModel) -> PublishedResult:
+    command, folder = f"stlm evaluate {study.name} {model.name}", model.results_folder
+    record = _read_scores(study, folder, PublishedRecord, command)
+    if list(record.checkpoints) != ["published"]:
+        raise _broken(folder / "evaluation.json", "is not of a published model", command)
+    check_published(model, record.published, folder / "evaluation.json", command)
+    return PublishedResult(
+        name=model.name,
+        label=model.label,
+        parameters=record.parameters,
+        parameters_shown=model.parameters,
+        evaluation=record,
+        prefix=record.prefix,
+        checkpoint=record.checkpoints["published"],
+        items_path=folder / "items.parquet",
+        evaluate_command=command,
+    )
+
+
 def _read_run(study: Study, run: Run) -> RunResult:
     train_command = f"stlm train {study.name} {run.name}"
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
@@ -390,20 +207,13 @@ def _read_run(study: Study, run: Run) -> RunResult:
     except UserError as error:
         raise UserError(f"{error}: run `{train_command}`") from None
     check_beside(run.folder / "train.json", "curve.csv", "watch.csv")
-    evaluation_path, items_path = run.folder / "evaluation.json", run.folder / "items.parquet"
-    evaluation = _read_record(evaluation_path, EvaluationRecord, evaluate_command)
-    check_scored(study.evaluation, evaluation.settings, evaluation_path, evaluate_command)
-    if not evaluation.checkpoints:
-        raise _broken(evaluation_path, "holds no checkpoint", evaluate_command)
-    if not items_path.is_file():
-        raise _broken(items_path, "is missing", evaluate_command)
-    check_beside(evaluation_path, "items.parquet")
+    evaluation = _read_scores(study, run.folder, EvaluationRecord, evaluate_command)
     checkpoints = dict(sorted(evaluation.checkpoints.items(), key=lambda item: item[1].step))
     trained = {checkpoint.step: checkpoint.weights_sha256 for checkpoint in train.checkpoints}
     for name, checkpoint in checkpoints.items():
         # Numbers of weights that are no longer there would be published under this run's name.
         if trained.get(checkpoint.step) != checkpoint.weights_sha256:
-            raise _broken(
-                evaluation_path, f"scored other weights for {name} than train.json lists", evaluate_command
-            )
-    return RunResult(run.name, train, curve, watch, evaluation, checkpoints, items_path, evaluate_command)
+            what = f"scored other weights for {name} than train.json lists"
+            raise _broken(run.folder / "evaluation.json", what, evaluate_command)
+    items = run.folder / "items.parquet"
+    return RunResult(run.name, train, curve, watch, evaluation, checkpoints, items, evaluate_command)

@@ -1,13 +1,17 @@
-"""tables/statistics.csv: every accuracy, interval, difference and test of a study, for programs."""
+"""statistics.csv and groups.csv: every accuracy, interval, difference and test of a study, for programs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from stlm.evaluation.statistics import Interval
 from stlm.report.comparison import Comparisons, OverSeeds, Point, Score
+from stlm.report.names import bounds_record, p_record
 from stlm.report.results import RunResult
+
+# Accuracies are in percent here.
+_bounds = partial(bounds_record, digits=3, scale=100)
 
 
 def statistics_records(results: Mapping[str, RunResult], comparisons: Comparisons) -> list[dict[str, Any]]:
@@ -49,21 +53,21 @@ def _score(key: Score, version: str | int | float) -> dict[str, Any]:
 
 def _of_point(point: Point) -> dict[str, Any]:
     own, paired = point.accuracy, point.paired
-    record = {"n": own.n, "percent": _percent(own.value), **_bounds("", own.interval)}
-    record |= {"groups": own.groups or None, **_bounds("clustered_", own.clustered)}
+    record = {"n": own.n, "percent": _percent(own.value), **_bounds(own.interval, "")}
+    record |= {"groups": own.groups or None, **_bounds(own.clustered, "clustered_")}
     if paired is None:
         return record
     return record | {
         "baseline": point.baseline,
         "common_items": paired.n,
         "difference": _percent(paired.difference),
-        **_bounds("difference_", paired.interval),
-        **_bounds("difference_clustered_", paired.clustered),
+        **_bounds(paired.interval, "difference_"),
+        **_bounds(paired.clustered, "difference_clustered_"),
         "better": paired.better,
         "worse": paired.worse,
         "test": "mcnemar",
-        "p": _p(paired.p),
-        "p_holm": _p(paired.adjusted),
+        "p": p_record(paired.p),
+        "p_holm": p_record(paired.adjusted),
     }
 
 
@@ -74,21 +78,26 @@ def _of_seeds(own: OverSeeds) -> dict[str, Any]:
     return record | {
         "shared_seeds": len(own.shared),
         "difference": _percent(own.test.difference),
-        **_bounds("difference_", own.test.interval),
+        **_bounds(own.test.interval, "difference_"),
         "test": "t over seeds",
-        "p": _p(own.test.p),
-        "p_holm": _p(own.adjusted),
+        "p": p_record(own.test.p),
+        "p_holm": p_record(own.adjusted),
     }
-
-
-def _bounds(prefix: str, interval: Interval | None) -> dict[str, float | None]:
-    low, high = (None, None) if interval is None else map(_percent, interval)
-    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def _percent(fraction: float) -> float:
     return round(100 * fraction, 3)
 
 
-def _p(p: float | None) -> float | None:
-    return None if p is None else float(f"{p:.4g}")
+def group_records(results: Mapping[str, RunResult]) -> list[dict[str, Any]]:
+    """Accuracies by group (BLiMP's phenomena, MMLU's subjects ...) at each run's last checkpoint."""
+    return [
+        {"run": name, "benchmark": benchmark, "version": scored.version, "mode": mode}
+        | {"grouping": grouping, "group": group}
+        | {"percent": _percent(a.value), **_bounds((a.low, a.high)), "n": a.n}
+        for name, result in results.items()
+        for benchmark, scored in result.last.benchmarks.items()
+        for mode, outcome in scored.modes.items()
+        for grouping, groups in outcome.groups.items()
+        for group, a in groups.items()
+    ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stlm.files import write_text
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from stlm.files import content_sha256, write_record, write_text
+from stlm.integrity import check_beside
+
+CHECKSUMS = "checksum.json"  # of the tables that pages of committed results show
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,10 @@ class Cell:
     bold: bool = False
     bold_line: int | None = None
 
-    @property
-    def lines(self) -> list[tuple[str, bool]]:
-        """Each line, and whether it is bold."""
+    def lines(self, escape: Callable[[str], str], bold: str) -> list[str]:
+        """Each line, escaped, those that are bold put into the format `bold`."""
         return [
-            (line, bool(line) and (self.bold or number == self.bold_line))
+            bold.format(escape(line)) if line and (self.bold or number == self.bold_line) else escape(line)
             for number, line in enumerate(self.text.split("\n"))
         ]
 
@@ -61,17 +64,24 @@ def write_table(folder: Path, typeset: Path, table: Table) -> None:
     write_text(folder / f"{table.name}.csv", csv_text(table.records))
     write_text(folder / f"{table.name}.md", markdown(table))
     write_text(typeset / f"{table.name}.tex", latex(table))
-    write_text(typeset / f"{table.name}.html", html_page(table))
+    write_text(typeset / f"{table.name}.html", html_document(table.title, html_table(table)))
+
+
+def write_checksums(folder: Path) -> None:
+    """List the tables in `folder` with their SHA-256."""
+    files = {p.name: content_sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".csv", ".md")}
+    write_record(folder / CHECKSUMS, {}, files=files)
+
+
+def read_table(path: Path) -> str:
+    """The text of a table that `write_checksums` listed; UserError where it has changed since."""
+    check_beside(path.with_name(CHECKSUMS), path.name)
+    return path.read_text(encoding="utf-8")
 
 
 def csv_text(records: Sequence[Mapping[str, object]]) -> str:
     """CSV with the union of the records' keys as header, in order of first appearance; None is empty."""
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
+    return pd.DataFrame(list(records), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def markdown(table: Table) -> str:
@@ -80,16 +90,15 @@ def markdown(table: Table) -> str:
     def escape(text: str) -> str:
         return re.sub(r"([\\|*_`<\[\]])", r"\\\1", text)
 
-    def cell(content: Cell) -> str:
-        return "<br>".join(f"**{escape(line)}**" if bold else escape(line) for line, bold in content.lines)
+    def line(cells: Sequence[Cell]) -> str:
+        return "| " + " | ".join("<br>".join(cell.lines(escape, "**{}**")) for cell in cells) + " |"
 
     width = len(table.header)
-    lines = [f"**{escape(table.title)}**", ""]
-    lines.append("| " + " | ".join(cell(Cell(text)) for text in table.header) + " |")
-    lines.append("|" + " --- |" * table.texts + " ---: |" * (width - table.texts))
+    ruler = "|" + " --- |" * table.texts + " ---: |" * (width - table.texts)
+    lines = [f"**{escape(table.title)}**", "", line([Cell(text) for text in table.header]), ruler]
     for row in table.rows:
-        cells = [Cell(row.title, bold=True)] + [Cell("")] * (width - 1) if isinstance(row, Section) else row
-        lines.append("| " + " | ".join(map(cell, cells)) + " |")
+        blank = [Cell("")] * (width - 1)
+        lines.append(line([Cell(row.title, bold=True), *blank] if isinstance(row, Section) else row))
     for note in table.notes:
         lines += ["", escape(note)]
     return "\n".join(lines) + "\n"
@@ -122,51 +131,53 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
+def _styled(table: Table, cell: Callable[[Cell, int], str], section: Callable[[str, bool], str]) -> Styler:
+    """The table's texts, already escaped, for pandas to write; `section` is told whether it is the first row.
+
+    Columns are numbered, as pandas wants their names to differ.
+    """
+    blank = [""] * (len(table.header) - 1)
+    body = [
+        [section(row.title, place == 0), *blank]
+        if isinstance(row, Section)
+        else [cell(content, column) for column, content in enumerate(row)]
+        for place, row in enumerate(table.rows)
+    ]
+    names = [cell(Cell(text), column) for column, text in enumerate(table.header)]
+    frame = pd.DataFrame(body, columns=range(len(names)))
+    return frame.style.hide(axis="index").format_index(names.__getitem__, axis="columns")
+
+
 def latex(table: Table) -> str:
     """A `table` environment; it needs the packages booktabs and graphicx (wide tables shrink to the line)."""
+    width = len(table.header)
 
-    def cell(content: Cell, place: int) -> str:
-        lines = [
-            rf"\textbf{{{escape_latex(line)}}}" if bold else escape_latex(line)
-            for line, bold in content.lines
-        ]
+    def cell(content: Cell, column: int) -> str:
+        lines = content.lines(escape_latex, r"\textbf{{{}}}")
         stacked = r" \\ ".join(lines)
-        side = "l" if place < table.texts else "r"
+        side = "l" if column < table.texts else "r"
         return stacked if len(lines) == 1 else rf"\shortstack[{side}]{{{stacked}}}"
 
-    width = len(table.header)
-    body = []
-    for row in table.rows:
-        if isinstance(row, Section):
-            if body:
-                body.append(r"\midrule")
-            body.append(rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(row.title)}}}}} \\")
-        else:
-            body.append(" & ".join(map(cell, row, range(width))) + r" \\")
-    notes = r" \\ ".join(escape_latex(note) for note in table.notes)
+    def section(title: str, first: bool) -> str:
+        rule = "" if first else "\\midrule\n"
+        return rf"{rule}\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(title)}}}}}"
+
     caption = re.sub(r"^Table \d+[^.]*\. ", "", table.title)  # LaTeX numbers its tables itself
-    lines = [
-        r"% needs \usepackage{booktabs,graphicx}",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{escape_latex(caption)}}}",
-        rf"\label{{tab:{table.name}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * table.texts}{'r' * (width - table.texts)}}}",
-        r"\toprule",
-        " & ".join(cell(Cell(text), place) for place, text in enumerate(table.header)) + r" \\",
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}}",
-        *(
-            [rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"]
-            if notes
-            else []
-        ),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    text = _styled(table, cell, section).to_latex(
+        column_format="l" * table.texts + "r" * (width - table.texts),
+        caption=escape_latex(caption),
+        label=f"tab:{table.name}",
+        position_float="centering",
+        hrules=True,
+    )
+    # The cells that a section's title spans, which pandas writes all the same.
+    text = re.sub(r"(?m)^(\\multicolumn.*?)(?: & )+ \\\\$", r"\1 \\\\", text)
+    notes = r" \\ ".join(escape_latex(note) for note in table.notes)
+    below = rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"
+    resize = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    text = text.replace(r"\begin{tabular}", f"{resize}\n\\begin{{tabular}}")
+    text = text.replace(r"\end{tabular}", r"\end{tabular}}" + (f"\n{below}" if notes else ""))
+    return "% needs \\usepackage{booktabs,graphicx}\n" + text
 
 
 _CSS = (
@@ -174,18 +185,14 @@ _CSS = (
     "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
     "caption{text-align:left;font-weight:bold;padding-bottom:.6em}"
     "th,td{padding:.25em .7em;text-align:right;vertical-align:top;white-space:nowrap}"
-    ".text{text-align:left}thead{border-bottom:1px solid}"
-    ".section td{font-style:italic;border-top:1px solid #999}p{max-width:60em;font-size:13px}"
+    + "".join(f".texts-{n} tr>:nth-child(-n+{n}){{text-align:left}}" for n in (1, 2, 3))
+    + "thead{border-bottom:1px solid}td[colspan]{font-style:italic;border-top:1px solid #999}"
+    "p{max-width:60em;font-size:13px}"
 )
 
 
-def html_page(table: Table) -> str:
-    """A page that stands alone, for Snakemake's report."""
-    return html_document(table.title, html_table(table))
-
-
 def html_document(title: str, body: Sequence[str], style: str = "") -> str:
-    """A page around the lines of `body`, in the style of the tables and `style`'s besides."""
+    """A page that stands alone, for Snakemake's report; `style` is CSS in addition to that of tables."""
     head = f"<title>{html.escape(title)}</title><style>{_CSS}{style}</style>"
     lines = ["<!doctype html>", f'<html lang="en"><meta charset="utf-8">{head}', *body, "</html>"]
     return "\n".join(lines) + "\n"
@@ -194,31 +201,15 @@ def html_document(title: str, body: Sequence[str], style: str = "") -> str:
 def html_table(table: Table) -> list[str]:
     """The lines of a table and of the notes below it, for a page."""
 
-    def cell(content: Cell) -> str:
-        lines = [(html.escape(line), bold) for line, bold in content.lines]
-        return "<br>".join(f"<strong>{line}</strong>" if bold else line for line, bold in lines)
+    def cell(content: Cell, _: int) -> str:
+        return "<br>".join(content.lines(html.escape, "<strong>{}</strong>"))
 
-    sides = [' class="text"' if place < table.texts else "" for place in range(len(table.header))]
-    rows = []
-    for row in table.rows:
-        if isinstance(row, Section):
-            rows.append(
-                f'<tr class="section"><td class="text" colspan="{len(table.header)}">'
-                f"{html.escape(row.title)}</td></tr>"
-            )
-        else:
-            cells = (f"<td{side}>{cell(c)}</td>" for c, side in zip(row, sides, strict=True))
-            rows.append("<tr>" + "".join(cells) + "</tr>")
-    return [
-        f"<table><caption>{html.escape(table.title)}</caption>",
-        "<thead><tr>"
-        + "".join(
-            f'<th scope="col"{side}>{cell(Cell(text))}</th>'
-            for text, side in zip(table.header, sides, strict=True)
-        )
-        + "</tr></thead>",
-        "<tbody>",
-        *rows,
-        "</tbody></table>",
-        *(f"<p>{html.escape(note)}</p>" for note in table.notes),
-    ]
+    styled = _styled(table, cell, lambda title, _: f"<i>{html.escape(title)}</i>")
+    styled = styled.set_caption(html.escape(table.title)).set_table_attributes(f'class="texts-{table.texts}"')
+    # One row per line; a section's title takes the place of the empty cells after it.
+    text = re.sub(r" ?>\n\s*(?=<)", ">", styled.to_html(exclude_styles=True)).replace("<tr>", "\n<tr>")
+    text = re.sub(
+        r"<td ?><i>(.*?)</i></td>(<td ?></td>)*", rf'<td colspan="{len(table.header)}">\1</td>', text
+    )
+    text = text.replace("<td >", "<td>").replace("<th >", '<th scope="col">')
+    return [*text.strip().splitlines(), *(f"<p>{html.escape(note)}</p>" for note in table.notes)]

@@ -1,19 +1,20 @@
-"""Which rows of a table differ in more than their settings: in arithmetic, code or processor."""
+"""Which rows of a table differ in more than their settings: in precision, code or processor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from stlm.report.names import some
 from stlm.report.results import EvaluationRecord, PublishedResult, RunResult, TrainRecord
 
-# A value of a row, in the words that follow "trained" or "scored".
+# Property of a row -> its value, as words after "trained" or "scored".
 _Values = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: what it was trained by (None: by others, elsewhere) and scored by."""
+    """A row of a table, with the records of its training (None for published models) and its evaluation."""
 
     variant: str
     label: str
@@ -22,13 +23,13 @@ class Row:
 
     @property
     def values(self) -> _Values:
-        """What should be alike in all rows, by what it is of."""
+        """The properties that should be equal in all rows."""
         own = {f"scored {key}": value for key, value in _scored(self.scored).items()}
         return own if self.train is None else _trained(self.train) | own
 
     @property
     def codes(self) -> list[Mapping[str, str | None]]:
-        """The versions of the code that made it."""
+        """The versions of the code that trained and scored it."""
         trained = [] if self.train is None else [*_parts(self.train)]
         return [self.scored.code, *(part["code"] for part in trained)]
 
@@ -47,7 +48,7 @@ def rows_of(
 
 
 def unlike_variants(rows: Sequence[Row]) -> set[str]:
-    """The variants of which a row was made otherwise than the first row."""
+    """The variants with a row whose properties differ from those of the first row."""
     base = rows[0].values
     return {
         row.variant for row in rows if any(base.get(key, value) != value for key, value in row.values.items())
@@ -57,11 +58,11 @@ def unlike_variants(rows: Sequence[Row]) -> set[str]:
 def unlike_note(rows: Sequence[Row], scored: bool = True) -> str | None:
     """One sentence naming the rows that were not made as the first was; None where all were made alike.
 
-    `scored`: the table has scores; else only training counts. Also told: rows trained in parts by different
-    code or processors, code with changes that no commit has, and processors that are not recorded.
+    `scored`: the table has scores; without them only training matters. It also names rows trained in parts
+    by different code or processors, code with uncommitted changes, and processors that are not recorded.
     """
     base = rows[0].values
-    # What is said of training and scoring alike is said once.
+    # What holds for both training and scoring is said once.
     verbs: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for row in rows for key in row.values):
         if key.startswith("scored ") and not scored:
@@ -102,7 +103,7 @@ def _scored(record: EvaluationRecord) -> dict[str, str]:
 
 
 def _made(done: str, place: str | None, code: Mapping[str, str | None]) -> dict[str, str]:
-    """Place and code in words; nothing of what a record does not say."""
+    """Processor and code in words, as far as the record has them."""
     found = {} if place is None else {"place": f"{done} on {place}"}
     if code:
         commit = code.get("git") or "no commit"
@@ -124,7 +125,7 @@ def _parts(train: TrainRecord) -> Iterable[Mapping[str, Mapping[str, str | None]
 
 
 def _named(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """The rows chosen by name, a variant's seeds as one; all rows, or all but the few others."""
+    """The labels of the chosen rows, the seeds of a variant as one; or all rows, or all but a few."""
     inside = [row for row in rows if chosen(row)]
     if len(inside) == len(rows):
         return "all rows"
@@ -141,5 +142,4 @@ def _listed(rows: Sequence[Row], chosen: Sequence[Row]) -> str:
         seed = "" if whole or row.train is None else f" (seed {row.train.seed})"
         names.append(row.label + seed)
     names = list(dict.fromkeys(names))
-    between = "; " if any("," in name for name in names) else ", "
-    return names[0] if len(names) == 1 else f"{between.join(names[:-1])} and {names[-1]}"
+    return some(names, most=len(names))

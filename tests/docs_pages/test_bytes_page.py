@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stlm.docs_pages import bytes as page
+from stlm.docs_pages import committed
 from stlm.docs_pages.bytes import PAGE, bytes_page, cost_table, parameters_table
 from stlm.errors import UserError
 from stlm.files import write_json
@@ -146,7 +146,7 @@ def test_differences_are_paired_by_document_where_their_scores_are_kept(project,
         rates = np.linspace(1.5, 2.5, 60) + (0.2 if run.startswith("words") else 0.0)
         return Documents(np.array(["toy"] * 60), np.arange(60, dtype=np.uint64), rates * sizes, sizes)
 
-    monkeypatch.setattr(page, "committed_documents", documents)
+    monkeypatch.setattr(committed, "committed_documents", documents)
     table = cost_table()
     assert cells(table)["variant"][-1] == "over documents"
     assert cells(table)["Bytes, words"][-1] == "[+0.200, +0.200]"

@@ -22,8 +22,7 @@ from stlm.export.export import export
 from stlm.files import read_json, sha256, write_json
 from stlm.generation.generate import load_generator
 from stlm.report.card import read_card
-from stlm.report.pairwise import find_predictions
-from stlm.report.pairwise_text import compare_text
+from stlm.report.pairwise import compare_text, find_predictions
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 

@@ -15,7 +15,7 @@ from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.report.items import score_items
+from stlm.report.run_files import score_items
 
 ALPHABET = " abcdefgh"
 CONTEXT = 24

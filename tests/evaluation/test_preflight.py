@@ -93,7 +93,11 @@ def test_all_that_is_wrong_is_told_at_once(check, run, monkeypatch):
             {"batch_size": 10**9},
             r"batch_size: 1,000,000,000 sequences of .* more than [\d,]+ cannot fit",
         ),
-        ({"width": 4 * 10**8, "heads": 2}, {}, "parameters in 1 layers need at least .* 8.6 GB; lower model"),
+        (
+            {"width": 4 * 10**8, "heads": 2},
+            {},
+            "in 1 layers need at least .* 8.59 GB; lower model",
+        ),
         ({"context": 10**9}, {}, "sequences of 1,000,000,000 tokens .*not even 1 fits"),
         ({"layers": 1000, "width": 1024}, {}, "1,000 layers need at least"),
     ],

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from stlm.docs_pages.committed import read_committed, read_table, write_checksums
+from stlm.docs_pages.committed import read_committed
 from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.files import read_json, write_json
 from stlm.report.build import report
 from stlm.report.records import write_records
+from stlm.report.table import read_table, write_checksums
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 

@@ -2,7 +2,7 @@
 
 import json
 
-from stlm.report.components import component_table
+from stlm.report.bits_table import component_table
 from stlm.report.results import read_results
 
 THREE = {"baseline": ("Mix", {}), "books": ("Books alone", {}), "other": ("Another tokenizer", {})}

@@ -11,10 +11,9 @@ import pytest
 from stlm.errors import UserError
 from stlm.report import build
 from stlm.report.build import report
-from stlm.report.items import read_checkpoints, read_outcomes
 from stlm.report.pairwise import compare, find_predictions
 from stlm.report.results import read_results
-from stlm.report.rows import read_curve, read_watch
+from stlm.report.run_files import read_checkpoints, read_curve, read_outcomes, read_watch
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 LAST = "step-000200"

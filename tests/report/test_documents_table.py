@@ -14,10 +14,9 @@ from stlm.docs_pages.findings import findings_table
 from stlm.errors import UserError
 from stlm.evaluation.statistics import ratio_bootstrap
 from stlm.report.accuracies import accuracy_tables
-from stlm.report.bits_table import bits_table
+from stlm.report.bits_table import bits_table, component_table
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all
-from stlm.report.components import component_table
 from stlm.report.contamination import read_contamination
 from stlm.report.curves import read_variants
 from stlm.report.documents import amount, compare, documents_of

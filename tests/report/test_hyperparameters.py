@@ -113,3 +113,22 @@ def test_data_keys_are_shown_where_a_variant_sets_them(make_study):
     assert [cell.text for cell in rows["weights"]] == ["–", "books 0.5, speech 2"]
     assert [cell.text for cell in rows["unique tokens"]] == ["–", "64,000"]
     assert "pacing" not in rows
+
+
+def test_settings_of_techniques_have_rows(make_study):
+    study = make_study({"baseline": ("Baseline", {}), "new": ("New", {})}, benchmarks={})
+    results = read_results(study)
+    results["new"].train.techniques["some_new_one"] = {"share": 0.5, "blocks": [1, 3]}
+    rows = {row[0].text: row[1:] for row in table1(study, results).rows if not isinstance(row, Section)}
+    assert [cell.text for cell in rows["some new one"]] == ["–", "share 0.5, blocks 1, 3"]
+    assert variants_table(study, results).rows[1][1].text == "some new one: share 0.5, blocks 1, 3"
+
+
+def test_what_else_a_record_holds_has_rows(make_study):
+    study = make_study()
+    path = study.runs["sincos"].folder / "train.json"
+    added = {"distillation": {"teacher": "baseline", "flops": 1.5e9}, "kept_tokens": 0.25, "losses": [1, 2]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    found = {r["hyper_parameter"]: r["sincos"] for r in table1(study, read_results(study)).records}
+    assert found["distillation, teacher"] == "baseline" and found["distillation, flops"] == "1.5e+09"
+    assert found["kept tokens"] == "0.25" and "losses" not in found

@@ -12,7 +12,7 @@ import pytest
 
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.report.build import report
-from stlm.report.last_word import last_word_note
+from stlm.report.notes import last_word_note
 from stlm.report.results import read_results
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from stlm.errors import UserError
-from stlm.report.items import score_items
 from stlm.report.results import read_results
+from stlm.report.run_files import score_items
 from stlm.tokens.config import DataConfig
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
@@ -171,3 +171,18 @@ def test_results_of_other_data_than_the_default_are_refused_too(make_study):
     for data in (sequence, sequence.model_copy(update={"max_epochs": 4.0})):
         asked = {**study.runs, "sincos": study.runs["sincos"].model_copy(update={"data": data})}
         assert set(read_results(study.model_copy(update={"runs": asked}))) == set(study.runs)
+
+
+def test_columns_and_keys_of_a_newer_version_are_kept(make_study):
+    """A technique adds to the records what it measures; no list here has to learn of it."""
+    study = make_study(TWO)
+    folder = study.runs["sincos"].folder
+    curve = pd.read_csv(folder / "curve.csv").assign(train_exit_loss=2.5, phase="router")
+    curve.to_csv(folder / "curve.csv", index=False)
+    path = folder / "train.json"
+    added = {"distillation": {"teacher": "baseline", "flops": 1.5e9}, "kept_tokens": 0.25}
+    path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    result = read_results(study)["sincos"]
+    assert result.curve["train_exit_loss"].eq(2.5).all() and result.curve["phase"].eq("router").all()
+    assert result.train.further == added
+    assert read_results(study)["baseline"].train.further == {}

@@ -5,7 +5,7 @@ import io
 import re
 from html.parser import HTMLParser
 
-from stlm.report.table import Cell, Section, Table, csv_text, escape_latex, html_page, latex, markdown
+from stlm.report.table import Cell, Section, Table, csv_text, escape_latex, html_table, latex, markdown
 
 NASTY = r"a|b & 50% of $x_1$ #2 {c} ~d^e\f <g>"
 TABLE = Table(
@@ -37,7 +37,7 @@ def test_one_line_of_a_cell_may_be_bold():
     table = Table("t", "T", ["", "a"], [[Cell("x"), Cell("1\n+2*\np", bold_line=1)]])
     assert r"| 1<br>**+2\***<br>p |" in markdown(table)
     assert r"1 \\ \textbf{+2*} \\ p" in latex(table)
-    assert "1<br><strong>+2*</strong><br>p" in html_page(table)
+    assert "1<br><strong>+2*</strong><br>p" in "".join(html_table(table))
 
 
 def test_latex_is_balanced_and_escaped():
@@ -79,7 +79,7 @@ def test_html_shows_the_text_itself():
 
     reader = Reader()
     reader.cells = []
-    reader.feed(html_page(TABLE))
+    reader.feed("".join(html_table(TABLE)))
     assert NASTY in reader.cells
 
 
@@ -88,4 +88,4 @@ def test_columns_of_words_begin_at_the_left():
     assert "| --- | --- | ---: |" in markdown(table)
     assert r"\begin{tabular}{llr}" in latex(table)
     assert r"\shortstack[l]{y \\ z} & \shortstack[r]{1 \\ 2}" in latex(table)
-    assert '<td class="text">x</td><td class="text">y<br>z</td><td>1<br>2</td>' in html_page(table)
+    assert "<td>x</td><td>y<br>z</td><td>1<br>2</td>" in "".join(html_table(table))

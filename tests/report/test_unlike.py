@@ -10,7 +10,7 @@ import pytest
 
 from stlm.evaluation.statistics import SeedNoise
 from stlm.report.build import report
-from stlm.report.noise import noise_note
+from stlm.report.notes import noise_note
 from stlm.report.results import EvaluationRecord, TrainRecord, read_results
 from stlm.report.unlike import Row, rows_of, unlike_note, unlike_variants
 

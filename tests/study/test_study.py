@@ -222,7 +222,7 @@ def test_vocabulary_sizes():
 def test_the_listing_counts_without_training(project):
     text = runs_table(load_study("paper"))
     assert "49,857,536" in text
-    assert "6.14G" in text
+    assert "6.14B" in text
     # 6 N D, with N the matrices: 6 * 49.8M * 6.14G = 1.84e18, and attention.
     assert "1.91e+18" in text
 

@@ -7,8 +7,8 @@ from technique_runs import with_techniques
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_record
-from stlm.report.asked import check_trained
 from stlm.report.results import TrainRecord
+from stlm.report.settings_check import check_trained
 from stlm.study.checks import check_cycles, check_dependencies
 from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig

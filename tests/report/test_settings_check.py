@@ -12,11 +12,11 @@ from stlm import recording
 from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.model.config import ModelConfig
-from stlm.report.asked import check_published
 from stlm.report.card import read_card
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
 from stlm.report.results import read_results
+from stlm.report.settings_check import check_published
 from stlm.study.runs import PublishedModel, Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
@@ -126,7 +126,7 @@ def test_a_setting_that_no_longer_exists_is_refused_by_name(make_study):
 
 
 def test_what_is_recorded_and_when_is_not_compared(make_study, monkeypatch):
-    monkeypatch.setattr("stlm.report.asked.RECORD_KEYS", RECORD_KEYS | {"former"})
+    monkeypatch.setattr("stlm.report.settings_check.RECORD_KEYS", RECORD_KEYS | {"former"})
     study = make_study(ONE, benchmarks={"blimp": 10})
     run = study.runs["baseline"]
     training = run.training.model_dump(mode="json") | {"wandb": True, "log_every": 7, "former": 1}
