@@ -34,7 +34,9 @@ class MixtureOfDepths(Technique):
     """Blocks that a router sends some tokens through; the others pass by (Raposo et al. 2024). Training takes
     the tokens with the highest scores of each row, inference those whose score passes a threshold."""
 
-    supports: ClassVar[frozenset[str]] = frozenset({"attention_within", "cache", "packing", "sharing"})
+    supports: ClassVar[frozenset[str]] = frozenset(
+        {"attention_within", "cache", "compile", "packing", "sharing"}
+    )
     figures: ClassVar[tuple[str, ...]] = ("share",)
 
     capacity: float = Field(

@@ -323,6 +323,20 @@ def test_flops_are_torchs_but_for_the_upper_half_of_attention(threshold, capacit
     assert groups == parameter_groups(dense)
 
 
+def test_training_is_one_graph_for_the_compiler():
+    """What torch.compile traces, run without code generation: no break, and the cross-entropies come out."""
+    model, tokens_BL = routed("predictor", layers=2, qkv_shift=True).train(), some_tokens()
+    tokens_BL[:, 7] = EOT
+    layout = Documents.of(tokens_BL, EOT)
+    hidden_BLD, loss = model.hidden(tokens_BL, layout), model.blocks[1].take_loss()
+    compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens_BL, layout), hidden_BLD, atol=1e-5, rtol=1e-4)
+    compiled_loss = model.blocks[1].take_loss()
+    torch.testing.assert_close(compiled_loss, loss)
+    compiled_loss.backward()
+    assert model.blocks[1].predictor_up.grad.norm() > 0
+
+
 def with_technique(run, **keys):
     return run.model_copy(update={"techniques": {"mixture_of_depths": MixtureOfDepths(**keys)}})
 
