@@ -105,7 +105,8 @@ def _children(modules: Sequence[nn.Module]) -> Iterator[tuple[str, list[nn.Modul
             for place, element in enumerate(child):
                 alike.setdefault(_structure(element), []).append(place)
             for places in alike.values():
-                yield f"{name} {_numbers(places)}", [own[place] for own in found for place in places]
+                elements = [repeated[place] for repeated in found for place in places]
+                yield f"{name} {_numbers(places)}", elements
         elif type(child).__name__ != "Dropout":
             yield name, found
 
@@ -119,8 +120,8 @@ def _detail(module: nn.Module) -> str:
     """Inputs and outputs of a linear map; else a module's integer settings and its parameters' shapes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return f"{module.in_features:,} → {module.out_features:,}"
-    own = dict(module.named_parameters(recurse=False))
-    shapes = {name: " × ".join(f"{size:,}" for size in parameter.shape) for name, parameter in own.items()}
+    parameters = dict(module.named_parameters(recurse=False))
+    shapes = {name: " × ".join(f"{size:,}" for size in one.shape) for name, one in parameters.items()}
     integers = {name: value for name, value in vars(module).items() if type(value) is int and name[0] != "_"}
     listed = [f"{name} {value:,}" for name, value in integers.items() if "weight" not in shapes]
     listed += [shape if name == "weight" else f"{name} {shape}" for name, shape in shapes.items()]

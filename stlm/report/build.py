@@ -54,7 +54,7 @@ def report(study: Study) -> None:
     contamination = read_contamination(study)
     rows = rows_of(results, published)
     made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
-    for corpus, tokenizer in {(own.train.corpus, own.train.tokenizer) for own in results.values()}:
+    for corpus, tokenizer in {(result.train.corpus, result.train.tokenizer) for result in results.values()}:
         read_texts(corpus, tokenizer)  # the model cards read them, too: damage is reported before writing
     variants = read_variants(study, results)
     compared = efficiencies(variants) if variants else []
@@ -109,7 +109,7 @@ def report(study: Study) -> None:
 
 def _noted(tables: Iterable[Table | None], *notes: str | None) -> list[Table]:
     """The tables that there are, with further notes below them."""
-    return [replace(own, notes=[*own.notes, *filter(None, notes)]) for own in tables if own is not None]
+    return [replace(table, notes=[*table.notes, *filter(None, notes)]) for table in filter(None, tables)]
 
 
 def summary(
@@ -119,21 +119,23 @@ def summary(
     made: str | None = None,
 ) -> str:
     """The study's metrics for the terminal, a line for each run. `made`: what rows were made differently."""
-    names = list(dict.fromkeys(name for own in collected.values() for name in own))[2:]
+    names = list(dict.fromkeys(name for numbers in collected.values() for name in numbers))[2:]
     header = ["", *(name.removeprefix("test_").replace("_", " ") for name in names)]
     rows = [
         [
             run_label(results[run], results),
-            *("–" if name not in own else _shown(name, own[name]) for name in names),
+            *("–" if name not in numbers else _shown(name, numbers[name]) for name in names),
         ]
-        for run, own in collected.items()
+        for run, numbers in collected.items()
     ]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in (header, *rows)
     ]
-    lines.append(amount_note((run_label(own, results), own.last.perplexity) for own in results.values()))
+    lines.append(
+        amount_note((run_label(result, results), result.last.perplexity) for result in results.values())
+    )
     lines += filter(None, [made])
     return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
 
@@ -148,20 +150,20 @@ def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
     mode = main_mode(results)
     collected = {}
     for name, result in results.items():
-        own: dict[str, float] = {
+        numbers: dict[str, float] = {
             "parameters": result.train.parameters.total,
             "tokens": result.last.tokens,
             "test_bits_per_byte": round(result.last.perplexity.bits_per_byte, 4),
             "test_char_perplexity": round(result.last.perplexity.char_perplexity, 4),
         }
-        for component, own_text in result.last.perplexity.components.items():
-            own[f"test_bits_per_byte_{component}"] = round(own_text.bits_per_byte, 4)
+        for component, text in result.last.perplexity.components.items():
+            numbers[f"test_bits_per_byte_{component}"] = round(text.bits_per_byte, 4)
         for benchmark, scored in result.last.benchmarks.items():
             accuracy = score(scored, mode, "acc")
             if accuracy is not None:
-                own[benchmark] = round(accuracy.value, 4)
+                numbers[benchmark] = round(accuracy.value, 4)
             perplexity = word_perplexity(result, benchmark, mode)
             if perplexity is not None:
-                own[f"{benchmark}_perplexity"] = round(perplexity, 4)
-        collected[name] = own
+                numbers[f"{benchmark}_perplexity"] = round(perplexity, 4)
+        collected[name] = numbers
     return collected

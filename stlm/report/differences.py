@@ -60,12 +60,14 @@ def write_differences(
     width = max(8.5, 3.6 + 2.5 * columns)  # room for the title above a single panel
     with figure(folder, "differences", title, width, height) as drawing:
         dots = {
-            benchmark_label(benchmark): [_dot(names.index(run), own, looks[run]) for run, own in rows.items()]
+            benchmark_label(benchmark): [
+                _dot(names.index(run), found, looks[run]) for run, found in rows.items()
+            ]
             for benchmark, rows in panels.items()
         }
         draw_differences(drawing, dots, labels, "difference (points)", columns)
         heading(drawing, title)
-        handles = _legend([own for rows in panels.values() for own in rows.values()], bool(unlike))
+        handles = _legend([found for rows in panels.values() for found in rows.values()], bool(unlike))
         drawing.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 1 else 1)
 
 

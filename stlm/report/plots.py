@@ -137,10 +137,8 @@ def _accuracy(scores: _Scores) -> None:
     if max(map(len, points.values())) > 1:
         _accuracy_curves(scores, name, title, points)
     else:
-        rows = {
-            run_label(scores.results[run], scores.results): {run: own[0][1]} for run, own in points.items()
-        }
-        _dots(scores, name, title, rows)
+        labels = {run: run_label(scores.results[run], scores.results) for run in points}
+        _dots(scores, name, title, {labels[run]: {run: reached[0][1]} for run, reached in points.items()})
 
 
 def _accuracy_curves(
@@ -155,7 +153,7 @@ def _accuracy_curves(
             tokens = [t + apart * (place - (len(points) - 1) / 2) for t, _ in reached]
             axes.plot(tokens, [100 * accuracy.value for _, accuracy in reached], **looks[run])
             if len(points) <= _MOST_INTERVALS or run == scores.study.baseline:
-                low, high = ([100 * getattr(own, side) for _, own in reached] for side in ("low", "high"))
+                low, high = ([100 * getattr(one, side) for _, one in reached] for side in ("low", "high"))
                 axes.vlines(tokens, low, high, color=looks[run]["color"], linewidth=1.2, alpha=0.7)
         if scores.chance is not None:
             place = 100 * scores.chance
@@ -177,16 +175,16 @@ def _phenomena(scores: _Scores) -> None:
     name, order = f"{scores.benchmark}-phenomena", by_difficulty(groups, scores.study.baseline)
     people = {group: value for group, value in human_agreement(scores.benchmark).items() if group in order}
     records = [
-        {"run": run, "phenomenon": group, "n": own[group].n, **_rounded(own[group])}
-        for run, own in groups.items()
+        {"run": run, "phenomenon": group, "n": scored[group].n, **_rounded(scored[group])}
+        for run, scored in groups.items()
         for group in order
-        if group in own
+        if group in scored
     ]
     records += [
         {"run": HUMANS, "phenomenon": group, "value": people[group]} for group in order if group in people
     ]
     _write_data(scores.folder, name, records)
-    rows = {group: {run: own[group] for run, own in groups.items() if group in own} for group in order}
+    rows = {group: {run: found[group] for run, found in groups.items() if group in found} for group in order}
     _dots(scores, name, scores.title("by phenomenon"), rows, people)
 
 
@@ -202,18 +200,18 @@ def _dots(
     `people`: their agreement with the labels, as a fraction, by row.
     """
     people, results, looks = people or {}, scores.results, styles(scores.results)
-    runs = [run for run in results if any(run in own for own in rows.values())]
+    runs = [run for run in results if any(run in scored for scored in rows.values())]
     most = max(map(len, rows.values()))
     height = 1.3 + (0.13 * most + 0.18) * len(rows) + _legend_height(results, others=bool(people))
     with figure(scores.folder, name, title, 8.5, height) as drawing:
         axes = drawing.subplots()
-        for row, (label, own) in enumerate(rows.items()):
-            for place, run in enumerate(own if most == 1 else runs):
-                if run in own:
+        for row, (label, scored) in enumerate(rows.items()):
+            for place, run in enumerate(scored if most == 1 else runs):
+                if run in scored:
                     offset = 0.0 if most == 1 else 0.78 * ((place + 0.5) / len(runs) - 0.5)
-                    bounds = 100 * own[run].low, 100 * own[run].high
-                    look = looks[run] | {"markersize": 5}
-                    Dot(row + offset, 100 * own[run].value, look, [(bounds, {"linewidth": 1.3})]).draw(axes)
+                    low, value, high = (100 * getattr(scored[run], key) for key in ("low", "value", "high"))
+                    interval = (low, high), {"linewidth": 1.3}
+                    Dot(row + offset, value, looks[run] | {"markersize": 5}, [interval]).draw(axes)
             if label in people:
                 axes.plot([100 * people[label]] * 2, [row - 0.4, row + 0.4], zorder=1, **HUMAN)
         if scores.chance is not None:

@@ -63,7 +63,7 @@ def test_times_that_differ_by_noise_alone_are_equal(study, seconds, kind):
     own = rows(study)["fast"]
     assert own.at["seconds"].kind == kind
     assert own.at["tokens"].kind == "finished"
-    assert any("within 5%" in note for note in equal_cost_table(study, costs(study)).notes)
+    assert any("at most 5%" in note for note in equal_cost_table(study, costs(study)).notes)
 
 
 @pytest.mark.parametrize(("tokens", "kind"), [(402, "finished"), (410, "on the way"), (390, "ended sooner")])
