@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
     @property
     def least(self) -> int:
-        """The lower bound of a step: activations are freed while gradients grow, so the larger of both counts."""
+        """The lower bound of a step: activations are freed while gradients grow, so the larger counts."""
         return self.weights + max(self.gradients, self.sequence * self.sequences)
 
     @property
