@@ -87,15 +87,15 @@ def report_inputs(study: Study) -> list[str]:
     """What ``stlm report`` reads: the results of every run but its weights, the study's contamination, and
     where the runs' text is from and how much it is."""
     files = [output.name for output in (*TRAINING, *EVALUATION) if not output.is_folder]
-    of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in files]
-    of_published = [
+    run_outputs = [f"{run.folder}/{name}" for run in study.runs.values() for name in files]
+    published_outputs = [
         f"{published.results_folder}/{name}"
         for published in study.published.values()
         for name in names(EVALUATION)
     ]
     tokens = list(dict.fromkeys(str(run.tokens_folder) for run in study.runs.values()))
     texts = [*(f"data/raw/{corpus}" for corpus in study.corpora), *tokens]
-    return [*of_runs, *of_published, f"{study.folder}/contamination.json", *texts]
+    return [*run_outputs, *published_outputs, f"{study.folder}/contamination.json", *texts]
 
 
 def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:

@@ -141,7 +141,7 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
     for number, block in enumerate(model.blocks):
         q, k, v = _matrix(block.attention.qkv).split([query, key_value, key_value])
         gate, up = _matrix(block.ffn.gate_up).chunk(2)
-        own = {
+        tensors = {
             "input_layernorm": block.attention_norm.weight,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
@@ -152,7 +152,7 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
             "mlp.up_proj": up,
             "mlp.down_proj": _matrix(block.ffn.down),
         }
-        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in own.items()}
+        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in tensors.items()}
     # Copies: the parts of a matrix share its memory, which the file format refuses.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
 

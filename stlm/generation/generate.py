@@ -58,8 +58,8 @@ def find_generator(name: str, device: torch.device, cached: bool = True) -> Text
         return load_published(Path(name), device, cached)
     published = _published(name)
     if name in published:
-        own = published[name]
-        return load_published(Path(own.folder), device, cached, context=own.context, prefix=own.prefix)
+        model = published[name]
+        return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
     return load_generator(find_checkpoint(name, published), device, cached)
 
 
@@ -68,7 +68,7 @@ def _published(name: str) -> dict[str, PublishedModel]:
     study, _, run = name.partition("/")
     if is_folder(RESULTS / study / "runs" / split_step(run)[0]) or study not in study_names():
         return {}
-    return {f"{study}/{own}": model for own, model in load_study(study).published.items()}
+    return {f"{study}/{key}": model for key, model in load_study(study).published.items()}
 
 
 def continuation(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]) -> None:
     """Corpora and benchmarks must be there, and a benchmark have one of the modes asked for."""
     named = {"corpus": parsed.corpus}
-    named |= {f"variants.{key}.corpus": own.corpus for key, own in parsed.variants.items() if own.corpus}
+    named |= {f"variants.{key}.corpus": variant.corpus for key, variant in parsed.variants.items() if variant.corpus}
     for key, corpus in named.items():
         if corpus not in corpora:
             raise UserError(f"{file}: {key}: unknown corpus {corpus!r}{nearest(corpus, corpora)}")
@@ -63,21 +63,21 @@ def check_benchmarks(
 
 def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[str, CorpusEntry]) -> None:
     """Names in `data` must be there, and a reference must be able to read the run's text."""
-    where, data = f"{file}: run {run.name}: data", run.data
+    location, data = f"{file}: run {run.name}: data", run.data
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
     for key, names in (("weights", data.weights), ("sequence", data.sequence)):
         for name in names:
             if name not in mix:
-                raise UserError(f"{where}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}")
+                raise UserError(f"{location}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}")
     trained = data.weights or mix
     if data.sequence and sorted(data.sequence) != sorted(trained):
         raise UserError(
-            f"{where}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
+            f"{location}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
             f"{', '.join(trained)}"
         )
     if "reference" not in run.depends:
         return
-    key = f"{where}.reference: {data.reference!r}"
+    key = f"{location}.reference: {data.reference!r}"
     reference = runs[run.depends["reference"]]
     if reference.model.bytes is not None:
         raise UserError(f"{key} is byte-level; the difficulty of chunks is measured by a model of tokens")

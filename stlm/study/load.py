@@ -87,25 +87,25 @@ def _ids(tokenizer: str, byte_level: bool) -> int:
 
 def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
     variant = parsed.variants[name]
-    where = f"variants.{name}"
+    key_path = f"variants.{name}"
     tokenizer = variant.tokenizer or parsed.tokenizer
     sections: dict[str, Any] = {}
     for section, model in (("model", ModelConfig), ("training", TrainingConfig), ("data", DataConfig)):
-        base, own = raw.get(section) or {}, getattr(variant, section)
+        base, differences = raw.get(section) or {}, getattr(variant, section)
         # The baseline first: its mistakes are not the variant's.
         validate(model, base, file, section)
-        sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
+        sections[section] = validate(model, _merge(base, differences), file, f"{key_path}.{section}" if differences else section)
     try:
         vocab_size = _ids(tokenizer, sections["model"].bytes is not None)
     except UserError as error:
-        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
+        raise UserError(f"{file}: {key_path + '.' if variant.tokenizer else ''}{error}") from None
     if sections["model"].vocab_size not in (None, vocab_size):
         raise UserError(
             f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
         )
     # Again, as some of its checks need the vocabulary.
     known = _merge(raw.get("model") or {}, variant.model) | {"vocab_size": vocab_size}
-    model = validate(ModelConfig, known, file, f"{where}.model" if variant.model else "model")
+    model = validate(ModelConfig, known, file, f"{key_path}.model" if variant.model else "model")
     stride = parsed.evaluation.perplexity.stride
     if stride is not None and stride > sections["model"].context:
         raise UserError(
@@ -124,15 +124,15 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         model=model,
         training=sections["training"],
         data=sections["data"],
-        techniques=_techniques(file, parsed, variant, where),
+        techniques=_techniques(file, parsed, variant, key_path),
     )
 
 
-def _techniques(file: str, parsed: StudyFile, variant: Variant, where: str) -> dict[str, Technique]:
+def _techniques(file: str, parsed: StudyFile, variant: Variant, key_path: str) -> dict[str, Technique]:
     """The techniques of a variant's run, the baseline's with its differences: objects of this run alone."""
     load_techniques(parsed.techniques, file, "techniques")
     merged = _merge(parsed.techniques, variant.techniques)
-    prefix = f"{where}.techniques" if variant.techniques else "techniques"
+    prefix = f"{key_path}.techniques" if variant.techniques else "techniques"
     return load_techniques(merged, file, prefix)
 
 
@@ -157,10 +157,10 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
             f"{nearest(parsed.baseline, parsed.variants)}"
         )
     for key in ("variants", "published"):
-        for own in getattr(parsed, key):
-            if not is_name(own):
+        for entry in getattr(parsed, key):
+            if not is_name(entry):
                 raise UserError(
-                    f"{file}: {key}: {shortened(own)!r}: a name is lower-case letters, digits, _ and -, and "
+                    f"{file}: {key}: {shortened(entry)!r}: a name is lower-case letters, digits, _ and -, and "
                     f"begins with a letter; at most {LONGEST_NAME}"
                 )
     if len(set(parsed.seeds)) < len(parsed.seeds):
@@ -194,13 +194,13 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         corpora=list(dict.fromkeys(run.corpus for run in runs)),
         published={
             key: PublishedModel(
-                **own.model_dump(exclude={"label"}),
+                **entry.model_dump(exclude={"label"}),
                 study=name,
                 name=key,
-                label=own.label or key,
+                label=entry.label or key,
                 tokens_folder=by_name[baseline].tokens_folder,
             )
-            for key, own in parsed.published.items()
+            for key, entry in parsed.published.items()
         },
         overrides=list(overrides),
     )

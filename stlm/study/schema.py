@@ -99,5 +99,5 @@ class StudyFile(BaseModel):
     @classmethod
     def _empty_is_no_difference(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: {} if own is None else own for name, own in value.items()}
+            return {name: {} if settings is None else settings for name, settings in value.items()}
         return value

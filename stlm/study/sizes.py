@@ -99,8 +99,8 @@ def rows(models: Mapping[str, ModelConfig]) -> list[tuple[str, ...]]:
     for name, model in models.items():
         for label, keys in VARIANTS.items():
             with suppress(ValidationError):  # ranks and groups that are too large for the size
-                own = ModelConfig.model_validate({**model.model_dump(), **keys})
-                found.append((f"{name} {label}", *_cells(own)))
+                config = ModelConfig.model_validate({**model.model_dump(), **keys})
+                found.append((f"{name} {label}", *_cells(config)))
     return found
 
 

@@ -27,8 +27,8 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml_core.load(text)
     except yaml_core.YamlError as error:
-        where = f", line {error.line}" if error.line and not source.startswith("--set") else ""
-        raise UserError(f"{source}{where}: not valid YAML: {error}") from None
+        position = f", line {error.line}" if error.line and not source.startswith("--set") else ""
+        raise UserError(f"{source}{position}: not valid YAML: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
