@@ -1,8 +1,8 @@
-"""What the two workflow engines share: which data a stage reads, and DVC's stages.
+"""The parts that both workflow engines share: the inputs of each stage, and DVC's stages.
 
-Snakemake's rules are in workflow/rules/; DVC's stages are written to ``dvc.yaml`` by ``stlm use``, because
-DVC's own templates can hold no list of dependencies, and a stage reads as many benchmarks or runs as the
-study names. Both run the same commands.
+Snakemake's rules are in workflow/rules/. ``stlm use`` writes DVC's stages to ``dvc.yaml``, because DVC's
+templates cannot hold lists of dependencies, while a stage reads as many benchmarks or runs as the study
+names. Both engines run the same commands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.strict import read_yaml
 
 DVC_FILE = Path("dvc.yaml")
-# The stages of this begin list what DVC watches on this machine: they are not the same on another.
+# Stages with this prefix list what DVC watches on this machine; they differ on other machines.
 WATCH = "fingerprint-"
 _OPTIONAL = ("evaluation.limit", "evaluation.limit_seed")
 _HEADER = """\
@@ -36,22 +36,22 @@ _HEADER = """\
 # params/{study}.yaml: do not edit, run it again when runs, corpora or benchmarks come or go.
 # {digests}
 """
-# With hundreds of runs, parsing this file takes seconds: its head says what it holds. libyaml writes the same
-# text as PyYAML's own code, in a quarter of the time; not every installation has it.
+# With hundreds of runs, parsing this file takes seconds, so its head states its content. libyaml writes the
+# same text as PyYAML's own code in a quarter of the time, but not every installation has it.
 _HEAD = re.compile(rb"# [^\n]*\n# [^\n]*\n# ([^\n]*)\nvars:\n- study: ([a-z0-9_-]+)\nstages:\n")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
-    """What ``stlm fetch`` reads: the manifest of the local files, where a source is one."""
+    """The files that ``stlm fetch`` reads: the manifest of the local files, if the source is local."""
     path = manifests.path(name)
     return [] if path is None else [str(path)]
 
 
 def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] | None = None) -> list[str]:
-    """The folders that ``stlm tokenize`` reads: the corpus and, where it is published, the vocabulary.
+    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary.
 
-    ``vocabularies``: the names of the published ones, where they have been read.
+    ``vocabularies``: the names of the published ones, if they have been read already.
     """
     published = (
         [tokenizer] if tokenizer in (load_vocabularies() if vocabularies is None else vocabularies) else []
@@ -60,7 +60,7 @@ def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] |
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm train`` reads: tokens and, where there are, the weights of other runs."""
+    """The folders that ``stlm train`` reads: tokens and, if it depends on other runs, their weights."""
     others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
     return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others)]
 
@@ -72,34 +72,34 @@ def evaluate_inputs(study: Study, run: Run) -> list[str]:
 
 
 def contamination_inputs(study: Study) -> list[str]:
-    """The folders that ``stlm contamination`` reads: training text, as tokens, and benchmarks."""
+    """The folders that ``stlm contamination`` reads: tokenized training text, and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [*map(str, study.training_texts.values()), *benchmarks]
 
 
 def published_inputs(study: Study, published: PublishedModel) -> list[str]:
-    """What ``stlm evaluate`` reads for a published model: its manifest, test text and benchmarks."""
+    """The inputs of ``stlm evaluate`` for a published model: its manifest, test text and benchmarks."""
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
     return [str(model_manifest(published)), str(published.tokens_folder), *benchmarks]
 
 
 def report_inputs(study: Study) -> list[str]:
-    """What ``stlm report`` reads: the results of every run but its weights, the study's contamination, and
-    where the runs' text is from and how much it is."""
+    """The inputs of ``stlm report``: the results of every run except its weights, the study's contamination,
+    and the sources and sizes of the runs' text."""
     files = [output.name for output in (*TRAINING, *EVALUATION) if not output.is_folder]
-    of_runs = [f"{run.folder}/{name}" for run in study.runs.values() for name in files]
-    of_published = [
+    run_outputs = [f"{run.folder}/{name}" for run in study.runs.values() for name in files]
+    published_outputs = [
         f"{published.results_folder}/{name}"
         for published in study.published.values()
         for name in names(EVALUATION)
     ]
     tokens = list(dict.fromkeys(str(run.tokens_folder) for run in study.runs.values()))
     texts = [*(f"data/raw/{corpus}" for corpus in study.corpora), *tokens]
-    return [*of_runs, *of_published, f"{study.folder}/contamination.json", *texts]
+    return [*run_outputs, *published_outputs, f"{study.folder}/contamination.json", *texts]
 
 
 def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
-    """The data that params/ lists: file stem -> name -> entry."""
+    """The data listed in params/: file stem -> name -> entry."""
     return {
         "corpora": load_corpora(root),
         "benchmarks": load_benchmarks(root),
@@ -108,7 +108,7 @@ def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def source_entries(name: str, root: Path = Path()) -> dict[str, dict[str, Any]]:
-    """What params/ says of the data ``name``: file stem -> key -> entry, a mix with its components."""
+    """The entries in params/ for the data ``name``: file stem -> key -> entry; a mix with its components."""
     return _source_entries(name, _catalogues(root))
 
 
@@ -121,20 +121,20 @@ def _source_entries(name: str, catalogues: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def _study_params(study: Study, present: Mapping[str, Any], *keys: str) -> dict[str, list[str]]:
-    """The keys of the study's file that a stage depends on; a section left out is no parameter to DVC.
+    """The keys of the study's file that a stage depends on; DVC knows no parameter for a missing section.
 
-    ``present``: what the file holds.
+    ``present``: the content of the file.
     """
     file = f"params/{study.name}.yaml"
     there = [key for key in keys if key.split(".")[0] in present]
-    # Of `evaluation` single keys, which a study may leave out.
+    # Single keys of `evaluation`, which a study may leave out.
     return {
         file: [key for key in there if key not in _OPTIONAL or key.split(".")[1] in present["evaluation"]]
     }
 
 
 def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
-    """The data that the study needs fetched: name -> its ``source_entries``."""
+    """The data that must be fetched for the study: name -> its ``source_entries``."""
     catalogues = _catalogues(root)
     tokenizers = {run.tokenizer for run in study.runs.values()}
     vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
@@ -143,7 +143,7 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
 
 
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
-    """DVC's stages that write the manifests of what lies on this machine, when it changes."""
+    """DVC's stages that update the manifests of this machine's files when they change."""
     manifests = Manifests(root)
     watched = {
         (f"{WATCH}{name}", f"stlm fingerprint {name}", str(manifests.path(name))): manifests.watched(name)
@@ -161,7 +161,7 @@ def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]
 
 
 def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
-    """The study's stages in the form of ``dvc.yaml``. Shared data has one stage for all studies."""
+    """The study's stages as in ``dvc.yaml``. Data has one stage, shared by all studies."""
     runs = study.runs.values()
     tokens = list(dict.fromkeys((run.corpus, run.tokenizer) for run in runs))
     manifests = Manifests(root)
@@ -199,8 +199,8 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
     stages[f"report-{study.name}"] = {
         "cmd": f"stlm report {study.name}",
         "deps": report_inputs(study),
-        # The whole file: any change in it is seen by this stage at least, whose command then finds out
-        # whether dvc.yaml still lists the right runs.
+        # The whole file, so that this stage runs at any change; its command then finds out whether dvc.yaml
+        # still lists the right runs.
         "params": [{f"params/{study.name}.yaml": None}],
         "outs": _outputs(study.folder, REPORT),
         "metrics": _outputs(study.folder, [METRICS]),
@@ -209,9 +209,9 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
 
 
 def dvc_plots(study: Study) -> list[Any]:
-    """What `dvc plots` shows: two columns of curve.csv, a line a run, and Figure 1.
+    """The content of `dvc plots`: two columns of curve.csv, with a line for each run, and Figure 1.
 
-    The template is DVC's `linear` without the steps for which a column is blank, which it would draw as zero.
+    The template is DVC's `linear` without the steps at which a column is blank, which it would draw as zero.
     """
     curves = {"validation bits per byte": "val_bits_per_byte", "training loss": "train_loss"}
     return [
@@ -229,9 +229,9 @@ def dvc_plots(study: Study) -> list[Any]:
 
 
 def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Training and evaluation of one run."""
+    """The stages that train and evaluate one run."""
     variant = f"variants.{run.variant}"
-    # Where there are several seeds, the run's name has its own: another one more is nothing to it.
+    # With several seeds, the run's name contains its seed: adding another seed does not affect it.
     seeds = ["seeds"] if run.name == run.variant else []
     return {
         f"train-{study.name}-{run.name}": {
@@ -254,7 +254,7 @@ def _run_stages(study: Study, run: Run, present: Mapping[str, Any]) -> dict[str,
 def _published_stage(
     study: Study, published: PublishedModel, present: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Evaluation of a published model."""
+    """The stage that evaluates a published model."""
     return {
         f"evaluate-{study.name}-{published.name}": {
             "cmd": f"stlm evaluate {study.name} {published.name}",
@@ -266,7 +266,7 @@ def _published_stage(
 
 
 def _outputs(folder: Path, outputs: Iterable[Output]) -> list[Any]:
-    """Outputs as `dvc.yaml` lists them: DVC caches what git does not keep."""
+    """Outputs in the form of `dvc.yaml`: DVC caches those that git does not keep."""
     return [
         {f"{folder}/{output.name}": {"cache": False}} if output.in_git else f"{folder}/{output.name}"
         for output in outputs
@@ -274,21 +274,21 @@ def _outputs(folder: Path, outputs: Iterable[Output]) -> list[Any]:
 
 
 def _dvc_content(study: Study, root: Path) -> dict[str, Any]:
-    """What ``dvc.yaml`` holds but for the stages that watch the files of this machine."""
+    """The content of ``dvc.yaml`` except for the stages that watch files of this machine."""
     return {"vars": [{"study": study.name}], "stages": dvc_stages(study, root), "plots": dvc_plots(study)}
 
 
 def _digests(content: Mapping[str, Any], body: bytes) -> str:
-    """What the head of ``dvc.yaml`` says of it: digests of stages and text.
+    """The digests of stages and text in the head of ``dvc.yaml``.
 
-    ``content`` is without the stages that watch the files of this machine.
+    ``content`` excludes the stages that watch files of this machine.
     """
     stages = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return f"{stages[:32]} {hashlib.sha256(body).hexdigest()[:32]}"
 
 
 def active_study(root: Path = Path()) -> str | None:
-    """The study whose stages ``dvc.yaml`` holds; None where there is no such file."""
+    """The study whose stages are in ``dvc.yaml``; None if there is no such file."""
     path = root / DVC_FILE
     if not path.exists():
         return None
@@ -306,7 +306,7 @@ def active_study(root: Path = Path()) -> str | None:
 
 
 def use(name: str, root: Path = Path()) -> bool:
-    """Make ``name`` the active study: write its stages to ``dvc.yaml``, and the manifests of its local files.
+    """Make ``name`` the active study: write its stages to ``dvc.yaml``, and manifests of its local files.
 
     Returns whether ``dvc.yaml`` changed.
     """
@@ -325,10 +325,10 @@ def use(name: str, root: Path = Path()) -> bool:
 
 
 def check_active(study: Study, root: Path = Path()) -> None:
-    """Refuse to work on the active study when ``dvc.yaml`` lists other stages than params/ asks for.
+    """Refuse to work on the active study if ``dvc.yaml`` lists other stages than params/ asks for.
 
-    Otherwise a run added to params/ would silently be missing from ``dvc repro``. Overridden parameters
-    are described by no file and are not compared.
+    Otherwise ``dvc repro`` would silently miss a run that was added to params/. Overridden parameters are in
+    no file and are not compared.
     """
     if study.overrides or active_study(root) != study.name:
         return
@@ -337,7 +337,7 @@ def check_active(study: Study, root: Path = Path()) -> None:
     head = _HEAD.match(text)
     if head and head[1].decode(errors="replace") == _digests(asked, text[head.end(1) + 1 :]):
         return
-    # Edited, or written by another version: what it lists counts, not how it is written.
+    # Edited, or written by another version: compare the content, not the text.
     listed = read_yaml(root / DVC_FILE)
     stages = {
         name: stage for name, stage in (listed.get("stages") or {}).items() if not name.startswith(WATCH)

@@ -1,9 +1,9 @@
 """The files that stages write to results/, and who keeps them: git or DVC.
 
-Git keeps what a reader of the repository looks at and what `dvc metrics diff` and `dvc plots diff` compare:
-metrics, tables, plots, a curve and a record a run. The rest is larger or can be made again; DVC keeps it.
-Both engines, the checks before a stage and the writers take their lists from here; .gitignore is tested
-against it.
+Git keeps what readers of the repository look at and what `dvc metrics diff` and `dvc plots diff` compare:
+metrics, tables, plots, and a curve and a record for each run. DVC keeps the rest, which is larger or can be
+made again. Both engines, the checks before a stage, and the writers take their lists from here; a test
+compares .gitignore with it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class Output(NamedTuple):
     is_folder: bool = False
 
 
-# Of a run, results/STUDY/runs/RUN.
+# The outputs for a run, in results/STUDY/runs/RUN.
 TRAINING = (
     Output("checkpoints", is_folder=True),
     Output("curve.csv", in_git=True),
     Output("watch.csv"),
     Output("train.json"),
 )
-# Of a run, or of a published model, results/STUDY/published/NAME.
+# The outputs for a run, or for a published model, in results/STUDY/published/NAME.
 EVALUATION = (Output("items.parquet"), Output("documents.parquet"), Output("evaluation.json"))
-# Of a study, results/STUDY.
+# The outputs for a study, in results/STUDY.
 CONTAMINATION = (Output("contaminated-items.parquet"), Output("contamination.json", in_git=True))
 REPORT = (
     Output("tables", in_git=True, is_folder=True),

@@ -1,4 +1,4 @@
-"""Keeping the records of Snakemake and DVC in step with each other and with the files on this machine."""
+"""Keeps the records of Snakemake and DVC consistent with each other and with this machine's files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from stlm.study.runs import Study
 from stlm.study.strict import read_yaml
 
 LOCK = Path("dvc.lock")
-# What this machine remembers of the last recording, a file a study.
+# This machine's memory of the last recording, one file per study.
 RECORDED = Path(".state/recorded")
 
 
 def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
-    """Run an engine of this Python's environment, its output captured."""
-    # The engines start `stlm` by name: let them find the one that belongs to this Python.
+    """Run an engine of this Python's environment and capture its output."""
+    # The engines start `stlm` by name: they must find the one of this Python's environment.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -40,14 +40,14 @@ def _engine(module: str, *arguments: str, root: Path) -> subprocess.CompletedPro
 
 
 def _outputs(study: Study, root: Path) -> Iterator[Path]:
-    """Every file and folder that the study's stages make."""
+    """All files and folders that the study's stages make."""
     for stage in dvc_stages(study, root).values():
         for entry in (*stage["outs"], *stage.get("metrics", ())):
             yield root / (entry if isinstance(entry, str) else next(iter(entry)))
 
 
 def _state(study: Study, root: Path) -> str | None:
-    """A digest of parameters, DVC's files, and outputs by time and size; None where one is missing."""
+    """A digest of parameters, DVC's files, and outputs by time and size; None if an output is missing."""
     digest = hashlib.sha256(study.model_dump_json().encode())
     digest.update(json.dumps(fetched(study, root)).encode())
     try:
@@ -79,9 +79,9 @@ def _remember(study: Study, root: Path) -> None:
 
 
 def unrecorded(study: Study, root: Path = Path()) -> bool:
-    """Whether all results of the study are there, but perhaps not recorded in DVC, as after a kill.
+    """Whether all results of the study exist, but may not be recorded in DVC, for example after a kill.
 
-    Costs a look at each output's time stamp, no reading.
+    It only looks at the outputs' time stamps, and reads no file.
     """
     if study.overrides or not _has_dvc(root) or _is_recorded(study, root):
         return False
@@ -89,11 +89,11 @@ def unrecorded(study: Study, root: Path = Path()) -> bool:
 
 
 def record_in_dvc(root: Path = Path()) -> str:
-    """Tell DVC that the outputs in place belong to the inputs in place, after Snakemake made them all.
+    """Record in DVC that the present outputs belong to the present inputs, after Snakemake made them all.
 
-    Not where the local files that the study is made from are others by now, or the parameters: `dvc commit`
-    would take what was made from the old ones as made from the new. Returns what was done, for people. Never
-    an error: the results are there, whatever DVC says.
+    Nothing is recorded if the study's local files or parameters have changed meanwhile: `dvc commit` would
+    attribute old outputs to new inputs. Returns a message for the user. It never raises: the results are
+    there, whatever DVC reports.
     """
     if not _has_dvc(root):
         return "DVC: nothing recorded, this folder is not a clone of a git repository with DVC"
@@ -113,7 +113,7 @@ def record_in_dvc(root: Path = Path()) -> str:
         if done.returncode:
             return f"DVC: nothing recorded, `dvc commit --force` failed:\n{done.stderr.strip()}"
         if changed := _changed(study, root):
-            # Edited while DVC read them.
+            # The inputs changed while DVC read them.
             if before is None:
                 lock.unlink(missing_ok=True)
             else:
@@ -126,7 +126,7 @@ def record_in_dvc(root: Path = Path()) -> str:
 
 
 def _check_made(study: Study, root: Path) -> None:
-    """Refuse to record what was made with other parameters: `snakemake --touch` takes all as today's."""
+    """Refuse to record outputs of other parameters: `snakemake --touch` accepts all as made with today's."""
     from stlm.report.results import EvaluationRecord, PublishedRecord, TrainRecord
     from stlm.report.settings_check import check_published, check_scored, check_trained
 
@@ -144,7 +144,7 @@ def _check_made(study: Study, root: Path) -> None:
 
 
 def _changed(study: Study, root: Path) -> str:
-    """Why nothing may be recorded, where local files are not those that the results are made from."""
+    """Why nothing may be recorded, if local files differ from those that the results were made from."""
     changed = changed_sources(study, fetched(study, root), root)
     if not changed:
         return ""
@@ -155,7 +155,7 @@ def _changed(study: Study, root: Path) -> str:
 
 
 def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:
-    """Write the manifest of what was just fetched; say so where DVC does not watch its files yet."""
+    """Write the manifest of freshly fetched data; report if DVC does not watch its files yet."""
     manifests = Manifests(root, mirror)
     manifests.after_fetch(name)
     study = active_study(root)
@@ -167,17 +167,17 @@ def after_fetch(name: str, mirror: Path | None, root: Path = Path()) -> None:
 
 
 def sync(root: Path = Path()) -> str:
-    """Bring Snakemake's records in line with results that DVC made or pulled; returns the study's name.
+    """Make Snakemake's records match results that DVC made or pulled; returns the study's name.
 
-    Snakemake is told to take every output as made by today's parameters, so this is refused where
-    ``dvc status`` finds that one is not.
+    Snakemake then accepts every output as made with today's parameters, so this is refused if ``dvc status``
+    finds an output that was not.
     """
     name = active_study(root)
     if name is None:
         raise UserError(f"there is no dvc.yaml: run `stlm use STUDY`{where_to_stand(root)}")
     study = load_study(name, root=root)
     check_active(study, root)
-    use(name, root)  # the manifests of today, and no stage that watches what is not on this machine
+    use(name, root)  # today's manifests, and no stage that watches files that this machine lacks
     status = _engine("stlm.dvc_command", "status", "--json", root=root)
     if status.returncode:
         raise UserError(f"`dvc status` failed:\n{status.stderr.strip()}")
@@ -187,7 +187,7 @@ def sync(root: Path = Path()) -> str:
             f"`dvc status` is not clean: {', '.join(changed)}. Bring the results in line first, with "
             "`dvc repro` (make them) or `dvc pull` (get them)."
         )
-    # Forced, so that every job gets a record, those too that no time stamp gives away.
+    # Forced, so that every job gets a record, including those that time stamps do not select.
     command = ("--touch", "--forceall", "--cores", "1", "--no-hooks", "all", "--config", f"study={name}")
     touched = _engine("snakemake", *command, root=root)
     if touched.returncode:

@@ -1,1 +1,1 @@
-"""Scoring: benchmarks, perplexity and statistics of a model seen only through its log-probabilities."""
+"""Scoring: benchmarks, perplexity and statistics of a model, given only its log-probabilities."""

@@ -1,4 +1,4 @@
-"""From the scores of an item's options to accuracies with intervals."""
+"""Accuracies with intervals, from the scores of the items' options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stlm.evaluation.statistics import wilson
 
 
 def credit(scores: Sequence[float], gold: int) -> float:
-    """1 if the gold option alone scores best, 1/k if it ties with k - 1 others for the best, else 0."""
+    """1 if only the gold option has the best score, 1/k if it shares it with k - 1 others, else 0."""
     best = max(scores)
     return 1 / list(scores).count(best) if scores[gold] == best else 0.0
 
@@ -21,9 +21,9 @@ def is_tie(scores: Sequence[float]) -> bool:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of the mean, from the sample's standard deviation (n - 1), as lm_eval quotes it.
+    """The standard error of the mean, from the sample standard deviation (n - 1), as lm_eval reports it.
 
-    None of a single value, which has no deviation.
+    None for a single value, which has no deviation.
     """
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
@@ -31,7 +31,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def proportion(credits: Sequence[float]) -> dict[str, float | int | None]:
     """The mean of the items' credits with its 95% Wilson interval and its standard error.
 
-    Keys: value, low, high, stderr (None of one item), n.
+    Keys: value, low, high, stderr (None for a single item), n.
     """
     n, correct = len(credits), sum(credits)
     low, high = wilson(min(correct, n), n)

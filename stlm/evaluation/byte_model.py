@@ -1,12 +1,13 @@
-"""A byte-level model as a `LanguageModel`: the same engine, with chunks for tokens.
+"""A byte-level model as a `LanguageModel`: the same engine, with chunks as tokens.
 
-A request's text is cut into chunks whole. log P(continuation | context) sums over the symbols after the
-context's last byte, given those before: bytes and, where it is a symbol, the end of the chunk that holds that
-byte. So a context may end inside a chunk; nothing is cut anew there. With `spaces` and strides the sum is the
-logarithm of P(context continuation ...) / P(context ...), of texts that begin so. With `words` the end of the
-continuation's last chunk, which is a symbol, counts: of texts that begin so and have a boundary there. As for
-tokens, the context's trailing white space counts as the continuation's. A context within the first chunk
-follows an end of text, since nothing else stands before it.
+The whole text of a request is cut into chunks. log P(continuation | context) is a sum over the symbols after
+the context's last byte, each given those before: bytes and, if it is a symbol, the end of the chunk that
+holds that byte. A context may therefore end inside a chunk; the text is not cut anew there. With `spaces` and
+strides, the sum is the logarithm of P(context continuation ...) / P(context ...), the probabilities of texts
+with these beginnings. With `words` it includes the end of the continuation's last chunk, which is a symbol:
+the texts begin this way and have a boundary there. As for tokens, trailing white space of the context counts
+as part of the continuation. A context that ends within the first chunk follows an end of text, since nothing
+else precedes it.
 
 Shapes: N positions, D width, P log-probabilities wanted.
 """
@@ -27,15 +28,15 @@ from stlm.model.byte_transformer import ByteTransformer
 from stlm.tokens.chunks import ChunkTable, chunk_table
 from stlm.tokens.tokenizer import Tokenizer, chunker_of
 
-# Chunks that are scored at once: with some six symbols each, their logits stay near the processor.
+# Chunks scored at once: with about six symbols each, their logits stay in the processor's cache.
 _CHUNKS = {"cpu": 1024, "cuda": 65536}
 
 
 class ChunkRequests:
-    """Requests to sequences of chunks, numbered as they come; number 0 is the end of a text.
+    """Encodes requests as sequences of chunks, numbered in order of appearance; 0 is the end of a text.
 
-    A chunk that the end of a context cuts gets one number for each cut. `tokenizer` says where chunks end;
-    the texts need not be its corpus'.
+    A chunk cut by the end of a context gets one number for each cut. `tokenizer` determines where chunks end;
+    the texts need not come from its corpus.
     """
 
     eot = 0
@@ -58,8 +59,8 @@ class ChunkRequests:
     def __call__(self, requests: Sequence[Request]) -> list[Encoded]:
         return [self._encode(request) for request in requests]
 
-    def of_tokens(self, ids: Sequence[int]) -> np.ndarray:
-        """The numbers of a tokenizer's ids."""
+    def chunks_of(self, ids: Sequence[int]) -> np.ndarray:
+        """The chunk numbers of a tokenizer's ids."""
         distinct, which = np.unique(np.asarray(ids, np.int64), return_inverse=True)
         numbers = [self._number(self.tokenizer.decode_bytes([token])) for token in distinct.tolist()]
         return np.array(numbers, np.int32)[which]
@@ -83,7 +84,7 @@ class ChunkRequests:
         while rest > len(chunks[place]):
             rest -= len(chunks[place])
             place += 1
-        # The chunk with the context's last byte is scored from there on, if there is anything left of it.
+        # The chunk with the context's last byte is scored from there on, if any of it is left.
         if rest < len(chunks[place]) or not self._ends_certainly(chunks[place]):
             numbers[place] = self._number(chunks[place], rest)
         else:
@@ -112,9 +113,9 @@ class ByteModel(TokenModel):
     def document_loglikelihoods(
         self, documents: Sequence[Sequence[int]], stride: int | None = None, progress: Progress = no_progress
     ) -> list[float]:
-        """See `LanguageModel`; the documents are ids of the tokenizer that the model was trained with."""
-        own = [self.encoder.of_tokens(document) for document in documents]
-        return super().document_loglikelihoods(own, stride, progress)
+        """See `LanguageModel`; `documents` are ids of the tokenizer that the model was trained with."""
+        encoded = [self.encoder.chunks_of(document) for document in documents]
+        return super().document_loglikelihoods(encoded, stride, progress)
 
     def _first_tokens(self, tokens_F: np.ndarray) -> np.ndarray:
         self.transformer.use(self.encoder.table)

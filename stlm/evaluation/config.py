@@ -1,11 +1,11 @@
-"""What `stlm evaluate` scores and how: the `evaluation` section of a study (no heavy import here)."""
+"""The `evaluation` section of a study: what `stlm evaluate` scores and how (without heavy imports)."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Mode = Literal["harness", "paper"]
-# Keys that change how fast an evaluation is, not what it measures: its record may have others.
+# Keys that change how fast an evaluation is, but not its results: a record may have other values.
 BATCH_KEYS = frozenset({"batch_tokens"})
 
 
@@ -14,7 +14,7 @@ class _Strict(BaseModel):
 
 
 class BenchmarkConfig(_Strict):
-    """One benchmark's own settings."""
+    """The settings of one benchmark."""
 
     limit: int | None = Field(
         default=None,
@@ -48,7 +48,7 @@ class PerplexityConfig(_Strict):
 class EvaluationConfig(_Strict):
     """Benchmarks, modes, limits and numerical settings of an evaluation.
 
-    `benchmarks` may be a list of names, or a mapping from a name to its own settings.
+    `benchmarks` may be a list of names, or a mapping from names to their settings.
     """
 
     benchmarks: dict[str, BenchmarkConfig] = Field(
@@ -98,7 +98,7 @@ class EvaluationConfig(_Strict):
                 raise ValueError("a benchmark is listed twice")
             return {name: {} for name in value}
         if isinstance(value, dict):
-            return {name: {} if own is None else own for name, own in value.items()}
+            return {name: {} if settings is None else settings for name, settings in value.items()}
         return value
 
     @field_validator("modes")
@@ -109,9 +109,9 @@ class EvaluationConfig(_Strict):
         return value
 
     def limit_of(self, benchmark: str, last: bool) -> int | None:
-        """Items of `benchmark` to score at the last (`last`) or another checkpoint; None: all of them."""
-        own = self.benchmarks[benchmark].limit if benchmark in self.benchmarks else None
-        limit = own if own is not None else self.limit
+        """Items of `benchmark` scored at the last checkpoint (`last`) or at another one; None: all items."""
+        benchmark_limit = self.benchmarks[benchmark].limit if benchmark in self.benchmarks else None
+        limit = benchmark_limit if benchmark_limit is not None else self.limit
         if last or self.intermediate_limit is None:
             return limit
         return self.intermediate_limit if limit is None else min(limit, self.intermediate_limit)

@@ -1,4 +1,4 @@
-"""Requests to token sequences, as lm_eval 0.4 does (`TemplateLM._encode_pair`), each text encoded once."""
+"""Encodes requests as tokens, as lm_eval 0.4 does (`TemplateLM._encode_pair`), each text once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stlm.evaluation.interface import Request
 
 
 class Tokenizer(Protocol):
-    """The part of `stlm.tokens`' tokenizers that scoring needs."""
+    """The part of the tokenizers in `stlm.tokens` that scoring needs."""
 
     eot: int
     vocab_size: int
@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
 
 
 class Encoded(NamedTuple):
-    """Token ids of a request, and how many of them, from the left, are its context (at least one)."""
+    """The token ids of a request; the first of them (at least one) are its context."""
 
     tokens: np.ndarray
     n_context: int
@@ -28,12 +28,12 @@ class Encoded(NamedTuple):
 
 
 class RequestEncoder:
-    """Encodes requests, remembering every text, so that a second checkpoint pays nothing.
+    """Encodes requests and caches every text, so that further checkpoints cost nothing.
 
-    With a context, the whole text is encoded at once, and what follows as many tokens as the context has by
-    itself is the continuation; the context's trailing whitespace counts as the continuation's. Without one,
-    the end-of-text token is it. (Where the two run together in one token, such as a context that ends inside
-    a word, the context's own tokens come first, except in a string that is scored whole.)
+    The whole text is encoded at once. The context alone is encoded, too, and the continuation begins after as
+    many tokens; trailing whitespace of the context counts as part of the continuation. An empty context is
+    the end-of-text token. If both merge in one token, for example when a context ends inside a word, the
+    context's own tokens come first, except in a string that is scored whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

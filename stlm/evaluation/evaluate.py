@@ -1,4 +1,4 @@
-"""Evaluate the kept checkpoints of a run: perplexity of the test split, and the study's benchmarks."""
+"""Evaluates the kept checkpoints of a run: perplexity on the test split, and the study's benchmarks."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ from stlm.training.checkpoint_names import checkpoints_by_step
 from stlm.training.checkpoints import check_fits, load_checkpoint, read_description
 from stlm.training.devices import cpu_multiplies_bfloat16
 
-# The reference of the harness mode: its package and the version that prompts and rules were taken from.
+# The reference of the harness mode: the package and version of its prompts and rules.
 HARNESS = {"package": "lm_eval", "version": "0.4.13"}
-# Goes up whenever the same weights, text and settings would get other numbers.
+# Increases whenever the same weights, text and settings would get other numbers.
 SCORING_VERSION = 3
 RAW = Path("data/raw")
-# A table of each kind of thing scored, by the name of its file.
+# The schema of each kind of rows, by file name.
 _SCHEMAS = {"items": scoring.ITEMS_SCHEMA, "documents": perplexity.DOCUMENTS_SCHEMA}
 _FILES = [f"{name}.parquet" for name in _SCHEMAS]
 
 
 class About(BaseModel):
-    """What a checkpoint's config.json says that its results repeat."""
+    """The part of a checkpoint's config.json that its results repeat."""
 
     step: int
     tokens: int
@@ -66,8 +66,8 @@ class About(BaseModel):
 
 
 class Subject(NamedTuple):
-    """A checkpoint to score: its name, what its results repeat, whether it is the run's last, what progress
-    bars call it, and how it is loaded, where that changes scores."""
+    """A checkpoint to score: its name, the facts that its results repeat, whether it is the run's last, its
+    label in progress bars, and how it is loaded, if that changes scores."""
 
     name: str
     about: About
@@ -77,25 +77,25 @@ class Subject(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What every checkpoint of a run is scored on, and how."""
+    """The data and settings with which every checkpoint of a run is scored."""
 
     config: EvaluationConfig
     device: str
     precision: Literal["float32", "bfloat16"]
     text: TestText
-    benchmarks: list[tuple[Benchmark, str, list[Item]]]  # with the split that the items come from
+    benchmarks: list[tuple[Benchmark, str, list[Item]]]  # each with the split of its items
     encoder: RequestEncoder | ChunkRequests
     digests: dict[str, Any]
     unreadable: dict[str, str]  # benchmarks that could not be read, and why
 
     @property
     def device_name(self) -> str:
-        """The processor's kind, or the GPU's name."""
+        """The model of the processor, or the name of the GPU."""
         return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
 
 
 class Scored(NamedTuple):
-    """A checkpoint's part of `evaluation.json`, the rows of its options, and those of its documents."""
+    """A checkpoint's part of `evaluation.json`, the rows of its options, and the rows of its documents."""
 
     result: dict[str, Any]
     items: pa.Table
@@ -105,9 +105,9 @@ class Scored(NamedTuple):
 def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     """Score the checkpoints of `run`; write evaluation.json and {items,documents}.parquet to its folder.
 
-    `raw` holds a folder for each benchmark. What is finished, perplexity and each benchmark of each
-    checkpoint, is kept in the run's state folder until all is: a second call goes on with what is missing.
-    Raises UserError for missing or damaged files; of a benchmark, once everything else is scored.
+    `raw` holds a folder for each benchmark. Finished parts, perplexity and each benchmark of each checkpoint,
+    are kept in the run's state folder until all are finished: a second call computes only what is missing.
+    Raises UserError for missing or damaged files; for a benchmark's files, once everything else is scored.
     """
     folders = checkpoint_folders(run, config)
     material = load_material(run, config, raw)
@@ -144,15 +144,15 @@ def write_results(
     """Write `items.parquet`, the scores of every option, `documents.parquet`, those of every document of the
     test text, and `evaluation.json`, each with its facts.
 
-    `about` are the facts of the model, `more` what only `evaluation.json` says of it. That lists the SHA-256
-    of the two others.
+    `about` are the facts about the model; `more` goes to `evaluation.json` only, which lists the SHA-256 of
+    the two other files.
     """
-    results = {name: own.result for name, own in scored.items()}
+    results = {name: outcome.result for name, outcome in scored.items()}
     found = facts(about, material, results)
     for name in names(EVALUATION):
         remove_leftovers(folder, name)
     for name in _SCHEMAS:
-        table = pa.concat_tables(getattr(own, name) for own in scored.values()).unify_dictionaries()
+        table = pa.concat_tables(getattr(outcome, name) for outcome in scored.values()).unify_dictionaries()
         with atomic_path(folder / f"{name}.parquet") as temporary:
             write_predictions(temporary, table, found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
@@ -182,7 +182,7 @@ def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Ma
 
 
 def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
-    """The checkpoints to evaluate, by step. UserError where the run has none."""
+    """The checkpoints to evaluate, by step. Raises UserError if the run has none."""
     found = list(checkpoints_by_step(run.folder).values())
     if not found:
         raise UserError(
@@ -192,15 +192,15 @@ def checkpoint_folders(run: Run, config: EvaluationConfig) -> list[Path]:
 
 
 def load_material(run: Run, config: EvaluationConfig, raw: Path) -> Material:
-    """What the run's checkpoints are scored on. UserError: missing, damaged, another tokenizer."""
-    own, shards = run.folder / "checkpoints" / "tokenizer", run.tokens_folder / "tokenizer"
-    if read_json(own / DESCRIPTION) != read_json(shards / DESCRIPTION):
+    """The material for the run's checkpoints. UserError: missing or damaged files, another tokenizer."""
+    run_tokenizer, shards = run.folder / "checkpoints" / "tokenizer", run.tokens_folder / "tokenizer"
+    if read_json(run_tokenizer / DESCRIPTION) != read_json(shards / DESCRIPTION):
         raise UserError(
-            f"{shards}: another tokenizer than {own}, with which the run was trained; "
+            f"{shards}: another tokenizer than {run_tokenizer}, with which the run was trained; "
             f"run: stlm train {run.study} {run.name}"
         )
-    encoder = (RequestEncoder if run.model.bytes is None else ChunkRequests)(load_tokenizer(own))
-    return gather_material(config, run.tokens_folder, raw, encoder, sha256(own / DESCRIPTION))
+    encoder = (RequestEncoder if run.model.bytes is None else ChunkRequests)(load_tokenizer(run_tokenizer))
+    return gather_material(config, run.tokens_folder, raw, encoder, sha256(run_tokenizer / DESCRIPTION))
 
 
 def gather_material(
@@ -210,10 +210,12 @@ def gather_material(
     encoder: RequestEncoder | ChunkRequests,
     tokenizer_sha256: str,
 ) -> Material:
-    """Test documents and benchmark items, with what encodes requests. UserError: missing or damaged files of
-    the text; of a benchmark, that is noted and the others are there.
+    """Test documents, benchmark items and the request encoder.
 
-    A byte-level model is scored in float32: how far bfloat16 moves its options has not been measured.
+    Raises UserError if files of the text are missing or damaged; a benchmark with such files is listed as
+    unreadable, and the others are loaded.
+
+    Byte-level models are scored in float32: how far bfloat16 changes their scores has not been measured.
     """
     text = perplexity.load_documents(tokens_folder, config.perplexity, config.limit_seed)
     benchmarks, digests, unreadable = [], {}, {}
@@ -249,7 +251,7 @@ def gather_material(
 
 
 def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfloat16"]:
-    """The precision of the forward pass on `device` ("cpu" or "cuda"), auto decided."""
+    """The precision of the forward pass on `device` ("cpu" or "cuda"), with auto resolved."""
     if config.precision != "auto":
         return config.precision
     if device == "cuda":
@@ -260,7 +262,7 @@ def arithmetic(config: EvaluationConfig, device: str) -> Literal["float32", "bfl
 
 
 def load_run(material: Material, folder: Path) -> Transformer:
-    """The model of a run's checkpoint. UserError where it is damaged, or not of the run's tokenizer."""
+    """The model of a run's checkpoint. UserError if it is damaged, or does not fit the run's tokenizer."""
     transformer, _ = load_checkpoint(folder)
     check_fits(transformer, material.encoder.tokenizer, folder)
     return transformer
@@ -269,10 +271,10 @@ def load_run(material: Material, folder: Path) -> Transformer:
 def score_model(
     material: Material, subject: Subject, load: Callable[[], nn.Module], kept: Kept, failures: Failures
 ) -> Scored:
-    """A model's perplexity and benchmarks.
+    """Measure a model's perplexity and benchmarks.
 
-    `load` gives the model; it is called once, where a part is missing among the `kept` ones. A benchmark that
-    fails goes to `failures`, and the others are scored.
+    `load` returns the model; it is called once, if a part is missing in `kept`. If a benchmark fails, it is
+    added to `failures`, and the others are scored.
     """
     config = material.config
     model = cache(lambda: _language_model(material, load()))
@@ -283,7 +285,7 @@ def score_model(
         "weights": subject.about.weights_sha256,
         "settings": dict(subject.settings),
         "precision": material.precision,
-        # Checkpoints of one file are scored on one device and processor, which the file names.
+        # The checkpoints in one file are scored on one device and processor, which the file names.
         "device": material.device_name,
         "processor": processor_name(),
         "limit_seed": config.limit_seed,
@@ -298,8 +300,8 @@ def score_model(
     )
     benchmarks: dict[str, Any] = {}
     tables = []
-    for own in material.benchmarks:
-        chosen = own[0]
+    for entry in material.benchmarks:
+        chosen = entry[0]
         limit = config.limit_of(chosen.name, subject.last)
         modes = [mode for mode in config.modes if mode in chosen.modes]
         digests = material.digests["benchmarks"][chosen.name]
@@ -307,7 +309,7 @@ def score_model(
             benchmarks[chosen.name], rows = kept.part(
                 f"{subject.name}-{chosen.name}",
                 {**depends, "benchmark": digests, "limit": limit, "modes": modes},
-                partial(_score_benchmark, material, subject, own, model, limit, modes),
+                partial(_score_benchmark, material, subject, entry, model, limit, modes),
                 scoring.ITEMS_SCHEMA,
             )
         except BenchmarkFailed as error:
@@ -327,7 +329,7 @@ def _language_model(material: Material, transformer: nn.Module) -> TokenModel:
 
 
 def _perplexity(material: Material, subject: Subject, model: TokenModel) -> Part:
-    """Perplexity of the test text, and the rows of its documents."""
+    """The perplexity of the test text, and the rows of its documents."""
     stride = material.config.perplexity.stride or max(1, model.context // 2)
     lengths = [len(document.tokens) for document in material.text.documents]
     windows = sum(1 + max(0, math.ceil((length - model.context) / stride)) for length in lengths)
@@ -339,14 +341,14 @@ def _perplexity(material: Material, subject: Subject, model: TokenModel) -> Part
 def _score_benchmark(
     material: Material,
     subject: Subject,
-    own: tuple[Benchmark, str, list[Item]],
+    entry: tuple[Benchmark, str, list[Item]],
     load: Callable[[], TokenModel],
     limit: int | None,
     modes: list[Mode],
 ) -> Part:
-    """The accuracies of one of the material's benchmarks, and its rows; the errors of scoring are its own."""
+    """The accuracies on one of the benchmarks, and its rows; raises BenchmarkFailed if scoring fails."""
     model = load()
-    chosen, split, items = own
+    chosen, split, items = entry
     taken = subset(items, limit, material.config.limit_seed, chosen.name)
     requests = len(modes) * sum(len(item.options) for item in taken)
     with _bar(f"{subject.label} {chosen.name}", "option", requests) as progress:
@@ -368,7 +370,7 @@ def _score_benchmark(
 
 @contextmanager
 def _bar(description: str, unit: str, total: int) -> Iterator[Progress]:
-    """A progress bar; where no one watches (a log file), a line now and then."""
+    """A progress bar; without a terminal (a log file), a line from time to time."""
     watched = sys.stderr.isatty()
     with tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""Sequences to run through a model, which positions need logits, and how they share the rows of a batch."""
+"""Sequences for the model: which positions need logits, and how sequences share the rows of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Forward(NamedTuple):
-    """One sequence through the model: its input, the first position scored, the tokens asked for at its end.
+    """One sequence for the model: its input, the first scored position, and the targets after its end.
 
     The targets of all positions but the last are the input itself, shifted; the last may have several.
     """
@@ -20,17 +20,17 @@ class Forward(NamedTuple):
 
     @property
     def inner(self) -> int:
-        """Scored positions but the last."""
+        """The number of scored positions without the last."""
         return len(self.tokens) - 1 - self.start
 
 
 class Row(NamedTuple):
-    """Sequences one after another in a row of n tokens, what they have in common once: a trie.
+    """Sequences one after another in a row of n tokens, with common prefixes stored once: a trie.
 
-    `positions` are the tokens' places in their sequences. Each of `segments` is a sequence: how many tokens
-    the row has for it alone, and its path, the places in the row of all of its tokens. Of the p
-    log-probabilities wanted, that of `targets[k]` comes after the row's token `picked[k]`; they belong to the
-    forwards `numbers`, `counts` of them to each.
+    `positions` are the tokens' positions in their sequences. Each of `segments` is a sequence: its number of
+    tokens that no earlier sequence has, and its path, the indices in the row of all of its tokens. Of the p
+    log-probabilities to compute, number k is that of `targets[k]` after the row's token `picked[k]`; `counts`
+    says how many of them belong to each of the forwards `numbers`.
     """
 
     tokens: np.ndarray  # [n]
@@ -45,10 +45,10 @@ class Row(NamedTuple):
 def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Forward]:
     """Overlapping windows over `tokens` that score each token but the first exactly once.
 
-    Each window holds at most `context` input tokens; all but the first window overlap the one before by
-    `context - stride` tokens, which serve as context alone.
+    Each window has at most `context` input tokens; all but the first overlap the previous window by
+    `context - stride` tokens, which serve as context only.
     """
-    end = 1  # the first token not yet scored
+    end = 1  # the first token that is not scored yet
     begin = 0
     while end < len(tokens):
         stop = min(begin + context + 1, len(tokens))
@@ -58,16 +58,16 @@ def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Forward]:
 
 
 class SharedPrefixes:
-    """Sequences in an order in which each shares its longest prefix with the one before it.
+    """Sequences, ordered so that each shares its longest prefix with the one before it.
 
-    `common[k]` is the length of that prefix. What two sequences score alike, such as the context of an item's
-    options in the mode that scores whole strings, is asked of the first alone: `forwards` are those given
-    without such positions, `restore` puts their log-probabilities back. Logits at few positions matter: a
-    vocabulary's product costs as much as a layer or several.
+    `common[k]` is the length of that prefix. Positions that two sequences would score alike, such as the
+    context of an item's options if whole strings are scored, are scored in the first only: `forwards` are the
+    given ones without such positions, and `restore` copies the log-probabilities back. This matters, as the
+    product with the vocabulary costs as much as one or several layers.
     """
 
     def __init__(self, forwards: Sequence[Forward]) -> None:
-        # Bytes sort fast, and the order of any fixed-width numbers will do.
+        # Bytes sort fast, and any order of fixed-width numbers will do.
         keys = [forward.tokens.tobytes() for forward in forwards]
         self.order = sorted(range(len(forwards)), key=keys.__getitem__)
         width = forwards[0].tokens.itemsize if forwards else 1
@@ -77,13 +77,13 @@ class SharedPrefixes:
         for place in range(1, len(self.order)):
             before, number = self.order[place - 1], self.order[place]
             common = self.common[place] = _common_prefix(keys[before], keys[number]) // width
-            own, other = forwards[number], forwards[before]
-            # The neighbour has the same token after each position before the last of the common prefix.
-            if other.start <= own.start < common - 1:
-                self.forwards[number] = own._replace(start=common - 1)
+            forward, neighbour = forwards[number], forwards[before]
+            # Before the last position of the common prefix, the neighbour's next token is the same.
+            if neighbour.start <= forward.start < common - 1:
+                self.forwards[number] = forward._replace(start=common - 1)
 
     def restore(self, found: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What was found for the forwards first given, from what was found for `forwards` (along axis 0)."""
+        """The results for the given forwards, from the results `found` for `forwards` (along axis 0)."""
         whole = list(found)
         for before, number in zip(self.order, self.order[1:], strict=False):
             start, narrowed = self._starts[number], self.forwards[number].start
@@ -95,7 +95,7 @@ class SharedPrefixes:
 
 
 def _common_prefix(a: bytes, b: bytes) -> int:
-    """How many leading bytes are equal."""
+    """The number of equal leading bytes."""
     n = min(len(a), len(b))
     differ = np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)
     first = int(differ.argmax()) if n else 0
@@ -105,9 +105,9 @@ def _common_prefix(a: bytes, b: bytes) -> int:
 def pack(
     forwards: Sequence[Forward], order: Sequence[int], common: Sequence[int], capacity: int
 ) -> Iterator[Row]:
-    """The forwards in rows of at most `capacity` tokens, or of one sequence that is longer.
+    """Pack the forwards into rows of at most `capacity` tokens; a longer sequence gets its own row.
 
-    `order` and `common` as in `SharedPrefixes`; with all of `common` zero, nothing is shared.
+    `order` and `common` are those of `SharedPrefixes`; if `common` is all zero, nothing is shared.
     """
     members: list[tuple[int, int]] = []
     used = 0
@@ -125,7 +125,7 @@ def pack(
 
 
 def _row(forwards: Sequence[Forward], members: Sequence[tuple[int, int]]) -> Row:
-    """The row of `members`, numbers of forwards each with how many tokens it shares with the one before."""
+    """The row of `members`: numbers of forwards, each with the length of its prefix shared with the last."""
     tokens, positions, segments, picked, targets, counts = [], [], [], [], [], []
     path = np.empty(0, dtype=np.int64)
     used = 0

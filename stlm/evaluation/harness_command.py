@@ -1,9 +1,9 @@
-"""The commands `lm_eval` and `lm-eval`, which also know `--model stlm`.
+"""The commands `lm_eval` and `lm-eval`, with `--model stlm` added.
 
-lm_eval finds models in its own list alone: it reads no entry points of other packages. So our package
-installs commands of the same names, which add our model to the list and are lm_eval's from there on. Where
-lm_eval was installed later than this package, its commands have taken the place of ours:
-`python -m stlm.evaluation.harness_command` is the same, whatever was installed last.
+lm_eval finds models only in its own list; it reads no entry points of other packages. This package therefore
+installs commands of the same names, which add the model to the list and call lm_eval. If lm_eval was
+installed later than this package, its commands have replaced these; `python -m
+stlm.evaluation.harness_command` always works.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stlm.terminal import tune_streams
 
 
 def main() -> int:
-    """lm_eval's command line with our model; the exit status."""
+    """Run lm_eval's command line with this model; returns the exit status."""
     tune_streams()
     tune_process()
     try:

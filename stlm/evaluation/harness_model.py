@@ -1,7 +1,7 @@
-"""Our models in the reference harness: `lm_eval --model stlm --model_args run=results/desk/runs/baseline-s0`.
+"""STLM in the reference harness: `lm_eval --model stlm --model_args run=results/desk/runs/baseline-s0`.
 
-Prompts, tasks and metrics are the harness's; log-probabilities are those of the engine that `stlm evaluate`
-runs. The command that knows this model is in `stlm.evaluation.harness_command`.
+Prompts, tasks and metrics are the harness's; log-probabilities come from the engine of `stlm evaluate`. The
+command that knows this model is in `stlm.evaluation.harness_command`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from stlm.tokens.tokenizer import EOT, load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
 
-# Tokens generated where a task asks for no number of them, as lm_eval's `hf`.
+# Tokens to generate if a task states no number, as in lm_eval's `hf`.
 MAX_GENERATED = 256
-# Sequences that are generated at once where `--batch_size` leaves it open.
+# Sequences generated at once, unless `--batch_size` says otherwise.
 _GENERATED_AT_ONCE = 32
 _PRECISIONS = ("float32", "bfloat16")
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
@@ -45,9 +45,9 @@ class StlmLM(TemplateLM):
     """A checkpoint as a model of the harness.
 
     Arguments, as in `--model_args run=FOLDER,dtype=bfloat16`:
-    run: STUDY/RUN, a run's folder (its last checkpoint is taken; @STEP after it: that one) or a checkpoint's.
-    device: cpu, cuda or cuda:N; default: CUDA where there is one.
-    dtype: float32 or bfloat16, of the forward pass.
+    run: STUDY/RUN, a run's folder (its last checkpoint, or the one at @STEP), or a checkpoint's folder.
+    device: cpu, cuda or cuda:N; default: CUDA if available.
+    dtype: the forward pass's, float32 or bfloat16.
     batch_size: sequences of the context's length in a forward pass; 1 (the harness's default) and `auto`
     leave it to the engine. It changes the speed, not the scores.
 
@@ -79,7 +79,7 @@ class StlmLM(TemplateLM):
         if self._device.type not in ("cpu", "cuda"):
             raise UserError(f"--device {device}: expected cpu, cuda or cuda:N")
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            # The harness asks for cuda:0 unless told otherwise; its own models then take the CPU too.
+            # The harness passes cuda:0 by default; its own models, too, fall back to the CPU.
             logging.getLogger(__name__).warning(
                 "--device %s: torch finds no CUDA device; using the CPU", device
             )
@@ -91,13 +91,13 @@ class StlmLM(TemplateLM):
                 f"run={run}: a byte-level model, and the harness scores tokens; expected a model over tokens "
                 "(stlm evaluate scores both)"
             )
-        self.own_tokenizer = load_tokenizer(folder.parent / "tokenizer")
-        check_fits(transformer, self.own_tokenizer, folder)
+        self.stlm_tokenizer = load_tokenizer(folder.parent / "tokenizer")
+        check_fits(transformer, self.stlm_tokenizer, folder)
         size = int(batch_size) if str(batch_size).isdigit() else 1
         self.batch_size = size if size > 1 else _GENERATED_AT_ONCE
         self.model = TokenModel(
             transformer,
-            RequestEncoder(self.own_tokenizer),
+            RequestEncoder(self.stlm_tokenizer),
             str(self._device),
             dtype,
             size * transformer.config.context if size > 1 else None,
@@ -105,7 +105,7 @@ class StlmLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.own_tokenizer.eot
+        return self.stlm_tokenizer.eot
 
     @property
     def max_length(self) -> int:
@@ -117,12 +117,12 @@ class StlmLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the vocabulary itself: two corpora's `bpe-4096` are two."""
-        content = hashlib.sha256(b"".join(self.own_tokenizer.files.values())).hexdigest()
-        return f"stlm-{self.own_tokenizer.name}-{content[:12]}"
+        """An identifier of the vocabulary: the `bpe-4096` of two corpora differ."""
+        content = hashlib.sha256(b"".join(self.stlm_tokenizer.files.values())).hexdigest()
+        return f"stlm-{self.stlm_tokenizer.name}-{content[:12]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes about the model to its results."""
+        """The facts about the model that the harness writes to its results."""
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.transformer.parameters()),
             "model_dtype": self.model.precision,
@@ -131,12 +131,12 @@ class StlmLM(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text. There are no special tokens to add."""
-        return self.own_tokenizer.encode(string)
+        """The token ids of a text. No special tokens are added."""
+        return self.stlm_tokenizer.encode(string)
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without end-of-text tokens."""
-        return self.own_tokenizer.decode(tokens)
+        return self.stlm_tokenizer.decode(tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequences, disable_tqdm: bool = False, **kwargs: Any
@@ -149,15 +149,15 @@ class StlmLM(TemplateLM):
             scores = self.model.score_tokens(encoded, greedy=True, progress=bar.update)
         answers = [(score.logprob, bool(score.greedy)) for score in scores]
         for (text, _, _), answer in zip(requests, answers, strict=True):
-            # The parts of a rolling text have none.
+            # The windows of a rolling request have no text.
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log P of whole texts, each token once, the first after the end-of-text token.
+        """log P of whole texts; each token is scored once, the first after the end-of-text token.
 
-        Windows as in lm_eval's `hf`: of the context's length, each with as much context as fits.
+        Windows are those of lm_eval's `hf`: each has the context's length, and as much left context as fits.
         """
         windows: Sequences = []
         owners = []
@@ -176,11 +176,11 @@ class StlmLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts that continue contexts, up to a stop string, the end of text or `max_gen_toks` tokens.
+        """Continuations of contexts, up to a stop string, the end of text or `max_gen_toks` tokens.
 
         Greedy unless `temperature` is above 0 or `do_sample` is set; then `top_k` and `top_p` apply in this
-        order after the temperature, as in `transformers`. Of a context the last `max_length - max_gen_toks`
-        tokens are read (lm_eval's rule); where more is generated than fits, the window moves on.
+        order after the temperature, as in `transformers`. The last `max_length - max_gen_toks` tokens of a
+        context are read (lm_eval's rule); if more is generated than fits, the window moves on.
         """
         groups: defaultdict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -194,7 +194,7 @@ class StlmLM(TemplateLM):
                 for key in options.keys() - _SAMPLING:
                     raise UserError(f"gen_kwargs {key}: not supported{nearest(key, _SAMPLING)}")
                 contexts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-                # Contexts of like length together: less padding.
+                # Contexts of similar length together need less padding.
                 order = sorted(range(len(numbers)), key=lambda place: -len(contexts[place]))
                 for begin in range(0, len(order), self.batch_size):
                     places = order[begin : begin + self.batch_size]
@@ -209,9 +209,9 @@ class StlmLM(TemplateLM):
     def _generate(
         self, contexts: Sequence[list[int]], stops: Sequence[str], length: int, sampling: dict[str, Any]
     ) -> list[list[int]]:
-        """At most `length` tokens after each context, up to and with what completes a stop string."""
+        """At most `length` tokens after each context, the last of which may complete a stop string."""
         room = max(1, self.max_length - length)
-        # An empty context is the start of a document.
+        # An empty context is the beginning of a document.
         prompts = [context[-room:] or [self.eot_token_id] for context in contexts]
         found: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
@@ -233,15 +233,15 @@ class StlmLM(TemplateLM):
 
 
 def _choose(logits_BV: Tensor, sampling: dict[str, Any]) -> Tensor:
-    """The next token [B] of each row: the most probable one, or drawn (from torch's global generator).
+    """The next token [B] of each row: the most probable one, or one drawn from torch's global generator.
 
-    After the temperature, the `top_k` most probable tokens are kept, of these the fewest whose probabilities
-    reach `top_p` (Holtzman et al. 2020).
+    After the temperature, the `top_k` most probable tokens are kept, and of these the fewest whose
+    probabilities sum to `top_p` (Holtzman et al. 2020).
     """
     temperature = float(sampling.get("temperature") or (1.0 if sampling.get("do_sample") else 0.0))
     if not sampling.get("do_sample") or temperature <= 0:
         temperature = 0.0
-    own = Sampling(
+    choice = Sampling(
         temperature, max(0, int(sampling.get("top_k") or 0)) or None, float(sampling.get("top_p") or 1.0)
     )
-    return own.choose(logits_BV)
+    return choice.choose(logits_BV)

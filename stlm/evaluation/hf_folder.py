@@ -1,4 +1,4 @@
-"""What a folder of `transformers` must have to be scored, and digests of what it has."""
+"""Checks what a `transformers` folder needs in order to be scored, and digests its files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from stlm.errors import UserError
 from stlm.files import sha256
 
-# Where transformers looks for weights: in one file, or in several that a JSON file lists.
+# The names under which transformers looks for weights: one file, or an index of several.
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "get the model again"
 
 
 def check_files(folder: Path) -> None:
-    """UserError for a folder without a readable config.json and whole safetensors, all of those listed."""
+    """Raise UserError unless the folder has a readable config.json and all listed safetensors, intact."""
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {what}; expected a folder of transformers with safetensors and tokenizer")
@@ -46,7 +46,7 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{path}: {size}truncated or no safetensors ({error}); get it again") from None
     layers, tensors = content.get("num_hidden_layers"), sum(map(len, stored.values()))
     if isinstance(layers, int) and layers > max(tensors, 1000):
-        # Told before a model of so many is built. Shared layers have no tensors of their own.
+        # Reported before a model of so many layers is built. Shared layers have no tensors of their own.
         raise UserError(
             f"{folder}/config.json: num_hidden_layers: {layers}, but the weights are {tensors} tensors; "
             f"{_AGAIN}"
@@ -64,7 +64,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads weights from. UserError where one that is listed is not there."""
+    """The files from which transformers reads weights. Raises UserError if a listed one is missing."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
     index = folder / _INDEX
@@ -82,9 +82,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_numbers(folder: Path) -> int | None:
-    """How many numbers the weights' files hold, by their headers; None where they cannot be read.
+    """The number of values in the weights' files, by their headers; None if they cannot be read.
 
-    About the model's parameters: a matrix that has two uses may be stored twice.
+    It is about the number of parameters: a matrix with two uses may be stored twice.
     """
     try:
         total = 0
@@ -98,9 +98,9 @@ def stored_numbers(folder: Path) -> int | None:
 
 @contextmanager
 def loading(folder: Path, what: str, wanted: str = "") -> Iterator[None]:
-    """Turn whatever a library raises on files that it was not made for into a UserError about `what`.
+    """Turn any exception that a library raises on unsuitable files into a UserError about `what`.
 
-    A library in Rust may panic, which is not even an Exception in Python.
+    A library in Rust may panic, which in Python is not even an Exception.
     """
     try:
         yield
@@ -117,18 +117,18 @@ def _found(folder: Path) -> str:
 
 
 def foreign(folder: Path, what: str, error: BaseException, wanted: str = "") -> UserError:
-    """What to say where a library fails on the folder; `wanted`: what it should have had."""
+    """The error if a library fails on the folder; `wanted`: what the folder should have had."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0][:300] if lines else type(error).__name__
     if isinstance(error, LookupError | ZeroDivisionError | AttributeError | TypeError):
-        reason = f"{type(error).__name__}: {reason}"  # the message alone says nothing
+        reason = f"{type(error).__name__}: {reason}"  # the message alone is not informative
     return UserError(f"{folder}: transformers cannot load it, {what}: {reason}{wanted}{_found(folder)}")
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """UserError where files of the tokenizer are missing: transformers makes an empty one without a word."""
+    """Raise UserError if tokenizer files are missing: transformers silently makes an empty tokenizer."""
     named = getattr(tokenizer, "vocab_files_names", None) or {}
-    # Others that a class names, of normalization and the like, may be missing.
+    # Other files that a class names, for example for normalization, may be missing.
     needed = [named[kind] for kind in ("vocab_file", "merges_file") if kind in named]
     whole = any((folder / name).is_file() for name in ("tokenizer.json", "tekken.json"))
     absent = [] if whole else [name for name in needed if not (folder / name).is_file()]
@@ -142,12 +142,12 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """A digest of all the weights and the configuration: of the files' names and digests."""
+    """A digest of all weights and the configuration, from the names and digests of their files."""
     return _digest([*folder.glob("*.safetensors"), folder / "config.json"])
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """A digest of all that a tokenizer may be made of: the folder's other JSON, text and model files."""
+    """A digest of all files that may define a tokenizer: the other JSON, text and model files."""
     kinds = ("*.json", "*.txt", "*.model")
     return _digest([f for kind in kinds for f in folder.glob(kind) if f.name != "config.json"])
 

@@ -1,7 +1,7 @@
-"""Models of other people, from a local folder in the format of `transformers`, for our scoring engine.
+"""Published models, from a local folder in the format of `transformers`, for our scoring engine.
 
-No code of the folder is run and no pickle is read: the architecture is one that `transformers` itself has,
-the weights are safetensors. What the engine relies on is tried out when a model is loaded.
+No code from the folder is run and no pickle is read: the architecture must be one of `transformers`, and the
+weights safetensors. When a model is loaded, it is tested for everything that the engine relies on.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from stlm.evaluation.interface import Request
 from stlm.model.fused_attention import fused_attention
 from stlm.model.segments import Segments
 
-# Where configurations say how many positions a model has, in lm_eval's order.
+# The keys of a configuration that may give the number of positions, in lm_eval's order.
 _CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 
 
 class Shape(NamedTuple):
-    """What the engine asks of a model's configuration."""
+    """The part of a model's configuration that the engine reads."""
 
     context: int
     vocab_size: int
 
 
-# The segments of the row that a model of transformers is working on: attention is called deep inside it.
+# The segments of the row that is being processed: attention is called deep inside transformers.
 _SEGMENTS: ContextVar[Segments | None] = ContextVar("segments", default=None)
 _ATTENTION = "stlm_segments"
 
@@ -45,32 +45,32 @@ _ATTENTION = "stlm_segments"
 class HfModel(nn.Module):
     """A causal language model of `transformers` with the interface of our transformer.
 
-    `packs`: whether several sequences may share a row. `own_head`: whether logits are made by the model
-    itself (scaled, capped): then `hidden` gives them, and `head` and `logit` choose from them. `probe` sets
-    both.
+    `packs`: whether several sequences may share a row. `calls_head`: whether only the model itself can
+    compute its logits, for example scaled or capped ones. `hidden` then returns the logits, from which `head`
+    and `logit` select. `probe` sets both.
     """
 
     def __init__(self, model: nn.Module, context: int) -> None:
         super().__init__()
         self.model = model.eval()
         self.config = Shape(context, model.get_output_embeddings().weight.shape[0])
-        self.own_head = False
+        self.calls_head = False
         self.packs = False
 
     def hidden(
         self, tokens_BL: Tensor, layout: Segments | None = None, rows_N: Tensor | None = None
     ) -> Tensor:
-        """The residual stream after the last norm [B, L, D], or logits [B, L, V] where `own_head`.
+        """The residual stream after the last norm [B, L, D], or logits [B, L, V] if `calls_head`.
 
-        `layout` and `rows_N` as in `stlm.model.transformer.Transformer.hidden`; without a layout every row
-        is a sequence from its first position on, padded at the right if at all.
+        `layout` and `rows_N` are those of `stlm.model.transformer.Transformer.hidden`. Without a layout, each
+        row is a sequence from its first position on, padded at the right if at all.
         """
         inputs: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": False}
         if layout is not None:
             inputs["position_ids"] = layout.positions
         before = _SEGMENTS.set(layout)
         try:
-            if self.own_head:
+            if self.calls_head:
                 x_BLX = self.model(**inputs).logits
             else:
                 x_BLX = self.model.base_model(**inputs).last_hidden_state
@@ -79,17 +79,17 @@ class HfModel(nn.Module):
         return x_BLX if rows_N is None else x_BLX.flatten(0, 1)[rows_N]
 
     def head(self, x: Tensor, vocabulary: slice | None = None) -> Tensor:
-        """Logits [..., V] of what `hidden` gives, or of a part of the vocabulary."""
+        """Logits [..., V] for the result of `hidden`, over all or a part of the vocabulary."""
         vocabulary = slice(None) if vocabulary is None else vocabulary
-        if self.own_head:
+        if self.calls_head:
             return x[..., vocabulary]
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         return F.linear(x, head.weight[vocabulary], None if bias is None else bias[vocabulary])
 
     def logit(self, x_NX: Tensor, tokens_N: Tensor) -> Tensor:
-        """The logit [N] of one token for each of what `hidden` gives."""
-        if self.own_head:
+        """The logit [N] of one token for each result of `hidden`."""
+        if self.calls_head:
             return x_NX.gather(1, tokens_N[:, None])[:, 0]
         head = self.model.get_output_embeddings()
         logit_N = (x_NX * head.weight[tokens_N]).sum(dim=-1)
@@ -106,9 +106,9 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention [B, L, H, E], within segments where there are any, as transformers calls it.
+    """Causal attention [B, L, H, E], within segments if there are any, with the signature of transformers.
 
-    TypeError for what it cannot do, so that `probe` leaves such a model its own attention.
+    Raises TypeError for unsupported arguments, so that `probe` leaves such a model its own attention.
     """
     unknown = [key for key in ("softcap", "s_aux", "position_bias") if more.get(key) is not None]
     if unknown:
@@ -121,8 +121,8 @@ def _attention(
 
 
 class HfRequestEncoder(RequestEncoder):
-    """Requests to tokens as lm_eval does: the token that starts a text comes before a context, too, where
-    the tokenizer itself adds one to texts.
+    """Encodes requests as lm_eval does: the token that starts a text also precedes a context if the tokenizer
+    itself adds such a token to texts.
     """
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
@@ -142,13 +142,14 @@ class HfRequestEncoder(RequestEncoder):
 def load_hf(
     folder: Path, context: int | None = None, prefix: str | None = None, packing: bool = True
 ) -> tuple[HfModel, HfTokenizer]:
-    """The model and tokenizer in `folder`, float32, tried out.
+    """Load the model and tokenizer in `folder`, in float32, and test the model.
 
-    `context` bounds the sequences; None: its own. `prefix`: the token that starts a text, see `HfTokenizer`.
-    Without `packing`, sequences never share a row, and the model keeps its own attention.
+    `context` bounds the sequences; None: as the model states. `prefix`: the token that starts a text, see
+    `HfTokenizer`. Without `packing`, sequences never share a row, and the model keeps its own attention.
 
-    Raises UserError for a missing, damaged or foreign folder, a tokenizer that is missing or another model's,
-    weights that are not finite, code of its own or pickled weights, and an architecture that is not causal.
+    Raises UserError for a folder that is missing, damaged or of another format, a missing tokenizer or one of
+    another model, weights that are not finite, custom code or pickled weights, and an architecture that is
+    not causal.
     """
     folder = Path(folder)
     with loading(folder, "the folder"):
@@ -157,7 +158,7 @@ def load_hf(
         import transformers
     except ModuleNotFoundError:
         raise UserError("transformers is not installed; run: pip install 'stlm[harness]'") from None
-    # What matters is told below, in a line.
+    # What matters is reported below, in one line.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, config = _load_model(folder)
@@ -165,22 +166,22 @@ def load_hf(
     check_kinds(model, folder)
     check_finite(model, folder)
     with loading(folder, "the configuration"):
-        own = own_context(config)
-    if own is None and context is None:
+        stated = stated_context(config)
+    if stated is None and context is None:
         raise UserError(
             f"{folder}/config.json: none of {', '.join(_CONTEXT_KEYS)}; give the model's `context`"
         )
-    if own is not None and context is not None and context > own:
-        raise UserError(f"context: {context} is longer than the {own} positions of {folder}")
+    if stated is not None and context is not None and context > stated:
+        raise UserError(f"context: {context} is longer than the {stated} positions of {folder}")
     with loading(folder, "the model"):
-        wrapped = HfModel(model, context or own)
+        wrapped = HfModel(model, context or stated)
         tokenizer.check_rows(min(wrapped.config.vocab_size, model.get_input_embeddings().weight.shape[0]))
         probe(wrapped, folder, packing)
     return wrapped, tokenizer
 
 
 def _load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """The model, float32, with all of its weights from the folder, and its configuration."""
+    """The model in float32, with all of its weights from the folder, and its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -214,8 +215,8 @@ def _load_tokenizer(folder: Path, prefix: str | None) -> HfTokenizer:
         return HfTokenizer(loaded, folder.name, prefix)
 
 
-def own_context(config: Any) -> int | None:
-    """The longest sequence that a configuration of `transformers` states, as lm_eval finds it."""
+def stated_context(config: Any) -> int | None:
+    """The longest sequence that a `transformers` configuration states, as lm_eval reads it."""
     found = ((key, getattr(config, key, None)) for key in _CONTEXT_KEYS)
     key, value = next((pair for pair in found if pair[1] is not None), (None, None))
     if key is not None and (not isinstance(value, int) or value < 2):
@@ -224,10 +225,10 @@ def own_context(config: Any) -> int | None:
 
 
 def _may_pack(model: nn.Module, context: int) -> bool:
-    """Whether positions can be given, and attention of ours stands for the model's own.
+    """Whether positions can be passed, and our attention can replace the model's.
 
-    Windows narrower than the context would be widened by ours, recurrent layers have no attention, and rotary
-    angles that depend on the longest sequence would be those of the row.
+    Our attention would widen windows that are narrower than the context; recurrent layers have no attention;
+    and rotary angles that depend on the longest sequence would be those of the row.
     """
     config = model.config
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -242,18 +243,19 @@ def _may_pack(model: nn.Module, context: int) -> bool:
 
 @torch.inference_mode()
 def probe(model: HfModel, folder: Path, packing: bool = True) -> None:
-    """Try out what the engine relies on; sets `own_head` and `packs`. UserError where a model is not causal.
+    """Test what the engine relies on; sets `calls_head` and `packs`. UserError if a model is not causal.
 
-    On random tokens: a token's logits do not depend on later ones; the head on the hidden state gives the
-    model's own logits; sequences that share a row and a prefix get the logits that each gets alone.
+    The tests use random tokens: a token's logits must not depend on later tokens; the head applied to the
+    hidden state must give the model's logits; and sequences that share a row and a prefix must get the same
+    logits as alone.
     """
     draw = torch.Generator().manual_seed(0)
     length = min(24, model.config.context)
     row_1L = torch.randint(model.config.vocab_size, (1, length), generator=draw)
-    own_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
+    logits_1LV = model.model(input_ids=row_1L, use_cache=False).logits.float()
     # Rounding is relative to the size of the logits.
-    tolerance = 1e-3 * float(own_1LV.std())
-    if not torch.isfinite(own_1LV).all():
+    tolerance = 1e-3 * float(logits_1LV.std())
+    if not torch.isfinite(logits_1LV).all():
         raise UserError(f"{folder}: the model's logits are NaN or infinite, though its weights are not")
 
     def same(found: Tensor, expected: Tensor) -> bool:
@@ -263,24 +265,24 @@ def probe(model: HfModel, folder: Path, packing: bool = True) -> None:
     changed_1L = row_1L.clone()
     changed_1L[0, half:] = (changed_1L[0, half:] + 1) % model.config.vocab_size
     before = model.model(input_ids=changed_1L, use_cache=False).logits.float()[:, :half]
-    if not same(before, own_1LV[:, :half]):
+    if not same(before, logits_1LV[:, :half]):
         raise UserError(
             f"{folder}: {model.model.config.model_type} is not causal: "
             "a token's logits change with later tokens"
         )
     try:
-        model.own_head = not same(model.head(model.hidden(row_1L)), own_1LV)
+        model.calls_head = not same(model.head(model.hidden(row_1L)), logits_1LV)
     except (TypeError, AttributeError, RuntimeError):
-        # The base model has another interface: the whole model's logits are taken.
-        model.own_head = True
+        # The base model has another interface: use the whole model's logits.
+        model.calls_head = True
     if packing and _may_pack(model.model, model.config.context):
         model.packs = _attends_in_segments(model, row_1L, same)
 
 
 def _attends_in_segments(model: HfModel, row_1L: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether, with our attention, two continuations of one context in a row get what each gets alone.
+    """Whether, with our attention, two continuations of one context in a row get the same logits as alone.
 
-    The model's own attention is put back where they do not.
+    If they do not, the model's own attention is restored.
     """
     from transformers import AttentionInterface
 
@@ -290,7 +292,7 @@ def _attends_in_segments(model: HfModel, row_1L: Tensor, same: Callable[[Tensor,
     positions = np.concatenate([np.arange(end), np.arange(shared, len(paths[1]))])
     segments = Segments(positions, [(end, paths[0]), (length - end, paths[1])], row_1L.device)
     alone = [model.head(model.hidden(row_1L[:, path])).float() for path in paths]
-    own = model.model.config._attn_implementation
+    implementation = model.model.config._attn_implementation
     AttentionInterface.register(_ATTENTION, _attention)
     try:
         model.model.set_attn_implementation(_ATTENTION)
@@ -299,5 +301,5 @@ def _attends_in_segments(model: HfModel, row_1L: Tensor, same: Callable[[Tensor,
     except (TypeError, ValueError, KeyError, RuntimeError):
         packs = False
     if not packs:
-        model.model.set_attn_implementation(own)
+        model.model.set_attn_implementation(implementation)
     return packs

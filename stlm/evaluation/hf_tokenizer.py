@@ -1,4 +1,4 @@
-"""A tokenizer of `transformers` with the interface of ours."""
+"""A `transformers` tokenizer with the interface of ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from stlm.errors import UserError, nearest
 
 
 class HfTokenizer:
-    """A tokenizer of `transformers` with the interface of ours: texts to ids, no special token added.
+    """A `transformers` tokenizer with the interface of ours: it encodes texts and adds no special tokens.
 
-    `eot` is the token that starts a text: `prefix`, a token as the vocabulary spells it or a text of one
-    token; None: as lm_eval has it, the declared bos, or else eos. `prefix` spells it out. `adds_bos`: whether
-    the tokenizer itself puts its bos before a text; the token that starts a text then takes its place.
+    `eot` is the token that starts a text, given by `prefix`: either a token as the vocabulary spells it, or a
+    text that is one token. None: as in lm_eval, the declared bos, otherwise eos. The attribute `prefix` is
+    its spelling. `adds_bos`: whether the tokenizer itself puts its bos before a text; the token that starts a
+    text then replaces it.
 
-    Raises UserError for a prefix that is no token, naming the nearest one that is.
+    Raises UserError for a prefix that is not a token, naming the nearest one.
     """
 
     def __init__(self, tokenizer: Any, name: str, prefix: str | None = None) -> None:
@@ -43,12 +44,12 @@ class HfTokenizer:
 
     @property
     def added(self) -> set[int]:
-        """The ids of tokens that stand for themselves, special ones and others, apart from the vocabulary."""
+        """The ids of added tokens, special and other ones, which are not part of the vocabulary."""
         return set(self._tokenizer.get_added_vocab().values()) | set(self._tokenizer.all_special_ids)
 
     @property
     def decoders(self) -> list[str]:
-        """The kinds of decoders, in the words of the library tokenizers, that make a text of tokens."""
+        """The names that the tokenizers library gives to the decoders that turn tokens into text."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         kinds = (decoder or {}).get("decoders", [decoder] if decoder else [])
@@ -67,7 +68,7 @@ class HfTokenizer:
         raise UserError(f"prefix: {prefix!r} is no token of {self.name}{hint}")
 
     def check_rows(self, rows: int) -> None:
-        """UserError where an id has no row in the model; rows without an id are padding."""
+        """Raise UserError if an id has no row in the model; rows without an id are padding."""
         beyond = sorted((id_, token) for token, id_ in self.ids.items() if id_ >= rows)
         if beyond:
             shown = ", ".join(f"{token!r} ({id_})" for id_, token in beyond[:3])
@@ -77,7 +78,7 @@ class HfTokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`; nothing is added."""
+        """The tokens of `text`, without special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -87,5 +88,5 @@ class HfTokenizer:
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without the token that starts texts."""
+        """The text of `ids`, without the tokens that start texts."""
         return self._tokenizer.decode([token for token in ids if token != self.eot])

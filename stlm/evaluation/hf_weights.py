@@ -1,4 +1,4 @@
-"""What the weights of a folder of `transformers` must be, once a model has them."""
+"""Checks the weights in a `transformers` folder after a model has loaded them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_kinds(model: nn.Module, folder: Path) -> None:
-    """UserError where a weight is stored as whole numbers: transformers converts them without a word."""
+    """Raise UserError if a weight is stored as integers: transformers would convert it silently."""
     names = [name for name, _ in model.named_parameters()]
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 kind = file.get_slice(name).get_dtype()
-                # Some files leave out the part of the name that the base model has.
-                if kind not in _FLOATS and any(own == name or own.endswith(f".{name}") for own in names):
+                # Some files omit the base model's part of the name.
+                if kind not in _FLOATS and any(
+                    parameter == name or parameter.endswith(f".{name}") for parameter in names
+                ):
                     raise UserError(
                         f"{path}: the tensor {name} is of {kind}; expected {', '.join(_FLOATS)} (quantized "
                         "weights are not read)"
@@ -31,7 +33,7 @@ def check_kinds(model: nn.Module, folder: Path) -> None:
 
 
 def check_finite(model: nn.Module, folder: Path) -> None:
-    """UserError where a weight is NaN or infinite, naming the tensor and the file that has it."""
+    """Raise UserError if a weight is NaN or infinite, naming the tensor and its file."""
     wrong = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if not wrong:
         return
@@ -40,7 +42,7 @@ def check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def _not_finite(folder: Path) -> Iterator[str]:
-    """The files and tensors, under the names that they have there, which may not be the model's."""
+    """Yield the files and tensors, under their names in the file, which may differ from the model's."""
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping

@@ -1,7 +1,7 @@
-"""What evaluation sees of a language model: log-probabilities of given text, nothing else.
+"""All that evaluation sees of a language model: log-probabilities of given text.
 
-A model of another kind (byte-level, early-exit, from another library) is scored by the same code once it
-implements :class:`LanguageModel`.
+The same code scores any model, for example a byte-level one or one from another library, that implements
+:class:`LanguageModel`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ Progress = Callable[[int], object]
 
 
 def no_progress(_: int) -> None:
-    """Report progress to nobody."""
+    """Ignore the reported progress."""
 
 
 class Request(NamedTuple):
     """A text to score: log P(continuation | context); with `whole`, log P(context continuation).
 
-    An empty context stands for the start of a document (the end-of-text token). The first token of a whole
-    string is scored after it too; the others are conditioned on the string alone, as a continuation is.
-    `item` numbers what the request is an option of; without, it is compared with no other.
+    An empty context is the beginning of a document (the end-of-text token). The first token of a whole string
+    is scored after it, too; the others are conditioned on the string only, as in a continuation. `item` is
+    the number of the item whose option this is; None: it is compared with no other request.
     """
 
     context: str
@@ -31,9 +31,9 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Log-probability in nats, the number of tokens it sums, and whether the context had to be cut.
+    """Log-probability in nats, the number of tokens in its sum, and whether the context was truncated.
 
-    `greedy`, where asked for: whether each of these tokens is the most probable one at its place.
+    `greedy`, if requested: whether each of these tokens is the most probable one at its position.
     """
 
     logprob: float
@@ -43,9 +43,9 @@ class Score(NamedTuple):
 
 
 class LanguageModel(Protocol):
-    """Anything that can say how probable a text is.
+    """Any model that can tell how probable a text is.
 
-    `precise` is the model itself, or the same in arithmetic fine enough to tell near ties apart.
+    `precise` is the model itself, or the same model in a precision that can tell near ties apart.
     """
 
     @property
@@ -54,20 +54,20 @@ class LanguageModel(Protocol):
     def loglikelihoods(
         self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False
     ) -> list[Score]:
-        """One score a request, in order. `progress` is told how many more requests are done.
+        """One score for each request, in order. `progress` gets the number of newly finished requests.
 
-        What does not fit the model is cut from the left. Of the `whole` requests of an item, all lose as many
-        tokens as the longest must, so that their sums stay comparable.
+        Text that exceeds the context is truncated from the left. The `whole` requests of an item all lose as
+        many tokens as the longest of them, so that their sums stay comparable.
         """
         ...
 
     def document_loglikelihoods(
         self, documents: Sequence[Sequence[int]], stride: int | None = None, progress: Progress = no_progress
     ) -> list[float]:
-        """Log-probability (nats) of every token of each document, its first after the end-of-text token.
+        """Log-probability (nats) of each document, with its first token after the end-of-text token.
 
-        Documents longer than the model's context are read in windows that advance by `stride` tokens (None:
-        half of the context); each token is scored once, in the first window that holds it. `progress` is
-        told how many more windows are done.
+        Documents longer than the context are read in windows that advance by `stride` tokens (None: half of
+        the context); each token is scored once, in the first window that contains it. `progress` gets the
+        number of newly finished windows.
         """
         ...

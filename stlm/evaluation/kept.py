@@ -1,8 +1,8 @@
-"""Finished parts of an evaluation, perplexity and each benchmark of each checkpoint, kept until all are.
+"""Keeps finished parts of an evaluation, perplexity and each checkpoint's benchmarks, until all are done.
 
-A part is kept as soon as it is scored, under a hash of all that its scores depend on. So an evaluation that
-is killed, or of which a benchmark fails, goes on with what is missing; and one whose benchmark was fetched
-anew scores that one alone.
+A part is stored as soon as it is scored, under a hash of everything that its scores depend on. An evaluation
+that was killed, or in which a benchmark failed, therefore continues with what is missing; after one benchmark
+was fetched anew, only that benchmark is scored.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ROWS = "rows.parquet"
 
 
 class Part(NamedTuple):
-    """A result, as evaluation.json will have it, and its rows of items.parquet or documents.parquet."""
+    """A result, as in evaluation.json, and its rows of items.parquet or documents.parquet."""
 
     result: dict[str, Any]
     rows: pa.Table
 
 
 class Kept:
-    """The parts in a `folder`, which `forget` deletes. Without a folder nothing is kept."""
+    """The parts stored in `folder`, which `forget` deletes. Without a folder, nothing is stored."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ class Kept:
     def part(
         self, name: str, depends: Mapping[str, Any], score: Callable[[], Part], schema: pa.Schema
     ) -> Part:
-        """The part `name`, by `score` where none is kept whole that was scored of the same (`depends`).
+        """The part `name`; `score` computes it unless an intact one with the same `depends` is stored.
 
         Its rows have `schema`.
         """
@@ -52,55 +52,55 @@ class Kept:
         return read_part(folder, schema)
 
     def forget(self) -> None:
-        """All is published: delete the parts, those of earlier settings, too."""
+        """Delete all parts, including those of earlier settings, after everything is published."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class BenchmarkFailed(UserError):
-    """A benchmark could not be scored; others may be."""
+    """A benchmark could not be scored; others may still be."""
 
 
 class Failures:
-    """Benchmarks that could not be read or scored, told when all others are: their scores are not lost."""
+    """Benchmarks that could not be read or scored, reported after all others, so no scores are lost."""
 
     def __init__(self, arguments: str, unreadable: Mapping[str, str]) -> None:
-        """`arguments`: those of `stlm evaluate`. `unreadable`: benchmarks without items, and why."""
+        """`arguments`: those of `stlm evaluate`. `unreadable`: benchmarks without items, with the reasons."""
         self._arguments = arguments
         self._found = dict(unreadable)
         for name, reason in self._found.items():
             print(f"{name} cannot be scored, going on with what can: {reason}", file=sys.stderr)
 
     def add(self, benchmark: str, error: UserError) -> None:
-        """A benchmark failed; where it fails at several checkpoints, the first is told."""
+        """Record that a benchmark failed; if it fails at several checkpoints, the first is reported."""
         print(f"going on without {benchmark}: {error}", file=sys.stderr)
         self._found.setdefault(benchmark, str(error))
 
     def tell(self, kept: Kept) -> None:
-        """Raise UserError if there were any, with the reasons and how to go on."""
+        """Raise UserError if any failed, with the reasons and how to continue."""
         if not self._found:
             return
         lines = [f"not scored: {', '.join(self._found)}; nothing was written to results/"]
         lines += [f"{name}: {reason}" for name, reason in self._found.items()]
-        where = "" if kept.folder is None else f" (kept in {kept.folder})"
+        location = "" if kept.folder is None else f" (kept in {kept.folder})"
         again = f"once that is mended: stlm evaluate {self._arguments}"
-        raise UserError("\n".join([*lines, f"{again}, which scores only what is missing{where}"]))
+        raise UserError("\n".join([*lines, f"{again}, which scores only what is missing{location}"]))
 
 
 def write_part(folder: Path, part: Part) -> None:
-    """Keep a part in a folder of its own, atomically."""
+    """Store a part in its own folder, atomically."""
     with atomic_directory(folder) as temporary:
         pq.write_table(part.rows, temporary / _ROWS, compression="zstd")
         write_record(temporary / _RESULT, part.result, beside=[_ROWS])
 
 
 def read_part(folder: Path, schema: pa.Schema) -> Part:
-    """A part as it was kept; `schema` is that of its rows."""
+    """Read a stored part; its rows have `schema`."""
     return Part(read_json(folder / _RESULT), pq.read_table(folder / _ROWS, schema=schema))
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a part is kept in `folder`; a damaged one is not, and said to be."""
+    """Whether `folder` holds an intact part; a damaged one is reported."""
     if not folder.is_dir():
         return False
     try:

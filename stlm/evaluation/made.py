@@ -1,4 +1,4 @@
-"""Items of benchmarks that are made of a corpus's own test text."""
+"""Items of benchmarks that are made from the test text of a corpus."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stlm.evaluation.texts import SplitTexts
 def made_items(
     chosen: TextBenchmark, tokens_folder: Path, config: EvaluationConfig, limit: int | None = None
 ) -> list[Item]:
-    """Items made of the test split, the same for every tokenizer; at most `limit`, by default as configured.
+    """Items made from the test split, equal for all tokenizers; at most `limit`, by default as configured.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     texts = SplitTexts(tokens_folder, "test")
     items = chosen.make(texts, limit or made_limit(chosen, config), config.limit_seed)
@@ -30,20 +30,23 @@ def made_items(
 
 
 def made_limit(chosen: TextBenchmark, config: EvaluationConfig) -> int:
-    """How many items are made at most."""
+    """The maximal number of items to make."""
     return config.limit_of(chosen.name, last=True) or chosen.default_limit
 
 
 def made_settings(config: EvaluationConfig) -> dict[str, Any]:
-    """What decides, of a study's settings, which items are made: for records of counts of them."""
+    """The settings of a study that decide which items are made, for records that count them."""
     made = [chosen for chosen in map(benchmark, config.benchmarks) if isinstance(chosen, TextBenchmark)]
-    return {"limit_seed": config.limit_seed, "limits": {own.name: made_limit(own, config) for own in made}}
+    return {
+        "limit_seed": config.limit_seed,
+        "limits": {chosen.name: made_limit(chosen, config) for chosen in made},
+    }
 
 
 def check_made(config: EvaluationConfig, tokens_folder: Path) -> None:
-    """Refuse, before training, a benchmark of which evaluation would find no item in the test split.
+    """Refuse, before training, a benchmark for which the test split yields no item.
 
-    It looks until it has found one: in a text that is fit for the benchmark, a moment.
+    The search stops at the first item, so it is fast on suitable text.
     """
     for name in config.benchmarks:
         chosen = benchmark(name)

@@ -1,12 +1,12 @@
-"""Which n-grams of given texts, and which of the texts whole, stand in a stream of documents.
+"""Finds n-grams of given texts, and the texts as wholes, in a stream of documents.
 
-`stlm.tokens.words` says what a word is.
+`stlm.tokens.words` defines words.
 
-Memory does not grow with the stream. A word that no given text has is one and the same unknown word, and
-so is the mark between documents: no n-gram that is looked for has it, so that none crosses documents. The
-rolling hashes of 64 bits only find candidates; each is compared word by word, so that nothing is reported
-that is not there. Two n-grams that are looked for and have the same hash would be taken for one; among
-the 1.2 million of the six benchmarks, 1.2e6**2 / 2**65, about 4e-8, such pairs are to be expected.
+Memory does not grow with the stream. All words that no given text has are mapped to one unknown word, and so
+is the separator between documents; no searched n-gram contains it, so none crosses documents. The rolling
+64-bit hashes only find candidates: each is compared word by word, so nothing is reported that is not there.
+Two searched n-grams with the same hash would be taken for one; among the 1.2 million of the six benchmarks,
+1.2e6**2 / 2**65, about 4e-8, such pairs are expected.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 from stlm.tokens.words import normalize
 
-# The mark between documents; `normalize` leaves no such byte in a text.
+# The separator between documents; `normalize` leaves no such byte in a text.
 _END = b"\0"
 _UNKNOWN, _END_ID = 0, 1
-_CHUNK_BYTES = 1 << 20  # text held at a time, about
-_PIECE_TOKENS = 1 << 18  # and of a document, what is decoded at a time
-# Odd, with powers of a long period; this one is Knuth's for 64 bits.
+_CHUNK_BYTES = 1 << 20  # text held at a time, approximately
+_PIECE_TOKENS = 1 << 18  # tokens of a document decoded at a time
+# Odd, and its powers have a long period; this is Knuth's multiplier for 64 bits.
 _MULTIPLIER = np.uint64(6364136223846793005)
 
 # Brown et al.'s shortest and longest n-gram.
@@ -33,37 +33,37 @@ NOT_FOUND = np.iinfo(np.int64).max
 
 
 class NGrams:
-    """`texts` to look for in documents: their n-grams, for each n of `sizes` (ascending), and each whole.
+    """Finds `texts` in documents: each whole text, and its n-grams for each n of `sizes` (ascending).
 
-    Document numbers are the caller's; results name the lowest number, `NOT_FOUND` where there is none.
+    The caller numbers the documents; results give the lowest number, or `NOT_FOUND`.
     """
 
     def __init__(self, texts: Iterable[str], sizes: Sequence[int]) -> None:
         self._vocabulary: dict[bytes, int] = {b"": _UNKNOWN, _END: _END_ID}
         ids: list[np.ndarray] = []
         for text in texts:
-            own = normalize(text.encode(errors="replace")).split()
+            found = normalize(text.encode(errors="replace")).split()
             number = self._vocabulary.setdefault
-            ids.append(np.array([number(word, len(self._vocabulary)) for word in own], np.uint32))
-        #: Words of each text.
-        self.lengths = np.array([len(own) for own in ids], np.int64)
+            ids.append(np.array([number(word, len(self._vocabulary)) for word in found], np.uint32))
+        #: The number of words of each text.
+        self.lengths = np.array([len(found) for found in ids], np.int64)
         self.sizes = tuple(sizes)
         self._starts = np.cumsum([0, *self.lengths])
         self._flat = np.concatenate([*ids, np.empty(0, np.uint32)])
         self._values = np.random.default_rng(0).integers(2**64, size=len(self._vocabulary), dtype=np.uint64)
         hashes = self._hashes(self._flat, self.sizes)
-        self._of_size = {n: _Table(self._flat, self._places(n), n, hashes[n]) for n in self.sizes}
-        # Whole texts that are shorter than the shortest n-gram are looked up by themselves, by their length;
-        # a longer one where its first n-gram was found.
+        self._tables = {n: _Table(self._flat, self._places(n), n, hashes[n]) for n in self.sizes}
+        # Whole texts that are shorter than the shortest n-gram are searched by tables of their lengths;
+        # longer texts are compared wherever their first n-gram was found.
         short = [n for n in np.unique(self.lengths).tolist() if 0 < n < self.sizes[0]]
         hashes = self._hashes(self._flat, short)
         self._short = {
             n: _Table(self._flat, self._starts[:-1][self.lengths == n], n, hashes[n]) for n in short
         }
         self._whole = np.full(len(self.lengths), NOT_FOUND)
-        # The first n-gram of a text -> the texts that begin with it.
+        # Maps a first n-gram to the texts that begin with it.
         self._begun: dict[int, list[int]] = {}
-        shortest = self._of_size[self.sizes[0]]
+        shortest = self._tables[self.sizes[0]]
         for text in np.flatnonzero(self.lengths >= self.sizes[0]).tolist():
             self._begun.setdefault(shortest.at(int(self._starts[text])), []).append(text)
         self._begins = np.zeros(len(shortest.document), bool)
@@ -71,13 +71,13 @@ class NGrams:
 
     @cached_property
     def overlap(self) -> int:
-        """Words that two pieces of one document must share, so that nothing between them is overlooked."""
+        """The number of words that two pieces of a document must share, so that no n-gram is missed."""
         return max([*self.sizes, *self.lengths.tolist()])
 
     def scan(self, documents: Iterable[tuple[int, bytes]]) -> None:
-        """Look for everything in `documents`: their numbers and texts, in UTF-8, each whole.
+        """Search `documents` for everything: their numbers and their whole texts in UTF-8.
 
-        A number may come again with another part of its text, if the parts share `overlap` words.
+        A number may come again with the next part of its text, if the parts share `overlap` words.
         """
         numbers: list[int] = []
         texts: list[bytes] = []
@@ -92,19 +92,19 @@ class NGrams:
         self._scan_chunk(numbers, texts)
 
     def found(self, n: int) -> np.ndarray:
-        """For each text, the first document that has an n-gram of it."""
-        table = self._of_size[n]
+        """For each text, the first document that has one of its n-grams."""
+        table = self._tables[n]
         first = np.full(len(self.lengths), NOT_FOUND)
         np.minimum.at(first, self._text_of(table.places), table.document[table.pattern])
         return first
 
     def words_of(self, text: int) -> str:
-        """The words of a text, with spaces between them."""
+        """The words of a text, joined by spaces."""
         return self._words(int(self._starts[text]), int(self.lengths[text]))
 
     def example(self, n: int, text: int) -> tuple[str, int]:
-        """The first n-gram of `text` that was found, as a text, and the first document that has it."""
-        table = self._of_size[n]
+        """The first n-gram of `text` that was found, as a string, and the first document that has it."""
+        table = self._tables[n]
         low, high = np.searchsorted(table.places, self._starts[text : text + 2])
         documents = table.document[table.pattern[low:high]]
         which = int(np.flatnonzero(documents != NOT_FOUND)[0])
@@ -113,7 +113,7 @@ class NGrams:
 
     @property
     def found_whole(self) -> np.ndarray:
-        """For each text, the first document that has all of its words in sequence."""
+        """For each text, the first document that contains all of its words in sequence."""
         whole = self._whole.copy()
         for table in self._short.values():
             whole[self._text_of(table.places)] = table.document[table.pattern]
@@ -124,7 +124,7 @@ class NGrams:
         return list(self._vocabulary)
 
     def _places(self, n: int) -> np.ndarray:
-        """Where in the flat array of words an n-gram begins that does not leave its text."""
+        """The positions in the flat array of words at which an n-gram begins that stays within its text."""
         ends = np.repeat(self._starts[1:], self.lengths)
         return np.flatnonzero(ends - np.arange(len(self._flat)) >= n)
 
@@ -135,7 +135,7 @@ class NGrams:
         return b" ".join(self._spelled[number] for number in self._flat[place : place + n]).decode()
 
     def _hashes(self, ids: np.ndarray, sizes: Sequence[int]) -> dict[int, np.ndarray]:
-        """The hash of the n words from each place on, for each n of `sizes`: a polynomial modulo 2**64."""
+        """The hash of the n words from each position on, for each n of `sizes`: a polynomial modulo 2**64."""
         values = self._values[ids]
         rolling = np.zeros(len(ids) + 1, np.uint64)
         hashes = {}
@@ -152,25 +152,25 @@ class NGrams:
         found = (b" " + _END + b" ").join(texts).split()
         ids = np.fromiter(map(self._vocabulary.get, found, repeat(_UNKNOWN)), np.uint32, len(found))
         ends = np.flatnonzero(ids == _END_ID)
-        of_document = np.array(numbers, np.int64)
+        document_of_shard = np.array(numbers, np.int64)
 
         def documents(places: np.ndarray) -> np.ndarray:
-            return of_document[np.searchsorted(ends, places)]
+            return document_of_shard[np.searchsorted(ends, places)]
 
         first = self.sizes[0]
         hashes = self._hashes(ids, (*self._short, first))
         for n, table in self._short.items():
             places, patterns = table.find(ids, np.arange(len(hashes[n])), hashes[n])
             table.note(patterns, documents(places))
-        places, patterns = self._of_size[first].find(ids, np.arange(len(hashes[first])), hashes[first])
-        self._of_size[first].note(patterns, documents(places))
+        places, patterns = self._tables[first].find(ids, np.arange(len(hashes[first])), hashes[first])
+        self._tables[first].note(patterns, documents(places))
         self._note_whole(ids, places, patterns, documents)
         for n in self.sizes[1:]:
             # A longer n-gram begins with a shorter one.
             places = places[places + n <= len(ids)]
             longer = self._hashes_at(ids, places, n)
-            places, patterns = self._of_size[n].find(ids, places, longer)
-            self._of_size[n].note(patterns, documents(places))
+            places, patterns = self._tables[n].find(ids, places, longer)
+            self._tables[n].note(patterns, documents(places))
 
     def _hashes_at(self, ids: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
         hashes = np.zeros(len(places), np.uint64)
@@ -185,21 +185,23 @@ class NGrams:
         patterns: np.ndarray,
         documents: Callable[[np.ndarray], np.ndarray],
     ) -> None:
-        """Of the texts whose first n-gram was found, note those that go on as they do here."""
+        """Record the texts that, after their first n-gram was found, continue as the document does."""
         places, patterns = places[self._begins[patterns]], patterns[self._begins[patterns]]
         for place, pattern, document in zip(
             places.tolist(), patterns.tolist(), documents(places).tolist(), strict=True
         ):
             for text in self._begun[pattern]:
-                own = self._flat[self._starts[text] : self._starts[text + 1]]
-                if document < self._whole[text] and np.array_equal(ids[place : place + len(own)], own):
+                text_ids = self._flat[self._starts[text] : self._starts[text + 1]]
+                if document < self._whole[text] and np.array_equal(
+                    ids[place : place + len(text_ids)], text_ids
+                ):
                     self._whole[text] = document
 
 
 class _Table:
-    """Patterns of `n` words, those at `places` of the array `flat`, by their hashes.
+    """Patterns of `n` words, at the positions `places` of the array `flat`, indexed by their hashes.
 
-    `pattern`: for each place, the number of its pattern; `document`: for each pattern, where it was found.
+    `pattern`: the pattern's number for each position; `document`: where each pattern was found.
     """
 
     def __init__(self, flat: np.ndarray, places: np.ndarray, n: int, hashes: np.ndarray) -> None:
@@ -208,18 +210,18 @@ class _Table:
         self._first = places[first]
         self.pattern = pattern.astype(np.int32)
         self.document = np.full(len(self._hashes), NOT_FOUND)
-        # Most of what is looked up is not there: the hash's upper bits alone tell so nine times out of ten.
+        # Most lookups find nothing: in nine of ten cases, the upper bits of the hash suffice to tell.
         bits = max(1, len(self._hashes).bit_length() + 3)
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(2**bits, bool)
         self._filter[self._hashes >> self._shift] = True
 
     def at(self, place: int) -> int:
-        """The number of the pattern at a place of `flat`, which must be one of `places`."""
+        """The number of the pattern at a position of `flat`, which must be one of `places`."""
         return int(self.pattern[np.searchsorted(self.places, place)])
 
     def find(self, ids: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of `places`, where `ids` has `n` words of these `hashes`, that have a pattern, and which."""
+        """The `places` in `ids` whose `n` words, with these `hashes`, match a pattern, and the patterns."""
         near = np.flatnonzero(self._filter[hashes >> self._shift])
         places, hashes = places[near], hashes[near]
         patterns = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
@@ -231,15 +233,15 @@ class _Table:
         return places, patterns
 
     def note(self, patterns: np.ndarray, documents: np.ndarray) -> None:
-        """Record where patterns were found."""
+        """Record the documents in which patterns were found."""
         np.minimum.at(self.document, patterns, documents)
 
 
 def pieces(tokens: np.ndarray, decode: Callable[[list[int]], bytes], overlap: int) -> Iterator[bytes]:
-    """The text of a document of any length, in parts that share `overlap` words.
+    """Yield the text of a document of any length in parts that share `overlap` words.
 
-    `tokens` are those of the text alone. The parts are cut at ASCII white space; one holds about
-    `_PIECE_TOKENS` tokens, or the longest word where that is more.
+    `tokens` are those of the text only. The text is cut at ASCII white space; a part has about
+    `_PIECE_TOKENS` tokens, or more if the longest word needs them.
     """
     rest = tail = b""
     for start in range(0, len(tokens), _PIECE_TOKENS):

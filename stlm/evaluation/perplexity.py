@@ -18,8 +18,8 @@ from stlm.tokens.held_out import held_out, text_digest, text_ids
 from stlm.tokens.shards import Document
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
-# One row a document of the test text, in the order of the split; `text` is 64 bits of a hash of its text,
-# `nats` its negative log-probability. `n_tokens` are the model's own.
+# One row for each document of the test text, in the order of the split; `text` is a 64-bit hash of its text,
+# `nats` its negative log-probability. `n_tokens` counts the model's tokens.
 DOCUMENTS_SCHEMA = pa.schema(
     [
         ("checkpoint", _NAMES),
@@ -35,8 +35,8 @@ DOCUMENTS_SCHEMA = pa.schema(
 
 
 class TestText(NamedTuple):
-    """Documents of the test split, in their order, each with its component of the corpus and the hash of its
-    text; and how many documents and bytes there are in all."""
+    """Documents of the test split, in order, each with its component of the corpus and the hash of its text,
+    and the total numbers of documents and bytes."""
 
     documents: list[Document]
     components: list[str]
@@ -45,7 +45,7 @@ class TestText(NamedTuple):
     bytes_total: int
 
     def encoded(self, tokens: Sequence[Sequence[int]]) -> TestText:
-        """The same text in another tokenizer's tokens, of each document."""
+        """The same text as tokens of another tokenizer, given for each document."""
         documents = [
             document._replace(tokens=np.asarray(ids, dtype=np.int32))
             for document, ids in zip(self.documents, tokens, strict=True)
@@ -54,11 +54,11 @@ class TestText(NamedTuple):
 
 
 def load_documents(tokens_folder: Path, config: PerplexityConfig, seed: int) -> TestText:
-    """The documents of the test split that `config` takes: the same ones whatever the tokenizer.
+    """The documents of the test split that `config` selects; they are the same for every tokenizer.
 
-    Their tokens are without the end-of-text token at the end of a shard's rows, which is no part of the text.
-    With a bound the documents are drawn by `seed`, so that they do not all come from the corpus' beginning;
-    a mix's components give their shares of it, each at least one document.
+    Their tokens exclude the end-of-text token at the end of a shard's rows, which is not part of the text. If
+    their number is bounded, documents are drawn by `seed`, as the beginning of the corpus may be atypical; a
+    mix's components keep their shares, with at least one document each.
     """
     text = held_out(tokens_folder, "test", config.max_bytes, config.max_documents, seed)
     return TestText(
@@ -73,11 +73,11 @@ def load_documents(tokens_folder: Path, config: PerplexityConfig, seed: int) -> 
 def measure(
     model: LanguageModel, text: TestText, stride: int | None, progress: Progress = no_progress
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The perplexities of `text`, and each document's nats.
+    """The perplexities of `text`, and the nats of each document.
 
-    Every byte counts once, each document's first token after the end of text.
+    Every byte counts once; each document's first token follows the end of text.
 
-    Where the documents are of several components of a mix, also those of each, under the key `components`.
+    If the documents belong to several components of a mix, the key `components` has the perplexities of each.
     """
     scores = model.document_loglikelihoods([d.tokens for d in text.documents], stride, progress)
     nats = -np.asarray(scores, dtype=float)
@@ -94,13 +94,15 @@ def measure(
     if len(distinct) > 1:
         measured["components"] = {}
         for name in distinct:
-            own = np.flatnonzero(names == name)
-            measured["components"][name] = _summary([text.documents[i] for i in own], nats[own], names[own])
+            members = np.flatnonzero(names == name)
+            measured["components"][name] = _summary(
+                [text.documents[i] for i in members], nats[members], names[members]
+            )
     return measured, nats
 
 
 def document_rows(name: str, step: int, text: TestText, nats: np.ndarray) -> pa.Table:
-    """A checkpoint's rows of documents.parquet."""
+    """A checkpoint's rows in documents.parquet."""
     n = len(text.documents)
     columns = {
         "checkpoint": [name] * n,
@@ -117,10 +119,10 @@ def document_rows(name: str, step: int, text: TestText, nats: np.ndarray) -> pa.
 
 
 def _summary(documents: Sequence[Document], nats_D: np.ndarray, strata_D: np.ndarray) -> dict[str, Any]:
-    """Perplexities of documents from their negative log-likelihoods in nats.
+    """Perplexities of documents, given their negative log-likelihoods in nats.
 
-    `interval` is the 95% interval of bits per byte over documents, resampled within their components; null
-    where a component has one document alone.
+    `interval` is the 95% interval of bits per byte over documents, resampled within their components; it is
+    null if a component has a single document.
     """
     nats = math.fsum(nats_D)
     if not math.isfinite(nats):
@@ -146,7 +148,7 @@ def _summary(documents: Sequence[Document], nats_D: np.ndarray, strata_D: np.nda
 
 
 def _exp(nats: float) -> float:
-    """A perplexity, of nats per unit; UserError for one that no float holds."""
+    """The perplexity for `nats` per unit; raises UserError if it exceeds the range of a float."""
     try:
         return math.exp(nats)
     except OverflowError:

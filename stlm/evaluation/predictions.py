@@ -1,7 +1,7 @@
-"""items.parquet says by itself what is in it: a JSON in its Parquet metadata, under the key `stlm`.
+"""items.parquet describes itself: its Parquet metadata has a JSON object under the key `stlm`.
 
-Written by `stlm evaluate`, read by `stlm report` and `stlm compare`, which refuse to hold predictions against
-each other that were not made alike. (No heavy import here.)
+`stlm evaluate` writes it; `stlm report` and `stlm compare` read it, and refuse to compare predictions that
+were not made alike. (Without heavy imports.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.benchmarks.items import TextBenchmark
 
 KEY = b"stlm"
-# What `code` of a record says.
+# The keys of a record's `code`.
 _CODE = ("stlm", "git", "torch")
 
 
@@ -32,7 +32,7 @@ class BenchmarkFacts(BaseModel):
 
 
 class ItemCounts(BaseModel):
-    """Items scored of those there are, and the limit that was asked for (None: none)."""
+    """The number of scored items, of all items, and the requested limit (None: no limit)."""
 
     items: int
     items_total: int
@@ -40,7 +40,7 @@ class ItemCounts(BaseModel):
 
 
 class CheckpointFacts(BaseModel):
-    """One checkpoint, and how much of each benchmark it was scored on."""
+    """One checkpoint, and how many items of each benchmark it was scored on."""
 
     step: int
     tokens: int | None = None
@@ -49,14 +49,14 @@ class CheckpointFacts(BaseModel):
 
 
 class TokenizerFacts(BaseModel):
-    """A tokenizer's name and the SHA-256 of its description, which has those of its files."""
+    """A tokenizer's name and the SHA-256 of its description, which has the digests of its files."""
 
     name: str
     sha256: str
 
 
 class TrainedFacts(BaseModel):
-    """What trained the weights, as train.json has it; None where it does not say."""
+    """How the weights were trained, according to train.json; None if it does not say."""
 
     device: str | None = None
     processor: str | None = None
@@ -67,7 +67,7 @@ class TrainedFacts(BaseModel):
 
 
 class Facts(BaseModel):
-    """What the predictions of a file are of, and all that they depend on."""
+    """What the predictions in a file belong to, and everything that they depend on."""
 
     study: str
     run: str
@@ -75,10 +75,10 @@ class Facts(BaseModel):
     variant: str | None = None
     seed: int | None = None
     corpus: str | None = None
-    # Of a published model: the token that starts a text. Our own models have the end of text for it.
+    # The token that starts a text, for published models. Our own models use the end of text.
     prefix: str | None = Field(None, exclude_if=lambda prefix: prefix is None)
     tokenizer: TokenizerFacts
-    tokens_sha256: str  # of the test text's meta.json, which has those of its shards
+    tokens_sha256: str  # digest of the test text's meta.json, which has the digests of its shards
     benchmarks: dict[str, BenchmarkFacts]
     modes: list[str]
     limit_seed: int
@@ -86,22 +86,22 @@ class Facts(BaseModel):
     scoring_version: int
     code: dict[str, str | None]
     device: str
-    processor: str | None = None  # the CPU's model; None: written by an earlier version of STLM, as below
+    processor: str | None = None  # the CPU's model; None (also below): written by an earlier version of STLM
     precision: str
     settings: dict[str, Any] | None = None  # the study's `evaluation`
     trained: TrainedFacts | None = None
     checkpoints: dict[str, CheckpointFacts]
 
     def without_checkpoints(self) -> dict[str, Any]:
-        """All but the checkpoints, as JSON holds it."""
+        """Everything except the checkpoints, as JSON values."""
         return self.model_dump(mode="json", exclude={"checkpoints"})
 
 
 def benchmark_facts(result: dict[str, Any], sha256: list[str]) -> BenchmarkFacts:
-    """The facts of a benchmark from its part of `evaluation.json`, and its files' digests."""
+    """The facts about a benchmark from its part of `evaluation.json`, with the digests of its files."""
     metrics = {
-        mode: [metric for metric in ("acc", "acc_norm") if metric in of_mode]
-        for mode, of_mode in result["modes"].items()
+        mode: [metric for metric in ("acc", "acc_norm") if metric in results]
+        for mode, results in result["modes"].items()
     }
     return BenchmarkFacts(version=result["version"], split=result["split"], sha256=sha256, metrics=metrics)
 
@@ -113,9 +113,9 @@ def write_predictions(path: Path, table: pa.Table, facts: Facts) -> None:
 
 
 def read_facts(path: Path) -> Facts | None:
-    """The facts of an items.parquet; None where it has none, being of an earlier version of STLM.
+    """The facts in an items.parquet; None if it has none, as an earlier version of STLM wrote it.
 
-    Raises UserError where the file is missing, is no Parquet file, or its facts are not as written here.
+    Raises UserError if the file is missing, is not a Parquet file, or has malformed facts.
     """
     try:
         metadata = pq.read_schema(path).metadata or {}
@@ -137,9 +137,9 @@ def read_facts(path: Path) -> Facts | None:
 
 
 def unlike(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
-    """Why predictions of `a` and `b` cannot be held against each other, and what may disturb the comparison.
+    """Why predictions of `a` and `b` cannot be compared, and what may disturb the comparison.
 
-    Each reason names both values; of the benchmarks, those that both have count.
+    Each reason names both values; only benchmarks that both have are considered.
     """
     refusals, warnings = unlike_items(a, b)
     made = [
@@ -149,28 +149,30 @@ def unlike(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
     ]
     trained = a.trained or TrainedFacts(), b.trained or TrainedFacts()
     for key in ("device", "processor", "precision", "compiled", "kernels"):
-        made.append((f"trained with {key}", *(getattr(own, key) for own in trained)))
-    made += [(f"trained by {key}", *(own.code.get(key) for own in trained)) for key in _CODE]
-    warnings += [f"{what} {_shown(own)} against {_shown(other)}" for what, own, other in made if own != other]
+        made.append((f"trained with {key}", *(getattr(first, key) for first in trained)))
+    made += [(f"trained by {key}", *(first.code.get(key) for first in trained)) for key in _CODE]
+    warnings += [
+        f"{what} {_shown(first)} against {_shown(second)}" for what, first, second in made if first != second
+    ]
     return refusals, warnings
 
 
 def unlike_items(a: Facts, b: Facts) -> tuple[list[str], list[str]]:
-    """As `unlike`, but for the arithmetic, the code and the processors."""
+    """As `unlike`, but without precision, code and processors."""
     refusals, warnings = [], []
     if a.scoring_version != b.scoring_version:
         refusals.append(f"scoring version {a.scoring_version} against {b.scoring_version}")
     for name in [name for name in a.benchmarks if name in b.benchmarks]:
-        own, other = a.benchmarks[name], b.benchmarks[name]
-        if own.version != other.version:
-            refusals.append(f"{name}: version {own.version} against {other.version}")
-        if own.split != other.split:
-            refusals.append(f"{name}: split {own.split} against {other.split}")
-        elif own.sha256 != other.sha256 and isinstance(BENCHMARKS.get(name), TextBenchmark):
-            # Its items are made of a corpus: those that both have are the same.
+        first, second = a.benchmarks[name], b.benchmarks[name]
+        if first.version != second.version:
+            refusals.append(f"{name}: version {first.version} against {second.version}")
+        if first.split != second.split:
+            refusals.append(f"{name}: split {first.split} against {second.split}")
+        elif first.sha256 != second.sha256 and isinstance(BENCHMARKS.get(name), TextBenchmark):
+            # Its items are made from a corpus: those that both have are the same.
             warnings.append(f"{name}: passages of other text, or another number of them")
-        elif own.sha256 != other.sha256:
-            shown = [", ".join(digest[:12] for digest in facts.sha256) for facts in (own, other)]
+        elif first.sha256 != second.sha256:
+            shown = [", ".join(digest[:12] for digest in facts.sha256) for facts in (first, second)]
             refusals.append(f"{name}: files of SHA-256 {shown[0]} against {shown[1]}")
     if a.harness != b.harness:
         warnings.append(f"harness {' '.join(a.harness.values())} against {' '.join(b.harness.values())}")

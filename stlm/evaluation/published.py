@@ -1,4 +1,4 @@
-"""A published model on what a study's runs are scored on, by the same code."""
+"""Evaluates a published model on the data of a study's runs, by the same code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from stlm.tokens.tokenizer import load_tokenizer
 
 
 def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw: Path = RAW) -> None:
-    """Score a published model on what the study's runs are scored on; write the same files as for a run.
+    """Score a published model on the data of the study's runs; write the same files as for a run.
 
     The test text is that of `published.tokens_folder`, encoded by the model's own tokenizer. The checkpoint
-    is named `published`, of step 0. Raises UserError for missing, damaged or foreign files.
+    is named `published` and has step 0. Raises UserError for missing, damaged or foreign files.
     """
     folder = Path(published.folder)
     transformer, tokenizer = load_hf(folder, published.context, published.prefix)
     encoder = HfRequestEncoder(tokenizer)
     material = gather_material(config, published.tokens_folder, raw, encoder, tokenizer_sha256(folder))
     written = load_tokenizer(published.tokens_folder / "tokenizer")
-    # Every byte comes back from our tokenizers: the text is the same.
+    # Our tokenizers are lossless, so this is the same text.
     texts = [written.decode(document.tokens.tolist()) for document in material.text.documents]
     text = material.text.encoded(tokenizer.encode_batch(texts))
     checkpoint = About(step=0, tokens=0, weights_sha256=weights_sha256(folder))

@@ -1,4 +1,4 @@
-"""Further language models within a trained one (each exit of a network, say), scored as the model is."""
+"""Further language models within a trained one (such as each exit of a network), scored like the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stlm.training.checkpoints import read_description
 
 
 def readouts_of(model: Transformer) -> dict[str, nn.Module]:
-    """The readouts of all of a model's techniques, by name."""
+    """The readouts of all techniques of a model, by name."""
     found: dict[str, nn.Module] = {}
     for technique in model.techniques:
         found |= technique.readouts(model)
@@ -26,11 +26,11 @@ def score_readouts(
     load: Callable[[], Transformer],
     score: Callable[[str, Callable[[], nn.Module]], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """The results of a checkpoint's readouts by name; {} where it has none.
+    """The results of a checkpoint's readouts by name; {} if it has none.
 
-    Each has its `parameters` and `flops_per_token` (forward, in a text as long as the context) besides its
-    scores. `load` gives the checkpoint's model, `score` the result of a model by the readout's name and what
-    gives it. A model without techniques is not loaded to find out.
+    Each has its `parameters` and `flops_per_token` (forward, in a text as long as the context) in addition to
+    its scores. `load` returns the checkpoint's model; `score` takes a readout's name and a function that
+    returns the readout, and returns the result. A model without techniques is not loaded.
     """
     if not read_description(checkpoint)[1].get("techniques"):
         return {}

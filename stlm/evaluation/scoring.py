@@ -1,4 +1,4 @@
-"""A benchmark's items through a language model: a row for every option, and the accuracies of each mode."""
+"""Scores a benchmark's items with a language model: a row for every option, and each mode's accuracies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stlm.evaluation.config import Mode
 from stlm.evaluation.interface import LanguageModel, Progress, Score, no_progress
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
-# One row a scored option; `group` is the finest one (a paradigm, a subject), `logprob` in nats, `n_bytes` and
-# `n_chars` the length of the option's own words, `n_tokens` the tokens that the log-probability sums;
-# `greedy`, of items of one option, whether each of these is the model's first choice.
+# One row for each scored option. `group` is the finest one (a paradigm, a subject), `logprob` is in nats,
+# `n_bytes` and `n_chars` are the length of the option's words, `n_tokens` is the number of tokens in the sum;
+# `greedy`, for items with a single option, says whether each token is the model's first choice.
 ITEMS_SCHEMA = pa.schema(
     [
         ("checkpoint", _NAMES),
@@ -42,16 +42,16 @@ ITEMS_SCHEMA = pa.schema(
 
 ItemScores = list[list[Score]]
 
-# Nats by which bfloat16 may move an option, for each square root of a token: about five times the root mean
-# square found with models of 4M and 50M parameters (docs/evaluation.md).
+# Nats by which bfloat16 may change an option's score, times the square root of its tokens: about five times
+# the root mean square measured with models of 4M and 50M parameters (docs/evaluation.md).
 _BFLOAT16_ERROR = 0.01
 
 
 def score(
     model: LanguageModel, items: Sequence[Item], modes: Sequence[Mode], progress: Progress = no_progress
 ) -> dict[Mode, ItemScores]:
-    """Each mode's scores, by item and option. UserError where one is not a finite number."""
-    # All modes at once: their forward passes are largely the same.
+    """The scores of each mode, by item and option. Raises UserError if one is not a finite number."""
+    # All modes at once, as their forward passes largely coincide.
     requests = [
         option.request(mode)._replace(item=number)
         for mode in modes
@@ -60,7 +60,7 @@ def score(
     ]
     greedy = any(len(item.options) == 1 for item in items)
     if greedy:
-        # The most probable of all tokens is too often a near tie itself.
+        # Greedy choices need full precision: the most probable of all tokens is often a near tie.
         model = model.precise
     scores = model.loglikelihoods(requests, progress, greedy=greedy)
     if model.precise is not model:
@@ -80,19 +80,19 @@ def score(
 
 
 def _near_ties(items: Sequence[Item], modes: Sequence[Mode], scores: Sequence[Score]) -> list[int]:
-    """Which scores, numbered as requests are, belong to items whose best options bfloat16 may confuse."""
+    """The numbers of the requests that belong to items whose best options bfloat16 may confuse."""
     numbers, begin = [], 0
     for _ in modes:
         for item in items:
-            own = range(begin, begin + len(item.options))
-            begin = own.stop
-            logprobs = np.array([scores[n].logprob for n in own])
+            candidates = range(begin, begin + len(item.options))
+            begin = candidates.stop
+            logprobs = np.array([scores[n].logprob for n in candidates])
             lengths = np.array([max(len(option.words), 1) for option in item.options])
-            # Of a whole string, the tokens that options have in common have their errors in common too.
-            tokens = np.minimum([scores[n].n_tokens for n in own], lengths)
+            # In whole strings, tokens that the options share have the same errors.
+            tokens = np.minimum([scores[n].n_tokens for n in candidates], lengths)
             errors = _BFLOAT16_ERROR * np.sqrt(tokens)
             if any(_confusable(logprobs / by, errors / by) for by in (1, lengths)):
-                numbers += own
+                numbers += candidates
     return numbers
 
 
@@ -104,9 +104,9 @@ def _confusable(values: np.ndarray, errors: np.ndarray) -> bool:
 def rows(labels: Mapping[str, Any], items: Sequence[Item], scores: Mapping[Mode, ItemScores]) -> pa.Table:
     """The table of ITEMS_SCHEMA; `labels` gives the columns checkpoint, step and benchmark."""
     columns: dict[str, list] = {name: [] for name in ITEMS_SCHEMA.names if name not in labels}
-    for mode, of_items in scores.items():
-        for item, of_options in zip(items, of_items, strict=True):
-            for number, (option, found) in enumerate(zip(item.options, of_options, strict=True)):
+    for mode, item_scores in scores.items():
+        for item, option_scores in zip(items, item_scores, strict=True):
+            for number, (option, found) in enumerate(zip(item.options, option_scores, strict=True)):
                 columns["mode"].append(mode)
                 columns["item"].append(item.id)
                 columns["group"].append(item.groups[-1] if item.groups else "")
@@ -125,7 +125,7 @@ def rows(labels: Mapping[str, Any], items: Sequence[Item], scores: Mapping[Mode,
 
 
 def _credit(scores: Sequence[Score], item: Item) -> float:
-    """An item's share of the accuracy; one without alternatives is right if the model itself would say it."""
+    """An item's credit; an item with a single option is right if the model itself would choose it."""
     if len(scores) == 1:
         assert scores[0].greedy is not None
         return float(scores[0].greedy)
@@ -135,31 +135,32 @@ def _credit(scores: Sequence[Score], item: Item) -> float:
 def summarize(benchmark: Benchmark, mode: Mode, items: Sequence[Item], scores: ItemScores) -> dict[str, Any]:
     """Accuracy with its interval, ties, truncated items, and the accuracy of every group.
 
-    `acc_norm` divides each log-probability by the characters of the option's words, in the harness mode of
-    the benchmarks where the reference harness does. Where every item has one option, a word, there is also
-    `word_perplexity`: exp of the mean negative log-probability (nats) of a word, whatever its tokens.
+    `acc_norm` divides each log-probability by the number of characters of the option's words, in the harness
+    mode of the benchmarks for which the reference harness does so. If every item has a single option, a word,
+    the result also has `word_perplexity`: exp of a word's mean negative log-probability (nats), whatever its
+    tokens.
     """
-    logprobs = [[found.logprob for found in of_options] for of_options in scores]
-    credits = [_credit(of_options, item) for of_options, item in zip(scores, items, strict=True)]
+    logprobs = [[found.logprob for found in option_scores] for option_scores in scores]
+    credits = [_credit(option_scores, item) for option_scores, item in zip(scores, items, strict=True)]
     result: dict[str, Any] = {"acc": proportion(credits)}
     if benchmark.normalized and mode == "harness":
-        # An option without a word would divide by zero.
+        # An option without words would divide by zero.
         lengths = [[max(len(option.words), 1) for option in item.options] for item in items]
         normalized = [
             [logprob / n for logprob, n in zip(*pair, strict=True)]
             for pair in zip(logprobs, lengths, strict=True)
         ]
         result["acc_norm"] = proportion(
-            [credit(of_options, item.gold) for of_options, item in zip(normalized, items, strict=True)]
+            [credit(option_scores, item.gold) for option_scores, item in zip(normalized, items, strict=True)]
         )
     if all(len(item.options) == 1 for item in items):
         result["word_perplexity"] = math.exp(-math.fsum(only for (only,) in logprobs) / len(items))
-    result["ties"] = sum(is_tie(of_options) for of_options in logprobs)
-    result["truncated"] = sum(any(found.truncated for found in of_options) for of_options in scores)
+    result["ties"] = sum(is_tie(option_scores) for option_scores in logprobs)
+    result["truncated"] = sum(any(found.truncated for found in option_scores) for option_scores in scores)
     groups: dict[str, dict[str, list[float]]] = {}
     for index, kind in enumerate(benchmark.group_kinds):
         by_name: defaultdict[str, list[float]] = defaultdict(list)
-        for item, own in zip(items, credits, strict=True):
-            by_name[item.groups[index]].append(own)
+        for item, value in zip(items, credits, strict=True):
+            by_name[item.groups[index]].append(value)
         groups[kind] = {name: proportion(by_name[name]) for name in sorted(by_name)}
     return result | ({"groups": groups} if groups else {})

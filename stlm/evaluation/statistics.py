@@ -1,8 +1,8 @@
-"""Intervals and tests for accuracies and for the differences between two models on the same items.
+"""Intervals and tests for accuracies and for differences between two models on the same items.
 
-Everything is for a level of 95%. An item's credit is 1 (right), 0 (wrong), or 1/k where k options tie; a
-difference is one model's credit on an item less another's. All randomness is seeded: the same numbers give
-the same interval.
+The level is 95% throughout. An item's credit is 1 (right), 0 (wrong), or 1/k if k options tie; a difference
+is one model's credit on an item minus another's. All randomness is seeded: the same numbers give the same
+interval.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from scipy.special import bdtr, ndtr, stdtr, stdtrit
 LEVEL = 0.95
 RESAMPLES = 10_000
 RATIO_RESAMPLES = 2_000
-# Units below which a bootstrap interval says little: those of skewed units cover 95% too seldom.
+# Number of units below which a bootstrap interval is unreliable: with skewed units, it covers too seldom.
 FEW_UNITS = 10
-_DRAWN = 1 << 22  # units drawn at a time
+_DRAWN = 1 << 22  # units drawn at once
 _TAIL = (1 - LEVEL) / 2
 _Z95 = 1.959963984540054  # the standard normal's 97.5% quantile
 _SEED = 0
@@ -36,12 +36,12 @@ class Interval(NamedTuple):
 
     @property
     def half_width(self) -> float:
-        """Half of what lies between the bounds."""
+        """Half of the distance between the bounds."""
         return (self.high - self.low) / 2
 
 
 class SeedTest(NamedTuple):
-    """A mean of differences over training seeds, its 95% t interval, and the two-sided p-value."""
+    """The mean of differences over training seeds, its 95% t interval, and the two-sided p-value."""
 
     difference: float
     interval: Interval
@@ -50,11 +50,11 @@ class SeedTest(NamedTuple):
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """How far a run's figure is moved by its seed, taken to be one size for all models: pooled.
+    """How much a run's metric varies with its seed, pooled over models under the assumption of equal noise.
 
-    `sd`: the standard deviation, with `dof` degrees of freedom. `shares[model]`: its part of the variance,
-    the largest first. `p`: of the test that all models have one size (see `seed_noise`). `unequal`: the
-    models that carry too much for that, with their own deviation; none where the test does not reject.
+    `sd`: the standard deviation, with `dof` degrees of freedom. `shares[model]`: its share of the variance,
+    the largest first. `p`: of the test that all models have equal noise (see `seed_noise`). `unequal`: the
+    models that are too noisy for that, with their own standard deviations; empty if the test does not reject.
     """
 
     sd: float
@@ -64,10 +64,10 @@ class SeedNoise:
     unequal: Mapping[str, float]
 
     def half_width(self, differences: Sequence[float], models: Collection[str]) -> float:
-        """Half of the 95% interval of the mean of `differences` between `models`, one a seed.
+        """Half of the 95% interval of the mean of `differences` between `models`, one for each seed.
 
-        Where one of them is `unequal`, the wider of the pooled interval and the pair's own: the paired t
-        interval, or from one seed the t interval of the noisiest model's own deviation.
+        If one of the models is `unequal`, the wider of the pooled interval and the pair's own: the paired t
+        interval or, with one seed, the t interval from the noisiest model's own deviation.
         """
         seeds = len(differences)
         pooled = float(stdtrit(self.dof, 1 - _TAIL)) * self.sd * math.sqrt(2 / seeds)
@@ -80,7 +80,7 @@ class SeedNoise:
 
 
 def wilson(correct: float, n: int) -> Interval:
-    """The 95% score interval of a proportion (Wilson 1927): `correct` of `n`, ties counting fractions.
+    """The 95% score interval of a proportion (Wilson 1927): `correct` of `n`; ties may count as fractions.
 
     Raises ValueError unless 0 <= correct <= n and n >= 1.
     """
@@ -89,17 +89,17 @@ def wilson(correct: float, n: int) -> Interval:
     share, z2 = correct / n, _Z95**2
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # At the ends the bounds are 0 and 1 exactly; rounding must not put them outside, nor past the share.
+    # At the ends, the bounds are exactly 0 and 1; rounding must not move them outside, or past the share.
     return Interval(max(0.0, min(center - half, share)), min(1.0, max(center + half, share)))
 
 
 def clustered(values: ArrayLike, groups: ArrayLike) -> Interval | None:
-    """The 95% interval of the mean of `values` [n] where items come in `groups` [n]; None below two groups.
+    """The 95% interval of the mean of `values` [n] with items in `groups` [n]; None below two groups.
 
-    The cluster-robust standard error of Miller (2024, "Adding Error Bars to Evals", section 2.2), which
-    lets the items of a group depend on each other in any way, times the small-sample factor sqrt(G / (G - 1))
-    of statsmodels' OLS on a constant (`cov_type="cluster"`), with the t quantile of G - 1 degrees of freedom.
-    It answers for other groups than these; `wilson` for other items of these groups.
+    It uses the cluster-robust standard error of Miller (2024, "Adding Error Bars to Evals", section 2.2),
+    which lets the items of a group depend on each other in any way, times the small-sample factor sqrt(G / (G
+    - 1)) of statsmodels' OLS on a constant (`cov_type="cluster"`), with the t quantile at G - 1 degrees of
+    freedom. It covers other groups than these; `wilson` covers other items of these groups.
     """
     values = np.asarray(values, dtype=float)
     sums, _ = _group_sums(values - values.mean(), groups)
@@ -114,8 +114,8 @@ def clustered(values: ArrayLike, groups: ArrayLike) -> Interval | None:
 def mcnemar_exact(b: ArrayLike, c: ArrayLike) -> np.ndarray | float:
     """Two-sided exact p-value of McNemar's test (McNemar 1947, with the binomial distribution).
 
-    `b` items went better for the one model, `c` for the other; items on which both did the same say nothing.
-    Elementwise for arrays. Raises ValueError where a count is negative.
+    `b` items went better for one model, `c` for the other; items on which both did the same carry no
+    information. Elementwise for arrays. Raises ValueError if a count is negative.
     """
     b, c = np.asarray(b), np.asarray(c)
     if (b < 0).any() or (c < 0).any():
@@ -125,10 +125,10 @@ def mcnemar_exact(b: ArrayLike, c: ArrayLike) -> np.ndarray | float:
 
 
 def bootstrap(differences: ArrayLike) -> Interval:
-    """The 95% percentile bootstrap interval (Efron 1979) of the mean of `differences` [n], items resampled.
+    """The 95% percentile bootstrap interval (Efron 1979) of the mean of `differences` [n] over items.
 
-    The differences take few distinct values, so that how often a resample has each of them is one draw of a
-    multinomial distribution: the same as drawing n items with replacement, at a cost free of n.
+    The differences take few distinct values, so the counts of each in a resample are one multinomial draw.
+    This is equivalent to drawing n items with replacement, at a cost independent of n.
     """
     differences = np.asarray(differences, dtype=float)
     values, counts = np.unique(differences, return_counts=True)
@@ -143,9 +143,9 @@ def bootstrap(differences: ArrayLike) -> Interval:
 def clustered_bootstrap(differences: ArrayLike, groups: ArrayLike) -> Interval | None:
     """As `bootstrap`, but whole `groups` [n] of items are resampled; None below two groups.
 
-    Percentiles of few units are too narrow; they are expanded as Hesterberg (2015, "What Teachers Should Know
-    About the Bootstrap") does: from 2.5% to the normal's tail beyond sqrt(G / (G - 1)) times the t
-    quantile of G - 1 degrees of freedom.
+    Percentiles over few groups are too narrow; they are expanded as in Hesterberg (2015, "What Teachers
+    Should Know About the Bootstrap"): from 2.5% to the normal's tail beyond sqrt(G / (G - 1)) times the t
+    quantile at G - 1 degrees of freedom.
     """
     sums, sizes = _group_sums(np.asarray(differences, dtype=float), groups)
     count = len(sums)
@@ -161,15 +161,15 @@ def clustered_bootstrap(differences: ArrayLike, groups: ArrayLike) -> Interval |
 def ratio_bootstrap(
     numerators: ArrayLike, denominators: ArrayLike, strata: ArrayLike | None = None
 ) -> Interval | None:
-    """The 95% bootstrap interval of sum(`numerators`) / sum(`denominators`), both [n], whole units resampled.
+    """The 95% bootstrap interval of sum(`numerators`) / sum(`denominators`), both [n]; units are resampled.
 
-    Bits per byte are such a ratio, documents the units; so is the difference of two models on the same
-    documents, whose numerators are the differences. Units are resampled within their `strata` [n], the
-    components of a mix, as Rao and Wu (1988, "Resampling Inference With Complex Survey Data") do: of a
-    stratum's n units n - 1 are drawn and count n / (n - 1) each, as n drawn ones would vary too little. Of
-    few units percentiles are too narrow still; they go out to the normal's tail beyond the t quantile of as
-    many degrees of freedom as there are units less strata. None where a stratum has one unit: nothing tells
-    how its units vary.
+    Bits per byte are such a ratio, with documents as units; so is the difference of two models on the same
+    documents, with differences as numerators. Units are resampled within their `strata` [n], the components
+    of a mix, as in Rao and Wu (1988, "Resampling Inference With Complex Survey Data"): from a stratum with n
+    units, n - 1 are drawn, and each counts n / (n - 1), since n drawn ones would vary too little. As
+    percentiles over few units are still too narrow, they are moved out to the normal's tail beyond the t
+    quantile, with the number of units minus that of strata as degrees of freedom. None if a stratum has one
+    unit, whose variation is unknown.
     """
     pairs_2n = np.array([numerators, denominators], dtype=float)
     n = pairs_2n.shape[1]
@@ -180,13 +180,13 @@ def ratio_bootstrap(
     rng = np.random.default_rng(_SEED)
     sums_2R = np.zeros((2, RATIO_RESAMPLES))
     for code, count in enumerate(counts):
-        own_2n = pairs_2n[:, codes == code] * (count / (count - 1))
-        part = max(1, _DRAWN // count)  # resamples at a time, in bounded memory
+        stratum_2n = pairs_2n[:, codes == code] * (count / (count - 1))
+        part = max(1, _DRAWN // count)  # resamples at once, in bounded memory
         for begin in range(0, RATIO_RESAMPLES, part):
             size = min(part, RATIO_RESAMPLES - begin)
             drawn = rng.integers(count, size=(size, count - 1))
-            for place, own_n in enumerate(own_2n):
-                sums_2R[place, begin : begin + size] += own_n[drawn].sum(axis=1)
+            for place, values_n in enumerate(stratum_2n):
+                sums_2R[place, begin : begin + size] += values_n[drawn].sum(axis=1)
     quantile = float(stdtrit(n - len(counts), 1 - _TAIL))
     tail = float(ndtr(-quantile))
     low, high = np.quantile(sums_2R[0] / sums_2R[1], [tail, 1 - tail])
@@ -194,21 +194,21 @@ def ratio_bootstrap(
 
 
 def few_units(strata: ArrayLike) -> bool:
-    """Whether a stratum has so few units that `ratio_bootstrap`'s intervals are too narrow."""
+    """Whether a stratum has so few units that the intervals of `ratio_bootstrap` are too narrow."""
     return int(np.unique(np.asarray(strata), return_counts=True)[1].min()) < FEW_UNITS
 
 
 def expanded_tail(units: int) -> float:
-    """The share of resamples beyond each end of an expanded percentile interval of `units` >= 2 units."""
+    """The tail, at each end, of an expanded percentile interval over `units` >= 2 units."""
     quantile = float(stdtrit(units - 1, 1 - _TAIL))
     return float(ndtr(-math.sqrt(units / (units - 1)) * quantile))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for their number by Holm's step-down method (Holm 1979), in their own order.
+    """The p-values, adjusted for their number by Holm's step-down method (Holm 1979), in the given order.
 
-    Rejecting those below 5% bounds the chance of any false rejection among all by 5%, however the tests
-    depend on each other.
+    Rejecting those below 5% bounds the probability of any false rejection by 5%, however the tests depend on
+    each other.
     """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
@@ -219,10 +219,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_t(differences: Sequence[float]) -> SeedTest:
-    """The paired t-test (Student 1908) of `differences`, one a seed that both models were trained with.
+    """The paired t-test (Student 1908) of `differences`, one for each seed that both models share.
 
-    Seeds are the units: it says how another training would come out, which a test over items cannot. Where
-    all differences are equal, p is 0, or 1 where they are all zero. Raises ValueError below two.
+    Seeds are the units: the test says how another training would come out, which a test over items cannot. If
+    all differences are equal, p is 0, or 1 if all are zero. Raises ValueError for fewer than two.
     """
     values = np.asarray(differences, dtype=float)
     n = len(values)
@@ -236,17 +236,18 @@ def paired_t(differences: Sequence[float]) -> SeedTest:
 
 
 def seed_noise(values: Mapping[str, Mapping[int, float]]) -> SeedNoise | None:
-    """The noise of seeds in `values[model][seed]`; None where no model has two seeds in common with another.
+    """The noise of seeds in `values[model][seed]`; None if no two models have two seeds in common.
 
-    Randomized blocks (Fisher 1935): a figure is its model's mean, plus what its seed (the order of the data)
-    does to all models alike, plus noise, of one size for all models. All models together tell that size from
-    two seeds each, where the differences of one pair of models would have a single degree of freedom.
+    Randomized blocks (Fisher 1935): a metric is its model's mean, plus the effect of its seed (the order of
+    the data), which is common to all models, plus noise of equal size for all models. All models together
+    determine that size from two seeds each; the differences of one pair would have a single degree of
+    freedom.
 
-    That the size is one is tested: the sum of the squared shares of the models in the variance, against what
-    equal noise gives in as many seeds (10,000 draws of the normal distribution). Cochran's C, the largest
-    share alone, would miss two large ones. Where the test rejects at 5%, the largest is set aside and the
-    others are tested again, until they pass: those set aside are `unequal`. The test misses much with two
-    seeds: intervals say what they assume.
+    The equal size is tested: the statistic is the sum of the models' squared shares of the variance, compared
+    with equal noise over as many seeds (10,000 draws from the normal distribution). Cochran's C, the largest
+    share alone, would miss two large ones. If the test rejects at 5%, the model with the largest share is set
+    aside and the others are tested again, until they pass; those set aside are `unequal`. With two seeds the
+    test has little power, so intervals state what they assume.
     """
     fit = _blocks(values)
     if fit is None:
@@ -257,29 +258,29 @@ def seed_noise(values: Mapping[str, Mapping[int, float]]) -> SeedNoise | None:
     shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
     unequal: dict[str, float] = {}
     left = dict(values)
-    tested, own = p, sums
+    tested, squares = p, sums
     while tested < 1 - LEVEL:
-        noisiest = max(own, key=own.__getitem__)
+        noisiest = max(squares, key=squares.__getitem__)
         several = len(left[noisiest]) - 1
-        unequal[noisiest] = math.sqrt(own[noisiest] / several) if several else sd
+        unequal[noisiest] = math.sqrt(squares[noisiest] / several) if several else sd
         del left[noisiest]
         rest = _blocks(left)
         if rest is None:
             break
-        _, _, own, tested = rest
+        _, _, squares, tested = rest
     return SeedNoise(sd, dof, shares, p, unequal)
 
 
 def _blocks(values: Mapping[str, Mapping[int, float]]) -> tuple[float, int, dict[str, float], float] | None:
-    """Standard deviation, degrees of freedom, each model's sum of squares, and p that the noise is equal."""
-    cells = [(model, seed, value) for model, own in values.items() for seed, value in own.items()]
+    """Standard deviation, degrees of freedom, each model's sum of squares, and p of equal noise."""
+    cells = [(model, seed, value) for model, by_seed in values.items() for seed, value in by_seed.items()]
     seeds = list(dict.fromkeys(seed for _, seed, _ in cells))
     members = np.array([[model == m for m in values] for model, _, _ in cells], float)
     blocks = np.array([[seed == s for s in seeds[1:]] for _, seed, _ in cells], float)
     figures = np.array([value for _, _, value in cells])
     if not cells:
         return None
-    # The columns that span the design; what is left of a vector outside of them is noise.
+    # The columns span the design; the residual of a vector outside of their span is noise.
     left, singular, _ = np.linalg.svd(np.hstack([members, blocks]), full_matrices=False)
     basis = left[:, singular > 1e-9 * singular[0]]
     dof = len(cells) - basis.shape[1]
@@ -287,7 +288,7 @@ def _blocks(values: Mapping[str, Mapping[int, float]]) -> tuple[float, int, dict
         return None
 
     def squares(noise: np.ndarray) -> np.ndarray:
-        """Of rows [..., cells]: each model's sum of squared residuals, [..., models]."""
+        """For rows [..., cells]: each model's sum of squared residuals, [..., models]."""
         return (noise - (noise @ basis) @ basis.T) ** 2 @ members
 
     found = squares(figures - figures.mean())
@@ -297,24 +298,24 @@ def _blocks(values: Mapping[str, Mapping[int, float]]) -> tuple[float, int, dict
     def concentration(sums: np.ndarray) -> np.ndarray:
         return (sums**2).sum(-1) / sums.sum(-1) ** 2
 
-    # Nothing is to be compared where one model alone has noise, or where all noise is rounding.
+    # There is nothing to compare if only one model has noise, or if all noise is rounding.
     comparable = np.count_nonzero(drawn.mean(0) > 1e-9) > 1 and total > 1e-24 * float(figures @ figures)
     p = 1.0
     if comparable:
-        # Two models share their noise equally by construction: alike but for rounding.
+        # Two models have equal shares by construction, except for rounding.
         more = concentration(drawn) >= concentration(found) * (1 - 1e-9)
         p = (1 + int(more.sum())) / (1 + RESAMPLES)
     return math.sqrt(total / dof), dof, dict(zip(values, found.tolist(), strict=True)), p
 
 
 def _group_sums(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of `values` [n] in each group, and the group's size, both [G]."""
+    """The sum of `values` [n] in each group, and the size of each group, both [G]."""
     _, codes = np.unique(np.asarray(groups), return_inverse=True)
     return np.bincount(codes, weights=values), np.bincount(codes)
 
 
 @lru_cache(maxsize=4)
 def _group_draws(count: int) -> np.ndarray:
-    """How often each resample has each of `count` groups, [RESAMPLES, count]."""
+    """How often each resample contains each of `count` groups, [RESAMPLES, count]."""
     draws = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     return draws.astype(np.float32)

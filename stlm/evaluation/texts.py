@@ -1,4 +1,4 @@
-"""Documents of token shards as text again."""
+"""Decodes the documents of token shards to text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stlm.tokens.tokenizer import load_tokenizer
 
 
 class SplitTexts(Sequence[str]):
-    """The texts of a split of `data/tokens/<corpus>/<tokenizer>/`, in their order, decoded when asked for.
+    """The texts of a split of `data/tokens/<corpus>/<tokenizer>/`, in order, decoded on access.
 
-    Tokenizers lose nothing: whatever the tokenizer, the texts are those of the corpus.
+    Tokenizers are lossless: the texts are those of the corpus, whatever the tokenizer.
     """
 
     def __init__(self, tokens_folder: Path, split: str) -> None:

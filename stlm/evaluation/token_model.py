@@ -1,6 +1,7 @@
-"""A transformer with its tokenizer as a `LanguageModel`: fast scoring of many short texts.
+"""A transformer with its tokenizer as a `LanguageModel`, which scores many short texts fast.
 
-Shapes: B batch, L length, D width, V vocabulary, N scored positions of a batch, P log-probabilities wanted.
+Shapes: B batch, L length, D width, V vocabulary, N scored positions of a batch, P requested
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, pack, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
 from stlm.model.segments import Segments
 
-# Logits held at once, positions by tokens: few enough to stay in a CPU's cache, enough to fill a GPU.
+# Logits held at once, as positions by tokens: few enough for a CPU's cache, enough to fill a GPU.
 _LOGITS = {"cpu": (1024, 2048), "cuda": (4096, 2**15)}
-# Tokens in a batch: on a CPU, 1,024 to 8,192 went equally fast, where prefixes are computed once.
+# Tokens in a batch: on a CPU, 1,024 to 8,192 were equally fast when prefixes are computed once.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 class _Part(NamedTuple):
-    """Where a request's log-probabilities are: a forward pass, the first position, which final token."""
+    """The place of a request's log-probabilities: a forward pass, its first position, its final token."""
 
     forward: int
     start: int
@@ -40,10 +41,10 @@ class _Part(NamedTuple):
 class TokenModel:
     """Scores text with a transformer: its `config.context`, `config.vocab_size`, `hidden`, `head`, `logit`.
 
-    These are as in `stlm.model.transformer.Transformer`; one with `packs = False` takes no `segments` and
-    gets one sequence a row. The forward pass runs in `precision`, for which a copy of the linear
-    layers is kept; the log-softmax is float32. `batch_tokens` bounds a batch, padding included (None: chosen
-    for the device).
+    These attributes are those of `stlm.model.transformer.Transformer`; a model with `packs = False` takes no
+    `segments` and gets one sequence in each row. The forward pass runs in `precision`, for which a copy of
+    the linear layers is kept; the log-softmax is float32. `batch_tokens` bounds a batch, padding included
+    (None: chosen for the device).
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class TokenModel:
         self.device = torch.device(device)
         self.precision = precision
         self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
-        if batch_tokens is None and getattr(transformer, "own_head", False):
-            self.batch_tokens //= 16  # it gives the logits of all positions
+        if batch_tokens is None and getattr(transformer, "calls_head", False):
+            self.batch_tokens //= 16  # such a model returns the logits of all positions
         self.context: int = transformer.config.context
         techniques = getattr(transformer, "techniques", ())
-        self.packs: bool = getattr(transformer, "packs", all("packing" in own.supports for own in techniques))
+        self.packs: bool = getattr(
+            transformer, "packs", all("packing" in technique.supports for technique in techniques)
+        )
         self.transformer: nn.Module = transformer
         self.precise: TokenModel = self
         if precision == "bfloat16":
@@ -73,13 +76,13 @@ class TokenModel:
     def loglikelihoods(
         self, requests: Sequence[Request], progress: Progress = no_progress, greedy: bool = False
     ) -> list[Score]:
-        """See `LanguageModel`. What requests have in common from their beginning on is computed once."""
+        """See `LanguageModel`. A common prefix of requests is computed once."""
         return self._scores(self.encoder(requests), requests, progress, greedy)
 
     def score_tokens(
         self, encoded: Sequence[Encoded], progress: Progress = no_progress, greedy: bool = False
     ) -> list[Score]:
-        """`loglikelihoods` of requests whose tokens are known already; none of them is `whole`."""
+        """`loglikelihoods` of requests that are already encoded; none of them is `whole`."""
         return self._scores(encoded, [Request("", "")] * len(encoded), progress, greedy)
 
     def document_loglikelihoods(
@@ -110,7 +113,7 @@ class TokenModel:
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
         tokens_BL = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
         for b, sequence in enumerate(sequences):
-            tokens_BL[b, : len(sequence)] = sequence  # padding at the right is seen by none
+            tokens_BL[b, : len(sequence)] = sequence  # no token sees the padding at the right
         rows_B = torch.arange(len(sequences), device=self.device) * tokens_BL.shape[1] + lengths - 1
         with self._arithmetic():
             hidden_BD = self.transformer.hidden(torch.from_numpy(tokens_BL).to(self.device), None, rows_B)
@@ -135,10 +138,10 @@ class TokenModel:
         for part in parts:
             total, best = 0.0, True
             if part.forward >= 0:
-                forward, own_P2 = forwards[part.forward], found[part.forward]
+                forward, found_P2 = forwards[part.forward], found[part.forward]
                 inner_P2, final_2 = (
-                    own_P2[part.start - forward.start : forward.inner],
-                    own_P2[forward.inner + part.final],
+                    found_P2[part.start - forward.start : forward.inner],
+                    found_P2[forward.inner + part.final],
                 )
                 total = float(inner_P2[:, 0].sum() + final_2[0])
                 best = bool(final_2[1] and inner_P2[:, 1].all())
@@ -152,7 +155,7 @@ class TokenModel:
     def _plan(
         self, requests: Sequence[Request], encoded: Sequence[Encoded]
     ) -> tuple[list[Forward], list[_Part]]:
-        """The distinct forward passes that the requests need, and each request's place in them."""
+        """The distinct forward passes that the requests need, and the place of each request in them."""
         cuts = [max(0, len(e.tokens) - (self.context + 1)) for e in encoded]
         common_cut: dict[int, int] = {}
         for request, cut in zip(requests, cuts, strict=True):
@@ -161,8 +164,8 @@ class TokenModel:
         forwards: list[Forward] = []
         index: dict[bytes, int] = {}
         parts = []
-        for request, item, own_cut in zip(requests, encoded, cuts, strict=True):
-            cut = common_cut.get(request.item, own_cut) if request.whole else own_cut
+        for request, item, request_cut in zip(requests, encoded, cuts, strict=True):
+            cut = common_cut.get(request.item, request_cut) if request.whole else request_cut
             first_target = max(1 if request.whole else item.n_context, cut + 1)
             n_tokens = len(item.tokens) - first_target
             starts_document = request.whole and cut == 0 and not item.starts_with_eot
@@ -176,7 +179,11 @@ class TokenModel:
                 parts.append(_Part(-1, 0, 0, starts_document, int(starts_document), cut > 0))
                 continue
             # Position p of the input predicts token p + 1 of the sequence.
-            tokens, start, last = item.tokens[own_cut:-1], first_target - 1 - own_cut, int(item.tokens[-1])
+            tokens, start, last = (
+                item.tokens[request_cut:-1],
+                first_target - 1 - request_cut,
+                int(item.tokens[-1]),
+            )
             number = index.setdefault(tokens.tobytes(), len(forwards))
             if number == len(forwards):
                 forwards.append(Forward(tokens, start, [last]))
@@ -191,7 +198,7 @@ class TokenModel:
         return forwards, parts
 
     def _first_tokens(self, tokens_F: np.ndarray) -> np.ndarray:
-        """[F, 2]: each token's log-probability as a document's first, and whether it is the most probable."""
+        """[F, 2]: each token's log-probability as a document's first, and whether it is the best."""
         logits_V = self.precise.next_logits([[self.encoder.eot]])[0].double().cpu()
         best_V = torch.zeros_like(logits_V)
         best_V[logits_V.argmax()] = 1
@@ -204,8 +211,8 @@ class TokenModel:
         done: Progress = no_progress,
         greedy: bool = False,
     ) -> list[np.ndarray]:
-        """For each forward pass [P, 2]: of its inner targets, then its final tokens, the log-probability and,
-        if `greedy`, whether (1 or 0) they are the most probable tokens."""
+        """For each forward pass [P, 2], its inner targets and then its final tokens: the log-probability
+        and, if `greedy`, whether (1 or 0) they are the most probable tokens."""
         results: list[np.ndarray] = [np.empty((0, 2))] * len(forwards)
         for batch in self._batches(rows):
             numbers = np.concatenate([row.numbers for row in batch])
@@ -218,7 +225,7 @@ class TokenModel:
         return results
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """A row of several sequences by itself; others of near-equal length, longest first, in the budget."""
+        """Batches within the budget: a row of several sequences alone, other rows by length."""
         alone = [row for row in rows if len(row.numbers) == 1]
         yield from ([row] for row in rows if len(row.numbers) > 1)
         alone.sort(key=lambda row: -len(row.tokens))
@@ -229,7 +236,7 @@ class TokenModel:
             begin += size
 
     def _score_batch(self, batch: Sequence[Row], greedy: bool) -> np.ndarray:
-        """[P, 2] as in `_run`, row after row. Padding stands at the right, where no token looks at it."""
+        """[P, 2] as in `_run`, row after row. Padding stands at the right, where no token sees it."""
         length = max(len(row.tokens) for row in batch)
         tokens_BL = np.zeros((len(batch), length), dtype=np.int64)
         for b, row in enumerate(batch):
@@ -256,11 +263,11 @@ class TokenModel:
     ) -> np.ndarray:
         """[P, 2]: log P(target) after the residual vector picked; with `greedy`, whether it is the best.
 
-        `read_N` are the tokens that the vectors were made of last.
+        `read_N` are the last tokens that the vectors depend on.
         """
-        # In float32 whatever the precision: its error would stay in the difference of two options whole,
-        # while those of a vocabulary's other logits average out. First, as a head may give views of what it
-        # gets, which are overwritten next.
+        # In float32, whatever the precision: the error of this logit would remain in the difference of two
+        # options, while the errors of the vocabulary's other logits average out. This comes first, as a head
+        # may return views of its input, which are overwritten next.
         logit_P = self.precise.transformer.logit(hidden_ND[picked_P].float(), targets_P)
         rows, columns = _LOGITS[self.device.type]
         found = [self._normalize(part_ND, columns, greedy) for part_ND in hidden_ND.split(rows)]
@@ -272,12 +279,12 @@ class TokenModel:
         return found_P2.cpu().numpy()
 
     def _normalize(self, hidden_ND: Tensor, columns: int, greedy: bool) -> tuple[Tensor, Tensor]:
-        """The log of the summed exponentials [N] of all logits, and with `greedy` their most probable token.
+        """The log of the summed exponentials [N] of all logits and, with `greedy`, the most probable token.
 
-        A part of the vocabulary at a time, so that the logits [N, columns] stay near the processor.
+        The vocabulary is processed in parts, so that the logits [N, columns] stay in the processor's cache.
         """
         if self.precision == "bfloat16":
-            hidden_ND = hidden_ND.bfloat16()  # once, not at every part
+            hidden_ND = hidden_ND.bfloat16()  # once, not for each part
         lse_N = torch.full((len(hidden_ND),), -torch.inf, device=self.device)
         top_N, best_N = lse_N.clone(), torch.zeros(len(hidden_ND), dtype=torch.int64, device=self.device)
         for begin in range(0, self.transformer.config.vocab_size, columns):
@@ -289,25 +296,25 @@ class TokenModel:
                 top_N = torch.maximum(top_N, highest_N)
             else:
                 highest_N = logits_NV.amax(dim=-1)
-            # In place: memory is what this waits for. A bfloat16's rounding of an exponential is small beside
-            # that of its logit.
+            # In place, as memory is the bottleneck. Rounding an exponential to bfloat16 matters little
+            # compared with rounding its logit.
             sum_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(dim=-1, dtype=torch.float32)
             lse_N = torch.logaddexp(lse_N, highest_N + sum_N.log())
         return lse_N, best_N
 
 
 def _alone(forwards: Sequence[Forward]) -> list[Row]:
-    """Each forward in a row of its own."""
+    """Each forward in its own row."""
     return list(pack(forwards, range(len(forwards)), [0] * len(forwards), capacity=0))
 
 
 def _linear_in_bfloat16(transformer: nn.Module) -> nn.Module:
-    """A copy with the weights of its linear layers in bfloat16: autocast would convert them at every call."""
+    """A copy with linear layers in bfloat16: autocast would convert the weights at every call."""
     transformer = copy.deepcopy(transformer)
     halves: dict[nn.Parameter, nn.Parameter] = {}  # layers that share a weight share its copy
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
-            # A parameter of its own: an embedding tied to the head keeps its float32.
+            # A separate parameter: an embedding that is tied to the head stays in float32.
             if module.weight not in halves:
                 halves[module.weight] = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
             module.weight = halves[module.weight]

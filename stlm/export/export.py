@@ -1,4 +1,4 @@
-"""`stlm export`: a run's checkpoint as a folder for other libraries, with its model card."""
+"""`stlm export`: writes a run's checkpoint and model card to a folder for other libraries."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ A document begins after the end-of-text token, as in training."""
 
 
 def export(run: str, folder: Path, force: bool = False) -> None:
-    """Write the checkpoint that `run` means (see `find_checkpoint`) to `folder`, as `export_llama` does.
+    """Write the checkpoint that `run` refers to (see `find_checkpoint`) to `folder`, as `export_llama` does.
 
-    README.md is its model card; without a train.json beside the checkpoint there is none. An empty folder is
-    filled; with `force`, one that holds an earlier export is replaced. Raises UserError for any other that is
-    there, and for a model that is no Llama.
+    README.md is its model card; without a train.json next to the checkpoint there is none. An empty folder is
+    filled; with `force`, an earlier export is replaced. Raises UserError for any other existing folder, and
+    for a model that is not a Llama.
     """
     checkpoint = find_checkpoint(run)
     _check_target(folder, force)
     card = read_card(checkpoint)
     text = None
     if card is not None:
-        # Any folder can be written to, also one whose name is not UTF-8; the card is.
+        # The folder's name may be invalid UTF-8, but the card must be valid.
         named = folder.name.encode(errors="backslashreplace").decode()
         text = card.markdown(library_name="transformers", use=_USE.format(folder=named))
     export_llama(checkpoint, folder, text)
@@ -46,7 +46,7 @@ def _check_target(folder: Path, force: bool) -> None:
     if "\0" in str(folder):
         raise UserError(f"{str(folder)!r}: the name of a folder has no null character")
     with disk_errors(folder):
-        # Raises what the disk has against the name, such as its length, but not that there is no such folder.
+        # Raises if the file system rejects the name, for example for its length; a missing folder is fine.
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else None
     if found is not None:
         if not found:

@@ -1,7 +1,7 @@
-"""A checkpoint as a folder that `transformers` loads as a Llama (Touvron et al. 2023), with its tokenizer.
+"""Writes a checkpoint as a folder that `transformers` loads as a Llama (Touvron et al. 2023).
 
 The paper's baseline is a Llama: RMSNorm before each part, rotary positions that rotate halves, SwiGLU,
-grouped key/value heads, no biases. Only the names differ, and that query, key and value are one matrix here,
+grouped key/value heads, no biases. Only the names differ; and here query, key and value are one matrix, and
 gate and up another.
 """
 
@@ -26,9 +26,9 @@ from stlm.training.checkpoint_names import WEIGHTS
 from stlm.training.checkpoints import check_fits, load_checkpoint
 
 GENERATION = "generation_config.json"
-# All that a folder of ours has.
+# All files of an exported folder.
 FILES = {WEIGHTS, GENERATION, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
-# What a Llama has, and the key of `model` that says so.
+# The value of each key of `model` in a Llama.
 _LLAMA = {
     "positions": "rope",
     "norm": "rmsnorm",
@@ -38,7 +38,7 @@ _LLAMA = {
     "logit_softcap": 0.0,
     "value_embeddings": 0,
 }
-# What `llama_config` writes, and what `llama_weights` merges.
+# The keys that `llama_config` writes, and those that `llama_weights` merges.
 _WRITTEN = {
     *("layers", "width", "heads", "kv_heads", "ffn_width", "rope_theta", "norm_eps", "context", "tied"),
     *("vocab_size", "dropout", "attention_dropout", "zero_init"),
@@ -47,20 +47,20 @@ _WRITTEN = {
 
 
 def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
-    """Write `checkpoint` (`.../checkpoints/step-N`, its tokenizer beside it) to `folder`, atomically.
+    """Write `checkpoint` (`.../checkpoints/step-N`, with its tokenizer next to it) to `folder`, atomically.
 
-    `AutoModelForCausalLM` and `AutoTokenizer` load the folder, in float32. Logits are the checkpoint's but
-    for rounding; the tokenizer gives the same ids for any text, adds none, and takes the text `<|endoftext|>`
-    for ordinary text (`split_special_tokens`), as ours does. The end-of-text token is both bos and eos.
-    `card` becomes README.md.
+    `AutoModelForCausalLM` and `AutoTokenizer` load the folder, in float32. Logits equal the checkpoint's,
+    except for rounding. The tokenizer gives the same ids for any text, adds none, and treats the text
+    `<|endoftext|>` as ordinary text (`split_special_tokens`), as ours does. The end-of-text token is both bos
+    and eos. `card` becomes README.md.
 
-    Raises UserError where the model or its tokenizer cannot be written as a Llama, naming key and value.
+    Raises UserError if the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
     model, _ = load_checkpoint(checkpoint)
     refuse(model.techniques, "export", lambda message: UserError(f"{checkpoint}: {message}"))
     if model.config.bytes is not None:
         raise UserError(f"{checkpoint}: model.bytes: a byte-level model is no Llama, which reads tokens")
-    # What is neither written nor merged must be as a Llama has it, keys that come later too.
+    # Keys that are neither written nor merged, including future ones, must have the Llama's value.
     plain = {key: field.default for key, field in ModelConfig.model_fields.items() if key not in _WRITTEN}
     for key, needed in (plain | _LLAMA).items():
         found = getattr(model.config, key)
@@ -73,7 +73,7 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
     with atomic_directory(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(save(llama_weights(model), metadata={"format": "pt"}))
         write_json(temporary / "config.json", {**llama_config(model.config), **ends})
-        # Padding, which transformers asks for where prompts differ in length, is masked: any token will do.
+        # transformers needs padding if prompts differ in length; it is masked, so any token will do.
         write_json(temporary / GENERATION, {**ends, "pad_token_id": tokenizer.eot})
         (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
         write_json(
@@ -94,9 +94,9 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
 
 
 def llama_config(config: ModelConfig) -> dict[str, object]:
-    """The content of `config.json`, but for the ids of tokens.
+    """The content of `config.json`, except for token ids.
 
-    The rotary wavelengths' base has two names, an old and a new one.
+    The base of the rotary wavelengths is written under two names, an old and a new one.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -123,10 +123,10 @@ def llama_config(config: ModelConfig) -> dict[str, object]:
 
 @torch.inference_mode()
 def llama_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights under Llama's names; a tied head is not written, as `transformers` does not write it.
+    """The weights under Llama's names; a tied head is left out, as `transformers` does.
 
-    A layer's matrix is what its part of the model makes of the unit vectors: layers that share one get a copy
-    each, adapters are merged, factors multiplied, those of an embedding too.
+    A layer's matrix is the model's output for the unit vectors: layers that share a matrix get copies,
+    adapters are merged, and factors, including those of an embedding, are multiplied.
     """
     config = model.config
     query, key_value = config.width, config.kv_heads * config.head_width
@@ -141,7 +141,7 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
     for number, block in enumerate(model.blocks):
         q, k, v = _matrix(block.attention.qkv).split([query, key_value, key_value])
         gate, up = _matrix(block.ffn.gate_up).chunk(2)
-        own = {
+        tensors = {
             "input_layernorm": block.attention_norm.weight,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
@@ -152,27 +152,27 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
             "mlp.up_proj": up,
             "mlp.down_proj": _matrix(block.ffn.down),
         }
-        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in own.items()}
-    # Copies: the parts of a matrix share its memory, which the file format refuses.
+        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in tensors.items()}
+    # Copies: the matrices share the memory of a joint one, which the file format rejects.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
 
 
 def _matrix(linear: nn.Module) -> Tensor:
-    """The matrix [outputs, inputs] of a linear map without a bias."""
+    """The matrix [outputs, inputs] of a linear map without bias."""
     return linear(torch.eye(linear.in_features)).T
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The `tokenizer.json` of the library `tokenizers` for GPT-2's and trained byte-pair vocabularies.
+    """The `tokenizer.json` of the library `tokenizers`, for GPT-2's and trained byte-pair vocabularies.
 
-    Raises UserError for another kind.
+    Raises UserError for other kinds.
     """
     if "tokenizer.json" in tokenizer.files:
         return tokenizer.files["tokenizer.json"].decode()
     if tokenizer.name != "gpt2":
         raise UserError(f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2 or bpe-N")
     vocabulary = json.loads(tokenizer.files["encoder.json"])
-    # The first line is the version; a merge is two words.
+    # The first line is the version; each merge consists of two words.
     merges = [tuple(line.split()) for line in tokenizer.files["vocab.bpe"].decode().splitlines()[1:] if line]
     gpt2 = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,1 +1,1 @@
-"""Texts that a model writes: sampling, the key/value cache, and one interface for models of all kinds."""
+"""Text generation: sampling, the key/value cache, and one interface for models of all kinds."""

@@ -1,4 +1,4 @@
-"""A byte-level model that continues a text, with a cache of the core's keys and values or without."""
+"""A byte-level model that continues a text, with or without a cache of the core's keys and values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stlm.tokens.tokenizer import Tokenizer, chunker_of, utf8
 class ByteGenerator:
     """A :class:`~stlm.generation.interface.TextGenerator` whose symbols are bytes and the end of a chunk.
 
-    The prompt's last chunk is left open, unless its end is certain: the model may write on in it, so that a
-    prompt may end inside a word. Where the text outgrows the context, the window moves on as a
-    `TokenGenerator`'s, by chunks. The core reads a chunk once it is closed, with `cached` each chunk once;
-    the byte decoder reads the open one anew for each symbol. What is written is the same without a cache.
+    The prompt's last chunk stays open, unless its end is certain: the model may continue it, so a prompt may
+    end inside a word. If the text outgrows the context, the window moves on by chunks, as in
+    `TokenGenerator`. The core reads a chunk when it is closed; with `cached`, it reads each chunk once. The
+    byte decoder reads the open chunk anew for each symbol. The text is the same without a cache.
     """
 
     eot, unit = END_OF_TEXT, "bytes"
@@ -27,7 +27,7 @@ class ByteGenerator:
         self._transformer, self._chunker = transformer.eval(), chunker_of(tokenizer)
         self._device = transformer.embedding.weight.device
         self._cache = Cache(transformer.config, 1, self._device) if cached else None
-        # The empty one is the end of the text before.
+        # The empty chunk is the end of the previous text.
         self._chunks: list[bytes] = [b""]
         self._open = b""
         self._begin = 0
@@ -35,7 +35,7 @@ class ByteGenerator:
 
     @property
     def forgotten(self) -> int:
-        """See `TextGenerator`; ends of chunks, which are no text, do not count."""
+        """See `TextGenerator`; ends of chunks do not count, as they add no text."""
         return sum(map(len, self._chunks[: self._begin]))
 
     def start(self, prompt: str) -> Tensor:
@@ -74,7 +74,7 @@ class ByteGenerator:
         return self._transformer.next_logits(self._hidden_D, self._open, rule)
 
     def _read(self) -> Tensor:
-        """What the core makes of the last closed chunk [D]."""
+        """The core's output [D] for the last closed chunk."""
         cache = self._cache
         begin = window_begin(len(self._chunks), self._transformer.config.context)
         if begin > self._begin and cache is not None:

@@ -1,4 +1,4 @@
-"""`stlm generate`: a model continues a prompt, on the terminal as it is drawn."""
+"""`stlm generate`: a model continues a prompt and prints the text while it is drawn."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoint_names import RESULTS, find_checkpoint, is_folder, split_step
 from stlm.training.checkpoints import check_fits, load_checkpoint
 
-# Between samples.
+# Printed between samples.
 _RULE = "---"
-# Of torch's random numbers.
+# The number of seeds that torch's generator accepts.
 _SEEDS = 2**64
 
 
 def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
-    """The generator for a checkpoint's folder, its tokenizer beside it; in float32.
+    """The generator for a checkpoint folder, with the tokenizer next to it; in float32.
 
-    Raises UserError for a file that is missing or damaged.
+    Raises UserError if a file is missing or damaged.
     """
     model, _ = load_checkpoint(checkpoint, device)
     if cached:
@@ -47,10 +47,10 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
 
 
 def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
-    """The generator of a checkpoint (see `find_checkpoint`) or of a published model, by its name.
+    """The generator for a checkpoint (see `find_checkpoint`) or a published model, by name.
 
-    A published model is named STUDY/NAME, as in params/STUDY.yaml, where no run has this name, or by its
-    folder's path. Raises UserError where there is none, or one that is damaged.
+    A published model is named by its folder's path or by STUDY/NAME, as in params/STUDY.yaml, unless a run
+    has that name. Raises UserError if it does not exist or is damaged.
     """
     from stlm.generation.published import is_published, load_published
 
@@ -58,27 +58,27 @@ def find_generator(name: str, device: torch.device, cached: bool = True) -> Text
         return load_published(Path(name), device, cached)
     published = _published(name)
     if name in published:
-        own = published[name]
-        return load_published(Path(own.folder), device, cached, context=own.context, prefix=own.prefix)
+        model = published[name]
+        return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
     return load_generator(find_checkpoint(name, published), device, cached)
 
 
 def _published(name: str) -> dict[str, PublishedModel]:
-    """The published models of the study in `name`, by STUDY/NAME; none where `name` is a run's."""
+    """The published models of the study in `name`, by STUDY/NAME; none if `name` is a run's."""
     study, _, run = name.partition("/")
     if is_folder(RESULTS / study / "runs" / split_step(run)[0]) or study not in study_names():
         return {}
-    return {f"{study}/{own}": model for own, model in load_study(study).published.items()}
+    return {f"{study}/{key}": model for key, model in load_study(study).published.items()}
 
 
 def continuation(
     generator: TextGenerator, prompt: str, length: int, sampling: Sampling, seed: int
 ) -> Iterator[str]:
-    """The text after `prompt` in pieces as they are drawn, up to the end of text or `length` symbols.
+    """Yield the text after `prompt` in pieces as they are drawn, up to the end of text or `length` symbols.
 
-    Symbols that are no text do not count. Bytes of a character come together, once they are all there; bytes
-    that are no UTF-8 become U+FFFD. The seed decides what is drawn. The prompt has been read when this
-    returns; UserError as in `TextGenerator.start`.
+    Symbols without text do not count. The bytes of a character come together, once all are drawn; invalid
+    UTF-8 becomes U+FFFD. The seed determines the text. The prompt has been read when this function returns;
+    raises UserError as `TextGenerator.start` does.
     """
     return _pieces(generator, generator.start(prompt), length, sampling, torch.Generator().manual_seed(seed))
 
@@ -100,7 +100,7 @@ def _pieces(
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: CUDA where there is one. UserError for one that is not there."""
+    """The device `name`; None: CUDA if available. Raises UserError if the device is missing."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -124,10 +124,11 @@ def generate(
     cached: bool = True,
     device: str | None = None,
 ) -> None:
-    """Print `prompt` and its continuations by a model (see `find_generator`) as they are drawn.
+    """Print `prompt` and its continuations by a model (see `find_generator`) while they are drawn.
 
-    Sample i is drawn with `seed` + i. What of the prompt does not fit the context is told on stderr. Raises
-    UserError for a seed that is too large, a checkpoint or a device that is not there; Interrupted at ctrl-C.
+    Sample i uses the seed `seed` + i. A message on stderr says how much of the prompt exceeds the context.
+    Raises UserError for a seed that is too large and for a missing checkpoint or device; Interrupted at
+    ctrl-C.
     """
     if samples > _SEEDS:
         raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")

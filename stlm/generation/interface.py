@@ -1,7 +1,7 @@
-"""What generation sees of a language model: scores of the symbol that comes next, nothing else.
+"""All that generation sees of a language model: scores of the next symbol.
 
-A model of another kind (byte-level, say) writes texts by the same code once it implements
-:class:`TextGenerator`. V is the number of symbols.
+The same code generates text with any model, such as a byte-level one, that implements :class:`TextGenerator`.
+V is the number of symbols.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 class TextGenerator(Protocol):
     """A model that continues one text at a time, symbol by symbol.
 
-    A symbol is what the model draws at once: a token of its vocabulary; of a byte-level model, a byte or the
-    end of a chunk.
+    A symbol is the unit that the model draws: a token of its vocabulary or, for a byte-level model, a byte or
+    the end of a chunk.
     """
 
     @property
@@ -25,29 +25,29 @@ class TextGenerator(Protocol):
 
     @property
     def unit(self) -> str:
-        """What `forgotten` counts, in the plural, for people."""
+        """The plural noun, shown to users, for what `forgotten` counts."""
         ...
 
     @property
     def forgotten(self) -> int:
-        """Symbols at the beginning of the text that the model sees no longer: its context is full."""
+        """Symbols at the beginning of the text that no longer fit the context."""
         ...
 
     def start(self, prompt: str) -> Tensor:
-        """Begin a new text with `prompt`, which begins a document and may be empty.
+        """Begin a new text with `prompt`, which starts a document and may be empty.
 
         Returns the logits [V], float32, of the symbol after it. Raises UserError for a prompt that UTF-8
-        cannot hold.
+        cannot encode.
         """
         ...
 
     def next(self, symbol: int) -> Tensor:
-        """Append a symbol other than `eot` to the text; the logits [V], float32, of the one after it."""
+        """Append a symbol other than `eot`; returns the logits [V], float32, of the next symbol."""
         ...
 
     def piece(self, symbol: int) -> bytes:
-        """What a symbol other than `eot` adds to the text, in UTF-8; it may cut a character.
+        """The UTF-8 bytes that a symbol other than `eot` adds to the text; they may end inside a character.
 
-        Empty for a symbol that is no text, such as the end of a chunk; it does not count towards a length.
+        Empty for a symbol without text, such as the end of a chunk, which does not count towards a length.
         """
         ...

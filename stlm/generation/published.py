@@ -1,4 +1,4 @@
-"""A published model, of `transformers`, that continues a text, with its own cache or without."""
+"""A published model of `transformers` that continues a text, with or without the model's cache."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from stlm.evaluation.hf_tokenizer import HfTokenizer
 from stlm.generation.tokens import window_begin
 from stlm.tokens.tokenizer import letters, utf8
 
-# What any tokenizer must give back, token by token: words, spaces, letters of several bytes.
+# Any tokenizer must return this text token by token: words, spaces, letters of several bytes.
 _SAMPLE = "A text, né on  two lines:\n\u6c34 \U0001f642!"
 
 
 class HfGenerator:
-    """A :class:`~stlm.generation.interface.TextGenerator` of a published model; its symbols are tokens.
+    """A :class:`~stlm.generation.interface.TextGenerator` for a published model; its symbols are tokens.
 
-    The text follows the token that starts texts where the model is scored, and ends with the tokenizer's eos.
-    Where it outgrows the context the window moves on as a `TokenGenerator`'s. Rows of the model that have no
-    token are never drawn. With `cached` the model keeps what it keeps of the tokens read, in a class of
-    transformers'; the tokens are the same without, rounding aside.
+    The text follows the token that starts texts, as in scoring, and ends with the tokenizer's eos. If it
+    outgrows the context, the window moves on as in `TokenGenerator`. Rows of the model without a token are
+    never drawn. With `cached`, the model keeps its cache of the tokens read, a class of transformers; without
+    it, the tokens are the same, except for rounding.
     """
 
     unit = "tokens"
@@ -47,16 +47,16 @@ class HfGenerator:
         self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
-        self._read, self._past = 0, None  # tokens of the window that the cache holds
+        self._read, self._past = 0, None  # the number of the window's tokens that the cache holds
 
     @property
     def forgotten(self) -> int:
-        """See `TextGenerator`. The token that starts the text is none of them."""
+        """See `TextGenerator`. The token that starts the text does not count."""
         return max(0, self._begin - 1)
 
     def start(self, prompt: str) -> Tensor:
         """See `TextGenerator`."""
-        utf8(prompt)  # UserError for what it cannot hold
+        utf8(prompt)  # raises UserError if the prompt cannot be encoded
         self._tokens = [self._tokenizer.eot, *self._tokenizer.encode(prompt)]
         self._begin, self._read, self._past = 0, 0, None
         return self._logits()
@@ -82,16 +82,17 @@ class HfGenerator:
         )
         if self._cached:
             self._past = getattr(found, "past_key_values", None)
-            self._cached = self._past is not None  # a recurrent model has a state of another kind
+            self._cached = self._past is not None  # a recurrent model has another kind of state
             self._read = len(self._tokens) - begin
         return found.logits[0, -1].float().masked_fill(self._empty_V, -torch.inf)
 
 
 class _Pieces:
-    """The bytes that each token adds to a text, by how the tokenizer's decoder joins tokens.
+    """The bytes that each token adds to a text, according to the tokenizer's decoder.
 
-    Byte-level: the letters of a token stand for bytes. Otherwise \u2581 stands for a space and <0x0A> for a
-    byte, as SentencePiece has it. UserError where a sample does not come back, as of decoders of other kinds.
+    In a byte-level tokenizer, the letters of a token stand for bytes. Otherwise, as in SentencePiece, \u2581
+    stands for a space and <0x0A> for a byte. Raises UserError if a sample text does not survive, as with
+    other decoders.
     """
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
@@ -100,7 +101,7 @@ class _Pieces:
         self._byte_level = "ByteLevel" in tokenizer.decoders
         self._byte_of = letters()
         found = b"".join(self[token] for token in tokenizer.encode(_SAMPLE)).decode(errors="replace")
-        # Some put a space before a text, some cannot hold every letter: then decode() cannot either.
+        # Some tokenizers add a space before a text, some lack letters: then decode() differs in the same way.
         if found.lstrip(" ") != tokenizer.decode(tokenizer.encode(_SAMPLE)).lstrip(" "):
             raise UserError(
                 f"{tokenizer.name}: its tokens are joined to texts in a way that is not known here "
@@ -119,7 +120,7 @@ class _Pieces:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder's config.json is that of a model of `transformers`, which a checkpoint's is not."""
+    """Whether a folder's config.json is a `transformers` model's, and not a checkpoint's."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -128,6 +129,6 @@ def is_published(folder: Path) -> bool:
 
 
 def load_published(folder: Path, device: torch.device, cached: bool = True, **options: Any) -> HfGenerator:
-    """The generator for a published model's folder; `options`, UserError: as of `load_hf`."""
+    """The generator for a published model's folder; `options` and errors are those of `load_hf`."""
     model, tokenizer = load_hf(folder, packing=False, **options)
     return HfGenerator(model.to(device), tokenizer, cached)

@@ -1,4 +1,4 @@
-"""Which symbol comes next: the most probable one, or one drawn from a part of the distribution.
+"""Selects the next symbol: the most probable one, or one drawn from part of the distribution.
 
 Shapes: ... any, V symbols.
 """
@@ -12,23 +12,21 @@ from torch import Tensor
 
 from stlm.errors import UserError
 
-# A number drawn evenly from 0 to 1 is a whole one below this, divided by it: never so near 1 that rounding
-# makes it 1.
+# A uniform number below 1 is drawn as an integer below this, divided by it: rounding cannot make it 1.
 _STEPS = 2**32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How symbols are drawn. Applied in this order, which is that of `transformers`:
+    """How symbols are drawn. The settings apply in this order, as in `transformers`:
 
-    1. `temperature` T: probabilities go with exp(logit / T) (Ackley et al. 1985). 0 takes the most probable
-       symbol, and nothing else applies.
-    2. `top_k`: the k most probable symbols stay (Fan et al. 2018), and those as probable as the k-th; None:
-       all.
-    3. `top_p`: of these, renormalized, the fewest most probable ones stay whose probabilities sum to at
+    1. `temperature` T: probabilities are proportional to exp(logit / T) (Ackley et al. 1985). 0 selects the
+       most probable symbol, and the other settings do not apply.
+    2. `top_k`: keeps the k most probable symbols (Fan et al. 2018), and ties with the k-th; None: all.
+    3. `top_p`: of these, renormalized, keeps the fewest most probable ones whose probabilities sum to at
        least p (nucleus sampling, Holtzman et al. 2020); 1: all.
-    4. `min_p`: of these, those stay whose probability is at least min_p times the most probable one's (Nguyen
-       et al. 2024); 0: all.
+    4. `min_p`: of these, keeps those whose probability is at least min_p times the largest (Nguyen et al.
+       2024); 0: all.
 
     Raises UserError for a value out of its range.
     """
@@ -49,9 +47,9 @@ class Sampling:
             raise UserError(f"min-p: {self.min_p}: expected a number from 0 (all symbols) to 1")
 
     def logits(self, logits_V: Tensor) -> Tensor:
-        """Logits [..., V] of the distribution that is drawn from, minus infinity for what is left out."""
-        # Relative to the largest, which stays 0 however small the temperature is; it is never so small that
-        # its reciprocal, which a GPU multiplies with, is infinite.
+        """Logits [..., V] of the distribution to draw from; minus infinity for removed symbols."""
+        # Relative to the largest logit, which stays 0 for any temperature. The bound keeps the reciprocal,
+        # with which a GPU multiplies, finite.
         temperature = max(self.temperature, torch.finfo(logits_V.dtype).tiny)
         logits_V = (logits_V - logits_V.amax(dim=-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits_V.shape[-1]:
@@ -59,7 +57,7 @@ class Sampling:
             logits_V = logits_V.masked_fill(logits_V < kth_1, -torch.inf)
         if self.top_p < 1:
             ordered_V, order_V = logits_V.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-            # A symbol goes when those before it reach top_p already; the first always stays.
+            # Remove a symbol if those before it already reach top_p; the first symbol always stays.
             beyond_V = ordered_V.cumsum(dim=-1) - ordered_V >= self.top_p
             beyond_V[..., 0] = False
             beyond_V = torch.zeros_like(beyond_V).scatter(-1, order_V, beyond_V)
@@ -71,16 +69,16 @@ class Sampling:
         return logits_V
 
     def choose(self, logits_V: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Symbols [...] for logits [..., V]: drawn with `generator`, a CPU's (None: torch's own).
+        """Symbols [...] for logits [..., V], drawn with `generator`, on the CPU (None: torch's global one).
 
-        One even number for each symbol is looked up in the cumulative distribution: the same numbers draw
-        the same symbols on every device, and however the logits were computed, rounding aside.
+        One uniform number per symbol is looked up in the cumulative distribution: the same numbers draw the
+        same symbols on every device and with every way to compute the logits, except for rounding.
         """
         if self.temperature == 0:
             return logits_V.argmax(dim=-1)
-        # In float64: the sum of a large vocabulary's small probabilities in float32 is off by more than they.
+        # In float64: in float32 the rounding of the sum would exceed the smallest probabilities.
         cumulative_V = self.logits(logits_V.double()).softmax(dim=-1).cumsum(dim=-1)
         total_1 = cumulative_V[..., -1:]
         even_1 = torch.randint(_STEPS, total_1.shape, generator=generator).to(total_1) / _STEPS
-        # The first symbol above the number: one of probability 0 is never it.
+        # The first symbol above the number: never a symbol of probability 0.
         return torch.searchsorted(cumulative_V, even_1 * total_1, right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""A transformer over tokens that continues a text, with a cache of keys and values or without."""
+"""A transformer over tokens that continues a text, with or without a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stlm.tokens.tokenizer import Tokenizer
 class TokenGenerator:
     """A :class:`~stlm.generation.interface.TextGenerator` whose symbols are tokens.
 
-    The text follows the end-of-text token, as a document in training does. Where it outgrows the context, the
-    window moves on by half of the context: the model reads on from there, at positions from 0, as it does
-    when perplexity is measured (`stlm.evaluation.forwards.windows`). With `cached`, keys and values are kept
+    The text follows the end-of-text token, like a document in training. If it outgrows the context, the
+    window moves on by half of the context: the model reads on from there, at positions from 0, as in the
+    measurement of perplexity (`stlm.evaluation.forwards.windows`). With `cached`, keys and values are kept
     until the window moves; the tokens are the same without.
     """
 
@@ -31,7 +31,7 @@ class TokenGenerator:
 
     @property
     def forgotten(self) -> int:
-        """See `TextGenerator`. The end of text before the first token is none of them."""
+        """See `TextGenerator`. The end of text before the first token does not count."""
         return max(0, self._begin - 1)
 
     def start(self, prompt: str) -> Tensor:
@@ -67,6 +67,6 @@ class TokenGenerator:
 
 
 def window_begin(tokens: int, context: int) -> int:
-    """The first of so many tokens that a model sees: the least multiple of half the context that fits."""
+    """The first of `tokens` that the model sees: the smallest multiple of half the context that fits."""
     stride = max(1, context // 2)
     return max(0, -(-(tokens - context) // stride)) * stride

@@ -1,1 +1,1 @@
-"""The transformer and its interchangeable parts. Knows nothing of files."""
+"""The transformer and its interchangeable parts. Reads and writes no files."""

@@ -1,4 +1,4 @@
-"""The model that a config and techniques describe."""
+"""Builds the model that a config and its techniques describe."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from stlm.model.transformer import Transformer
 
 
 class Builder(Protocol):
-    """What adds to a model: see `stlm.techniques.base.Technique`. Hashable, as counts of models are kept."""
+    """An addition to a model, such as a technique (`stlm.techniques.base.Technique`).
+
+    It must be hashable, because the counts of models are cached by it.
+    """
 
     def build(self, model: Transformer) -> None:
         """Add modules to a new model, or wrap its blocks."""
 
 
 def build_model(config: ModelConfig, techniques: Iterable[Builder] = ()) -> Transformer:
-    """A new model of `config` (with its `vocab_size`), its weights drawn from torch's random numbers.
+    """Build a new model of `config`, with weights drawn from torch's random numbers.
 
-    `techniques` add to it in their order, after its own weights are drawn.
+    `config` must have its `vocab_size`. The `techniques` are added in order, after the model's own weights
+    have been initialized.
     """
     model = Transformer(config) if config.bytes is None else ByteTransformer(config)
     model.techniques = tuple(techniques)

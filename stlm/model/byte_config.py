@@ -1,4 +1,4 @@
-"""The byte-level part of a model, as the section `bytes` of `model`. Needs no torch."""
+"""The config of a byte-level model: the section `bytes` of `model`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Bound by what a process can list; the deepest Transformers have a thousand.
+# The limit keeps a list of layers in memory; the deepest published Transformers have a thousand.
 MOST_LAYERS = 10_000
 _TRIED = 10_000
 
 
-def check_divides(key: str, found: int, of: str, whole: int) -> None:
-    """Raises ValueError where one key's number does not divide another's."""
+def check_divides(key: str, found: int, divided_key: str, whole: int) -> None:
+    """Raise ValueError unless `found`, the value of `key`, divides `whole`, the value of `divided_key`."""
     if whole % found:
-        # Outwards from what was found; of huge numbers, not for ever.
+        # Search outwards from `found`; for huge numbers the search is cut off.
         near = (
             number
             for off in range(1, min(max(found, whole), _TRIED))
@@ -22,11 +22,13 @@ def check_divides(key: str, found: int, of: str, whole: int) -> None:
             if 0 < number <= whole and whole % number == 0
         )
         nearest = next(near, 1)
-        raise ValueError(f"{key}: {found} does not divide {of}: {whole} (nearest that does: {nearest})")
+        raise ValueError(
+            f"{key}: {found} does not divide {divided_key}: {whole} (nearest that does: {nearest})"
+        )
 
 
 class ByteConfig(BaseModel):
-    """Bytes in, bytes out: what takes the place of embedding and head (paper, section 5.2)."""
+    """Bytes in, bytes out: replaces the embedding and the head (paper, section 5.2)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

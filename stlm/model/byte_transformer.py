@@ -1,12 +1,12 @@
-"""The byte-level model: chunks of bytes in, the next chunk's bytes out, the core's transformer in between.
+"""The byte-level model: reads chunks of bytes and predicts the bytes of the next chunk.
 
-Tokens are chunks, by their numbers in a table (stlm.tokens.chunks). What the embedding does elsewhere, a byte
-transformer within each chunk does here, and its pooling; what the head does, a second one that writes the
-next chunk symbol by symbol (Hillier et al. 2024, section 5.2; MegaByte, Yu et al. 2023; Learn Your Tokens,
-Thawani et al. 2023).
+Tokens are chunks, numbered by a table (stlm.tokens.chunks). A byte transformer within each chunk, followed by
+pooling, replaces the embedding. A second byte transformer replaces the head: it writes the next chunk symbol
+by symbol (Hillier et al. 2024, section 5.2; MegaByte, Yu et al. 2023; Learn Your Tokens, Thawani et al.
+2023). The core between them is an ordinary transformer.
 
-Tensor names as in stlm.model.transformer; besides N chunks, T places in a row of chunks, d the byte dimension
-(written W in names), S symbols, R rules.
+Tensor names are those of stlm.model.transformer, and further: N chunks, T positions in a row of chunks, W the
+byte dimension, S symbols, R rules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stlm.model.projection import INITIAL_STD
 from stlm.model.transformer import NORMS, Block, Transformer, block_matrices, sinusoidal_table
 from stlm.tokens.chunks import END, END_OF_TEXT, SYMBOLS, ChunkTable
 
-# Added to the logits of symbols that a rule forbids: their probability is zero in float32.
+# Added to the logits of symbols that a rule forbids: their probability becomes zero in float32.
 _FORBIDDEN = -1e4
 
 
@@ -41,7 +41,7 @@ class MeanPooling(nn.Module):
         self.up = nn.Linear(config.bytes.width, config.width, bias=False)
 
     def flops(self, length: float) -> float:
-        """Forward FLOPs of a chunk of so many bytes, of which one vector is mapped to the core's width."""
+        """Forward FLOPs of a chunk of `length` bytes, which yields one vector of the core's width."""
         return forward_flops(self.up, 1) + children_flops(self, length, without=("up",))
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
@@ -56,7 +56,7 @@ class LastPooling(MeanPooling):
 
 
 class AttentionPooling(MeanPooling):
-    """The mean of a chunk's bytes by softmax weights, from one learned vector."""
+    """The mean of a chunk's bytes, with softmax weights from one learned vector."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -72,9 +72,9 @@ class AttentionPooling(MeanPooling):
 
 
 class QueryPooling(nn.Module):
-    """What a learned query finds in a chunk's bytes, attending with the core's heads and width (Byte2Word).
+    """A learned query attends to a chunk's bytes, with the core's heads and width (Byte2Word).
 
-    The query is the same for all chunks: with the keys it makes one score a head and byte.
+    All chunks share the query, so query and key reduce to one score for each head and byte.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -101,19 +101,19 @@ POOLINGS: dict[str, type[nn.Module]] = {
 
 
 class ChunkEncoder(nn.Module):
-    """Chunks to vectors of the core's width: byte embedding, byte transformer within each chunk, pooling."""
+    """Encodes chunks as vectors of the core's width: byte embedding, byte transformer, pooling."""
 
     parameter_group, one_group = "byte encoder", True
     parameter_groups: ClassVar[dict[str, str]] = {"bytes": "byte embedding"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        own = config.byte_blocks(config.bytes.encoder_layers)
-        self.bytes = nn.Embedding(SYMBOLS, own.width)
-        self.blocks = nn.ModuleList([Block(own) for _ in range(own.layers)])
+        blocks_config = config.byte_blocks(config.bytes.encoder_layers)
+        self.bytes = nn.Embedding(SYMBOLS, blocks_config.width)
+        self.blocks = nn.ModuleList([Block(blocks_config) for _ in range(blocks_config.layers)])
         for block in self.blocks:
-            block.attention.attended = 1.0  # a byte sees all of its chunk
-        self.norm = NORMS[own.norm](own.width, eps=own.norm_eps)
+            block.attention.attended = 1.0  # a byte sees its whole chunk
+        self.norm = NORMS[blocks_config.norm](blocks_config.width, eps=blocks_config.norm_eps)
         self.pool = POOLINGS[config.bytes.pooling](config)
         self.table = Table()
         self.register_buffer("places_LW", None, persistent=False)
@@ -124,24 +124,24 @@ class ChunkEncoder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The byte embedding's [S, W]."""
+        """The weight [S, W] of the byte embedding."""
         return self.bytes.weight
 
     def fill(self, table: ChunkTable) -> None:
-        """From now on read chunks of `table`."""
+        """Read chunks of `table` from now on."""
         self.table.fill(table, self.weight.device)
-        # A chunk's bytes, and its end.
+        # A chunk's bytes and its end symbol.
         places_LW = sinusoidal_table(table.longest + 1, self.weight.shape[1])
         self.places_LW = places_LW.to(self.weight.device)
 
     def look_up(self, symbols_T: Tensor, place_T: Tensor) -> Tensor:
-        """Vectors [T, W] of symbols at places in their chunks."""
-        # As where the core has sinusoidal positions: unscaled, they would drown the bytes.
+        """Vectors [T, W] of symbols at positions `place_T` in their chunks."""
+        # Scaled as in a core with sinusoidal positions: unscaled, the positions would drown the bytes.
         return self.bytes(symbols_T) * math.sqrt(self.weight.shape[1]) + self.places_LW[place_T]
 
     @outside_graphs
     def forward(self, chunks_BL: Tensor) -> Tensor:
-        """[B, L, D], float32. A chunk that comes more than once is worked on once."""
+        """Chunk vectors [B, L, D], float32. A repeated chunk is encoded once."""
         chunks_N, which_BL = chunks_BL.unique(return_inverse=True)
         symbols_T, packing = self.table.read(chunks_N)
         x_1TW = self.look_up(symbols_T, packing.place_T)[None]
@@ -152,36 +152,36 @@ class ChunkEncoder(nn.Module):
 
 
 class ByteDecoder(nn.Module):
-    """Writes chunks: a causal byte transformer that is given the core's vector in front of each block."""
+    """Writes chunks: a causal byte transformer that receives the core's vector before each block."""
 
     parameter_group, one_group = "byte decoder", True
     parameter_groups: ClassVar[dict[str, str]] = {"output": "head"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        own = config.byte_blocks(config.bytes.decoder_layers)
-        # A part of the core's vector of its own for each block: together they carry more than the byte
-        # dimension.
-        self.condition = nn.Linear(config.width, own.layers * own.width, bias=False)
-        self.blocks = nn.ModuleList([Block(own) for _ in range(own.layers)])
-        self.norm = NORMS[own.norm](own.width, eps=own.norm_eps)
-        self.output = None if config.tied else nn.Linear(own.width, SYMBOLS, bias=False)
+        blocks_config = config.byte_blocks(config.bytes.decoder_layers)
+        # Each block receives another projection of the core's vector: together they carry more than one
+        # vector of the byte dimension could.
+        self.condition = nn.Linear(config.width, blocks_config.layers * blocks_config.width, bias=False)
+        self.blocks = nn.ModuleList([Block(blocks_config) for _ in range(blocks_config.layers)])
+        self.norm = NORMS[blocks_config.norm](blocks_config.width, eps=blocks_config.norm_eps)
+        self.output = None if config.tied else nn.Linear(blocks_config.width, SYMBOLS, bias=False)
 
     def flops(self, length: float, symbols: float = CHUNK_BYTES + 1) -> float:
-        """Forward FLOPs of `length` chunks, all of so many symbols, the logits of each included."""
+        """Forward FLOPs of `length` chunks of `symbols` symbols each, with the logits of every symbol."""
         width = self.condition.out_features // len(self.blocks)
-        # The head's matrix is the byte embedding's where it is tied.
+        # A tied head uses the byte embedding's matrix.
         head = 2 * SYMBOLS * width * symbols
         written = children_flops(self, symbols, without=("condition", "output"))
         return length * (forward_flops(self.condition, 1) + written + head)
 
     def forward(self, x_ND: Tensor, look_up, written: Written) -> Tensor:
-        """[T, W], from which the symbols of `written` follow, given the core's x_ND for its chunks."""
+        """Vectors [T, W] that predict the symbols of `written`, given the core's x_ND for its chunks."""
         packing = written.packing
-        # Each place reads the symbol before its own; at a chunk's first place that is an end of chunk.
+        # Each position reads the symbol before it; a chunk's first position reads an end of chunk.
         before_T = F.pad(written.symbols_T[:-1], (1, 0)).masked_fill(packing.place_T == 0, END)
         y_TW = look_up(before_T, packing.place_T)
-        # Looked up, not indexed: on a CPU an index's gradient is added number by number.
+        # F.embedding instead of indexing: on a CPU, the gradient of indexing is added number by number.
         conditions_NX = self.condition(F.embedding(packing.order_N, x_ND))
         for condition_NW, block in zip(
             conditions_NX.chunk(len(self.blocks), dim=1), self.blocks, strict=True
@@ -192,10 +192,10 @@ class ByteDecoder(nn.Module):
 
 
 class ByteTransformer(Transformer):
-    """A language model over chunks of bytes: proper probabilities of any text, without a vocabulary.
+    """A language model over chunks of bytes, with proper probabilities of any text and no vocabulary.
 
-    `use` gives it the table of the chunks that its inputs and targets name. The core is the `Transformer`'s,
-    unchanged; a dropout acts there alone.
+    `use` sets the table of the chunks that inputs and targets refer to. The core is the unchanged
+    `Transformer`; dropout acts on the core only.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -206,10 +206,10 @@ class ByteTransformer(Transformer):
         self._initialize_bytes()
 
     def _initialize_bytes(self) -> None:
-        """Normal, for outputs as large as the inputs, whatever the width: 0.02 is for wide models.
+        """Draw normal weights that keep the variance of the inputs at any width: 0.02 suits wide models only.
 
-        The projections into the residual stream are as the core's, relative to that. Chunks' vectors start as
-        small as tokens' embeddings do, so that the core starts as it does on tokens.
+        Projections into the residual stream are scaled down as in the core. Chunk vectors start as small as
+        token embeddings do, so that the core starts as it does on tokens.
         """
         for part in (self.embedding, self.decoder):
             for name, parameter in part.named_parameters():
@@ -222,32 +222,32 @@ class ByteTransformer(Transformer):
                     nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]))
 
     def flops(self, length: float, chunk_bytes: float = CHUNK_BYTES, ends_written: bool = True) -> float:
-        """Forward FLOPs of a sequence of `length` chunks, each read and written, all of `chunk_bytes` bytes.
+        """Forward FLOPs of a sequence of `length` chunks of `chunk_bytes` bytes, each read and written.
 
-        `ends_written`: a chunk's end is a symbol, too.
+        `ends_written`: whether the end of a chunk is written as a symbol.
         """
         core = children_flops(self, length, without=("embedding", "decoder"))
         read = self.embedding.flops(length, chunk_bytes)
         return core + read + self.decoder.flops(length, chunk_bytes + ends_written)
 
     def use(self, table: ChunkTable) -> None:
-        """From now on tokens are the chunks of `table`."""
+        """Read and write chunks of `table` from now on."""
         self.embedding.fill(table)
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
-        """The blocks' matrices as `Transformer` gives them, those of both byte transformers, and what maps
-        between them and the core."""
+        """The matrices of the core's blocks (see `Transformer`), of both byte transformers, and of the
+        projections between them and the core."""
         parts = super().matrix_parts()
         width, condition = self.config.bytes.width, self.decoder.condition.weight
         parts.setdefault((width,) * (len(condition) // width), []).append(condition)
         parts.setdefault((), []).append(self.embedding.pool.up.weight)
         for part in (self.embedding, self.decoder):
-            for rows, own in block_matrices(part.blocks, self.config.byte_blocks(1)).items():
-                parts.setdefault(rows, []).extend(own)
+            for rows, matrices in block_matrices(part.blocks, self.config.byte_blocks(1)).items():
+                parts.setdefault(rows, []).extend(matrices)
         return parts
 
     def hidden_loss(self, x_ND: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """Mean cross-entropy of a chunk in nats, float32, given `hidden` of the chunks before, flat."""
+        """Mean cross-entropy of a chunk in nats, float32, given the flattened `hidden` of those before it."""
         return self._mean_loss(x_ND, targets_BL.flatten(), tokens_BL.flatten())
 
     def loss(
@@ -257,9 +257,9 @@ class ByteTransformer(Transformer):
         mask_BL: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, float32: the mean over all chunks, or the sum over the text of a mask's.
+        """Cross-entropy in nats, float32: the mean over all chunks or, with a mask, the sum over its text.
 
-        A chunk's is the sum over its symbols.
+        The loss of a chunk is the sum over its symbols.
         """
         x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
         if mask_BL is None:
@@ -270,7 +270,8 @@ class ByteTransformer(Transformer):
     @outside_graphs
     def _mean_loss(self, x_ND: Tensor, chunks_N: Tensor, before_N: Tensor) -> Tensor:
         written, y_TW = self._write(x_ND, chunks_N, before_N)
-        # The rules as more inputs of the head: one product makes the logits, forbidden ones far below all.
+        # The rules are further inputs of the head: one product makes the logits, the forbidden ones far
+        # lower.
         allowed_RS = self.embedding.table.allowed_RS
         forbidden_SR = torch.zeros(allowed_RS.T.shape, device=y_TW.device).masked_fill(
             ~allowed_RS.T, _FORBIDDEN
@@ -287,10 +288,10 @@ class ByteTransformer(Transformer):
     def log_probabilities(
         self, x_ND: Tensor, chunks_N: Tensor, before_N: Tensor, ends: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """log P of each chunk [N], float32, given the core's vectors before it; and whether it is the first
-        choice, symbol by symbol.
+        """log P of each chunk [N], float32, given the core's vectors before it, and whether greedy decoding
+        would choose it, symbol by symbol.
 
-        With `ends`, ends of text count; without, they are no part of a text. What the table skips is given.
+        `ends`: whether an end of text is scored as part of the text. Symbols that the table skips are given.
         """
         table = self.embedding.table
         written, y_TW = self._write(x_ND, chunks_N, before_N)
@@ -309,8 +310,8 @@ class ByteTransformer(Transformer):
         return restored_2N[0], restored_2N[1] == 0
 
     def next_logits(self, x_D: Tensor, begun: Sequence[int], rule: int) -> Tensor:
-        """Logits [S], float32, of the symbol after those already written of a chunk, minus infinity for what
-        the rule forbids, given the core's vector before the chunk."""
+        """Logits [S], float32, of the symbol that follows the symbols `begun` of a chunk, given the core's
+        vector before the chunk; minus infinity for symbols that the rule forbids."""
         symbols_T = torch.tensor([*begun, END], device=x_D.device)
         packing = Packing(torch.tensor([len(symbols_T)], device=x_D.device), causal=True)
         y_TW = self.decoder(x_D[None], self.embedding.look_up, Written(symbols_T, symbols_T, packing))
@@ -322,5 +323,5 @@ class ByteTransformer(Transformer):
         return written, self.decoder(x_ND, self.embedding.look_up, written)
 
     def _head_weight(self) -> Tensor:
-        """Byte vectors to logits [S, W]."""
+        """The matrix [S, W] that maps byte vectors to logits."""
         return self.embedding.weight if self.decoder.output is None else self.decoder.output.weight

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, so that one more token costs one token's work.
+"""A cache of the keys and values of all tokens read so far: one more token costs one token's work.
 
 Shapes: B batch, L new tokens, N tokens read, new ones included, H query heads, K key/value heads, G = H / K
 query heads a group, E head width, X = (H + 2 K) E.
@@ -18,27 +18,26 @@ from stlm.model.layout import Layout, Selection
 class Cache(Layout):
     """Memory for the keys and values of a context's tokens: [layers, 2, B, K, context, E], allocated once.
 
-    `extend(n)` before a forward pass makes room for the n tokens that it brings; `Transformer.hidden` then
-    takes the cache for its `layout`, numbers the tokens on from those before, and hands each layer its own
-    part, by the layer's number: layers may share their weights, never their keys. Nothing here is for
-    gradients.
+    Call `extend(n)` before a forward pass of n tokens, to make room for them. `Transformer.hidden` takes the
+    cache as its `layout`; it continues the positions and gives each layer its part of the cache. Layers may
+    share weights, but they never share keys. The cache supports no gradients.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         shape = (config.layers, 2, batch, config.kv_heads, config.context, config.head_width)
-        # Zeros: a layer that is handed some of the tokens reads what it has not written, with weight zero.
+        # Zeros, since a layer that gets some of the tokens also reads unwritten entries, with weight zero.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         width = config.width + 2 * config.kv_heads * config.head_width
-        # What the shift of queries, keys and values needs of the last token, before that shift.
+        # The last token's queries, keys and values before the shift, which the next token's shift needs.
         before = torch.zeros(config.layers, batch, 1, width, dtype=dtype, device=device)
-        self._layers = [LayerCache(self, *own) for own in zip(self.kv, before, strict=True)]
-        self.positions = slice(0, 0)  # of the tokens of the forward pass to come
+        self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, before, strict=True)]
+        self.positions = slice(0, 0)  # of the tokens of the next forward pass
 
     @property
     def length(self) -> int:
-        """Tokens held, at most the context."""
+        """The number of tokens held, at most the context."""
         return self.positions.stop
 
     def extend(self, tokens: int) -> Cache:
@@ -49,7 +48,7 @@ class Cache(Layout):
         return self
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.positions = slice(0, 0)
 
     def layer(self, number: int) -> LayerCache:
@@ -57,19 +56,19 @@ class Cache(Layout):
         return self._layers[number]
 
     def before(self, x_BLX: Tensor) -> Tensor:
-        """Each layer's own: see `layer`."""
+        """Not defined for the whole cache: see `layer`."""
         raise NotImplementedError("a cache is each layer's own: use layer(number)")
 
     attend = before
 
 
 class LayerCache(Layout):
-    """One layer's keys and values in a `Cache`: a new token sees all that are held up to itself."""
+    """One layer's keys and values in a `Cache`: a new token sees all tokens held, up to itself."""
 
     def __init__(self, cache: Cache, kv_2BKNE: Tensor, before_B1X: Tensor) -> None:
         self._cache, self._before_B1X = cache, before_B1X
         self._k_BKNE, self._v_BKNE = kv_2BKNE
-        # Of a layer that is handed some of the tokens: how many it holds of each row.
+        # For a layer that gets only some of the tokens: how many it holds in each row.
         self._held_B = torch.zeros(len(before_B1X), dtype=torch.int64, device=before_B1X.device)
 
     @property
@@ -87,7 +86,7 @@ class LayerCache(Layout):
         return before_BLX
 
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
-        """See `Layout.attend`. Holds the new tokens' keys and values."""
+        """See `Layout.attend`. Stores the new tokens' keys and values."""
         assert not dropout, "a cache is for generation, which drops nothing"
         begin, end = self._cache.positions.start, self._cache.positions.stop
         B, L, H, E = q_BLHE.shape
@@ -95,7 +94,7 @@ class LayerCache(Layout):
         self._v_BKNE[:, :, begin:end] = v_BLKE.transpose(1, 2)
         k_BKNE, v_BKNE = self._k_BKNE[:, :, :end], self._v_BKNE[:, :, :end]
         if L == 1:
-            # A group's query heads are as many queries of one head: no copy of keys, and no mask.
+            # The query heads of a group become queries of one head: this copies no keys and needs no mask.
             q_BKGE = q_BLHE.view(B, k_BKNE.shape[1], -1, E)
             return F.scaled_dot_product_attention(q_BKGE, k_BKNE, v_BKNE).reshape(B, L, H, E)
         sees_LN = None
@@ -105,7 +104,7 @@ class LayerCache(Layout):
         return y_BHLE.transpose(1, 2)
 
     def select(self, selection: Selection) -> _SelectedCache:
-        """See `Layout.select`. The layer must be handed a selection of every token, and holds no others."""
+        """See `Layout.select`. The layer must get a selection of all tokens, and stores only the selected."""
         if self._cache.positions.start == 0:
             self._held_B.zero_()
             self._before_B1X.zero_()
@@ -113,7 +112,7 @@ class LayerCache(Layout):
 
 
 class _SelectedCache(Layout):
-    """The selected new tokens of a layer, which see those of its row that the layer holds."""
+    """The selected new tokens of a layer, which see the stored tokens of their row."""
 
     def __init__(self, layer: LayerCache, selection: Selection) -> None:
         B, S = selection.index_BS.shape
@@ -135,14 +134,14 @@ class _SelectedCache(Layout):
         held_B += self._count_B
 
     def before(self, x_BSX: Tensor) -> Tensor:
-        """What `x_BSX` has at the selected token before each; zeros at the first that the layer is handed."""
+        """`x_BSX` at the selected token before each; zeros at the first token that the layer gets."""
         rows_BSX = torch.cat([self._before_B1X, x_BSX], dim=1)
         last_B11 = self._count_B[:, None, None].expand(-1, 1, x_BSX.shape[2])
         self._before_B1X.copy_(rows_BSX.gather(1, last_B11))
         return rows_BSX[:, :-1]
 
     def attend(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, dropout: float = 0.0) -> Tensor:
-        """See `Layout.attend`. Holds the kept tokens' keys and values."""
+        """See `Layout.attend`. Stores the kept tokens' keys and values."""
         assert not dropout, "a cache is for generation, which drops nothing"
         rows_BS, places_BS = self._kept_BS.nonzero(as_tuple=True)
         target = (rows_BS, slice(None), self._place_BS[rows_BS, places_BS])

@@ -1,12 +1,12 @@
-"""Causal attention for training on a CPU: one kernel (stlm.kernels), or products of blocks by torch.
+"""Causal attention for training on a CPU: one kernel (stlm.kernels), or block products in torch.
 
-torch's fused attention on a CPU keeps its working set in the cache, but multiplies in tiles too small for the
-processor's products of matrices: with 16 heads of 32 over 512 tokens it takes four times as long, forward and
-backward. Here a block of queries, those of all heads that share a key/value head together, is multiplied with
-all keys up to it at once. The weights (half of a length's square, for each head) are kept for the backward
-pass.
+torch's fused attention on a CPU keeps its working set in the cache, but its tiles are too small for the
+processor's matrix products: with 16 heads of 32 over 512 tokens it takes four times as long, forward and
+backward. Here the queries of a block, taken from all heads that share a key/value head, are multiplied with
+all keys up to the block's end at once. The attention weights (half of the squared length, for each head) are
+kept for the backward pass.
 
-The kernel does the same without leaving the cache.
+The kernel computes the same without leaving the cache.
 
 Shapes: B batch, L length, H query heads, K key/value heads, G = H / K query heads a group, E head width,
 N = B K, Q queries of a block, X = G Q rows of a block's products, C keys up to the block's end.
@@ -24,18 +24,18 @@ from torch.autograd.function import once_differentiable
 from stlm.kernels.library import kernels_for
 from stlm.model.rotary import Rotary, rotate, rotate_back
 
-# Queries of a block: smaller ones look at fewer keys in vain, larger ones make larger products.
+# Queries in a block: small blocks compute fewer masked scores, large ones make larger products.
 _BLOCK = 64
 
 
 def causal_attention(
     qkv_BLSE: Tensor, heads: int, sees_B1LL: Tensor | None = None, rope: Rotary | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over a position's own and earlier ones [B, L, H, E] (Vaswani et al. 2017).
+    """softmax(q k^T / sqrt(E)) v over each position and those before it [B, L, H, E] (Vaswani et al. 2017).
 
-    Of the S = H + 2 K heads of `qkv_BLSE` the first H = `heads` are queries, then come K keys and K values;
-    each key/value head serves H / K query heads that follow one another (Ainslie et al. 2023). `sees_B1LL`:
-    which of these keys a query may look at, its own among them; None: all. `rope` rotates queries and keys.
+    `qkv_BLSE` has S = H + 2 K heads: first H = `heads` queries, then K keys, then K values. Each key/value
+    head serves H / K consecutive query heads (Ainslie et al. 2023). `sees_B1LL` says which of the keys a
+    query may see, its own position included; None: all. `rope` rotates queries and keys.
     """
     kernels = kernels_for(qkv_BLSE)
     if kernels is not None and kernels.attention is not None:
@@ -81,14 +81,14 @@ class _Kernel(torch.autograd.Function):
 
 
 def _angles(rope: Rotary | None, B: int, L: int, E: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """Cosines and sines, float32, and how many elements a row of the batch has of its own."""
+    """Cosines and sines, float32, and the stride between the batch's rows in them (0: shared by all rows)."""
     if rope is None:
         return None, None, 0
     cos, sin = (table.float().contiguous() for table in rope)
-    of_rows = cos.dim() == 4 and len(cos) > 1
-    if cos.shape != sin.shape or cos.numel() != (B if of_rows else 1) * L * E:
+    per_row = cos.dim() == 4 and len(cos) > 1
+    if cos.shape != sin.shape or cos.numel() != (B if per_row else 1) * L * E:
         raise ValueError(f"expected angles of {L} positions and {E} dimensions, found {tuple(cos.shape)}")
-    return cos, sin, L * E if of_rows else 0
+    return cos, sin, L * E if per_row else 0
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _CausalAttention(torch.autograd.Function):
         dqkv_BLSE = k_NLE.new_empty(B, L, H + 2 * K, E)
         dq_BLHE, dk_BLKE, dv_BLKE = dqkv_BLSE.split([H, K, K], dim=2)
         dq_BKGLE = _grouped(dq_BLHE, K)
-        # Sums over blocks, in float32 whatever the arithmetic.
+        # Sums over blocks stay in float32, whatever the precision.
         dk_NLE, dv_NLE = (torch.zeros_like(k_NLE, dtype=_sum_type(k_NLE)) for _ in range(2))
         none_1, scale = k_NLE.new_empty(1), 1 / math.sqrt(E)
         for (begin, end), q_NXE, weight_NXC in zip(
@@ -161,17 +161,17 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """First and last position (exclusive) of each block of queries."""
+    """The first position of each block of queries, and the position after its last."""
     return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
 
 
 def _grouped(x_BLHE: Tensor, kv_heads: int) -> Tensor:
-    """The same elements as [B, K, G, L, E]: the heads of a group together."""
+    """The same elements as [B, K, G, L, E], with the heads of a group together."""
     return x_BLHE.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _rows(x_BKGLE: Tensor, begin: int, end: int) -> Tensor:
-    """A copy of the block's rows [N, X, E], those of a group's heads together."""
+    """A copy of the block's rows [N, X, E], with the heads of a group together."""
     return x_BKGLE[:, :, :, begin:end].flatten(2, 3).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a model is: its hyper-parameters. Needs no torch."""
+"""The hyper-parameters of a model. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from stlm.model.byte_config import MOST_LAYERS, ByteConfig, check_divides
 from stlm.model.reduction import PARTS, LoraConfig, LowRankConfig, SharingConfig
 
-# Bytes of a chunk where nobody knows yet: about those of a corpus' words or byte-pair tokens.
+# Mean bytes of a chunk where the corpus is not known yet: about those of words or byte-pair tokens.
 CHUNK_BYTES = 4.5
 
 
@@ -134,7 +134,7 @@ class ModelConfig(BaseModel):
         return self
 
     def _check_bytes(self) -> None:
-        """What acts on tables of tokens has nothing to act on."""
+        """Refuse keys that act on tables of tokens, which a byte-level model lacks."""
         if self.bytes is None:
             return
         for key, without in (("value_embeddings", 0), ("logit_softcap", 0.0), ("embedding_rank", None)):
@@ -163,12 +163,12 @@ class ModelConfig(BaseModel):
         )
 
     def _check_ranks(self) -> None:
-        """Factors as large as the matrix are no reduction, nor is an adapter of full rank."""
+        """Refuse factors that are as large as the matrix, and adapters of full rank."""
         if self.embedding_rank is not None:
             rank, vocabulary = self.embedding_rank, self.vocab_size
             if rank >= self.width:
                 raise ValueError(f"embedding_rank: {rank} is no lower rank; it must be below {self.width}")
-            # Before the tokenizer is known, there is nothing to compare with.
+            # The vocabulary is None until the tokenizer is known.
             if vocabulary is not None:
                 _check_saves("embedding_rank", rank, "a table", (vocabulary, self.width))
         for part, matrices in self.matrices.items():
@@ -189,7 +189,7 @@ class ModelConfig(BaseModel):
 
     @property
     def matrices(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """A block's matrices by part and name, as [outputs, inputs]; joint products are one matrix."""
+        """The matrices of a block by part and name, as [outputs, inputs]; a joint product is one matrix."""
         width, key_value = self.width, self.kv_heads * self.head_width
         reads = (
             {"gate_up": (2 * self.ffn_width, width)}
@@ -202,7 +202,7 @@ class ModelConfig(BaseModel):
         }
 
     def byte_blocks(self, layers: int) -> ModelConfig:
-        """The blocks of a byte transformer: this model's in small, nothing shared, without dropout."""
+        """The config of a byte transformer: this model's blocks at byte size, without sharing or dropout."""
         return ModelConfig(
             layers=layers,
             width=self.bytes.width,
@@ -221,23 +221,23 @@ class ModelConfig(BaseModel):
 
     @property
     def homes(self) -> dict[str, tuple[int, ...]]:
-        """For each part of a block and each layer, from 0: the first layer that uses the same matrices."""
-        own = tuple(range(self.layers))
+        """For each part of a block and each layer, from 0, the first layer that uses the same matrices."""
+        unshared = tuple(range(self.layers))
         shared = self.sharing.parts if self.sharing else ()
-        return {part: self.sharing.homes(self.layers) if part in shared else own for part in PARTS}
+        return {part: self.sharing.homes(self.layers) if part in shared else unshared for part in PARTS}
 
     def rank(self, part: str, name: str) -> int | None:
-        """The rank of a part's matrix, of attention's or the ffn's `matrices`; None: full."""
+        """The rank of the matrix `name` of a part, `attention` or `ffn` (see `matrices`); None: full."""
         key = self.low_rank.key(part, name) if self.low_rank else None
         return None if key is None else getattr(self.low_rank, key)
 
     def adapters(self, part: str) -> LoraConfig | None:
-        """The adapters of a part's matrices."""
+        """The adapters on a part's matrices; None: it has none."""
         return self.lora if self.lora and part in self.lora.parts else None
 
 
 def _check_saves(key: str, rank: int, name: str, shape: tuple[int, int]) -> None:
-    """Raises ValueError where two factors of that rank have as many weights as the matrix, or more."""
+    """Raise ValueError if two factors of that rank have at least as many weights as the matrix."""
     rows, columns = shape
     if rank * (rows + columns) >= rows * columns:
         most = (rows * columns - 1) // (rows + columns)
@@ -248,7 +248,7 @@ def _check_saves(key: str, rank: int, name: str, shape: tuple[int, int]) -> None
 
 
 class ParameterCounts(NamedTuple):
-    """Trainable parameters, shared ones once: all, those of embeddings and an untied head, and the rest."""
+    """Trainable parameters, shared ones counted once: all, embeddings with an untied head, the rest."""
 
     total: int
     embedding: int

@@ -1,12 +1,12 @@
-"""Parameters and FLOPs of a model, counted on its modules.
+"""Counts the parameters and FLOPs of a model on its modules.
 
-A model is built on torch's `meta` device, where tensors have shapes and no values, so that nothing has to
-describe it a second time. Each module says which group its parameters belong to:
+The model is built on torch's `meta` device, where tensors have shapes but no values, so no second description
+of it is needed. Each module says which group its parameters belong to:
 
 - ``parameter_group``, an attribute of a module, is the group of all parameters within it.
 - ``parameter_groups``, a mapping, gives the groups of parameters or child modules by their names in it.
-- A child's own ``parameter_group`` comes before what its parent says, and both before the group of the
-  parent. With ``one_group = True`` a module overrules whatever the modules within it say, except for the
+- A child's ``parameter_group`` overrides its parent's ``parameter_groups``, and these override the parent's
+  ``parameter_group``. With ``one_group = True`` a module overrides all modules within it, except for the
   entries of its own ``parameter_groups``.
 
 FLOPs are in `stlm.model.flops`. Needs torch.
@@ -27,7 +27,7 @@ from stlm.model.build import Builder, build_model
 from stlm.model.config import CHUNK_BYTES, ModelConfig, ParameterCounts
 from stlm.model.flops import forward_flops
 
-# In the order in which a token meets them; groups that are not listed come before the norms.
+# In the order in which a token passes them; groups that are not listed come before the norms.
 GROUPS = (
     "token embedding",
     "byte embedding",
@@ -43,7 +43,7 @@ GROUPS = (
     "head",
 )
 
-# What counts as embedding: all that grows with the vocabulary or the context, or stands in its place.
+# Embedding parameters grow with the vocabulary or the context, or belong to a replacement of the embedding.
 EMBEDDING_GROUPS = (
     "token embedding",
     "byte embedding",
@@ -54,16 +54,16 @@ EMBEDDING_GROUPS = (
     "head",
 )
 
-# Training FLOPs over forward FLOPs: the backward pass computes the gradients of inputs and of weights.
+# Training FLOPs divided by forward FLOPs: the backward pass computes gradients of inputs and of weights.
 TRAINING_PASSES = 3
 
 _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "exponential_", "trunc_normal_"})
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Skips the initialization of tensors, which have no values here.
+    """Skips the initialization of tensors, which have no values on the meta device.
 
-    Random numbers and arithmetic on the meta device make torch import its compiler, which takes a second.
+    Random numbers and arithmetic there make torch import its compiler, which takes a second.
     """
 
     def __torch_function__(
@@ -75,12 +75,12 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# A study asks for the same counts several times; a deep model's modules are large, so that few are kept.
+# A study asks for the same counts repeatedly. The cache is small, as the modules of a deep model are large.
 @lru_cache(maxsize=4)
 def build_on_meta(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> nn.Module:
-    """The model of `config` with its `techniques`, on the meta device. It is kept: do not change it.
+    """The model of `config` with its `techniques`, on the meta device. It is cached: do not change it.
 
-    Raises ``UserError`` where a tensor has more elements than torch can number.
+    Raises ``UserError`` if a tensor has more elements than torch can number.
     """
     try:
         with torch.device("meta"), _NoInitialization():
@@ -95,10 +95,10 @@ def build_on_meta(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> 
 
 
 def parameter_groups(model: nn.Module) -> dict[str, int]:
-    """Where the parameters of `model` are: group -> how many, shared ones once, at their first place.
+    """The number of parameters in each group of `model`; shared parameters count once, at their first place.
 
-    The groups are in the order of `GROUPS`; those without parameters are left out. Together they are all of
-    the model's parameters: those whose group nobody states are in one of the name of the top module.
+    Groups are in the order of `GROUPS`, without empty ones; together they hold all parameters of the model.
+    Parameters without a stated group form a group that is named after their top-level module.
     """
     groups: dict[str, int] = {}
     seen: set[int] = set()
@@ -113,9 +113,9 @@ def parameter_groups(model: nn.Module) -> dict[str, int]:
 def grouped_parameters(
     module: nn.Module, group: str | None = None, overruled: bool = False
 ) -> Iterator[tuple[nn.Parameter, str]]:
-    """Each parameter within `module`, which belongs to `group` if it says nothing else, with its group.
+    """Yield each parameter within `module` with its group; `group` is the default.
 
-    `overruled`: what it says does not count. Shared parameters come at each of their places.
+    `overruled`: ignore what the module states. Shared parameters are yielded at each of their places.
     """
     names: dict[str, str] = {}
     if not overruled:
@@ -131,7 +131,7 @@ def grouped_parameters(
 
 
 def total_counts(groups: dict[str, int]) -> ParameterCounts:
-    """All parameters, those of embeddings and an untied head, and the rest, of `parameter_groups`."""
+    """Sum up `parameter_groups`: all parameters, embeddings with an untied head, and the rest."""
     embedding = sum(groups.get(name, 0) for name in EMBEDDING_GROUPS)
     total = sum(groups.values())
     return ParameterCounts(total, embedding, total - embedding)
@@ -139,7 +139,7 @@ def total_counts(groups: dict[str, int]) -> ParameterCounts:
 
 @lru_cache(maxsize=1024)
 def parameter_counts(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> ParameterCounts:
-    """The parameters of the model of `config` (with its `vocab_size`) and its `techniques`."""
+    """The parameters of the model of `config`, which has its `vocab_size`, with its `techniques`."""
     return total_counts(parameter_groups(build_on_meta(config, techniques)))
 
 
@@ -148,12 +148,12 @@ def training_flops(
 ) -> float:
     """Floating-point operations of training on one sequence of `length` tokens, forward and backward.
 
-    Six for each weight and time that a token is multiplied with it: a shared one as often as it is used, the
-    head's matrix included, embedding look-ups not; plus attention's two products over an average of half the
-    length (Kaplan et al. 2020, appendix B; the causal half counted). The optimizer's own work is not in it.
-    Of a byte-level model a token is a chunk, each counted as read and written, with a symbol for its end
-    where that does not follow from the bytes. All are taken to be of their mean length, `chunk_bytes`:
-    attention within chunks of different lengths costs more, as it goes with the mean of their squares.
+    Each multiplication of a token with a weight counts six, so a shared weight counts as often as it is used.
+    The head's matrix is included, embedding look-ups are not. Attention adds its two products, over half the
+    length on average (Kaplan et al. 2020, appendix B; only the causal half counts). The optimizer's work is
+    left out. A token of a byte-level model is a chunk, which is read and written, with an end symbol where
+    the bytes do not determine the end. All chunks are taken to have the mean length `chunk_bytes`; this
+    underestimates attention within chunks of different lengths, which grows with the mean of their squares.
     """
     if model.config.bytes is not None:
         return TRAINING_PASSES * model.flops(length, chunk_bytes, ends_written)
@@ -167,6 +167,6 @@ def training_flops_per_token(
     ends_written: bool = True,
     techniques: tuple[Builder, ...] = (),
 ) -> float:
-    """Floating-point operations that a training token costs, in sequences of the length of the context."""
+    """Floating-point operations of training on one token, in sequences that fill the context."""
     model = build_on_meta(config, techniques)
     return training_flops(model, config.context, chunk_bytes, ends_written) / config.context

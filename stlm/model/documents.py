@@ -1,4 +1,4 @@
-"""Attention within documents that share a row: each token sees its own document alone.
+"""Attention within documents that share a row: each token sees its own document only.
 
 Tensor names as in stlm.model.transformer.
 """
@@ -13,34 +13,34 @@ from stlm.model.layout import Layout, Selection, attend_in_rows
 
 
 class Documents(Layout):
-    """Documents one after the other in rows of tokens.
+    """Consecutive documents in rows of tokens.
 
     `positions` [B, L] are the tokens' positions in their documents; `sees` [B, 1, L, L] says whether a query
-    may attend to a key: one of the same document that does not come later.
+    may attend to a key: the key must belong to the same document and must not come later.
     """
 
     in_rows = True
 
     def __init__(self, positions_BL: Tensor, sees_B1LL: Tensor, begins_BL: Tensor | None = None) -> None:
-        """`begins_BL`: which tokens have none of their document before them; None: those at position 0."""
+        """`begins_BL` marks the tokens that begin a document; None: those at position 0."""
         self.positions, self.sees = positions_BL, sees_B1LL
         self._begins = positions_BL == 0 if begins_BL is None else begins_BL
 
     @classmethod
     def of(cls, tokens_BL: Tensor, eot: int) -> Documents:
-        """Of input tokens, in which an end of text `eot` is what the next document's first token follows.
+        """The layout of input tokens, in which the token `eot` begins each document.
 
-        A row's beginning is position 0 of whatever document it cuts.
+        A document that the row cuts off at its left edge starts at position 0.
         """
         begins_BL = tokens_BL == eot
         places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         first_BL = torch.where(begins_BL, places_L, 0).cummax(dim=1).values
-        # A key is of the query's document where it stands between its beginning and the query.
+        # A key belongs to the query's document if it lies between the document's first token and the query.
         sees_BLL = (places_L >= first_BL[:, :, None]) & (places_L <= places_L[:, None])
         return cls(places_L - first_BL, sees_BLL[:, None])
 
     def before(self, x_BLX: Tensor) -> Tensor:
-        """What `x_BLX` has at the token before each, in its document; zeros at a document's first token."""
+        """`x_BLX` at the token before each in its document; zeros at a document's first token."""
         return F.pad(x_BLX[:, :-1], (0, 0, 1, 0)) * ~self._begins[..., None]
 
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ class Documents(Layout):
         sees_BLL = self.sees[:, 0]
         sees_BSL = sees_BLL.gather(1, index_BS[..., None].expand(-1, -1, sees_BLL.shape[2]))
         sees_BSS = sees_BSL.gather(2, index_BS[:, None].expand(-1, S, -1))
-        # Padding stands at the end, whatever its place in the row: none but itself sees it.
+        # Padding stands at the end, whatever its index in the row: no token but itself sees it.
         sees_BSS = sees_BSS.tril() | torch.eye(S, dtype=torch.bool, device=index_BS.device)
         begins_BS = sees_BSS.sum(dim=2) == 1
         return Documents(self.positions.gather(1, index_BS), sees_BSS[:, None], begins_BS)

@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # One product computes gate and up: larger products run nearer to the hardware's peak.
+        # One product computes gate and up: larger products come closer to the hardware's peak.
         self.gate_up = projection(config, "ffn", "gate_up")
         self.down = projection(config, "ffn", "down")
 

@@ -1,7 +1,7 @@
-"""Forward FLOPs of a module, read off its structure.
+"""Forward FLOPs of a module, derived from its structure.
 
 A module may have a method ``flops(length)``: the floating-point operations of its forward pass over one
-sequence of `length` tokens, its children's included. `length` may be a mean, and so a fraction. All other
+sequence of `length` tokens, including its children. `length` may be a mean, and so a fraction. All other
 modules cost what their linear layers cost.
 """
 
@@ -18,8 +18,8 @@ def forward_flops(module: nn.Module, length: float) -> float:
     A linear layer multiplies and adds once for each weight and token. Look-ups cost nothing; vectors (norms,
     gains, biases) are left out, as in Kaplan et al. (2020, appendix B).
 
-    Raises NotImplementedError for a module without a `flops` method that holds a matrix of which nobody can
-    know what it is multiplied with.
+    Raises NotImplementedError for a module without a `flops` method that holds a matrix, as it is unknown
+    what the matrix is multiplied with.
     """
     method = getattr(module, "flops", None)
     if method is not None:
@@ -40,9 +40,9 @@ def forward_flops(module: nn.Module, length: float) -> float:
 def children_flops(module: nn.Module, length: float, without: Collection[str] = ()) -> float:
     """The sum of the forward FLOPs of the children of `module`, except those named in `without`.
 
-    A child that is there more than once is used, and counted, as often.
+    A child that is registered several times is used, and counted, several times.
     """
-    # nn.Module.children() yields a child once, however often it is there.
+    # nn.Module.children() yields a child only once, however often it is registered.
     named = module._modules.items()
     return sum(
         forward_flops(child, length) for name, child in named if child is not None and name not in without

@@ -1,7 +1,7 @@
-"""Parts of a block that a CPU computes in one pass over memory, forward and backward (stlm.kernels).
+"""Parts of a block that a CPU kernel computes in one pass over memory, forward and backward (stlm.kernels).
 
-A CPU runs torch's operations one by one, each a pass, and autograd derives more of them than are needed.
-Where there are no kernels, on a GPU and under torch.compile, the plain operations are used.
+On a CPU, each torch operation is a pass over memory, and autograd derives more operations than are needed.
+Without kernels, on a GPU and under torch.compile, the plain operations are used.
 
 Shapes: D width, F feed-forward width; "..." any positions.
 """
@@ -59,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up [..., F] of both side by side [..., 2 F] (Shazeer 2020)."""
+    """silu(gate) * up [..., F], given gate and up concatenated [..., 2 F] (Shazeer 2020)."""
     if kernels_for(gate_up) is not None:
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""torch's fused attention where query heads share key/value heads, by a way that is fused on every device.
+"""torch's fused attention for grouped queries, called so that it is fused on every device.
 
 Shapes: B batch, L length, C keys, H query heads, K key/value heads, E head width.
 """
@@ -18,7 +18,7 @@ def fused_attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Mixed values [B, H, L, E]: causal attention, or of the keys that `sees` [..., L, C] leaves."""
+    """Mixed values [B, H, L, E]: causal, or over the keys that `sees` [..., L, C] allows."""
     grouped = q_BHLE.shape[1] != k_BKCE.shape[1]
     if grouped and copies_heads(q_BHLE, sees):
         k_BKCE, v_BKCE = (_for_each_query_head(x, q_BHLE.shape[1]) for x in (k_BKCE, v_BKCE))
@@ -36,11 +36,11 @@ def fused_attention(
 
 
 def copies_heads(q_BHLE: Tensor, sees: Tensor | None) -> bool:
-    """Whether each query head gets a copy of its key/value head.
+    """Whether to copy the key/value heads, one copy for each query head.
 
-    On CUDA, flash attention takes groups but neither a mask nor float32, and memory-efficient attention takes
-    both but no groups: without copies torch would compute all scores [B, H, L, C] one operation at a time.
-    `make gpu-check` measures the ways beside one another.
+    On CUDA, flash attention takes groups, but neither a mask nor float32; memory-efficient attention takes
+    both, but no groups. Without copies torch would compute all scores [B, H, L, C] one operation at a time.
+    `make gpu-check` compares the ways.
     """
     return q_BHLE.is_cuda and (sees is not None or q_BHLE.dtype == torch.float32)
 

@@ -1,10 +1,10 @@
-"""The head and the cross-entropy together, a part of the positions at a time.
+"""The head and the cross-entropy in one operation, for some of the positions at a time.
 
-A vocabulary of 50,257 makes the logits of a micro-batch, and their gradients, by far the largest tensors of a
-training step. Here the logits of some positions are turned into their gradients in place, and these into
-their part of the gradients of residuals and weights, before the next positions' logits are computed: in the
-forward pass, since the loss is the last operation and its gradients need nothing else (as in Liger kernels,
-Hsu et al. 2024).
+With a vocabulary of 50,257, the logits of a micro-batch and their gradients are by far the largest tensors of
+a training step. Here the logits of some positions are replaced by their gradients in place, and these are
+added to the gradients of residuals and weights, before the next positions' logits are computed. This
+happens in the forward pass: the loss is the last operation, so its gradients need nothing else (as in Liger
+kernels, Hsu et al. 2024).
 
 Shapes: N positions, C of them at a time, D width, V vocabulary.
 """
@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from stlm.kernels.library import kernels_for
 
-# Logits held at once, and of these as many as a softmax works on: on a CPU few enough that their float32
-# probabilities stay in its cache.
+# The number of logits held at once, and of those in one softmax; on a CPU the latter is small enough for the
+# float32 probabilities to stay in its cache.
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}
 _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
 
@@ -28,11 +28,11 @@ _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
 def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
     """Mean cross-entropy in nats, float32, of the logits x W^T: `F.cross_entropy(x W^T, targets)`.
 
-    Products are in the arithmetic of autocast, where it is on, as are the gradients of logits; the softmax
-    and sums over positions are in float32. Memory is bounded, whatever N. With `softcap` c (0: none),
-    logits z are c tanh(z / c) (Gemma 2, 2024).
+    Products and the gradients of logits use autocast's dtype where autocast is on; the softmax and sums over
+    positions are in float32. Memory is bounded, whatever N. With `softcap` c (0: none), logits z become
+    c tanh(z / c) (Gemma 2, 2024).
     """
-    wanted = torch.is_grad_enabled()  # inside of a Function it is not
+    wanted = torch.is_grad_enabled()  # always False inside of a Function
     return _HeadLoss.apply(x_ND, weight_VD, targets_N, softcap, wanted)
 
 
@@ -61,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_weight:
                     part_VD = logits_CV.T @ x_CD
                     dweight_VD = part_VD.to(weight_VD.dtype) if begin == 0 else dweight_VD.add_(part_VD)
-            # The mean's share here, where it is one pass over few elements instead of all logits'.
+            # Divide by N here, in one pass over few elements, instead of dividing all logits.
             for gradient in (dx_ND, dweight_VD):
                 if gradient is not None:
                     gradient.mul_(1 / N)
@@ -72,20 +72,20 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # To ask for the value keeps a GPU waiting and breaks a graph; a CPU has it, most often it is 1.
+        # Reading the value would make a GPU wait and break a graph; a CPU has it, and it is mostly 1.
         if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss != 1:
-            gradients = [None if own is None else own * dloss for own in gradients]
+            gradients = [None if gradient is None else gradient * dloss for gradient in gradients]
         return *gradients, None, None, None
 
 
 def _even_part(count: int, most: int) -> int:
-    """The size of equal parts of `count`, about `most` at most, in multiples of 64 as products like them."""
+    """The size of equal parts of `count`, at most about `most`: a multiple of 64, for fast products."""
     parts = -(-count // max(1, most))
     return -(-count // (64 * parts)) * 64
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
-    """The sum of the losses divided by `count`; with `gradient`, that of the sum replaces the logits."""
+    """The sum of the losses divided by `count`; with `gradient`, the sum's gradient replaces the logits."""
     if (kernels := kernels_for(logits_CV)) is not None:
         (C, V), targets_C = logits_CV.shape, targets_C.long().contiguous()
         least, most = (bound.item() for bound in targets_C.aminmax())
@@ -97,7 +97,7 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gr
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
     if torch.compiler.is_compiling():
-        rows = len(logits_CV)  # compiled code keeps to the cache by itself, and a loop would be unrolled
+        rows = len(logits_CV)  # compiled code stays in the cache by itself, and a loop would be unrolled
     for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
         p_RV = logits_RV.float() if not softcap else torch.tanh(logits_RV.float() / softcap)
         slope_RV = None
@@ -107,7 +107,7 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gr
         target_R1 = targets_R[:, None]
         wanted_R, largest_R = p_RV.gather(1, target_R1)[:, 0], p_RV.amax(dim=-1)
         p_RV = torch.softmax(p_RV, dim=-1, out=p_RV)
-        # -log p of the target would be infinite where p underflows; the largest p never does.
+        # -log p of the target would be infinite if p underflows; the largest p never underflows.
         total += (largest_R - p_RV.amax(dim=-1).log() - wanted_R).sum() / count
         if gradient:
             p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand(len(targets_R), 1))

@@ -1,4 +1,4 @@
-"""A model that begins with the weights of another, its matrices cut to a lower rank where it has one."""
+"""Initializes a model with another model's weights, cutting matrices to a lower rank where needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stlm.model.transformer import Transformer
 
 
 class Truncation(NamedTuple):
-    """What cutting matrices W to a rank lost, |W - U V| / |W| (Frobenius): of all together and of each."""
+    """What cutting matrices W to a rank lost, |W - U V| / |W| (Frobenius): of all matrices, and of each."""
 
     error: float
     by_matrix: dict[str, float]
@@ -21,12 +21,12 @@ class Truncation(NamedTuple):
 
 @torch.no_grad()
 def inherit(model: Transformer, source: Transformer) -> Truncation:
-    """Give `model` the weights of `source`, which differs from it in ranks and adapters at most.
+    """Give `model` the weights of `source`; the models may differ in ranks and adapters only.
 
-    Where only `model` is of low rank, its factors are those of the truncated singular value decomposition:
-    the nearest product of that rank (Eckart and Young 1936). What `source` lacks stays as it is.
+    Where only `model` has low rank, its factors come from the truncated singular value decomposition, the
+    nearest product of that rank (Eckart and Young 1936). Weights that `source` lacks are left as they are.
     """
-    given, own = source.state_dict(), dict(model.named_parameters())
+    given, parameters = source.state_dict(), dict(model.named_parameters())
     squares: dict[str, tuple[float, float]] = {}
 
     def cut(name: str, weight_YX: Tensor, left_YR: Tensor, right_RX: Tensor) -> None:
@@ -39,7 +39,7 @@ def inherit(model: Transformer, source: Transformer) -> Truncation:
     for name, matrix in projections(model):
         if isinstance(matrix, LowRank) and f"{name}.weight" in given:
             weight_YX = given.pop(f"{name}.weight")
-            if f"{name}.left.weight" in own:  # a shared one is cut at its first place
+            if f"{name}.left.weight" in parameters:  # a shared matrix is cut at its first place
                 cut(name, weight_YX, matrix.left.weight, matrix.right.weight)
     if model.embedding_up is not None and source.embedding_up is None:
         table_VD, head_VD = given.pop("embedding.weight"), given.pop("output.weight")

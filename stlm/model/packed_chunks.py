@@ -1,10 +1,10 @@
 """Chunks of bytes in one row, without padding, and attention within each of them.
 
-Chunks lie in the order of their lengths, so that those of a length are a block [C, L] of the row: attention
-is one batch a length, and all else is one product over the row.
+Chunks are sorted by length, so the chunks of one length form a block [C, L] of the row: attention is one
+batch for each length, and everything else is one product over the row.
 
-Shapes: N chunks, T places of the row (bytes or symbols), V chunks of a table, H heads, E head width; C chunks
-of a length L.
+Shapes: N chunks, T positions of the row (bytes or symbols), V chunks of a table, H heads, E head width; C
+chunks of a length L.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch.nn import functional as F
 from stlm.model.layout import Layout
 from stlm.tokens.chunks import ChunkTable
 
-# The length of some chunks that lie together, and how many they are.
+# The length of the chunks in a block, and their number.
 Block = tuple[int, int]
 _ARRAYS = [name for name in ChunkTable._fields if name != "longest"]
 
 
 class Packing(Layout):
-    """Chunks that lie in one row, of which each attends to itself alone.
+    """Chunks that lie in one row; each chunk attends to itself only.
 
-    `order_N` are the chunks as they lie, by length; `chunk_T` and `place_T` say of each place the chunk (its
-    number in that order) and the place in the chunk; `blocks` are the lengths and how many chunks have each.
+    `order_N` sorts the chunks by length. `chunk_T` and `place_T` give, for each position of the row, the
+    chunk (its index in that order) and the position in the chunk; `blocks` are the lengths, each with its
+    number of chunks.
     """
 
     def __init__(self, lengths_N: Tensor, causal: bool) -> None:
@@ -52,20 +53,20 @@ class Packing(Layout):
         ]
 
     def before(self, x_1TX: Tensor) -> Tensor:
-        """What `x_1TX` has at the place before, in its chunk; zeros at a chunk's first place."""
+        """`x_1TX` at the position before each in its chunk; zeros at a chunk's first position."""
         return F.pad(x_1TX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]
 
     def attend(self, q_1THE: Tensor, k_1THE: Tensor, v_1THE: Tensor, dropout: float = 0.0) -> Tensor:
-        """See `Layout.attend`; with `causal`, a place sees its chunk up to itself, otherwise all of it."""
+        """See `Layout.attend`. With `causal`, a position sees its chunk up to itself, otherwise all of it."""
         assert not dropout, "byte transformers have no dropout"
         return _ChunkAttention.apply(q_1THE[0], k_1THE[0], v_1THE[0], self.blocks, self.causal)[None]
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """Attention within each chunk, by products of all chunks and heads of a length at once.
+    """Attention within each chunk, as products over all chunks and heads of one length.
 
-    torch's fused attention works on one head of one chunk at a time, and on a CPU takes three times as long
-    for chunks of a few bytes. The weights, a few for each place, are kept for the backward pass.
+    torch's fused attention processes one head of one chunk at a time; on a CPU that takes three times as long
+    for chunks of a few bytes. The weights, a few for each position, are kept for the backward pass.
     """
 
     @staticmethod
@@ -103,7 +104,7 @@ class _ChunkAttention(torch.autograd.Function):
 
 
 def _places(blocks: Sequence[Block]) -> Iterator[tuple[slice, Block]]:
-    """Where each block lies in the row."""
+    """Yield the slice of each block in the row."""
     begin = 0
     for length, count in blocks:
         yield slice(begin, begin + length * count), (length, count)
@@ -116,13 +117,13 @@ def _heads(x_THE: Tensor, length: int) -> Tensor:
 
 
 def _put(target_THE: Tensor, x_XLE: Tensor) -> None:
-    """Write a block's heads [X, L, E] to their places in the row."""
+    """Write a block's heads [X, L, E] to their positions in the row."""
     H, L = target_THE.shape[1], x_XLE.shape[1]
     target_THE.unflatten(0, (-1, L)).copy_(x_XLE.unflatten(0, (-1, H)).transpose(1, 2))
 
 
 class Written(NamedTuple):
-    """Symbols of chunks that were written in a row: their places, their rules, and how the chunks lie."""
+    """Symbols of chunks to write in a row: the symbols, their rules, and the packing of the chunks."""
 
     symbols_T: Tensor
     rules_T: Tensor
@@ -130,7 +131,7 @@ class Written(NamedTuple):
 
 
 class Table(nn.Module):
-    """A :class:`~stlm.tokens.chunks.ChunkTable` on the model's device. No part of the model's weights."""
+    """A :class:`~stlm.tokens.chunks.ChunkTable` on the model's device. It is not part of the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,17 +139,17 @@ class Table(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def fill(self, table: ChunkTable, device: torch.device) -> None:
-        """From now on read `table`."""
+        """Read `table` from now on."""
         for name in _ARRAYS:
             setattr(self, name, torch.from_numpy(getattr(table, name)).to(device))
 
     def read(self, chunks_N: Tensor) -> tuple[Tensor, Packing]:
-        """The symbols [T], int64, that the model reads of chunks [N], and how they lie."""
+        """The symbols [T], int64, that the model reads of chunks [N], and their packing."""
         packing = Packing(self.n_inputs_V[chunks_N], causal=False)
         return self._symbols(chunks_N, packing)[0], packing
 
     def write(self, chunks_N: Tensor, before_N: Tensor) -> Written:
-        """The symbols to write for chunks [N], each of which follows one of `before_N`."""
+        """The symbols to write for chunks [N]; `before_N` are the chunks before them."""
         packing = Packing(self.begins_V[chunks_N + 1] - self.begins_V[chunks_N], causal=True)
         symbols_T, at_T = self._symbols(chunks_N, packing)
         first_N = self.following_V[before_N[packing.order_N]]
@@ -156,6 +157,6 @@ class Table(nn.Module):
         return Written(symbols_T, rules_T.long(), packing)
 
     def _symbols(self, chunks_N: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        """The first symbols of each chunk, and where they are in the table [T]."""
+        """The symbols of each chunk up to the length in `packing`, and their indices in the table [T]."""
         at_T = self.begins_V[chunks_N[packing.order_N]][packing.chunk_T] + packing.place_T
         return self.symbols_T[at_T].long(), at_T

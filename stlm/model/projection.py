@@ -1,4 +1,4 @@
-"""A block's matrices: dense or of low rank, with or without an adapter of the layer's own.
+"""A block's matrices: dense or of low rank, with or without the layer's adapter.
 
 Shapes: X inputs, Y outputs, R the rank; ``weight_YX`` maps x [..., X] to x W^T [..., Y].
 """
@@ -14,31 +14,31 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 
-# Of a weight at its start (GPT-2).
+# Standard deviation of a new weight (GPT-2).
 INITIAL_STD = 0.02
 
 
 class _Undrawn(nn.Linear):
-    """A linear layer that draws no random numbers when it is made; its weights are set afterwards."""
+    """A linear layer that is created without drawing random numbers; its weights are set afterwards."""
 
     def reset_parameters(self) -> None:
         """Leave the weights undefined."""
 
 
 class Adapter(nn.Module):
-    """x A B, scaled: a change of low rank to a matrix, none at first (LoRA, Hu et al. 2022, section 4.1)."""
+    """x A B, scaled: a low-rank change of a matrix, zero at first (LoRA, Hu et al. 2022, section 4.1)."""
 
     parameter_group = "adapters"
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__()
-        # No random numbers are drawn here: the weights of a model with adapters start as those without.
+        # Draws no random numbers, so the other weights start as in the model without adapters.
         self.a = _Undrawn(inputs, rank, bias=False)
         self.b = _Undrawn(rank, outputs, bias=False)
         self.scale = scale
 
     def initialize(self) -> None:
-        """A normal, for values of the inputs' size, and B zero."""
+        """Initialize A with a normal that keeps the inputs' variance, and B with zeros."""
         nn.init.normal_(self.a.weight, std=1 / math.sqrt(self.a.in_features))
         nn.init.zeros_(self.b.weight)
 
@@ -47,14 +47,14 @@ class Adapter(nn.Module):
 
 
 class Dense(nn.Linear):
-    """x W^T, plus the adapter's part where there is one."""
+    """x W^T, plus the adapter's output if there is an adapter."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.adapter: Adapter | None = None
 
     def initialize(self, std: float) -> None:
-        """Normal, with mean zero."""
+        """Initialize with a normal of mean zero."""
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,16 +74,16 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def initialize(self, std: float) -> None:
-        """As Khodak et al. (2021, "spectral initialization"): from a dense normal matrix, cut to the rank.
+        """Cut a dense normal matrix to the rank (Khodak et al. 2021, "spectral initialization").
 
-        The factors are scaled to the dense matrix's norm, so that products have the same variance. With a
-        `std` of zero the product is zero and U alone, so that both can learn.
+        The factors are scaled so that their product has the dense matrix's norm, and outputs the same
+        variance. If `std` is zero, only U is zero: the product is zero and both factors can learn.
         """
         rank = self.right.out_features
         weight_YX = torch.empty(self.out_features, self.in_features, device=self.left.weight.device)
         nn.init.normal_(weight_YX, std=std or INITIAL_STD)
         left_YR, right_RX = factorize(weight_YX, rank)
-        # The norm of a product of balanced factors is the square root of the sum of squared singular values.
+        # Scaling both balanced factors by g scales the norm of their product by g^2.
         grow = math.sqrt(weight_YX.norm() / (left_YR @ right_RX).norm())
         self.left.weight.copy_(left_YR * grow if std else torch.zeros_like(left_YR))
         self.right.weight.copy_(right_RX * grow)
@@ -94,29 +94,29 @@ class LowRank(nn.Module):
 
 
 def projection(config: ModelConfig, part: str, name: str) -> Dense | LowRank:
-    """The matrix `name` of a block's `part`, as `config` wants it; not yet initialized."""
+    """The matrix `name` of a block's `part`, dense or of low rank as `config` says; not yet initialized."""
     outputs, inputs = config.matrices[part][name]
     rank, lora = config.rank(part, name), config.adapters(part)
-    own = Dense(inputs, outputs) if rank is None else LowRank(inputs, outputs, rank)
+    matrix = Dense(inputs, outputs) if rank is None else LowRank(inputs, outputs, rank)
     if lora is not None:
-        own.adapter = Adapter(inputs, outputs, lora.rank, lora.scale)
-    return own
+        matrix.adapter = Adapter(inputs, outputs, lora.rank, lora.scale)
+    return matrix
 
 
 def projections(module: nn.Module) -> Iterator[tuple[str, Dense | LowRank]]:
-    """The matrices within `module` and their names, shared ones at each of their places."""
-    for name, own in module.named_modules():
-        if isinstance(own, Dense | LowRank):
-            yield name, own
+    """Yield the names and matrices within `module`, shared ones at each of their places."""
+    for name, child in module.named_modules():
+        if isinstance(child, Dense | LowRank):
+            yield name, child
 
 
 def share(home: nn.Module, other: nn.Module) -> None:
-    """Have `other`, of the same kind as `home`, use its matrices; adapters and vectors stay its own."""
-    for (_, of), (_, own) in zip(projections(home), projections(other), strict=True):
-        if isinstance(of, Dense):
-            own.weight = of.weight
+    """Make `other`, of the same kind as `home`, use its matrices; adapters and vectors are not shared."""
+    for (_, source), (_, target) in zip(projections(home), projections(other), strict=True):
+        if isinstance(source, Dense):
+            target.weight = source.weight
         else:
-            own.left.weight, own.right.weight = of.left.weight, of.right.weight
+            target.left.weight, target.right.weight = source.left.weight, source.right.weight
 
 
 def factorize(weight_YX: Tensor, rank: int) -> tuple[Tensor, Tensor]:

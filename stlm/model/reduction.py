@@ -1,4 +1,4 @@
-"""Ways to fewer parameters, as sections of `model`: sharing between layers, adapters, low rank.
+"""Ways to have fewer parameters, as sections of `model`: sharing between layers, adapters, low rank.
 
 Needs no torch.
 """
@@ -9,12 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The two networks of a block, by the names that they have in it.
+# The two networks of a block, by their attribute names.
 PARTS = ("attention", "ffn")
 
 
 class SharingConfig(BaseModel):
-    """Layers that use the same matrices. Norms, gains, shifts and adapters stay each layer's own."""
+    """Layers that share matrices. Norms, gains, shifts and adapters remain separate in each layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class SharingConfig(BaseModel):
 
 
 class LoraConfig(BaseModel):
-    """Adapters (LoRA, Hu et al. 2022): each layer adds scale x A B to its products, A and B of rank r."""
+    """Adapters (LoRA, Hu et al. 2022): each layer adds scale x A B to its matrices, A and B of rank r."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -82,14 +82,14 @@ class LoraConfig(BaseModel):
 
     @property
     def scale(self) -> float:
-        """What the adapters' products are multiplied with."""
+        """The factor of the adapters' outputs."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LowRankConfig(BaseModel):
-    """Matrices W as products U V of a rank, started so that U V has the variance of W.
+    """Matrices W as products U V of a given rank, initialized so that U V has the variance of W.
 
-    A matrix's own rank, where given, comes before that of its network.
+    The rank of a single matrix, where given, overrides that of its network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -102,7 +102,7 @@ class LowRankConfig(BaseModel):
         ge=1,
         description="Rank of attention's: query, key and value as one, and the output's; null: full.",
     )
-    # Left out of records where they are not given, as before they were there.
+    # Omitted from records when null, so that older configs compare equal.
     qkv: int | None = Field(
         None,
         ge=1,
@@ -136,6 +136,6 @@ class LowRankConfig(BaseModel):
         return self
 
     def key(self, part: str, name: str) -> str | None:
-        """The key with the rank of a part's matrix, its own or the part's; None: full."""
-        own = name.removeprefix("gate_")
-        return next((key for key in (own, part) if getattr(self, key) is not None), None)
+        """The key that sets the rank of a part's matrix, the matrix's own or the part's; None: full rank."""
+        matrix_key = name.removeprefix("gate_")
+        return next((key for key in (matrix_key, part) if getattr(self, key) is not None), None)

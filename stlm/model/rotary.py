@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021): queries and keys are turned by an angle that grows with the position.
+"""Rotary positions (Su et al. 2021): queries and keys are rotated by angles that grow with the position.
 
 Shapes: L length, H heads, E head width; "..." any dimensions before.
 """
@@ -14,12 +14,12 @@ Rotary = tuple[Tensor, Tensor]
 
 def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [L, E] of rotary positions (Su et al. 2021, eq. 34; halves rotated)."""
-    if torch.get_default_device().type == "meta":  # no values: arithmetic without them would take time
+    if torch.get_default_device().type == "meta":  # skips arithmetic on tensors without values
         return torch.empty(context, head_width), torch.empty(context, head_width)
     wavelengths_e = theta ** (torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angle_Le = torch.arange(context, dtype=torch.float64)[:, None] / wavelengths_e
     cos_LE = angle_Le.cos().repeat(1, 2)
-    # The sign of the rotation's second row lives in the table, so that applying it needs no negation.
+    # The table holds the sign of the rotation's second row, so applying it needs no negation.
     sin_LE = torch.cat([-angle_Le.sin(), angle_Le.sin()], dim=1)
     return cos_LE.float(), sin_LE.float()
 
@@ -32,12 +32,12 @@ def rotate(x_LHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
 
 
 def rotate_back(x_LHE: Tensor, cos_L1E: Tensor, sin_L1E: Tensor) -> Tensor:
-    """The inverse of `rotate`, and so what turns its result's gradient into its argument's."""
+    """The inverse of `rotate`; it maps the gradient of the result to the gradient of the argument."""
     return rotate(x_LHE, cos_L1E, -sin_L1E)
 
 
 def angles_at(rope: Rotary, index_BS: Tensor) -> Rotary:
-    """The angles [B, S, 1, E] of some tokens of each row, by their places in it."""
+    """The angles [B, S, 1, E] of some tokens of each row, given by their indices."""
     rows_B1 = torch.arange(len(index_BS), device=index_BS.device)[:, None]
 
     def at(table: Tensor) -> Tensor:

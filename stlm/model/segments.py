@@ -1,4 +1,4 @@
-"""Attention over a trie of sequences that lie in one row, each token computed once.
+"""Attention over a trie of sequences that lie in one row; each token is computed once.
 
 Shapes: N tokens of the row, S segments, Q queries and C keys of a segment, H query heads, K key/value heads,
 G = H / K query heads a group, E head width.
@@ -20,7 +20,7 @@ from stlm.model.layout import Layout, Selection
 
 
 class Group(NamedTuple):
-    """Segments of similar length, padded. What padding yields goes to the row's place N, and is cut off."""
+    """Segments of similar length, padded. Outputs at padding go to index N of the row, and are cut off."""
 
     queries_SQ: Tensor
     results_SQ: Tensor
@@ -31,29 +31,29 @@ class Group(NamedTuple):
 class Segments(Layout):
     """A trie of sequences in one row: each token attends to the path from the row's beginning to itself.
 
-    `positions` are the tokens' places in their sequences. Without padding in the row and without a product
-    of each token with every other, attention costs what the sequences' own tokens and paths do.
+    `positions` are the tokens' positions in their sequences. The row has no padding, and tokens are not
+    multiplied with every other token, so attention costs what the sequences' own tokens and paths cost.
     """
 
     def __init__(
         self, positions_N: np.ndarray, segments: Sequence[tuple[int, np.ndarray]], device: torch.device
     ) -> None:
-        """`segments`: how many tokens, and the path that ends with them, as places in the row."""
+        """`segments`: the number of tokens, and the indices in the row of the path that ends with them."""
         self.positions = torch.from_numpy(positions_N).to(device)[None]
         before_N = np.zeros(len(positions_N), np.int64)
         for _, path in segments:
             before_N[path[1:]] = path[:-1]
         self._before_N = torch.from_numpy(before_N).to(device)
         self._begins_1N = self.positions == 0
-        # Two steps to the doubling: few groups, little padding.
+        # Two groups for each doubling of the length: few groups, little padding.
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
             by_length.setdefault(round(2 * math.log2(segment[0])), []).append(segment)
-        self.groups = [_group(own, len(positions_N), device) for own in by_length.values()]
+        self.groups = [_group(members, len(positions_N), device) for members in by_length.values()]
         self._bias: list[Tensor] = []
 
     def before(self, x_1NX: Tensor) -> Tensor:
-        """What `x_1NX` has at the token before each, in its sequence; zeros at a sequence's first token."""
+        """`x_1NX` at the token before each in its sequence; zeros at a sequence's first token."""
         return x_1NX[:, self._before_N] * ~self._begins_1N[..., None]
 
     def attend(
@@ -64,15 +64,15 @@ class Segments(Layout):
         dropout: float = 0.0,
         scale: float | None = None,
     ) -> Tensor:
-        """See `Layout.attend`. `scale` of the scores: 1 / sqrt(E) unless given."""
+        """See `Layout.attend`. `scale` multiplies the scores: 1 / sqrt(E) by default."""
         assert not dropout, "tries are for scoring, which drops nothing"
         N, H, E = q_1NHE.shape[1:]
         K = k_1NKE.shape[2]
-        # Some models rotate queries and keys in float32 where their values are bfloat16.
+        # Some models rotate queries and keys in float32 while their values are bfloat16.
         q_1NHE, k_1NKE = q_1NHE.to(v_1NKE.dtype), k_1NKE.to(v_1NKE.dtype)
         if not self._bias:  # the same for all layers
             self._bias = [_bias(group.sees_SQC, H // K, q_1NHE.dtype) for group in self.groups]
-        # With the key/value heads first, a group's query heads lie side by side and need no copy of keys.
+        # With the key/value heads first, a group's query heads are adjacent and need no copy of the keys.
         q_KNX = q_1NHE.reshape(N, K, -1).transpose(0, 1)
         k_KNE, v_KNE = k_1NKE[0].transpose(0, 1), v_1NKE[0].transpose(0, 1)
         y_KNX = q_1NHE.new_empty(K, N + 1, H // K * E)
@@ -90,15 +90,15 @@ class Segments(Layout):
         return y_KNX[:, :N].transpose(0, 1).reshape(1, N, H, E)
 
     def select(self, selection: Selection) -> Segments:
-        """See `Layout.select`: a token sees the selected ones of its path, at their positions."""
+        """See `Layout.select`: a token sees the selected tokens of its path, and keeps its position."""
         index_S = selection.index_BS[0]
         N, S = self.positions.shape[1], len(index_S)
-        place_N = torch.full((N + 1,), S, device=index_S.device)  # of each token in the new row; S: of none
+        place_N = torch.full((N + 1,), S, device=index_S.device)  # each token's index in the new row; S: none
         place_N[index_S] = torch.arange(S, device=index_S.device)
         chosen_N = place_N < S
         selected = copy.copy(self)
         selected.positions = self.positions[:, index_S]
-        # The nearest selected token on each path: jumps to the token before that double until they stand.
+        # The nearest selected token on each path: the jumps back double until they reach one.
         jump_N = torch.where(
             chosen_N[:N] | self._begins_1N[0], torch.arange(N, device=index_S.device), self._before_N
         )
@@ -113,10 +113,10 @@ class Segments(Layout):
 
 
 def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:
-    """The group among the selected tokens: the others are seen by none, and their results are cut off."""
+    """The group restricted to selected tokens: the others are not seen, and their outputs are cut off."""
     queries_SQ, results_SQ = place_N[group.queries_SQ], place_N[group.results_SQ]
     sees_SQC = group.sees_SQC & chosen_N[group.keys_SC][:, None]
-    sees_SQC |= ~sees_SQC.any(dim=2, keepdim=True)  # no softmax over nothing
+    sees_SQC |= ~sees_SQC.any(dim=2, keepdim=True)  # avoids a softmax over nothing
     n = int(chosen_N.sum())
     keys_SC = place_N[group.keys_SC].clamp(max=n - 1)
     return Group(queries_SQ.clamp(max=n - 1), results_SQ, keys_SC, sees_SQC)
@@ -135,7 +135,7 @@ def _group(segments: Sequence[tuple[int, np.ndarray]], length: int, device: torc
 
 
 def _bias(sees_SQC: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: [1, S, Q G, C], 0 or minus infinity."""
+    """The mask added to the scores: [1, S, Q G, C], 0 or minus infinity."""
     S, Q, C = sees_SQC.shape
     bias_SQC = torch.zeros(S, Q, C, dtype=dtype, device=sees_SQC.device).masked_fill_(~sees_SQC, -torch.inf)
     return bias_SQC[:, :, None].expand(S, Q, heads, C).reshape(1, S, Q * heads, C)

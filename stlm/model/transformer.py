@@ -33,7 +33,7 @@ NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNo
 
 def sinusoidal_table(context: int, width: int) -> Tensor:
     """Fixed positions [L, D] (Vaswani et al. 2017, section 3.5): sines at even, cosines at odd dimensions."""
-    if torch.get_default_device().type == "meta":  # no values: arithmetic without them would take time
+    if torch.get_default_device().type == "meta":  # skips arithmetic on tensors without values
         return torch.empty(context, width)
     wavelengths_d = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle_Ld = torch.arange(context, dtype=torch.float64)[:, None] / wavelengths_d
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     """Causal self-attention, with G query heads to each key/value head (Ainslie et al. 2023)."""
 
     parameter_groups: ClassVar[dict[str, str]] = {"q_gain": "norms", "k_gain": "norms", "shift": "shifts"}
-    # Share of the pairs of positions that are attended to: the causal half.
+    # Share of the pairs of positions that attention covers: the causal half.
     attended = 0.5
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,15 +52,15 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
         self.qkv = projection(config, "attention", "qkv")
         self.out = projection(config, "attention", "out")
-        # Gains of a normalization each (Henry et al. 2020; Dehghani et al. 2023, section 2.2), over a head's
-        # dimensions and shared by the heads: products cannot grow with the weights.
+        # Gains of the normalization of queries and keys (Henry et al. 2020; Dehghani et al. 2023, section
+        # 2.2), shared by the heads: the products cannot grow with the weights.
         self.q_gain = self.k_gain = None
         if config.qk_norm:
             self.q_gain = nn.Parameter(torch.ones(self.head_width))
             self.k_gain = nn.Parameter(torch.ones(self.head_width))
         self.norm_eps = config.norm_eps
-        # A causal depthwise convolution of width two (So et al. 2021, "Primer", section 4: width three) that
-        # starts as none: attention compares and mixes pairs of tokens from the first layer on.
+        # A causal depthwise convolution of width two (So et al. 2021, "Primer", section 4: width three),
+        # zero at first: attention compares and mixes pairs of tokens from the first layer on.
         self.shift = None
         if config.qkv_shift:
             self.shift = nn.Parameter(torch.zeros(self.qkv.out_features))
@@ -68,31 +68,31 @@ class Attention(nn.Module):
         self.scheduled, self.dropout_now = False, self.dropout
 
     def flops(self, length: float) -> float:
-        """Forward FLOPs of a sequence: the projections, and two products over the positions attended to."""
+        """Forward FLOPs of a sequence: the projections, and two products over the visible positions."""
         pairs = self.attended * length * length
         return children_flops(self, length) + 4 * pairs * self.heads * self.head_width
 
     def _normalize(self, qk_BLHE: Tensor) -> Tensor:
-        """Queries and keys [B, L, H + K, E], each head's root mean square one, times the gains."""
+        """Queries and keys [B, L, H + K, E], each head's root mean square set to one, times the gains."""
         gain_HE = torch.cat([self.q_gain.expand(self.heads, -1), self.k_gain.expand(self.kv_heads, -1)])
         normal_BLHE = F.rms_norm(qk_BLHE, (self.head_width,), eps=self.norm_eps)
         return (normal_BLHE * gain_HE).to(qk_BLHE.dtype)
 
     def _shift(self, qkv_BLX: Tensor, layout: Layout) -> Tensor:
-        """Queries, keys and values [B, L, X], plus the weighted ones of the token before if there is one."""
+        """Queries, keys and values [B, L, X], plus the weighted ones of the token before, if there is one."""
         return torch.addcmul(qkv_BLX, layout.before(qkv_BLX), self.shift.to(qkv_BLX.dtype))
 
     def _in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
-        """Whether attention by blocks is the faster one; unrolled in a graph it takes minutes to compile."""
+        """Whether attention in blocks is faster; unrolled in a graph, it would take minutes to compile."""
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return layout.in_rows and self.training and on_cpu and not self.dropout
 
     @outside_graphs
     def _attend_scheduled(self, layout: Layout, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
-        """Attention [B, L, H, E] whose dropout a schedule changes.
+        """Attention [B, L, H, E] with scheduled dropout.
 
-        It stays out of the compiled graph, which would be compiled anew at each value of the number; and, as
-        torch computes it by other means without dropout, at another order of the result in memory.
+        It stays out of the compiled graph for two reasons: the graph would be compiled anew for each value of
+        the probability, and without dropout torch's implementation returns another memory order.
         """
         dropout = self.dropout_now if self.training else 0.0
         return layout.attend(q_BLHE, k_BLKE, v_BLKE, dropout).contiguous()
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         rows_N: Tensor | None = None,
         added_BLX: Tensor | None = None,
     ) -> Tensor:
-        """[B, L, D], or [N, D] of the flat positions `rows_N`; the rest as in `Transformer.hidden`.
+        """Outputs [B, L, D], or [N, D] at the flat positions `rows_N`; arguments as in `Transformer.hidden`.
 
         `added_BLX`, X = K E, is added to the values.
         """
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each on a normalized input, each added to the residual stream."""
+    """Attention and feed-forward network; each reads a normalized input and adds to the residual stream."""
 
     parameter_groups: ClassVar[dict[str, str]] = {
         "attention_norm": "norms",
@@ -154,7 +154,7 @@ class Block(nn.Module):
         self.ffn_norm = norm(config.width, eps=config.norm_eps)
         self.ffn = FFNS[config.ffn](config)
         self.dropout = Dropout(config.dropout)
-        # What reads a block's norms are products of matrices.
+        # Only matrix products read the outputs of a block's norms.
         self.attention_norm.narrow = self.ffn_norm.narrow = True
 
     def forward(
@@ -173,15 +173,15 @@ class Block(nn.Module):
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x W whatever the arithmetic: the residual stream and what scores read of it stay float32."""
+    """x W in float32, whatever the precision: the residual stream and the scores stay in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return x.float() @ weight
 
 
 def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ...], list[nn.Parameter]]:
-    """The matrices of blocks, those of all layers together, by the rows of the matrices that each holds.
+    """The matrices of all blocks, grouped by the rows of the matrices that one parameter joins.
 
-    The key is empty for a parameter that is one matrix. Shared ones are there once.
+    The key is empty for a parameter that is a single matrix. Shared parameters appear once.
     """
     key_value = config.kv_heads * config.head_width
     joint = {
@@ -191,7 +191,9 @@ def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ..
     parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for name, parameter in blocks.named_parameters():
         if parameter.dim() == 2:
-            rows = next((own for of, own in joint.items() if f".{of}." in name), ())
+            rows = next(
+                (matrix_rows for joint_name, matrix_rows in joint.items() if f".{joint_name}." in name), ()
+            )
             # A low-rank pair's input factor counts as one matrix: its rows are the rank.
             parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
     return parts
@@ -215,10 +217,10 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("a Transformer needs a config with its vocab_size")
         self.config = config
-        # What `stlm.model.build.build_model` adds to the model.
+        # The techniques that `stlm.model.build.build_model` added to the model.
         self.techniques: tuple[Any, ...] = ()
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_rank or config.width)
-        # What maps a factorized table to the residual stream, and for an untied head back.
+        # They map a factorized table to the residual stream and, for an untied head, back.
         self.embedding_up = self.output_down = None
         if config.embedding_rank is not None:
             self.embedding_up = nn.Parameter(torch.empty(config.embedding_rank, config.width))
@@ -233,8 +235,8 @@ class Transformer(nn.Module):
             cos_LE, sin_LE = rope_tables(config.context, config.head_width, config.rope_theta)
             self.register_buffer("cos_LE", cos_LE, persistent=False)
             self.register_buffer("sin_LE", sin_LE, persistent=False)
-        # Tables that the last layers' values read (Zhou et al. 2024, "Value Residual Learning", and Jordan et
-        # al. 2024, modded-nanogpt): what a token is reaches attention past the blocks before.
+        # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
+        # and Jordan et al. 2024, modded-nanogpt): the token itself reaches attention past the blocks before.
         self.value_embeddings = nn.ModuleList(
             [
                 nn.Embedding(config.vocab_size, config.kv_heads * config.head_width)
@@ -253,13 +255,13 @@ class Transformer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Normal(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2).
+        """Normal(0, 0.02); projections into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
 
-        With `zero_init` these are zero (Zhang et al. 2019, "Fixup"; Yang et al. 2022, muP). Tables of values
-        are zero: a model with them starts as the one without, as does one with adapters. Factors are such
-        that their products start with the variance of a dense matrix.
+        With `zero_init` these projections are zero (Zhang et al. 2019, "Fixup"; Yang et al. 2022, muP). Value
+        embeddings and adapters are zero: a model with them starts as the one without. Low-rank factors are
+        initialized so that their product has the variance of a dense matrix.
         """
-        if self.norm.weight.is_meta:  # no values, which factors would be computed from
+        if self.norm.weight.is_meta:  # the factors would need values
             return
         matrices, started = dict(projections(self)), set()
         for name, parameter in self.named_parameters():
@@ -280,19 +282,19 @@ class Transformer(nn.Module):
                 matrix.adapter.initialize()
 
     def flops(self, length: float) -> float:
-        """Forward FLOPs of a sequence of so many tokens, its logits included."""
+        """Forward FLOPs of a sequence of `length` tokens, including its logits."""
         factors = 0
         if self.embedding_up is not None:
-            # Once after the look-up, once before the head, by its transpose or by `output_down`.
+            # One product after the look-up and one before the head, by the transpose or by `output_down`.
             factors = 4 * self.embedding_up.numel() * length
         return factors + children_flops(self, length)
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
-        """The blocks' matrices: see `block_matrices`."""
+        """The matrices of the blocks: see `block_matrices`."""
         return block_matrices(self.blocks, self.config)
 
     def schedule_dropout(self, factor: float) -> None:
-        """From now on drop with `factor`, between 0 and 1, times the configured probabilities."""
+        """From now on, multiply the configured dropout probabilities by `factor`, between 0 and 1."""
         for module in self.modules():
             if isinstance(module, Dropout) and module.p:
                 module.schedule(factor, self.embedding.weight.device)
@@ -300,17 +302,18 @@ class Transformer(nn.Module):
                 module.scheduled, module.dropout_now = True, module.dropout * factor
 
     def hidden(self, tokens_BL: Tensor, layout: Layout | None = None, rows_N: Tensor | None = None) -> Tensor:
-        """What the head reads of token ids [B, L], [B, L, D]: the residual stream after the last norm, or its
-        image [B, L, R] where the embedding is factorized.
+        """The head's inputs [B, L, D] for token ids [B, L]: the residual stream after the last norm, or its
+        projection [B, L, R] if the embedding is factorized.
 
-        `layout` says how sequences lie in the rows, each no longer than the context; None: one a row. A
-        `Cache` must have been extended by L. With `rows_N`, indices into the flat [B L], only theirs is
-        returned, [N, D] or [N, R], and the last block's feed-forward network works on no others.
+        `layout` says how sequences lie in the rows, none longer than the context; None: one sequence in each
+        row. A `Cache` must have been extended by L. With `rows_N`, indices into the flattened [B L], only
+        those positions are returned, [N, D] or [N, R], and the last block's feed-forward network skips the
+        others.
         """
         return self.finish(self.residuals(tokens_BL, layout, rows_N)[-1])
 
     def finish(self, x_BLD: Tensor) -> Tensor:
-        """What the head reads of the residual stream [..., D], after whichever block."""
+        """The head's input for the residual stream [..., D], after any block."""
         x_BLD = self.norm(x_BLD)
         if self.embedding_up is None:
             return x_BLD
@@ -323,9 +326,9 @@ class Transformer(nn.Module):
         rows_N: Tensor | None = None,
         after: Collection[int] = (),
     ) -> list[Tensor]:
-        """The residual stream [B, L, D] after each block of `after`, numbered from 0, and after the last.
+        """The residual stream [B, L, D] after each block in `after`, numbered from 0, and after the last.
 
-        The rest as in `hidden`; `rows_N` is for the last block.
+        Arguments as in `hidden`; `rows_N` applies to the last block.
         """
         L, longest = tokens_BL.shape[1], self.config.context
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
@@ -342,7 +345,7 @@ class Transformer(nn.Module):
         return [*kept, x_BLD]
 
     def _embed(self, tokens_BL: Tensor, layout: Layout) -> tuple[Tensor, Rotary | None]:
-        """The residual stream [B, L, D] before the first block, and the rotary angles of its positions."""
+        """The residual stream [B, L, D] before the first block, and the rotary angles of the positions."""
         positions = layout.positions
         x_BLD = self.embedding(tokens_BL)
         if self.embedding_up is not None:
@@ -354,13 +357,13 @@ class Transformer(nn.Module):
         elif self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[positions]
         else:
-            # The embedding starts at a standard deviation of 0.02, the sinusoids at 0.7: unscaled they
-            # drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
+            # The embedding starts with a standard deviation of 0.02, the sinusoids with 0.7: unscaled, they
+            # would drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[positions]
         return self.dropout(x_BLD), rope
 
     def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
-        """Logits [..., V] of residual vectors [..., D], at any positions, or of a part of the vocabulary."""
+        """Logits [..., V] for residual vectors [..., D], over all or a part of the vocabulary."""
         if vocabulary is None:
             return self.cap(self.output(x_BLD))
         return self.cap(F.linear(x_BLD, self.output.weight[vocabulary]))
@@ -370,7 +373,7 @@ class Transformer(nn.Module):
         return self.cap((x_ND * self.output.weight[tokens_N]).sum(dim=-1))
 
     def cap(self, logits: Tensor) -> Tensor:
-        """Logits, of any shape, within the configured bound (Gemma 2, 2024, section 2): c tanh(logit / c)."""
+        """Bound logits of any shape as configured (Gemma 2, 2024, section 2): c tanh(logit / c)."""
         bound = self.config.logit_softcap
         return torch.tanh(logits / bound) * bound if bound else logits
 
@@ -379,7 +382,7 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens_BL))
 
     def hidden_loss(self, x_ND: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, float32, given what the head reads: `hidden` of the tokens, flat."""
+        """Mean cross-entropy in nats, float32, given `hidden` of the tokens, flattened."""
         return head_loss(x_ND, self.output.weight, targets_BL.flatten(), self.config.logit_softcap)
 
     def loss(
@@ -389,7 +392,7 @@ class Transformer(nn.Module):
         mask_BL: Tensor | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, float32: the mean over all targets, or the sum over those of a mask."""
+        """Cross-entropy in nats, float32: the mean over all targets or, with a mask, the masked sum."""
         x_ND = self.hidden(tokens_BL, layout).flatten(0, 1)
         if mask_BL is None:
             return self.hidden_loss(x_ND, tokens_BL, targets_BL)

@@ -1,1 +1,1 @@
-"""From params/ to typed, validated studies and runs: the only reader of params/."""
+"""Reads params/ into typed, validated studies and runs; nothing else reads params/."""

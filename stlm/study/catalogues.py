@@ -1,4 +1,4 @@
-"""What params/ lists for all studies: corpora and mixes, benchmarks, vocabularies."""
+"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a study must fulfil beyond the types of its keys: names that are there, data that fit together.
+"""Checks of a study beyond the types of its keys: names that exist, data that fit together.
 
-Each raises ``UserError``, which names the file, the key, what was found and the nearest valid choice.
+Each check raises ``UserError``, which names the file, the key, what was found and the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 
 def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]) -> None:
-    """Corpora and benchmarks must be there, and a benchmark have one of the modes asked for."""
+    """Corpora and benchmarks must exist, and each benchmark must have one of the requested modes."""
     named = {"corpus": parsed.corpus}
-    named |= {f"variants.{key}.corpus": own.corpus for key, own in parsed.variants.items() if own.corpus}
+    named |= {
+        f"variants.{key}.corpus": variant.corpus for key, variant in parsed.variants.items() if variant.corpus
+    }
     for key, corpus in named.items():
         if corpus not in corpora:
             raise UserError(f"{file}: {key}: unknown corpus {corpus!r}{nearest(corpus, corpora)}")
@@ -45,11 +47,11 @@ def check_names(file: str, parsed: StudyFile, corpora: Mapping[str, CorpusEntry]
 def check_benchmarks(
     file: str, run: Run, benchmarks: Iterable[str], corpora: Mapping[str, CorpusEntry]
 ) -> None:
-    """A benchmark made of a corpus' own words needs a language that puts spaces between them."""
+    """A benchmark made from a corpus's words needs a language with spaces between words."""
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
     languages = {corpora[name].language for name in mix}
     unspaced = sorted(tag for tag in languages if tag and tag.partition("-")[0].lower() in WITHOUT_SPACES)
-    # Of a mix, another component may have passages; training itself checks that (`stlm.evaluation.made`).
+    # Another component of a mix may have passages; training checks that (`stlm.evaluation.made`).
     if len(unspaced) < len(languages):
         return
     for name in benchmarks:
@@ -62,22 +64,24 @@ def check_benchmarks(
 
 
 def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[str, CorpusEntry]) -> None:
-    """Names in `data` must be there, and a reference must be able to read the run's text."""
-    where, data = f"{file}: run {run.name}: data", run.data
+    """Names in `data` must exist, and a reference must be able to read the run's text."""
+    location, data = f"{file}: run {run.name}: data", run.data
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
     for key, names in (("weights", data.weights), ("sequence", data.sequence)):
         for name in names:
             if name not in mix:
-                raise UserError(f"{where}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}")
+                raise UserError(
+                    f"{location}.{key}: {run.corpus} has no component {name!r}{nearest(name, mix)}"
+                )
     trained = data.weights or mix
     if data.sequence and sorted(data.sequence) != sorted(trained):
         raise UserError(
-            f"{where}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
+            f"{location}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
             f"{', '.join(trained)}"
         )
     if "reference" not in run.depends:
         return
-    key = f"{where}.reference: {data.reference!r}"
+    key = f"{location}.reference: {data.reference!r}"
     reference = runs[run.depends["reference"]]
     if reference.model.bytes is not None:
         raise UserError(f"{key} is byte-level; the difficulty of chunks is measured by a model of tokens")
@@ -97,7 +101,7 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
 
 
 def check_dependencies(file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """Every run that another depends on must be one of the study."""
+    """Every run that a run depends on must be one of the study's."""
     variants = {other.variant for other in runs.values()}
     for key, variant in run.dependencies.values():
         if variant not in variants:
@@ -108,12 +112,12 @@ def check_dependencies(file: str, run: Run, runs: Mapping[str, Run]) -> None:
 
 
 def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
-    """No run may depend on itself, whether directly or by way of others."""
+    """No run may depend on itself, directly or through others."""
     sorter = TopologicalSorter({name: dict.fromkeys(run.depends.values()) for name, run in runs.items()})
     try:
         sorter.prepare()
     except CycleError as error:
-        cycle: list[str] = error.args[1][::-1]  # each depends on the one after it
+        cycle: list[str] = error.args[1][::-1]  # each depends on the next
         first, second = runs[cycle[0]], cycle[1]
         role = next(role for role, name in first.depends.items() if name == second)
         key, variant = first.dependencies[role]
@@ -124,7 +128,7 @@ def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
 
 
 def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """What a run starts from must be a variant whose weights and text it can go on with."""
+    """The run that a run starts from must be a variant whose weights fit and whose text continues."""
     if "start" not in run.depends:
         return
     key = f"{file}: run {run.name}: training.start_from: {run.training.start_from!r}"
@@ -143,7 +147,7 @@ def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
         raise UserError(f"{key}: a run goes on in its origin's text only where neither has keys in data")
     for name in type(run.model).model_fields:
         ours, theirs = getattr(run.model, name), getattr(origin.model, name)
-        # What it lacks can be made: factors by decomposition, adapters that change nothing at first.
+        # Missing parts can be made: factors by decomposition, adapters that change nothing at first.
         made = name in ("low_rank", "embedding_rank", "lora") and theirs is None
         if ours != theirs and not made and name not in ("dropout", "attention_dropout"):
             raise UserError(
@@ -153,12 +157,12 @@ def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
 
 
 def _plain(value: object) -> object:
-    """A value as a file has it."""
+    """A value as it is written in a file."""
     return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """What a run's techniques cannot be combined with is refused by name."""
+    """Refuse, by name, everything that a run's techniques do not support."""
     key = f"{file}: run {run.name}"
 
     def say(message: str) -> UserError:

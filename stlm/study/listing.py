@@ -1,4 +1,4 @@
-"""What a study would run, as a table for the terminal."""
+"""A table, for the terminal, of the runs of a study."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def runs_table(study: Study) -> str:
-    """The runs of ``study``: parameters, tokens, estimated floating-point operations of the training."""
+    """The runs of ``study``: parameters, tokens, and estimated floating-point operations of training."""
     header = (
         "run",
         "label",
@@ -67,7 +67,7 @@ def _published_row(model: PublishedModel) -> tuple[str, ...]:
         state = "there"
     except UserError as error:
         state = "not there" if not os.path.isdir(model.folder) else f"cannot be read: {error}"
-    # By the weights' headers, which may hold a matrix of two uses twice.
+    # Counted in the weights' headers, which may hold a matrix with two uses twice.
     stored = stored_numbers(Path(model.folder)) if state == "there" else None
     parameters = model.parameters or ("?" if stored is None else f"~{count(stored, digits=3)}")
     return model.name, model.label, parameters, model.folder, state

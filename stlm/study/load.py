@@ -1,8 +1,8 @@
-"""From a study file to its runs: read, override, check, resolve.
+"""Turns a study file into runs: reads, overrides, checks and resolves it.
 
-A study file ``params/<study>.yaml`` states a baseline (corpus, tokenizer, model, training, evaluation) and
-its variants as differences from it, as the paper's Table 1 does. Everything is checked before any work
-starts; an error names the file, the key, what was found, what was expected and the nearest valid choice.
+A study file ``params/<study>.yaml`` states a baseline (corpus, tokenizer, model, training, evaluation), and
+variants as differences from it, as in the paper's Table 1. Everything is checked before any work starts; an
+error names the file, the key, what was found, what was expected and the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _ids(tokenizer: str, byte_level: bool) -> int:
-    """The `vocab_size` of a model on a tokenizer; a ``UserError`` where the two do not fit."""
+    """The `vocab_size` of a model on a tokenizer; raises ``UserError`` if they do not fit."""
     size = vocabulary_size(tokenizer)
     if byte_level and tokenizer == "bytes":
         raise UserError(
@@ -87,25 +87,27 @@ def _ids(tokenizer: str, byte_level: bool) -> int:
 
 def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
     variant = parsed.variants[name]
-    where = f"variants.{name}"
+    key_path = f"variants.{name}"
     tokenizer = variant.tokenizer or parsed.tokenizer
     sections: dict[str, Any] = {}
     for section, model in (("model", ModelConfig), ("training", TrainingConfig), ("data", DataConfig)):
-        base, own = raw.get(section) or {}, getattr(variant, section)
-        # The baseline first: its mistakes are not the variant's.
+        base, differences = raw.get(section) or {}, getattr(variant, section)
+        # Check the baseline first, so that its mistakes are not attributed to the variant.
         validate(model, base, file, section)
-        sections[section] = validate(model, _merge(base, own), file, f"{where}.{section}" if own else section)
+        sections[section] = validate(
+            model, _merge(base, differences), file, f"{key_path}.{section}" if differences else section
+        )
     try:
         vocab_size = _ids(tokenizer, sections["model"].bytes is not None)
     except UserError as error:
-        raise UserError(f"{file}: {where + '.' if variant.tokenizer else ''}{error}") from None
+        raise UserError(f"{file}: {key_path + '.' if variant.tokenizer else ''}{error}") from None
     if sections["model"].vocab_size not in (None, vocab_size):
         raise UserError(
             f"{file}: model.vocab_size: the tokenizer {tokenizer} has {vocab_size} tokens; leave the key out"
         )
-    # Again, as some of its checks need the vocabulary.
+    # Validate again, as some checks need the vocabulary.
     known = _merge(raw.get("model") or {}, variant.model) | {"vocab_size": vocab_size}
-    model = validate(ModelConfig, known, file, f"{where}.model" if variant.model else "model")
+    model = validate(ModelConfig, known, file, f"{key_path}.model" if variant.model else "model")
     stride = parsed.evaluation.perplexity.stride
     if stride is not None and stride > sections["model"].context:
         raise UserError(
@@ -124,22 +126,22 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
         model=model,
         training=sections["training"],
         data=sections["data"],
-        techniques=_techniques(file, parsed, variant, where),
+        techniques=_techniques(file, parsed, variant, key_path),
     )
 
 
-def _techniques(file: str, parsed: StudyFile, variant: Variant, where: str) -> dict[str, Technique]:
-    """The techniques of a variant's run, the baseline's with its differences: objects of this run alone."""
+def _techniques(file: str, parsed: StudyFile, variant: Variant, key_path: str) -> dict[str, Technique]:
+    """The techniques of a variant's run: the baseline's with its differences, as objects of this run only."""
     load_techniques(parsed.techniques, file, "techniques")
     merged = _merge(parsed.techniques, variant.techniques)
-    prefix = f"{where}.techniques" if variant.techniques else "techniques"
+    prefix = f"{key_path}.techniques" if variant.techniques else "techniques"
     return load_techniques(merged, file, prefix)
 
 
 def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
     """Read, override, check and resolve the study ``params/<name>.yaml``.
 
-    ``overrides`` are ``key.path=value`` texts, the value in YAML, as after ``--set``. Raises ``UserError``
+    ``overrides`` are texts ``key.path=value`` with a value in YAML, as after ``--set``. Raises ``UserError``
     with every problem found.
     """
     check_study_name(name, root)
@@ -157,10 +159,10 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
             f"{nearest(parsed.baseline, parsed.variants)}"
         )
     for key in ("variants", "published"):
-        for own in getattr(parsed, key):
-            if not is_name(own):
+        for item in getattr(parsed, key):
+            if not is_name(item):
                 raise UserError(
-                    f"{file}: {key}: {shortened(own)!r}: a name is lower-case letters, digits, _ and -, and "
+                    f"{file}: {key}: {shortened(item)!r}: a name is lower-case letters, digits, _ and -, and "
                     f"begins with a letter; at most {LONGEST_NAME}"
                 )
     if len(set(parsed.seeds)) < len(parsed.seeds):
@@ -194,13 +196,13 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         corpora=list(dict.fromkeys(run.corpus for run in runs)),
         published={
             key: PublishedModel(
-                **own.model_dump(exclude={"label"}),
+                **item.model_dump(exclude={"label"}),
                 study=name,
                 name=key,
-                label=own.label or key,
+                label=item.label or key,
                 tokens_folder=by_name[baseline].tokens_folder,
             )
-            for key, own in parsed.published.items()
+            for key, item in parsed.published.items()
         },
         overrides=list(overrides),
     )

@@ -11,7 +11,7 @@ from stlm.study.catalogues import CATALOGUES, PARAMS
 
 NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
 LONGEST_NAME = 100
-"""Characters of a name: files, folders and stages have more in theirs, and file systems take 255 bytes."""
+"""Characters of a name: file, folder and stage names are longer, and file systems allow 255 bytes."""
 NOT_STUDIES = {*CATALOGUES, "active"}
 
 
@@ -21,7 +21,7 @@ def is_name(text: str) -> bool:
 
 
 def check_study_name(name: str, root: Path) -> None:
-    """A study is a name, never a path; it must have a file in params/."""
+    """Refuse a study's name that is invalid (a path, for example) or has no file in params/."""
     if not is_name(name):
         hint = nearest(Path(name).stem, study_names(root)) if len(name) <= LONGEST_NAME else ""
         raise UserError(
@@ -34,5 +34,5 @@ def check_study_name(name: str, root: Path) -> None:
 
 
 def study_names(root: Path = Path()) -> list[str]:
-    """The studies that params/ has."""
+    """The names of the studies in params/."""
     return sorted(path.stem for path in (root / PARAMS).glob("*.yaml") if path.stem not in NOT_STUDIES)

@@ -1,4 +1,4 @@
-"""A run, a published model and a study, everything resolved."""
+"""Runs, published models and studies, with all settings resolved."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stlm.training.config import TrainingConfig
 
 
 class NamedVariant(NamedTuple):
-    """A variant of the study that a run depends on, and the key of params/ that names it."""
+    """A variant that a run depends on, and the key of params/ that names it."""
 
     key: str
     variant: str
 
 
 class Run(BaseModel):
-    """One training: model variant x corpus x tokenizer x recipe x seed, everything resolved."""
+    """One training: model variant x corpus x tokenizer x recipe x seed, with all settings resolved."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,7 +39,7 @@ class Run(BaseModel):
     tokenizer: str
     model: ModelConfig
     training: TrainingConfig
-    # Left out of records where it changes nothing: earlier runs, made without this section, are equal.
+    # Omitted from records when plain, so that records of earlier runs, without this section, compare equal.
     data: DataConfig = Field(default=DataConfig(), exclude_if=lambda data: data.plain)
     # Likewise.
     techniques: dict[str, SerializeAsAny[Technique]] = Field(
@@ -48,12 +48,12 @@ class Run(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where results of the run go."""
+        """The folder of the run's results."""
         return Path("results") / self.study / "runs" / self.name
 
     @property
     def state_folder(self) -> Path:
-        """Where the rolling state lives: outside every declared output, which engines delete at will."""
+        """The folder of the rolling state; it is no declared output, since engines delete those at will."""
         return Path(".state") / self.study / self.name
 
     @property
@@ -63,22 +63,22 @@ class Run(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """The number of tokens trained on."""
         return self.training.steps * self.training.tokens_per_step(self.model.context)
 
     @property
     def depends(self) -> dict[str, str]:
-        """Role -> the run of the study whose last weights this one reads.
+        """Map each role to the run of the study whose last weights this run reads.
 
-        It has the same seed, where seeds have runs. Roles: `reference` measures the difficulty of the data,
-        `start` is what training begins from; others are those of techniques.
+        With several seeds, it is the run with the same seed. Roles: `reference` measures the difficulty of
+        the data, training begins from `start`, and techniques have others.
         """
         seed = self.name.removeprefix(self.variant)
         return {role: named.variant + seed for role, named in self.dependencies.items()}
 
     @property
     def dependencies(self) -> dict[str, NamedVariant]:
-        """Role -> the variant whose run of the same seed this one depends on, as params/ names it."""
+        """Map each role to the variant whose run, with the same seed, this run depends on."""
         found: dict[str, NamedVariant] = {}
         if self.data.reference is not None:
             found["reference"] = NamedVariant("data.reference", self.data.reference)
@@ -100,21 +100,21 @@ class Run(BaseModel):
 
     @property
     def parameters(self) -> ParameterCounts:
-        """The model's parameters, counted on its modules: imports torch."""
+        """The model's parameters, counted on its modules (this imports torch)."""
         from stlm.model.counts import parameter_counts
 
         return parameter_counts(self.model, self._techniques)
 
     @property
     def flops(self) -> float:
-        """Estimated floating-point operations of the whole training."""
+        """The estimated floating-point operations of the whole training."""
         return self.tokens * self.flops_per_token
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs of a token; of a chunk of bytes, by the mean length once the corpus is tokenized.
+        """Training FLOPs of a token; for chunks of bytes, at their mean length in the tokenized corpus.
 
-        Counted on the model's modules: imports torch.
+        They are counted on the model's modules (this imports torch).
         """
         from stlm.model.counts import training_flops_per_token
 
@@ -127,7 +127,7 @@ class Run(BaseModel):
 
     @property
     def _chunk_bytes(self) -> float:
-        """Mean bytes of a chunk of the train split, ends of text left out; a guess before tokenizing."""
+        """Mean bytes of a chunk in the train split, without ends of text; a guess before tokenizing."""
         path = self.tokens_folder / "meta.json"
         if not path.is_file():
             return CHUNK_BYTES
@@ -137,7 +137,7 @@ class Run(BaseModel):
 
 
 class PublishedModel(Published):
-    """A published model of a study, everything resolved. `tokens_folder`: the text that it is measured on."""
+    """A published model of a study, with all settings resolved; `tokens_folder` has its test text."""
 
     study: str
     name: str
@@ -146,23 +146,23 @@ class PublishedModel(Published):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides its scores: where it is and how it is loaded, not how it is called."""
+        """The settings that determine its scores: its folder and how it is loaded, but not its names."""
         names = Published.model_fields.keys() - {"label", "parameters"}
         return self.model_dump(mode="json", include=names)
 
     @property
     def results_folder(self) -> Path:
-        """Where its results go."""
+        """The folder of its results."""
         return Path("results") / self.study / "published" / self.name
 
     @property
     def state_folder(self) -> Path:
-        """Where finished parts of its evaluation are kept; no run has its name."""
+        """The folder of its evaluation's finished parts; no run has its name."""
         return Path(".state") / self.study / self.name
 
 
 class Study(BaseModel):
-    """The runs that one report compares, and published models beside them."""
+    """The runs that one report compares, and published models compared with them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -177,24 +177,24 @@ class Study(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where the study's tables, plots and runs go."""
+        """The folder of the study's tables, plots and runs."""
         return Path("results") / self.name
 
     @property
     def benchmarks(self) -> list[str]:
-        """The benchmarks scored, in the order of the study file."""
+        """The benchmarks to score, in the order of the study file."""
         return list(self.evaluation.benchmarks)
 
     @property
     def training_texts(self) -> dict[str, Path]:
-        """Corpus -> a folder of its tokens: one is enough, any tokenizer's decode to the same text."""
+        """Map each corpus to one folder of its tokens, as all tokenizers decode to the same text."""
         folders: dict[str, Path] = {}
         for run in self.runs.values():
             folders.setdefault(run.corpus, run.tokens_folder)
         return folders
 
     def run(self, name: str) -> Run:
-        """The run of that name; a ``UserError`` with the nearest one otherwise."""
+        """The run `name`; raises ``UserError`` naming the nearest one if there is none."""
         if name not in self.runs:
             raise UserError(f"study {self.name!r} has no run {shortened(name)!r}{nearest(name, self.runs)}")
         return self.runs[name]

@@ -1,4 +1,4 @@
-"""The keys of ``params/<study>.yaml``, typed and described; read by stlm.study alone."""
+"""The keys of ``params/<study>.yaml``, with types and descriptions; only stlm.study reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stlm.evaluation.config import EvaluationConfig
 
 
 class Variant(BaseModel):
-    """A model variant: what differs from the study's baseline."""
+    """A model variant, given by its differences from the study's baseline."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,7 +45,7 @@ class Published(BaseModel):
     context: int | None = Field(
         None, ge=2, description="Longest sequence given to it, in tokens; default: the model's own."
     )
-    # Left out where it is not given: models evaluated before there was this key are not evaluated again.
+    # Omitted from records when null: models evaluated before this key existed are not evaluated again.
     prefix: str | None = Field(
         None,
         min_length=1,
@@ -99,5 +99,5 @@ class StudyFile(BaseModel):
     @classmethod
     def _empty_is_no_difference(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: {} if own is None else own for name, own in value.items()}
+            return {name: {} if settings is None else settings for name, settings in value.items()}
         return value

@@ -22,7 +22,7 @@ from stlm.tokens.chunks import SYMBOLS
 _MOST = 1e15
 SIZES_PAGE = Path("docs") / "sizes.md"
 
-# What the table shows of each size: label -> keys of `model` beside the size's own.
+# The rows for each size: label -> keys of `model` that replace or extend the size's own.
 VARIANTS: dict[str, dict[str, object]] = {
     "baseline": {},
     "head untied": {"tied": False},
@@ -70,7 +70,7 @@ _FOOT = """\
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, float]:
-    """Sizes as people write them, 20M or 1.5e6, by that text. Raises ``UserError`` for anything else."""
+    """Parse sizes such as 20M or 1.5e6; the keys are the texts. Raises ``UserError`` for anything else."""
     found = {}
     for text in texts:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kMB]?)", text)
@@ -85,7 +85,7 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, float]:
 
 
 def family(sizes: Mapping[str, float], vocab_size: int, context: int = 512) -> dict[str, ModelConfig]:
-    """The baseline of each size, by name. Raises ``UserError`` for a size that the rule cannot give."""
+    """The baseline of each size, by name. Raises ``UserError`` for a size that the rule cannot reach."""
     if context < 2:
         raise UserError(f"--context: {context} tokens leave nothing to predict from; expected 2 or more")
     try:
@@ -95,13 +95,13 @@ def family(sizes: Mapping[str, float], vocab_size: int, context: int = 512) -> d
 
 
 def rows(models: Mapping[str, ModelConfig]) -> list[tuple[str, ...]]:
-    """A row for each size and each variant that it can have, cells as in `HEADER`."""
+    """A row for each size and each variant that is possible at it, with the cells of `HEADER`."""
     found = []
     for name, model in models.items():
         for label, keys in VARIANTS.items():
-            with suppress(ValidationError):  # ranks and groups that are too large for the size
-                own = ModelConfig.model_validate({**model.model_dump(), **keys})
-                found.append((f"{name} {label}", *_cells(own)))
+            with suppress(ValidationError):  # a rank or group is too large for the size
+                config = ModelConfig.model_validate({**model.model_dump(), **keys})
+                found.append((f"{name} {label}", *_cells(config)))
     return found
 
 
@@ -121,7 +121,7 @@ def _cells(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _memory(size: int) -> str:
-    """Bytes in units of a million."""
+    """A size in bytes, formatted in megabytes."""
     return f"{size / 1e6:,.0f} MB"
 
 
@@ -149,7 +149,7 @@ def sizes_page() -> str:
 
 
 def _share(models: Mapping[str, ModelConfig]) -> str:
-    """What the embedding takes, as the paper discusses it (sections 2.1 and 5.2)."""
+    """The embedding's share of the parameters, discussed as in the paper (sections 2.1 and 5.2)."""
     shares = []
     for name, model in models.items():
         counts = parameter_counts(model)
@@ -170,6 +170,6 @@ def _share(models: Mapping[str, ModelConfig]) -> str:
 
 
 def write_sizes_page(root: Path = Path()) -> Path:
-    """Write docs/sizes.md; its path."""
+    """Write docs/sizes.md; returns its path."""
     write_text(root / SIZES_PAGE, sizes_page())
     return SIZES_PAGE

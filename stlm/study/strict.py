@@ -1,4 +1,4 @@
-"""Strict parameters: a mistake in it is told by file, key, what was found and the nearest valid choice."""
+"""Strict validation: errors name the file, the key, what was found and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stlm.former_keys import former_key
 from stlm.project import where_to_stand
 
 _PROBLEMS = 10
-"""So many lines are shown of a file's problems."""
+"""The number of a file's problems that are shown, one per line."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -27,8 +27,8 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml_core.load(text)
     except yaml_core.YamlError as error:
-        where = f", line {error.line}" if error.line and not source.startswith("--set") else ""
-        raise UserError(f"{source}{where}: not valid YAML: {error}") from None
+        position = f", line {error.line}" if error.line and not source.startswith("--set") else ""
+        raise UserError(f"{source}{position}: not valid YAML: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> Iterable[str]:
-    """The keys valid beside the one at ``location``, for the hint of a misspelt key."""
+    """The valid keys next to the one at ``location``, for hints about misspelt keys."""
     current: Any = model
     for part in location[:-1]:
-        # A union says in the location which member it tried: follow any member that has the key.
+        # A union's location says which member was tried: follow any member that has the key.
         for candidate in _models(current):
             if part in candidate.model_fields:
                 current = candidate.model_fields[part].annotation
@@ -100,10 +100,10 @@ def _problems(error: ValidationError, model: type[BaseModel], file: str, prefix:
 
 
 def validate(model: type[_Model], content: Any, file: str, prefix: str = "") -> _Model:
-    """Check ``content`` strictly against ``model``; a ``UserError`` lists every problem by file and key."""
+    """Validate ``content`` strictly against ``model``; ``UserError`` lists every problem by file and key."""
     try:
-        # By way of JSON, strict mode takes lists for tuples and whole numbers for floats, but no "400" or
-        # true for 400.
+        # Through JSON, strict mode accepts lists as tuples and integers as floats, but neither "400" nor true
+        # as 400.
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise UserError(_problems(error, model, file, prefix)) from None

@@ -1,7 +1,7 @@
-"""What a technique says of itself. docs/techniques.md says how to add one. Needs no torch.
+"""The base class of techniques. docs/techniques.md says how to add one. Needs no torch.
 
-A technique is one file of this folder, named as its key under `techniques` in params/, with one class, a
-:class:`Technique`: its fields are the keys, its methods what it does. Nothing else is edited.
+A technique is one file in this folder, named like its key under `techniques` in params/, with one subclass of
+:class:`Technique`: its fields are the keys, its methods define what it does. No other file is edited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
 
-# What a technique must name in `supports` before it is used together with it.
+# A technique must name a capability in `supports` before it can be used together with it.
 CAPABILITIES = {
     "attention_within": "attention within documents (data.attention: within)",
     "bytes": "byte-level models (model.bytes)",
@@ -37,35 +37,35 @@ CAPABILITIES = {
 class Technique(BaseModel):
     """A technique as configured for one run; frozen, unknown keys are refused.
 
-    What a subclass does not override does nothing. All that changes during training is a parameter or buffer
-    of the model, or a function of the step: then a resumed run goes on as if it had not stopped.
+    Methods that a subclass does not override have no effect. Anything that changes during training must be a
+    parameter or buffer of the model, or a function of the step, so that a resumed run continues unchanged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # The keys of CAPABILITIES that this technique works with; the others are refused by name.
+    # The keys of CAPABILITIES that this technique supports; the others are refused by name.
     supports: ClassVar[frozenset[str]] = frozenset()
-    # The techniques, by name, that it can be used together with; one of two naming the other is enough.
+    # The names of techniques that it can be combined with; it is enough that one of two names the other.
     combines_with: ClassVar[frozenset[str]] = frozenset()
-    # Whether `objective` returns the part "next_token" itself, in the place of the plain cross-entropy.
+    # Whether `objective` itself returns the part "next_token", replacing the plain cross-entropy.
     replaces_next_token: ClassVar[bool] = False
-    # The figures of `validated`: columns `val_NAME` of the curve.
+    # The names of the metrics of `validated`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
 
-    # role -> the run that this one depends on, filled in when the study is loaded.
+    # Maps roles to the runs that this one depends on; set when the study is loaded.
     _others: dict[str, Run] = PrivateAttr(default_factory=dict)
 
     def __hash__(self) -> int:
-        """Of the settings, which may have lists: counts of models are kept by config and techniques."""
+        """A hash of the settings, which may contain lists: counts of models are cached by techniques."""
         return hash((type(self), self.model_dump_json()))
 
     def set_others(self, others: Mapping[str, Run]) -> None:
-        """Tell which runs those of `depends` are, by their roles."""
+        """Set the runs that `depends` names, by role."""
         self._others.update(others)
 
     @property
     def others(self) -> Mapping[str, Run]:
-        """The runs of `depends` by their roles, of a run that a study has."""
+        """The runs that `depends` names, by role; available for runs of a loaded study."""
         return self._others
 
     @classmethod
@@ -74,66 +74,69 @@ class Technique(BaseModel):
         return cls.__module__.rpartition(".")[2]
 
     def neutral(self) -> bool:
-        """Whether these settings change nothing; a run so configured is the plain one."""
+        """Whether these settings have no effect; such a run equals the plain one."""
         return False
 
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
-        """ValueError for what does not fit `run` (one of the study's `runs`): the key, what was found, what
-        is expected."""
+        """Raise ValueError, with the key, what was found and what is expected, for settings that do not fit
+        `run` (one of the study's `runs`)."""
 
     def depends(self) -> dict[str, str]:
-        """Role -> variant of the study whose last checkpoint this run reads: it is trained before."""
+        """Map roles to variants whose last checkpoints this run reads; they are trained first."""
         return {}
 
     def build(self, model: Transformer) -> None:
         """Add modules to a new model, or wrap its blocks, and initialize what is added.
 
-        Weights that are there stay as they are, so that the plain model's are those of the same seed. A
-        matrix within `model.blocks` is trained as the other matrices are, a vector as gains are.
+        Existing weights stay unchanged, so they equal the plain model's for the same seed. A matrix within
+        `model.blocks` is trained like the other matrices, a vector like gains.
 
-        Parameters and FLOPs are counted on a model that this built on torch's `meta` device, where tensors
-        have no values to read. What is added says which group its parameters belong to (stlm.model.counts),
-        and by a method `flops` what it costs, where that is not three passes through its linear layers over
-        all tokens (stlm.model.flops).
+        Parameters and FLOPs are counted on a model that this method built on torch's `meta` device, where
+        tensors have no values. Added modules state the group of their parameters (stlm.model.counts). They
+        have a method `flops` unless they cost three passes through their linear layers over all tokens
+        (stlm.model.flops).
         """
 
     def prepare(self, run: Run, device: Any, group: Group) -> None:
-        """Load what training needs besides the model (a teacher), in every process of the group."""
+        """Load what training needs in addition to the model (a teacher), in every process of the group."""
 
     def before_step(self, model: Transformer, step: int, steps: int) -> None:
-        """Set what follows a schedule before step `step`, from 1, of `steps`."""
+        """Apply schedules before step `step`, from 1, of `steps`."""
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
-        """Named, weighted parts of the loss of a micro-batch, whose sum is minimized.
+        """Named, weighted parts of a micro-batch's loss, whose sum is minimized.
 
         They become the columns `train_NAME` of the curve.
         """
         return {}
 
     def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
-        """Figures of the validation batch that the model has just read: name -> [sum, count], float64.
+        """Metrics on the validation batch that the model has just read: name -> [sum, count], float64.
 
-        Each is averaged over the validation text. `counted_BL`: the tokens that count; the rest is padding.
+        Each is averaged over the validation text. `counted_BL` marks the tokens that count; the rest is
+        padding.
         """
         return {}
 
     def extra_flops_per_token(self, run: Run) -> float:
-        """Training FLOPs a token, averaged over training, besides three times the model's forward pass.
+        """Training FLOPs per token, averaged over training, beyond three times the model's forward pass.
 
-        Negative where part of that pass is left out.
+        Negative if part of that pass is skipped.
         """
         return 0.0
 
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
-        """Further language models within a trained one, by name, which are scored as it is: each has the
-        `config`, `hidden`, `head` and `logit` of a `Transformer`."""
+        """Further language models within a trained one, by name, which are scored like the model.
+
+        Each has the `config`, `hidden`, `head` and `logit` of a `Transformer`.
+        """
         return {}
 
 
 def refuse(
     techniques: Iterable[Technique], capability: str, say: Callable[[str], Exception] = UserError
 ) -> None:
-    """Raise what `say` makes of a message where one of the techniques does not support `capability`."""
+    """Raise `say(message)` if one of the techniques does not support `capability`."""
     for technique in techniques:
         if capability not in technique.supports:
             raise say(f"techniques.{technique.key()} does not support {CAPABILITIES[capability]}")

@@ -1,4 +1,4 @@
-"""The techniques that there are: the files of this folder, imported where a study names them."""
+"""The available techniques: the files of this folder, imported only when a study names them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NO_TECHNIQUES = {"base", "registry"}
 
 
 def technique_names() -> list[str]:
-    """The names of all techniques. Imports none of them."""
+    """The names of all techniques; imports none of them."""
     found = pkgutil.iter_modules(stlm.techniques.__path__)
     return sorted(module.name for module in found if module.name not in _NO_TECHNIQUES)
 
 
 def technique_class(name: str) -> type[Technique]:
-    """The class of a technique. UserError with the nearest name where there is none."""
+    """The class of a technique. Raises UserError with the nearest name if there is none."""
     known = technique_names()
     if name not in known:
         raise UserError(f"{shortened(name)!r} is no technique{nearest(name, known)}")
@@ -38,8 +38,9 @@ def technique_class(name: str) -> type[Technique]:
 
 
 def load_techniques(content: Mapping[str, Any], file: str, prefix: str) -> dict[str, Technique]:
-    """The techniques of a section `techniques`: name -> keys, {} for a technique's defaults; null leaves one
-    out. UserError names `file`, the keys after `prefix`, and what is wrong.
+    """The techniques of a section `techniques`, which maps names to keys: {} for defaults, null for none.
+
+    Raises UserError, which names `file`, the key after `prefix`, and what is wrong.
     """
     techniques = {}
     for name, keys in content.items():

@@ -1,4 +1,4 @@
-"""Checkpoints as people name them: STUDY/RUN, a run's folder or a checkpoint's, and @STEP after it."""
+"""Names of checkpoints: STUDY/RUN, a run's folder or a checkpoint's folder, and optionally @STEP."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _STEP = re.compile(r"step-([0-9]{1,18})")
 
 
 def split_step(name: str) -> tuple[str, int | None]:
-    """`NAME@STEP` or `NAME@step-STEP` as the name and the step; None where there is no @STEP."""
-    # No step has more digits; Python refuses to read some thousand of them.
+    """Split `NAME@STEP` or `NAME@step-STEP` into the name and the step; the step is None without @STEP."""
+    # No step has more digits, and Python refuses to read numbers of some thousand digits.
     match = re.fullmatch(r"(.+)@(?:step-)?([0-9]{1,18})", name, re.DOTALL)
     return (match[1], int(match[2])) if match else (name, None)
 
 
 def find_checkpoint(name: str, others: Iterable[str] = ()) -> Path:
-    """The folder of the checkpoint that `name` means: of a run's, the last or the one of the step after an @.
+    """The folder of the checkpoint that `name` refers to; for a run, its last or the one at @STEP.
 
-    Raises UserError where there is none, naming the steps that there are, or the nearest run or other name
-    that the caller knows (`others`).
+    Raises UserError if there is none, naming the steps that exist, or the nearest run or other known name
+    (`others`).
     """
     place, step = split_step(name)
     folder = Path(place)
@@ -46,20 +46,20 @@ def find_checkpoint(name: str, others: Iterable[str] = ()) -> Path:
 
 
 def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run's folder by step, in order; what else is named step-* is none of them.
+    """The checkpoints in a run's folder by step, in order; other entries named step-* are skipped.
 
-    One whose weights are missing counts: another must not be taken for it.
+    A checkpoint without weights is listed too, so that no other checkpoint is used in its place.
     """
     try:
         found = [one for one in (folder / "checkpoints").glob("step-*") if one.is_dir()]
-    except (OSError, ValueError):  # a name that no disk can hold
+    except (OSError, ValueError):  # a name that no file system can hold
         return {}
     numbered = [(_STEP.fullmatch(one.name), one) for one in found]
     return dict(sorted((int(match[1]), one) for match, one in numbered if match))
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; of a name that no disk can hold it is not."""
+    """Whether the file exists; False for a name that no file system can hold."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -67,7 +67,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; of a name that no disk can hold it is not."""
+    """Whether the folder exists; False for a name that no file system can hold."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

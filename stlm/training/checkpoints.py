@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the weights (safetensors) and a ``config.json`` that says all about them."""
+"""Checkpoints: folders with the weights (safetensors) and a ``config.json`` that describes them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AGAIN = "delete the run's results and train again, or dvc pull"
 
 
 class _Description(BaseModel):
-    """What every reader of a checkpoint's config.json relies on; it says more."""
+    """The keys of a checkpoint's config.json that all readers need; the file has more."""
 
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -47,7 +47,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def last_checkpoint(run: Run, other: str) -> Path:
-    """The folder of the last checkpoint of another run of `run`'s study; a ``UserError`` if there is none."""
+    """The last checkpoint's folder of another run of `run`'s study; raises ``UserError`` if there is none."""
     folder = run.folder.with_name(other)
     found = checkpoints_by_step(folder)
     if not found:
@@ -58,8 +58,8 @@ def last_checkpoint(run: Run, other: str) -> Path:
 def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any]) -> str:
     """Write a checkpoint folder atomically and return the weights' SHA-256.
 
-    A weight with several places (a tied head, shared layers) is stored once, under the name of the first.
-    Raises ``UserError`` where the disk fails.
+    A weight that is used in several places (a tied head, shared layers) is stored once, under its first
+    name. Raises ``UserError`` if writing fails.
     """
     with atomic_directory(folder) as temporary:
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
@@ -70,15 +70,17 @@ def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any
         digest = sha256(temporary / WEIGHTS)
         content = {"format": FORMAT, "model": model.config.model_dump(), **description}
         if model.techniques:
-            content["techniques"] = {own.key(): own.model_dump(mode="json") for own in model.techniques}
+            content["techniques"] = {
+                technique.key(): technique.model_dump(mode="json") for technique in model.techniques
+            }
         write_record(temporary / "config.json", {**content, "weights_sha256": digest, "code": code_version()})
     return digest
 
 
 def check_checkpoints(folder: Path, kept: Iterable[Mapping[str, Any]]) -> None:
-    """Compare the checkpoints in `folder` with what a run says of them: `folder` and `weights_sha256` each.
+    """Compare the checkpoints in `folder` with a run's records: `folder` and `weights_sha256` of each.
 
-    Raises ``UserError`` for one that is missing or damaged.
+    Raises ``UserError`` if one is missing or damaged.
     """
     for checkpoint in kept:
         path = folder / checkpoint["folder"]
@@ -87,9 +89,9 @@ def check_checkpoints(folder: Path, kept: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's config and all of a checkpoint's ``config.json``, which has step, tokens, weights_sha256.
+    """The model's config, and the whole ``config.json`` with step, tokens and weights_sha256.
 
-    Raises ``UserError`` naming the key that is missing, of another type or of no model.
+    Raises ``UserError`` naming the key that is missing, has the wrong type or describes no model.
     """
     path = Path(folder) / "config.json"
     description = read_json(path)
@@ -108,8 +110,8 @@ def read_description(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
     """Load a checkpoint folder: the model in evaluation mode, and the content of ``config.json``.
 
-    Raises ``UserError`` for a file that is missing, truncated or altered, for weights that are not those of
-    the model described, and for a weight that is NaN or infinite.
+    Raises ``UserError`` if a file is missing, truncated or altered, if the weights do not fit the described
+    model, and if a weight is NaN or infinite.
     """
     folder = Path(folder)
     config, description = read_description(folder)
@@ -132,7 +134,7 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
 
 
 def _techniques(folder: Path, description: Mapping[str, Any]) -> list[Technique]:
-    """The techniques of a checkpoint, by its ``config.json``."""
+    """The techniques of a checkpoint, read from its ``config.json``."""
     content, file = description.get("techniques", {}), str(folder / "config.json")
     if not isinstance(content, dict):
         raise UserError(f"{file}: techniques: expected names and keys, found {type(content).__name__}")
@@ -142,12 +144,12 @@ def _techniques(folder: Path, description: Mapping[str, Any]) -> list[Technique]
 def _model_of(
     config: ModelConfig, techniques: Sequence[Technique], weights: dict[str, Tensor], path: Path
 ) -> Transformer:
-    """The model described, with the `weights` of the file `path`; ``UserError`` where they do not fit."""
+    """The described model with the `weights` of the file `path`; raises ``UserError`` if they do not fit."""
 
     def misfit(reason: str) -> UserError:
         return UserError(f"{path}: not the weights of the model in config.json: {reason}; {_AGAIN}")
 
-    # Counted first: a model of another size may be too large to build.
+    # Compare the counts first: a model of another size may be too large to build.
     stored, described = (
         sum(map(Tensor.numel, weights.values())),
         parameter_counts(config, tuple(techniques)).total,
@@ -169,7 +171,7 @@ def _model_of(
             )
         if not torch.isfinite(found).all():
             raise UserError(f"{path}: the tensor {name} has NaN or infinite values; {_AGAIN}")
-    # A weight with several places is stored under the name of the first.
+    # A weight that is used in several places is stored under its first name.
     first: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         weights[name] = weights[first.setdefault(parameter, name)]
@@ -178,7 +180,7 @@ def _model_of(
 
 
 def check_fits(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """``UserError`` where the tokenizer beside the checkpoint `folder` is not the model's, by its size.
+    """Raise ``UserError`` if the tokenizer of the checkpoint `folder` has another size than the model.
 
     A byte-level model reads the bytes of any tokenizer's tokens.
     """

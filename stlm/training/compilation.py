@@ -1,4 +1,4 @@
-"""torch.compile of the objective, tried once before training, which goes on without it where it fails."""
+"""Compiles the objective before training; if that fails, training continues without torch.compile."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stlm.training.setup import Setup
 
 
 def compile_objective(state: TrainingState) -> None:
-    """Compile the loss, if the recipe wants it, by the first micro-batch's forward and backward pass.
+    """Compile the loss, if the recipe asks for it, in a forward and backward pass of the first micro-batch.
 
-    Where that fails in one process, for want of a compiler say, the whole group trains without, and the
-    leader warns. Comes before a state is resumed, and is no part of the training time.
+    If that fails in one process, for example because a compiler is missing, all processes train without it
+    and the leader warns. Call it before a state is resumed; its time does not count as training time.
     """
     setup, why_not = state.setup, None
     if setup.device.compiled:
@@ -37,7 +37,7 @@ def compile_objective(state: TrainingState) -> None:
 
 
 def _failure(setup: Setup) -> str | None:
-    """Why the first use of the compiled objective failed, in a line; None where it did not."""
+    """Why the first use of the compiled objective failed, in one line; None if it succeeded."""
     setup.model.train()
     setup.objective.before_step(setup.model, 1)
     tokens = next(setup.micro_batches.of_step(1, setup.share))
@@ -45,7 +45,7 @@ def _failure(setup: Setup) -> str | None:
         setup.loss(tokens, 1).backward()
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of the compiler's many; training shows what it was not to blame for
+    except Exception as error:  # the compiler raises many kinds; training shows errors of any other cause
         return compiler_error(error)
     finally:
         setup.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""How a model is trained. Needs no torch."""
+"""The config of training. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Keys of earlier versions that records still have; none of them changed the weights.
+# Keys of earlier versions that old records still have; none of them changed the weights.
 FORMER_KEYS = frozenset({"validation_documents", "validation_tokens"})
-# Keys that change what is recorded and when, not the weights: a run resumes with others than it began with.
+# Keys that change what is recorded and when, but not the weights: a resumed run may have other values.
 RECORD_KEYS = FORMER_KEYS | {
     "log_every",
     "save_every",
@@ -134,9 +134,9 @@ class TrainingConfig(BaseModel):
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """The steps whose weights are kept, in order, the last step among them."""
+        """The steps whose weights are kept, in order, including the last step."""
         return tuple(sorted({*self.checkpoints, self.steps}))
 
     def tokens_per_step(self, context: int) -> int:
-        """Tokens one optimizer step trains on."""
+        """Tokens in one optimizer step."""
         return self.batch_size * self.accumulation * context

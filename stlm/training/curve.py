@@ -1,4 +1,4 @@
-"""What is recorded of a training: rows of the curve, with validations and checkpoints, and train.json."""
+"""The records of a training run: rows of the curve with validations and checkpoints, and train.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stlm.training.setup import Setup
 class Curve:
     """The rows of curve.csv, and what is due with them: validations, checkpoints, saved states.
 
-    Its clock times the steps alone: the time of validating and saving is not training time.
+    The clock measures the steps only: validating and saving do not count as training time.
     """
 
     def __init__(self, state: TrainingState) -> None:
@@ -29,17 +29,17 @@ class Curve:
         )
 
     def start_clock(self) -> None:
-        """Begin to time steps."""
+        """Start timing steps."""
         self._started, self._first_step = time.perf_counter(), self.state.progress.step
 
     def take_time(self) -> float:
-        """Add the time since the clock started to the run's; the steps a second in it."""
+        """Add the time since the clock started to the run's time; returns the steps per second in it."""
         seconds = time.perf_counter() - self._started
         self.state.progress.seconds += seconds
         return (self.state.progress.step - self._first_step) / seconds
 
     def row_due(self) -> bool:
-        """Whether the last step still wants its row of the curve, and what goes with it."""
+        """Whether the last step's row of the curve, and what goes with it, are still missing."""
         config, progress = self.setup.config, self.state.progress
         step, rows = progress.step, progress.rows
         if step == 0 or (rows and rows[-1]["step"] == step):
@@ -49,7 +49,7 @@ class Curve:
         )
 
     def add_row(self) -> dict[str, float]:
-        """Add the last step's row; validate, keep a checkpoint and save where they are due."""
+        """Add the last step's row; validate, keep a checkpoint and save the state if they are due."""
         config, state = self.setup.config, self.state
         progress = state.progress
         step, last = progress.step, progress.step == config.steps
@@ -77,10 +77,10 @@ class Curve:
 
 @torch.no_grad()
 def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
-    """Loss (nats a token), bits per byte, character and token perplexity on the validation documents, and the
-    figures of the run's techniques.
+    """Loss (nats per token), bits per byte, character and token perplexity on the validation documents, and
+    the techniques' own metrics.
 
-    The end-of-text tokens are not counted: the figures are those of the text (design, "Scoring").
+    End-of-text tokens are not counted: the metrics describe the text (design, "Scoring").
     """
     device = setup.device.device
     setup.model.eval()
@@ -109,7 +109,7 @@ def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
 
 
 def keep_checkpoint(state: TrainingState) -> None:
-    """Keep the weights of the last step, with what they cost."""
+    """Keep the last step's weights as a checkpoint, with the cost so far."""
     run, step = state.setup.run, state.progress.step
     tokens = step * run.training.tokens_per_step(run.model.context)
     name = checkpoint_name(step)
@@ -149,8 +149,8 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "tokens_per_second": round(run.tokens / progress.seconds, 1),
         "flops": run.flops,
-        **(progress.parts or [state.made])[-1],  # of the last step, whoever publishes it
-        # Where a run stopped and went on elsewhere, or by other code.
+        **(progress.parts or [state.made])[-1],  # of the process that computed the last step
+        # A run may have stopped and continued elsewhere, or with other code.
         **({"parts": progress.parts} if len(progress.parts) > 1 else {}),
         "precision": setup.device.precision,
         "compiled": progress.compiled,

@@ -1,4 +1,4 @@
-"""The runs whose weights a run reads: their last checkpoints, and what these had cost."""
+"""The runs whose weights a run reads: their last checkpoints and their training costs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from stlm.training.checkpoints import last_checkpoint, read_description
 
 
 class Dependency:
-    """The last checkpoint of the run that `run` depends on in a role (`Run.depends`).
+    """The last checkpoint of the run on which `run` depends in a given role (`Run.depends`).
 
-    Raises ``UserError`` where there is no checkpoint yet.
+    Raises ``UserError`` if there is no checkpoint yet.
     """
 
     def __init__(self, run: Run, role: str) -> None:
@@ -20,10 +20,10 @@ class Dependency:
         self.tokens: int = description["tokens"]
         self.weights_sha256: str = description["weights_sha256"]
         flops = description.get("flops")
-        if flops is None:  # a checkpoint of an earlier version, which had no techniques
+        if flops is None:  # a checkpoint of an earlier version, without techniques
             other = run.model_copy(update={"model": self.model, "techniques": {}})
             flops = self.tokens * other.flops_per_token
-        # For train.json. `flops` are of that training alone; `depends` has those of what it depended on.
+        # For train.json. `flops` covers that training only; `depends` covers what it depended on in turn.
         self.record: dict[str, Any] = {
             "run": run.depends[role],
             "weights_sha256": self.weights_sha256,
@@ -35,5 +35,5 @@ class Dependency:
 
 
 def read_dependencies(run: Run) -> dict[str, Dependency]:
-    """Role -> what the run depends on in it. Raises ``UserError`` where a checkpoint is missing."""
+    """Map each role to the run's dependency. Raises ``UserError`` if a checkpoint is missing."""
     return {role: Dependency(run, role) for role in run.depends}

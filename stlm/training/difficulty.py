@@ -1,4 +1,4 @@
-"""How hard chunks of the training text are for a reference model, kept in files for other runs too."""
+"""The difficulty of chunks of the training text for a reference model, kept in files for other runs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from stlm.tokens.shards import ComponentTokens
 from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
 from stlm.training.distributed import Group
 
-# Measured at once: so many tokens, and so many logits (of 4 bytes; the loss needs a few times that).
+# The tokens and logits in one batch (a logit has 4 bytes; the loss needs a few times that).
 _TOKENS, _LOGITS = 8192, 2**25
 
 
 class Reference:
-    """The last checkpoint of a run, as a measure of difficulty: the mean loss of a chunk's tokens, in nats.
+    """The last checkpoint of a run as a measure of difficulty: the mean loss of a chunk's tokens, in nats.
 
-    Called with a component of `run`'s training text, its number and chunks (places in its stream in units
-    of the context), it gives a float32 for each. Computed in float32, once: files beside the runs' states are
-    named after all that they depend on, so that runs with the same chunks share them. Of a group of
-    processes, which all call it alike, the leader measures and the others wait.
+    Call it with a component of `run`'s training text, its number, and chunks (positions in its token stream
+    in units of the context); it returns a float32 for each chunk. The scores are computed once, in float32,
+    and stored next to the runs' states, in files named by a hash of everything that they depend on, so runs
+    with the same chunks share them. All processes of a group make the same calls; the leader computes, and
+    the others wait.
     """
 
     def __init__(self, run: Run, device: torch.device, group: Group | None = None) -> None:
@@ -39,19 +40,19 @@ class Reference:
         self.run, self.device, self.group = run, device, group or Group()
         self.checkpoint = last_checkpoint(run, run.depends["reference"])
         self.weights_sha256 = str(read_description(self.checkpoint)[1]["weights_sha256"])
-        self.folder = run.state_folder.parent / ".difficulty"  # no run's name begins with a dot
+        self.folder = run.state_folder.parent / ".difficulty"  # no run's name starts with a dot
         self._given = hashlib.sha256()
 
     @property
     def given(self) -> str:
-        """SHA-256 of the scores given so far, on which a run's weights depend.
+        """SHA-256 of all scores returned so far; a run's weights depend on them.
 
-        Measured anew, with another number of threads or on another device, they differ in the last digits.
+        Recomputed scores differ in the last digits with another number of threads or on another device.
         """
         return self._given.hexdigest()
 
     def __call__(self, component: ComponentTokens, number: int, chunks: np.ndarray) -> np.ndarray:
-        path = self.folder / f"{component.name}-{self._mark(component, chunks)[:24]}.npy"
+        path = self.folder / f"{component.name}-{self._fingerprint(component, chunks)[:24]}.npy"
         if self.group.leads:
             if not path.exists():
                 self._keep(path, self._measure(component, chunks))
@@ -69,14 +70,14 @@ class Reference:
         return scores
 
     def _keep(self, path: Path, scores: np.ndarray) -> None:
-        """Write what was measured; where another run was sooner, its file stays: it is that run's order."""
+        """Write the scores; keep a file that another run wrote first, as that run's order depends on it."""
         if not path.exists():
             with atomic_path(path) as temporary:
                 with temporary.open("wb") as file:
                     np.save(file, scores, allow_pickle=False)
                 seal(temporary)
 
-    def _mark(self, component: ComponentTokens, chunks: np.ndarray) -> str:
+    def _fingerprint(self, component: ComponentTokens, chunks: np.ndarray) -> str:
         depends = {
             "weights": self.weights_sha256,
             "tokens": sha256(self.run.tokens_folder / "meta.json"),
@@ -98,13 +99,13 @@ class Reference:
             for row, chunk in enumerate(batch):
                 component.read(int(chunk) * context, tokens[row])
             scores[start : start + len(batch)] = mean_losses(model, tokens[: len(batch)], self.device)
-            self.group.largest(0)  # a sign of life to those who wait, whose patience is limited
+            self.group.largest(0)  # a sign of life for the waiting processes, which time out otherwise
         return scores
 
 
 @torch.no_grad()
 def mean_losses(model: Transformer, tokens: np.ndarray, device: torch.device) -> np.ndarray:
-    """The mean loss in nats [B] of the tokens after the first of each row [B, L + 1]."""
+    """The mean loss [B], in nats, of the tokens after the first in each row [B, L + 1]."""
     tokens_BM = torch.from_numpy(tokens).to(device)
     logits_BLV = model(tokens_BM[:, :-1]).float()
     losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BM[:, 1:], reduction="none")

@@ -1,7 +1,7 @@
-"""Processes that train one run together, as `torchrun` starts them; a process alone is a group of one.
+"""Processes that train one run together, started by `torchrun`; a single process is a group of one.
 
-Each holds the whole model and works on its share of every step's rows; gradients are summed once a step, so
-that all take the same step. Processes speak by gloo on CPUs, by NCCL between GPUs.
+Each process holds the whole model and works on its share of every step's rows. Gradients are summed once per
+step, so all processes make the same update. They communicate by gloo on CPUs and by NCCL between GPUs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from stlm.training.config import TrainingConfig
 from stlm.training.lifeline import LOST, Exit, Lifeline
 from stlm.training.signals import STOPPING
 
-# What torchrun tells the processes that it starts.
+# The variables that torchrun sets for the processes it starts.
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# What gloo tells of a connection to a process that is gone, in a plain RuntimeError.
+# gloo reports a lost connection as a plain RuntimeError with one of these messages.
 _GLOO_LOST = re.compile(
     r"connection (closed|reset|refused)|socket closed|(read|write) error|broken pipe|timed out|timeout",
     re.IGNORECASE,
@@ -34,12 +34,12 @@ _GLOO_LOST = re.compile(
 
 
 class LostPeer(UserError):
-    """Another process of the group ended while this one waited for it."""
+    """Another process of the group ended while this process waited for it."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A process's part of a step: these micro-batches, of each these rows, one of `parts` equal parts."""
+    """A process's share of a step: these micro-batches, these rows of each; one of `parts` equal shares."""
 
     micros: range
     rows: slice
@@ -48,21 +48,21 @@ class Share:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train a run, seen from one of them. The one of rank 0 leads: it alone writes."""
+    """The processes that train a run, seen from one of them. Rank 0 leads: only the leader writes files."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and tells."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def share(self, config: TrainingConfig) -> Share:
-        """This process's part of every step: whole micro-batches as far as they go, else rows of each.
+        """This process's share of every step: whole micro-batches if possible, otherwise some rows of each.
 
-        The shares of a group are disjoint, equal in size, and together the step's rows whatever the number
-        of processes. Raises ``UserError`` where `batch_size` x `accumulation` does not divide.
+        The shares of a group are disjoint, equal in size, and together make up the step's rows, whatever the
+        number of processes. Raises ``UserError`` if `batch_size` x `accumulation` cannot be divided evenly.
         """
         turns = math.gcd(self.size, config.accumulation)
         parts = self.size // turns
@@ -79,7 +79,7 @@ class Group:
         return Share(range(turn, config.accumulation, turns), slice(part * width, (part + 1) * width), parts)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, all in one exchange; the same bits in each."""
+        """Replace each tensor by its sum over the processes in one exchange; all get the same bits."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -88,7 +88,7 @@ class Group:
             tensor.copy_(total.view_as(tensor))
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' values. Waits for them, not for a GPU."""
+        """The largest of the processes' values. Waits for the processes, not for a GPU."""
         if self.size == 1:
             return value
         held = torch.tensor(value, dtype=torch.int64)
@@ -100,7 +100,7 @@ class Group:
         return self.largest(value) == -self.largest(-value)
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes have called this."""
         self.largest(0)
 
 
@@ -124,10 +124,10 @@ def _lost(error: RuntimeError) -> bool:
 
 @contextmanager
 def processes() -> Iterator[Group]:
-    """The group that `torchrun` started this process in; without it, a group of one.
+    """The group in which `torchrun` started this process; without torchrun, a group of one.
 
-    However one process fails, all end: a ``UserError`` passes through in the process that tells it first, the
-    others end silently with the same exit status. ``Interrupted`` passes through in the leader.
+    If one process fails, all end. The process that first reports a ``UserError`` raises it; the others end
+    silently with the same exit status. The leader raises ``Interrupted``.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -151,7 +151,7 @@ def processes() -> Iterator[Group]:
     except Interrupted as stop:
         _end_undisturbed()
         exit_.status = stop.status
-        with suppress(LostPeer):  # it ended first; the state is saved
+        with suppress(LostPeer):  # the other process ended first; the state is saved
             group.wait()
             lifeline.farewell()
         if group.leads:
@@ -163,9 +163,9 @@ def processes() -> Iterator[Group]:
         exit_.status = (
             2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         )
-        # Before this process ends and the others see it, so that the cause is told and not its effects.
+        # Claim this before the process ends and the others notice, so the cause is reported, not its effects.
         first = _first_to_tell(store)
-        # NCCL would wait for those who failed.
+        # NCCL would wait for the failed processes.
         if not cuda:
             dist.destroy_process_group()
         if first or not isinstance(error, UserError):
@@ -178,13 +178,13 @@ def processes() -> Iterator[Group]:
 
 
 def _meet(cuda: bool, size: int) -> tuple[dist.Store, int]:
-    """Join the others: the store that all share, and this process's rank."""
-    # NCCL's own watchdog would abort the process (SIGABRT) as soon as another one is gone; the lifeline ends
-    # it as promised.
+    """Join the other processes; returns the shared store and this process's rank."""
+    # NCCL's watchdog would abort the process (SIGABRT) as soon as another one is lost; the lifeline ends
+    # it with the documented exit status instead.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        # Beside NCCL, gloo carries what must not wait for a GPU.
+        # gloo, used together with NCCL, carries messages that must not wait for a GPU.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except RuntimeError as error:
@@ -199,7 +199,7 @@ def _meet(cuda: bool, size: int) -> tuple[dist.Store, int]:
 
 
 def _first_to_tell(store: dist.Store) -> bool:
-    """Whether no other process has told yet why the group ends; yes where there is no one left to ask."""
+    """Whether this process is the first to report why the group ends; True if no other can be asked."""
     try:
         return store.add("stlm/told", 1) == 1
     except RuntimeError:
@@ -207,9 +207,9 @@ def _first_to_tell(store: dist.Store) -> bool:
 
 
 def _end_undisturbed() -> None:
-    """Ignore signals from here on: this process is about to end, and may have to tell why.
+    """Ignore signals from now on: this process is about to end, and may still have to report why.
 
-    Where one process has ended, torchrun sends them to the others.
+    When one process has ended, torchrun signals the others.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: training stops, and says where it began."""
+"""Stops training at a loss or gradient that is not finite, and reports its origin."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from stlm.training.state import load_state
 
 
 def check_finite(state: TrainingState, step: int, take_step: Callable[[], None]) -> None:
-    """Stop at a loss or gradient of `step` that is not finite; what was saved before it stays.
+    """Stop if the loss or gradient of `step` is not finite; earlier saved states are kept.
 
-    `take_step` takes one step more of training, to find the layer by repeating steps.
+    `take_step` trains one more step; it is used to repeat steps while searching for the layer.
     """
     if math.isfinite(state.losses[-1].item()) and math.isfinite(state.norm.item()):
         return
     setup, watch = state.setup, state.watch
     if not setup.group.leads:
-        setup.group.wait()  # for the leader, who tells where it began and ends all
+        setup.group.wait()  # for the leader, which reports the origin and ends all processes
     step, loss, norm = watch.first_not_finite() or (step, state.losses[-1], state.norm)
     watch.drain()
     _rewind(state, step, take_step)
@@ -47,9 +47,9 @@ def check_finite(state: TrainingState, step: int, take_step: Callable[[], None])
 
 
 def _rewind(state: TrainingState, step: int, take_step: Callable[[], None]) -> None:
-    """Where `step` has spoilt the weights before it was noticed, on a GPU: have those before it again.
+    """Restore the weights before `step`, if a GPU updated them before the divergence was noticed.
 
-    The steps since the last state are repeated. Where there is none, or other processes would have to
+    The steps since the last saved state are repeated. Without a state, or if other processes would have to
     take part, the weights stay as they are.
     """
     setup = state.setup
@@ -58,7 +58,7 @@ def _rewind(state: TrainingState, step: int, take_step: Callable[[], None]) -> N
     progress = load_state(state.path, setup.fingerprint, setup.model, setup.optimizer)
     if progress is None or progress.step >= step:
         return
-    setup.optimizer.zero_grad(set_to_none=True)  # of the step that failed
+    setup.optimizer.zero_grad(set_to_none=True)  # drops the gradients of the failed step
     print(
         f"{setup.run.name}: diverged at step {step}; repeating the steps since {progress.step} to find where",
         file=sys.stderr,

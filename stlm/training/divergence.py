@@ -1,4 +1,4 @@
-"""Where a run diverged: the layer, by repeating the step, and the documents of the batch."""
+"""Finds where a run diverged: the layer, by repeating the step, and the documents of the batch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PARTS = {
     "ffn": "the feed-forward output of {}",
     "residual": "the residual stream after {}",
 }
-# What the message shows; the record has all.
+# Limits of what the message shows; the record is complete.
 _ROWS, _DOCUMENTS, _CHARACTERS = 3, 2, 70
 
 
 @dataclass(frozen=True)
 class Place:
-    """What was found first: a sentence, the layer, and the rows of a micro-batch (from 0), worst first."""
+    """The first value that is not finite: a sentence, the layer, and rows of a micro-batch, worst first."""
 
     sentence: str
     layer: str
@@ -44,11 +44,11 @@ def locate(
     micro_batches: Iterable[Tensor],
     watched: Sequence[dict[str, Any]] = (),
 ) -> Place:
-    """Repeat a step's forward and backward passes and find what is the first not to be finite.
+    """Repeat the forward and backward passes of a step and find the first value that is not finite.
 
-    `loss_of`: the mean loss of tokens [B, L + 1], as in training but outside of torch.compile.
-    `micro_batches`: the step's, gone through once; whoever yields them sets the random numbers.
-    `watched`: rows of watch.csv so far, for the largest growth, where the step tells no more.
+    `loss_of`: the mean loss of tokens [B, L + 1], as in training but without torch.compile.
+    `micro_batches`: those of the step, read once; the iterator sets the random numbers.
+    `watched`: the rows of watch.csv so far; they give the largest growth if the step shows nothing.
     """
     layers_of = {name: layers for name, layers in users(model).values()}
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
@@ -83,7 +83,7 @@ def locate(
         loss.backward()
         if worst is None or loss.item() > worst[0]:
             worst = loss.item(), micro, tokens_BL
-        # The backward pass goes from the head down: what it reached first is the last in the model's order.
+        # The backward pass starts at the head, so it reached the last parameter in the model's order first.
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 layers = layers_of[name]
@@ -102,7 +102,7 @@ def locate(
 
 @torch.no_grad()
 def _row_losses(model: Transformer, loss_of: Callable[[Tensor], Tensor], tokens_BL: Tensor) -> Tensor:
-    """The loss [B] of each row by itself, without dropout."""
+    """The loss [B] of each row alone, without dropout."""
     training = model.training
     model.eval()
     losses = [loss_of(row[None]) for row in tokens_BL]
@@ -119,7 +119,7 @@ def _worst(losses_B: Tensor) -> list[int]:
 
 
 def _growth(watched: Sequence[dict[str, Any]]) -> str:
-    """The layer whose activations grew most since the first row, as the end of a sentence."""
+    """The layer whose activations grew most since the first row, as the ending of a sentence."""
     first: dict[str, float] = {}
     last: dict[str, tuple[float, int]] = {}
     for row in watched:
@@ -135,9 +135,10 @@ def _growth(watched: Sequence[dict[str, Any]]) -> str:
 
 
 def documents(run: Run, batches: Batches, step: int, place: Place) -> list[dict[str, Any]]:
-    """For each of the place's rows the documents that it is made of, and the first words of each's part.
+    """The documents in each of the place's rows, with the first words of each document's part.
 
-    Documents are numbered from 0 in their shard of the train split; the first of a row may begin before it.
+    Documents are numbered from 0 in their shard of the train split. A row's first document may begin in the
+    row before.
     """
     meta = read_meta(run.tokens_folder)
     tokenizer = load_tokenizer(run.tokens_folder / "tokenizer")
@@ -163,7 +164,7 @@ def explain(
     micro_batches: Iterable[Tensor],
     watched: Sequence[dict[str, Any]],
 ) -> str:
-    """Lines on where step `step` diverged, for the error; all of it goes to the state's divergence.json.
+    """Lines that say where step `step` diverged, for the error; divergence.json in the state has everything.
 
     `loss_of`, `micro_batches` and `watched` are those of `locate`.
     """

@@ -1,8 +1,8 @@
-"""How a process of a group ends when another is gone, whatever it does at that moment.
+"""Ends a process of a group when another process is lost, whatever it is doing at that moment.
 
-An exchange by gloo fails as soon as a process is gone (stlm.training.distributed). But a process may be
-elsewhere: waiting for a GPU that waits for the lost one, where nothing interrupts it, or at long work of its
-own. There a thread, which waits for a neighbour's farewell, notices.
+A gloo exchange fails as soon as a process is lost (stlm.training.distributed). But a process may be doing
+something else: waiting, uninterruptibly, for a GPU that waits for the lost process, or computing for a long
+time. A thread, which waits for a neighbour's farewell message, notices that case.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LOST = (
     "a process of this training ended without a word (killed, or out of memory?); the same command goes on "
     "from what is saved"
 )
-# Seconds for the process to notice by itself and to end in order; torchrun kills after 30.
+# Seconds in which the process can notice the loss and end properly; torchrun kills it after 30.
 GRACE = 15.0
 _FOREVER = timedelta(days=3650)
-# What torch raises where a connection is closed, and where this process has left the group itself.
+# torch raises these if a connection is closed, or if this process has left the group.
 _CLOSED = (RuntimeError, ValueError)
 
 
 class Exit:
-    """Ends Python at once, with `status`, where that is set by its end.
+    """Ends Python immediately, with `status`, if that is set when Python exits.
 
-    What Python would clean up waits for GPUs that wait for a lost process, and threads of gloo abort it.
-    Made before others register what they do at the end, it comes after them.
+    Python's cleanup would wait for GPUs that wait for a lost process, and gloo's threads would abort it.
+    Create it before other exit handlers are registered: it then runs after them.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,11 @@ class Exit:
 
 
 class Lifeline:
-    """A thread that waits for the farewell of the next process, as the one before waits for this one's.
+    """A thread that waits for the next process's farewell, as the previous process waits for this one's.
 
-    Where the next one ends without it, or says that one after it did, and this one has not begun to end
-    `GRACE` seconds later, it ends here and now with status 2; the message is told if `tells` says so.
+    If the next process ends without a farewell, or reports that a later process was lost, this process has
+    `GRACE` seconds to begin to end. After that it ends immediately with status 2; it prints the message if
+    `tells` returns True.
     """
 
     def __init__(self, rank: int, size: int, tells: Callable[[], bool]) -> None:
@@ -66,13 +67,13 @@ class Lifeline:
         self._thread.start()
 
     def release(self) -> None:
-        """This process ends by itself, in any way."""
+        """Declare that this process ends by itself, in any way."""
         self._released.set()
 
     def farewell(self) -> bool:
-        """Part in peace; whether the next one did, too."""
+        """Say farewell to the previous process; returns whether the next process said farewell, too."""
         self.release()
-        with suppress(*_CLOSED):  # it is gone already
+        with suppress(*_CLOSED):  # the other process is gone already
             self._say(lost=False)
             self._sent.wait(timedelta(seconds=GRACE))
         self._thread.join(GRACE)

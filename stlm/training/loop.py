@@ -1,4 +1,4 @@
-"""Train one run: from token shards to checkpoints, a curve and a summary."""
+"""Trains one run: from token shards to checkpoints, a curve and a summary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stlm.training.state import locked
 
 
 class Trainer:
-    """The steps that train a run, in one process of the group that trains it."""
+    """The steps of one process that trains a run, alone or in a group."""
 
     def __init__(self, run: Run, group: Group | None = None) -> None:
         self.setup = Setup(run, group or Group())
@@ -38,7 +38,7 @@ class Trainer:
         self.curve = Curve(self.state)
 
     def step(self) -> None:
-        """One optimizer step, its losses and gradient's norm kept on the device."""
+        """Take one optimizer step; the losses and the gradient's norm stay on the device."""
         setup, state = self.setup, self.state
         step, watch = state.progress.step + 1, state.watch
         for group in setup.optimizer.param_groups:
@@ -52,7 +52,7 @@ class Trainer:
         state.add(mean, parts, norm)
         watch.record(step, mean, norm)
         if setup.device.device.type == "cpu":
-            # On a GPU this would wait for the device at every step; there a row that is due looks.
+            # On a GPU this check would wait for the device at every step; there, a row that is due checks.
             check_finite(state, step, self.step)
         setup.optimizer.step()
         watch.after_update(step)
@@ -60,9 +60,9 @@ class Trainer:
         state.progress.step = step
 
     def _backward(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add up the gradients of this process's micro-batches.
+        """Accumulate the gradients of this process's micro-batches.
 
-        Returns the last one's tokens, the mean loss, and the mean of each part of an objective with several.
+        Returns the last micro-batch's tokens, the mean loss, and the mean of each part if there are several.
         """
         setup = self.setup
         count, device = setup.config.accumulation * setup.share.parts, setup.device.device
@@ -80,20 +80,20 @@ class Trainer:
         for part in means.values():
             part /= count
         if setup.run.techniques:
-            # What a technique left out of this step has a gradient of zero, in every process of a group.
+            # A parameter that a technique skipped in this step gets a zero gradient, in every process.
             for parameter in setup.model.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return tokens, mean, means
 
     def fit(self, signals: StopSignals) -> None:
-        """Train to the last step, saving, validating, recording and keeping checkpoints on the way.
+        """Train to the last step, and save, validate, record and keep checkpoints on the way.
 
-        Raises ``Interrupted``, its state saved, after the step in which a signal came.
+        Raises ``Interrupted`` after the step in which a signal came, with the state saved.
         """
         setup, state, curve = self.setup, self.state, self.curve
         progress, records = state.progress, NoRecords()
-        if progress.step < setup.config.steps:  # the last of them is what takes the last step
+        if progress.step < setup.config.steps:  # the state of a finished run needs no further step
             progress.parts = [part for part in progress.parts if part != state.made] + [state.made]
         if setup.group.leads:
             records = Records(setup.run, state.output / "dvclive", progress, setup.fingerprint)
@@ -112,10 +112,10 @@ class Trainer:
         if stopped:
             curve.take_time()
             if state.losses:
-                # A GPU's steps are looked at when a row is due: save no ruins.
+                # A GPU's steps are checked when a row is due: do not save a diverged state.
                 check_finite(state, progress.step, self.step)
             state.save()
-            setup.group.wait()  # where one process ends, torchrun ends all
+            setup.group.wait()  # if one process ended early, torchrun would end all
         records.close()
         if stopped:
             raise Interrupted(
@@ -128,12 +128,13 @@ class Trainer:
 def train(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """Train ``run``; write ``checkpoints/``, {curve,watch}.csv and train.json to its folder.
 
-    Killed at any time, a second call goes on from the last saved state; so does one after ``Interrupted``,
-    which is raised where a signal asked to stop. Started by `torchrun`, all its processes train the run
-    together. Each calls ``check`` first: a ``UserError`` that all of them raise is told once.
+    If the training is killed at any time, a second call resumes from the last saved state; the same holds
+    after ``Interrupted``, which is raised when a signal asked to stop. All processes that `torchrun` starts
+    train the run together. Each calls ``check`` first; a ``UserError`` that all of them raise is reported
+    once.
 
     Raises ``UserError`` for missing or damaged tokens or state, for a loss that is not finite, and while
-    another training of the same run is at work.
+    another process is training the same run.
     """
     with processes() as group:
         check()

@@ -1,7 +1,7 @@
-"""What a training step needs of memory, estimated before anything is allocated, and what the machine has.
+"""Estimates the memory of a training step before anything is allocated, and reads the machine's memory.
 
-Two figures: `least`, below which no step can stay, so that a run which needs more is refused; and `likely`,
-about what a process takes, at which a run is warned. Measured peaks stand in docs/training.md.
+There are two estimates. `least` is a lower bound: a run that needs more is refused. `likely` is about what a
+process takes: a run that exceeds it gets a warning. Measured peaks are in docs/training.md.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import NamedTuple
 from stlm.model.config import ModelConfig
 from stlm.study.runs import Run
 
-# Of the process: Python, torch and its libraries. Not part of `least`: it differs from build to build.
+# Bytes of the process: Python, torch and its libraries. Left out of `least`, as it varies between builds.
 _PROCESS = 250 << 20
-# Peaks are about so many times what the backward pass must find: with temporaries, gradients of activations,
-# and memory that is kept for reuse.
+# Peaks are about this multiple of what the backward pass needs, with temporaries, gradients of activations,
+# and memory that the allocator keeps for reuse.
 _OVER_LEAST = 3
-# Python's modules and tensors of one layer, whatever its width.
+# Bytes of one layer's Python modules and tensors, whatever its width.
 _LAYER_OBJECTS = 16 << 10
-# A compiled graph may compute again what it would else keep.
+# A compiled graph may recompute values instead of keeping them.
 _COMPILED_KEEPS = 0.5
 
 
 class Memory(NamedTuple):
-    """Bytes that a process holds at the very least: its `weights` with the optimizer's moments, their
-    `gradients`, and for each `sequence` of a micro-batch, of which it works on `sequences` at once, what the
-    backward pass needs of the forward pass. `validation`: the logits of one of its batches."""
+    """A lower bound on a process's bytes: its `weights` with the optimizer's moments, their `gradients`, and,
+    for each `sequence` of the `sequences` that it processes at once, what the backward pass needs of the
+    forward pass. `validation`: the logits of one validation batch."""
 
     weights: int
     gradients: int
@@ -39,51 +39,52 @@ class Memory(NamedTuple):
 
     @property
     def least(self) -> int:
-        """No step can do with less. Gradients grow while activations go: the larger of the two counts."""
+        """The lower bound of a step: activations are freed while gradients grow, so the larger counts."""
         return self.weights + max(self.gradients, self.sequence * self.sequences)
 
     @property
     def likely(self) -> int:
-        """About the peak of the process."""
+        """About the peak memory of the process."""
         step = self.gradients + _OVER_LEAST * self.sequence * self.sequences
         return _PROCESS + self.weights + max(step, self.validation)
 
     def sequences_that_fit(self, total: int) -> int:
-        """The largest micro-batch that `total` bytes could hold."""
+        """The largest micro-batch that could fit into `total` bytes."""
         return max(0, total - self.weights) // self.sequence
 
 
 def training_memory(run: Run, precision: str, compiled: bool, sequences: int) -> Memory:
-    """The memory of a step of `run` whose process works on `sequences` of a micro-batch at once."""
+    """The memory of a step of `run` in a process that handles `sequences` of a micro-batch at once."""
     parameters = run.parameters.total
-    # AdamW has two moments in float32, Muon's matrices one; they are there from the second step on.
+    # AdamW has two moments in float32, Muon's matrices have one; they exist from the second step on.
     moments = 0 if run.training.steps == 1 else 8 if run.training.optimizer == "adamw" else 4
     per_token = _activations(run.model, 2 if precision == "bfloat16" else 4)
     if compiled:
         per_token *= _COMPILED_KEEPS
-    # The batch itself, in whole numbers of 8 bytes.
+    # The batch itself holds integers of 8 bytes.
     sequence = int(run.model.context * (per_token + 8))
     held = parameters * (4 + moments) + run.model.layers * _LAYER_OBJECTS
     return Memory(held, 4 * parameters, sequence, sequences, _validation(run))
 
 
 def _validation(run: Run) -> int:
-    """Bytes of a validation batch's logits and of their log-softmax, both whole and in float32."""
+    """Bytes of the logits of a validation batch and of their log-softmax, both complete and in float32."""
     training, model = run.training, run.model
     if model.bytes is not None:
         return 0
-    # A token of the largest vocabularies holds some five bytes; fewer windows are no reason to refuse.
+    # A token of the largest vocabularies holds about five bytes: assume the fewest windows, as a lower bound.
     text = training.validation_bytes // (1 if run.tokenizer == "bytes" else 5)
     windows = min(training.batch_size, max(1, text // model.context))
     return 8 * windows * model.context * model.vocab_size
 
 
 def _activations(model: ModelConfig, narrow: int) -> float:
-    """Bytes that a token's forward pass leaves for the backward pass, in all layers.
+    """Bytes per token, over all layers, that the forward pass keeps for the backward pass.
 
-    The residual stream twice a layer in float32; in `narrow` bytes what each product of matrices reads (two
-    normalized inputs, attention's output, the hidden units) and what the nonlinear parts read (queries, keys
-    and values; gate and up). Of a byte-level model its core's, a token being a chunk.
+    Each layer keeps the residual stream twice in float32. In `narrow` bytes it keeps the inputs of its matrix
+    products (two normalized inputs, attention's output, the hidden units) and of its nonlinear parts
+    (queries, keys and values; gate and up). For a byte-level model this counts the core, whose tokens are
+    chunks.
     """
     key_value = model.kv_heads * model.head_width
     hidden = (3 if model.ffn == "swiglu" else 2) * model.ffn_width
@@ -91,7 +92,7 @@ def _activations(model: ModelConfig, narrow: int) -> float:
 
 
 class Room(NamedTuple):
-    """Bytes of memory in all, and free at present."""
+    """Bytes of memory: total, and currently free."""
 
     total: int
     free: int
@@ -99,7 +100,7 @@ class Room(NamedTuple):
 
 
 def machine_room() -> Room | None:
-    """This machine's memory with its swap, or what the process is allowed of it; None where unknown."""
+    """This machine's memory with its swap, or what the process may use of it; None if unknown."""
     found = _read_meminfo()
     if "MemTotal" in found:
         total, free = found["MemTotal"] + found.get("SwapTotal", 0), found.get("MemAvailable", 0)
@@ -130,7 +131,7 @@ def _read_meminfo() -> dict[str, int]:
 
 
 def _control_group_limit() -> int | None:
-    """The least limit of the control groups that the process is in, version 2 or 1."""
+    """The smallest limit of the control groups that contain the process, version 2 or 1."""
     limits = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -142,7 +143,7 @@ def _control_group_limit() -> int | None:
                     continue
                 root, name = root / "memory", "memory.limit_in_bytes"
             group = root / path.lstrip("/")
-            # In a container the path may be that of the machine outside; then the root's file holds.
+            # A container may show the path of the machine outside; then the file at the root applies.
             for folder in (root, group, *group.parents):
                 if folder.is_relative_to(root):
                     limits += _limit(folder / name)

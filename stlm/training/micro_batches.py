@@ -17,9 +17,9 @@ from stlm.training.state import draws
 
 
 class MicroBatches:
-    """The micro-batches of a run's steps. `rows_before`: rows of the text that were trained on before it.
+    """The micro-batches of a run's steps. `rows_before`: rows of the text that an earlier run trained on.
 
-    `rows`, from the files, is for those who look at a batch without training on it.
+    `rows`, read from the files, lets others look at a batch without training on it.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class MicroBatches:
             reference,
             rows_before,
         )
-        # The end of text where attention stays within documents.
+        # The end-of-text token, if attention stays within documents.
         self._eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None
 
     def of_step(self, step: int, share: Share) -> Iterator[Tensor]:
-        """The tokens [B, L + 1] of a share of a step, its random numbers ready as each is given."""
+        """The tokens [B, L + 1] of a share of a step; the random seed is set before each is yielded."""
         for micro in share.micros:
-            # All randomness (dropout) comes from the seed and the place in training: a resumed run draws the
-            # same, and so does a group of processes as long as each works on whole micro-batches.
+            # All randomness (dropout) depends on the seed and the position in training: a resumed run draws
+            # the same numbers, and so does a group of processes if each works on whole micro-batches.
             torch.manual_seed(draws(self._run.seed, step, micro, share.rows.start))
             rows = self.rows.batch(step - 1, micro, self._run.training.accumulation)[share.rows]
             tokens = torch.from_numpy(rows)
@@ -53,5 +53,5 @@ class MicroBatches:
             yield tokens.to(self._device, non_blocking=True)
 
     def layout(self, tokens_BL: Tensor) -> Documents | None:
-        """What keeps attention within the documents of inputs, where it is to stay there."""
+        """The layout that keeps attention within the inputs' documents; None without that restriction."""
         return None if self._eot is None else Documents.of(tokens_BL, self._eot)

@@ -1,4 +1,4 @@
-"""What training minimizes: named parts of the loss, from the plain model and from the run's techniques.
+"""The training objective: named parts of the loss, from the plain model and from the run's techniques.
 
 Shapes: B rows, L positions, N = B L, D width.
 """
@@ -25,11 +25,11 @@ Parts = dict[str, Tensor]
 
 
 class Forward:
-    """One micro-batch of a training step; what is computed from it is computed when it is asked for.
+    """One micro-batch of a training step; its properties are computed when they are first used.
 
-    `layout`: how sequences lie in the rows, None: one a row. `step`, from 1, of `steps`.
-    `loss`: computes the whole next-token loss of (tokens, targets, layout), as `Transformer.loss` does,
-    where nothing else needs the hidden states; `hidden`: the model's, maybe compiled.
+    `layout`: how sequences lie in the rows; None: one in each row. `step`: from 1, of `steps`.
+    `loss`: computes the whole next-token loss of (tokens, targets, layout), as `Transformer.loss` does; used
+    if nothing else needs the hidden states. `hidden`: the model's method, possibly compiled.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class Forward:
 
     @cached_property
     def hidden_ND(self) -> Tensor:  # noqa: N802, as it is a tensor
-        """What the head reads (`Transformer.hidden`), computed once."""
+        """The head's input (`Transformer.hidden`), computed once."""
         return self._hidden(self.tokens_BL, self.layout).flatten(0, 1)
 
     def residuals(self, after: Collection[int]) -> list[Tensor]:
-        """The residual stream [B, L, D] after blocks (`Transformer.residuals`), the last one's too.
+        """The residual stream [B, L, D] after the given blocks and the last one (`Transformer.residuals`).
 
-        `hidden_ND` is then made of it: asked for first, it costs no second forward pass.
+        Call it before `hidden_ND`, which then reuses the result instead of running a second forward pass.
         """
         kept = self.model.residuals(self.tokens_BL, self.layout, after=after)
         self.hidden_ND = self.model.finish(kept[-1]).flatten(0, 1)
         return kept
 
     def next_token_loss(self) -> Tensor:
-        """Mean cross-entropy in nats, float32, of the targets, which a byte-level model reads as chunks."""
+        """Mean cross-entropy in nats, float32, of the targets; a byte-level model reads them as chunks."""
         if self._loss is not None:
             return self._loss(self.tokens_BL, self.targets_BL, layout=self.layout)
         return self.model.hidden_loss(self.hidden_ND, self.tokens_BL, self.targets_BL)
@@ -71,8 +71,8 @@ class Forward:
 class Objective:
     """Named, weighted parts of the loss, whose sum is minimized; called with a `Forward`.
 
-    The plain objective is the part `next_token`. Techniques of the run add parts, or put their own in its
-    place (`replaces_next_token`): see `stlm.techniques.base.Technique`.
+    The plain objective is the part `next_token`. The run's techniques add parts, or replace it
+    (`replaces_next_token`): see `stlm.techniques.base.Technique`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -83,7 +83,7 @@ class Objective:
 
     @property
     def plain(self) -> bool:
-        """Whether the next-token loss is all that is minimized."""
+        """Whether only the next-token loss is minimized."""
         return not self._extra
 
     def prepare(self, device: torch.device, group: Group) -> None:
@@ -92,15 +92,15 @@ class Objective:
             technique.prepare(self._run, device, group)
 
     def compile(self, model: Transformer) -> None:
-        """From now on compute by torch.compile: the whole loss of the plain objective, else `hidden`."""
+        """From now on, compile the whole loss of the plain objective, or `hidden` of any other."""
         self._compiled = torch.compile(model.loss if self.plain else model.hidden)
 
     def run_eagerly(self) -> None:
-        """From now on compute without torch.compile."""
+        """From now on, compute without torch.compile."""
         self._compiled = None
 
     def before_step(self, model: Transformer, step: int) -> None:
-        """Set what follows a schedule for step `step`, from 1."""
+        """Apply the schedules for step `step`, from 1."""
         config = self._run.training
         if config.dropout_schedule != "constant":
             model.schedule_dropout(dropout_factor(config, step))
@@ -134,10 +134,10 @@ class Objective:
                     "already; name it otherwise, or declare replaces_next_token"
                 )
             parts |= further
-        # The plain part too where no technique has, at this step, put its own in its place.
+        # Add the plain part, too, unless a technique replaced it at this step.
         return parts if NEXT_TOKEN in parts else {NEXT_TOKEN: forward.next_token_loss(), **parts}
 
 
 def total(parts: Parts) -> Tensor:
-    """The sum of the parts: what is minimized."""
+    """The sum of the parts, which is minimized."""
     return reduce(add, parts.values())

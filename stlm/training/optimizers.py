@@ -12,23 +12,23 @@ from torch.optim.adamw import adamw
 from stlm.model.transformer import Transformer
 from stlm.training.config import TrainingConfig
 
-# Of the quintic whose iterates bring singular values between 0 and 1 near to 1, within about 0.3
+# Coefficients of the quintic whose iteration brings singular values between 0 and 1 to within about 0.3 of 1
 # (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Matrices [N, R, C] with nearly the singular vectors of `g_NRC` and singular values near 1, in `dtype`.
+    """Matrices [N, R, C] with about the singular vectors of `g_NRC` and singular values near 1, in `dtype`.
 
     Newton-Schulz iteration (Jordan et al. 2024): for X = U S V', a X + (b A + c A A) X with A = X X' is
-    U (a S + b S^3 + c S^5) V', so that products alone replace the decomposition.
+    U (a S + b S^3 + c S^5) V', so matrix products alone replace the decomposition.
     """
     a, b, c = QUINTIC
     x_NRC = g_NRC.to(dtype)
     tall = x_NRC.shape[1] > x_NRC.shape[2]
     if tall:  # A is the smaller of the two Gram matrices
         x_NRC = x_NRC.mT
-    # No singular value exceeds the Frobenius norm. A matrix of zeros stays one.
+    # No singular value exceeds the Frobenius norm. A zero matrix stays zero.
     x_NRC = x_NRC / x_NRC.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-20).to(dtype)
     for _ in range(steps):
         a_NRR = torch.bmm(x_NRC, x_NRC.mT)
@@ -38,9 +38,9 @@ def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without its decorator.
+    """Strip the decorator from a method of torch's optimizers.
 
-    The decorator imports torch's compiler, most of a second's work, to keep the method out of graphs.
+    The decorator imports torch's compiler, which takes most of a second, to keep the method out of graphs.
     """
     return getattr(method, "__wrapped__", method)
 
@@ -48,7 +48,7 @@ def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
 class AdamW(torch.optim.Optimizer):
     """torch's fused AdamW (Loshchilov and Hutter 2019), for parameters that no compiled graph updates.
 
-    torch.optim.AdamW is the same and imports the compiler at its first step.
+    torch.optim.AdamW computes the same, but imports the compiler at its first step.
     """
 
     add_param_group = _plain(torch.optim.Optimizer.add_param_group)
@@ -58,12 +58,12 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         """Each group has its `weight_decay`, `betas` and `eps`; `lr` is set before a step."""
-        # fused: torch then keeps the count of steps, which AdamW needs on the device, in float32.
+        # fused: torch then keeps the step count, which AdamW needs, on the device in float32.
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "fused": True, "capturable": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -105,18 +105,18 @@ class AdamW(torch.optim.Optimizer):
 class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the groups with `matrices: True`, AdamW for the others.
 
-    For a matrix W with gradient G, momentum m and learning rate l: M <- m M + (1 - m) G, then Nesterov's
-    U = m M + (1 - m) G, and W <- (1 - l weight_decay) W - l 0.2 sqrt(max(R, C)) orthogonal(U). The factor
-    (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4) gives an update of any shape [R, C] the root
-    mean square that AdamW's have, about 0.2, so that both take learning rates of one size.
+    For a matrix W with gradient G, momentum m and learning rate l: M <- m M + (1 - m) G, then Nesterov's U =
+    m M + (1 - m) G, and W <- (1 - l weight_decay) W - l 0.2 sqrt(max(R, C)) orthogonal(U). The factor (Liu et
+    al. 2025, "Muon is scalable for LLM training", eq. 4) gives updates of any shape [R, C] AdamW's root mean
+    square of about 0.2, so both optimizers take learning rates of the same size.
 
-    A group's `parts` are the numbers of rows of the matrices that lie in one parameter, one below the other
-    (query, key and value are one product): each is orthogonalized by itself. Parts of one shape, of all
+    A group's `parts` are the numbers of rows of the matrices that are stacked in one parameter (query, key
+    and value are one product): each matrix is orthogonalized by itself. Matrices of one shape, from all
     parameters, are orthogonalized in one batch.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, newton_schulz: int = 5) -> None:
-        """`dtype`: of the iteration, bfloat16 where the device multiplies it natively; a state has none."""
+        """`dtype`: the iteration's, bfloat16 if the device multiplies it natively; not part of the state."""
         self.dtype, self.newton_schulz = dtype, newton_schulz
         super().__init__(groups)
 
@@ -143,7 +143,7 @@ class Muon(AdamW):
             for parameter, update in zip(parameters, updates, strict=True):
                 parts = group["parts"] or [len(parameter)]
                 for target, part in zip(parameter.split(parts), update.split(parts), strict=True):
-                    # A wide matrix stands for its transpose: one batch for both.
+                    # A wide matrix and its transpose are equivalent, so both go into one batch.
                     if part.shape[0] > part.shape[1]:
                         target, part = target.mT, part.mT
                     by_shape.setdefault(tuple(part.shape), []).append((target, part, group["lr"]))
@@ -157,10 +157,10 @@ class Muon(AdamW):
 def build_optimizer(
     model: Transformer, config: TrainingConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """The optimizer of `config`: AdamW (Loshchilov and Hutter 2019) or Muon, `dtype` its iteration's.
+    """The optimizer of `config`: AdamW (Loshchilov and Hutter 2019) or Muon, which iterates in `dtype`.
 
-    Weight decay acts on matrices and embeddings, not on gains. A group's `scale` is its learning rate's ratio
-    to the schedule's. Blocks' matrices have a group of their own where their learning rate differs.
+    Weight decay acts on matrices and embeddings, not on gains. A group's `scale` is the ratio of its learning
+    rate to the schedule's. The blocks' matrices form separate groups if their learning rate differs.
     """
     parts = model.matrix_parts() if config.optimizer == "muon" or config.matrix_learning_rate else {}
     matrices = {id(p) for members in parts.values() for p in members}
@@ -172,10 +172,10 @@ def build_optimizer(
     ]
     scale = (config.matrix_learning_rate or config.learning_rate) / config.learning_rate
     for rows, members in parts.items():
-        own = {"params": members, "weight_decay": config.weight_decay, **adam, "scale": scale}
+        settings = {"params": members, "weight_decay": config.weight_decay, **adam, "scale": scale}
         if config.optimizer == "muon":
-            own = {**own, "matrices": True, "momentum": config.momentum, "parts": list(rows)}
-        groups.append(own)
+            settings = {**settings, "matrices": True, "momentum": config.momentum, "parts": list(rows)}
+        groups.append(settings)
     if config.optimizer == "muon":
         return Muon([{"matrices": False, **group} for group in groups], dtype)
     return AdamW(groups)

@@ -1,4 +1,4 @@
-"""Where a finished run's outputs go: from its working folder to where the engines look for them."""
+"""Moves a finished run's outputs from its working folder to the paths that the engines expect."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def publish(
     watch: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> None:
-    """Put the finished outputs in place, then forget the rolling state.
+    """Put the finished outputs in place, then delete the rolling state.
 
-    `output` holds checkpoints/; `curve`, `watch` and `summary` are what curve.csv, watch.csv and train.json
-    will hold. Until all are in place the state keeps its own (linked, not moved): a kill in between, after
-    which an engine deletes what was published, costs nothing. train.json lists the SHA-256 of the CSV files.
-    Raises ``UserError`` for a tokenizer or checkpoint that was damaged meanwhile.
+    `output` holds checkpoints/; `curve`, `watch` and `summary` are the contents of curve.csv, watch.csv and
+    train.json. Files are linked, not moved, so the state stays complete until all outputs are in place: if
+    the process is killed in between and an engine deletes the outputs, nothing is lost. train.json lists the
+    SHA-256 of the CSV files. Raises ``UserError`` if a tokenizer or checkpoint was damaged meanwhile.
     """
     folder = run.folder
     for name in names(TRAINING):
@@ -49,7 +49,7 @@ def publish(
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
+    """Give a file a second name, or copy it if the file system supports no links."""
     try:
         os.link(source, target)
     except OSError:

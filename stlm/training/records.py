@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, DVCLive and, when asked, Weights & Biases."""
+"""The progress of a run while it trains: a progress bar, DVCLive and, if asked, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CURVE_COLUMNS = [
 
 
 def progress_bar(run: Run, done: int) -> tqdm:
-    """A bar over the steps; where no one watches (a log file), a line now and then."""
+    """A progress bar over the steps; without a terminal (a log file), a line from time to time."""
     return tqdm(
         total=run.training.steps,
         initial=done,
@@ -48,7 +48,7 @@ def progress_bar(run: Run, done: int) -> tqdm:
 
 
 def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows of figures as CSV, blank where a row has none: a step that was not validated, say."""
+    """Write rows of figures as CSV; a figure that a row lacks is left blank (such as a validation's)."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -56,19 +56,19 @@ def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
 
 
 def curve_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The columns of curve.csv: those of every run, then the further ones that its rows have."""
+    """The columns of curve.csv: those of every run, then any others of its rows."""
     return list(dict.fromkeys([*CURVE_COLUMNS, *(name for row in rows for name in row)]))
 
 
 class Records:
     """Shows steps on a progress bar; sends rows of the curve to DVCLive and, if asked, Weights & Biases.
 
-    DVCLive's folder is in the run's state folder, for watching a run while it trains; the state is deleted at
-    the end, when curve.csv has the same figures. It is written anew from the rows that a resumed run already
-    has, so that it always agrees with the curve.
+    DVCLive's folder is in the run's state folder, for watching a run while it trains; it is deleted with the
+    state, when curve.csv has the same figures. A resumed run rewrites it from the rows so far, so it always
+    agrees with the curve.
     """
 
-    def __init__(self, run: Run, folder: Path, progress: Progress, mark: str) -> None:
+    def __init__(self, run: Run, folder: Path, progress: Progress, fingerprint: str) -> None:
         from dvclive import Live
         from scmrepo.exceptions import SCMError
 
@@ -79,14 +79,14 @@ class Records:
             raise UserError(
                 f"DVCLive cannot read the git repository ({error}): make a first commit"
             ) from None
-        self._wandb: Any = start_tracking(run, mark) if run.training.wandb else None
+        self._wandb: Any = start_tracking(run, fingerprint) if run.training.wandb else None
         for row in progress.rows:
             self._log_live(row)
         self._bar = progress_bar(run, progress.step)
 
     def advance(self) -> None:
-        """One more step is done."""
-        with suppress(BrokenPipeError):  # no one reads it any more
+        """Count one more finished step."""
+        with suppress(BrokenPipeError):  # nobody reads the output any more
             self._bar.update()
 
     def _log_live(self, row: dict[str, float]) -> None:
@@ -106,7 +106,7 @@ class Records:
             self._wandb.log(row, step=int(row["step"]))
 
     def close(self) -> None:
-        """Finish all."""
+        """Finish all records."""
         with suppress(BrokenPipeError):
             self._bar.close()
         self._live.end()
@@ -115,13 +115,13 @@ class Records:
 
 
 class NoRecords:
-    """The records of a process that leaves telling to another."""
+    """The records of a process that leaves reporting to the leader."""
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Do nothing: see `Records.advance`."""
 
     def log(self, row: dict[str, float]) -> None:
-        """One more row of the curve."""
+        """Do nothing: see `Records.log`."""
 
     def close(self) -> None:
-        """The end."""
+        """Do nothing: see `Records.close`."""

@@ -1,4 +1,4 @@
-"""Where training stands, saved after some steps and taken up again by the same command."""
+"""The state of training, saved every some steps and resumed by the same command."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from stlm.training.watch import Watch
 
 
 class TrainingState:
-    """Where training stands after a step: its progress, and on the device what no row of the curve has yet.
+    """The state of training after a step: its progress, and what is on the device but in no row of the curve.
 
-    `losses`: of each step since the last row, their sum over the objective's parts; `part_losses`: those of
-    each part, of an objective that has several. `norm`: the last step's gradient norm.
+    `losses`: of each step since the last row, summed over the objective's parts; `part_losses`: those of each
+    part, if there are several. `norm`: the last step's gradient norm.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.path = setup.run.state_folder / "state.pt"
         self.output = setup.run.state_folder / "output"
-        # What computes from here on: the code as it is now, whatever is checked out while training goes on.
+        # What computes from now on: the code as it is now, even if another version is checked out later.
         self.made = {"device": setup.device.name, "processor": processor_name(), "code": code_version()}
         self.take(Progress(kernels=setup.device.kernels, compiled=setup.device.compiled))
 
     def take(self, progress: Progress, watched: bool = True) -> None:
-        """Stand where `progress` does; `watched`: the leader goes on watching the layers."""
+        """Continue from `progress`; `watched`: whether the leader watches the layers."""
         setup = self.setup
         device = setup.device.device
         self.progress = progress
@@ -47,24 +47,24 @@ class TrainingState:
         self.watch = Watch(setup.model, every, setup.eager_hidden, progress.watch)
 
     def add(self, loss: Tensor, parts: dict[str, Tensor], norm: Tensor) -> None:
-        """Keep the losses and the gradient's norm of one more step."""
+        """Keep the losses and the gradient norm of one more step."""
         self.losses.append(loss)
         for name, part in parts.items():
             self.part_losses.setdefault(name, []).append(part)
         self.norm = norm
 
     def take_losses(self) -> dict[str, float]:
-        """Their means since the last row of the curve, by column; from here on those of the next row."""
+        """The mean losses since the last row of the curve, by column; clears them for the next row."""
         means = {"train_loss": self.losses}
         parts = {f"train_{name}": losses for name, losses in self.part_losses.items()}
-        # A part that is the only one left keeps its column.
+        # A part that becomes the only one keeps its column.
         if len(parts) > 1 or any(parts.keys() & row.keys() for row in self.progress.rows[-1:]):
             means |= parts
         self.losses, self.part_losses = [], {}
         return {name: round(torch.stack(losses).mean().item(), 6) for name, losses in means.items()}
 
     def save(self) -> None:
-        """Save all that a resumed run needs, after any step."""
+        """Save everything that a resumed run needs; possible after any step."""
         self.watch.drain()
         self.progress.losses = [loss.item() for loss in self.losses]
         self.progress.part_losses = {
@@ -77,10 +77,10 @@ class TrainingState:
 
 
 def resume(state: TrainingState) -> bool:
-    """Go on from the last saved state of this very run, if there is one.
+    """Continue from the last saved state of this run, if there is one.
 
-    The state of another recipe is set aside, in case it is wanted after all. Every process of a group
-    reads the same state, once the leader has tidied up around it.
+    A state with other parameters is set aside, in case it is still wanted. All processes of a group read the
+    same state, after the leader has cleaned up.
     """
     setup, group = state.setup, state.setup.group
     _check_agreement(setup)
@@ -101,7 +101,7 @@ def resume(state: TrainingState) -> bool:
 
 
 def _check_agreement(setup: Setup) -> None:
-    """Refuse processes of one group that would train different runs, or in different arithmetic."""
+    """Refuse processes of a group that would train different runs, or with different precision."""
     if not setup.group.agrees(int(setup.fingerprint[:15], 16)):
         raise UserError(f"run {setup.run.name}: the processes found different parameters, data or precision")
     if not setup.group.agrees(setup.device.kernels):
@@ -112,7 +112,7 @@ def _check_agreement(setup: Setup) -> None:
 
 
 def _tidy_up(state: TrainingState) -> Progress | None:
-    """Read the state, and set aside or delete what is of no use: the leader's part."""
+    """Read the state; set aside or delete what cannot be used. Called by the leader only."""
     setup, folder = state.setup, state.setup.run.state_folder
     progress = load_state(state.path, setup.fingerprint, setup.model, setup.optimizer)
     if progress is None:
@@ -134,7 +134,7 @@ def _tidy_up(state: TrainingState) -> Progress | None:
 
 
 def _note_arithmetic(setup: Setup, progress: Progress) -> None:
-    """Record that a run goes on in other arithmetic than it began in, and warn that rounding differs."""
+    """Record that a run continues with other arithmetic than before, and warn that rounding differs."""
     device, going_on = setup.device, progress.step < setup.config.steps
     if progress.compiled is None:  # a state of an earlier version
         progress.compiled = device.compiled

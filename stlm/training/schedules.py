@@ -1,7 +1,7 @@
-"""What changes over training: learning rates and dropout, small functions of the step. Needs no torch.
+"""Schedules: learning rates and dropout as functions of the step. Needs no torch.
 
-docs/schedules.md shows each. A new one is a function here, an entry of its table, and a value of its key in
-`stlm/training/config.py`.
+docs/schedules.md plots each. A new schedule is a function here, an entry in its table, and a value of its key
+in `stlm/training/config.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from stlm.training.config import TrainingConfig
 
 
 def _progress(config: TrainingConfig, step: int) -> float:
-    """Share of the steps after the warm-up that are done with `step`: 0 at the peak, 1 at the last step."""
+    """Share of the steps after the warm-up that are done at `step`: 0 at the peak, 1 at the last step."""
     return (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
 
 
 def _between(config: TrainingConfig, height: float) -> float:
-    """`height` 1 is the peak, 0 the minimum."""
+    """The learning rate at `height`: 1 is the peak, 0 the minimum."""
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * height
 
 
 def constant(config: TrainingConfig, step: int) -> float:
-    """The peak, to the end."""
+    """The peak until the end."""
     return config.learning_rate
 
 
@@ -41,8 +41,8 @@ def linear(config: TrainingConfig, step: int) -> float:
 def wsd(config: TrainingConfig, step: int) -> float:
     """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): the peak, then a line to the minimum.
 
-    The line takes the last `decay_share` of all steps, but none of the warm-up's. Its shape is the linear
-    one of Hägele et al. 2024, section 3.
+    The line takes the last `decay_share` of all steps, but none of the warm-up's. Its linear shape follows
+    Hägele et al. 2024, section 3.
     """
     decay = min(config.decay_share * config.steps, config.steps - config.warmup_steps)
     return _between(config, min(1.0, (config.steps - step) / max(decay, 1)))
@@ -55,10 +55,10 @@ def inverse_sqrt(config: TrainingConfig, step: int) -> float:
 
 
 def one_cycle(config: TrainingConfig, step: int) -> float:
-    """One cycle (Smith and Topin 2018), as torch's OneCycleLR: up in a half cosine, down in another.
+    """One cycle (Smith and Topin 2018), as in torch's OneCycleLR: up in a half cosine, down in another.
 
-    It rises over the steps of the warm-up, which takes its shape and is meant to be long (torch's default:
-    30% of all steps), from a 25th of the peak.
+    It rises from a 25th of the peak during the warm-up steps, which should be many (torch's default: 30% of
+    all steps); the linear warm-up is not used.
     """
     if step > config.warmup_steps:
         return cosine(config, step)
@@ -79,7 +79,7 @@ LEARNING_RATES: dict[str, Callable[[TrainingConfig, int], float]] = {
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """The learning rate of optimizer step ``step`` (from 1): linear warm-up, then the recipe's schedule.
 
-    The warm-up reaches the peak at its last step, a decay the minimum at the last step of training
+    The warm-up reaches the peak at its last step; a decay reaches the minimum at the last step of training
     (paper, Table 1: from 6e-4 to 6e-5).
     """
     if step <= config.warmup_steps and config.schedule != "one_cycle":
@@ -88,7 +88,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def _through(config: TrainingConfig, step: int) -> float:
-    """From 0 at the first step to 1 at the last."""
+    """The share of training that is done: 0 at the first step, 1 at the last."""
     return (step - 1) / max(1, config.steps - 1)
 
 
@@ -98,18 +98,18 @@ def dropout_constant(config: TrainingConfig, step: int) -> float:
 
 
 def dropout_linear(config: TrainingConfig, step: int) -> float:
-    """A line between the factors `dropout_ends`; rising, a curriculum (Morerio et al. 2017)."""
+    """A line between the factors `dropout_ends`; if it rises, a curriculum (Morerio et al. 2017)."""
     first, last = config.dropout_ends
     return first + (last - first) * _through(config, step)
 
 
 def dropout_early(config: TrainingConfig, step: int) -> float:
-    """In the first `dropout_share` of the steps alone (Liu et al. 2023, "Dropout reduces underfitting")."""
+    """Only in the first `dropout_share` of the steps (Liu et al. 2023, "Dropout reduces underfitting")."""
     return 1.0 if step <= config.dropout_share * config.steps else 0.0
 
 
 def dropout_late(config: TrainingConfig, step: int) -> float:
-    """After the first `dropout_share` of the steps alone (Liu et al. 2023, section 5)."""
+    """Only after the first `dropout_share` of the steps (Liu et al. 2023, section 5)."""
     return 1.0 - dropout_early(config, step)
 
 
@@ -128,5 +128,5 @@ DROPOUTS: dict[str, Callable[[TrainingConfig, int], float]] = {
 
 
 def dropout_factor(config: TrainingConfig, step: int) -> float:
-    """The factor, 0 to 1, of the dropout probabilities in optimizer step ``step`` (from 1)."""
+    """The factor, 0 to 1, of the dropout probabilities at optimizer step ``step`` (from 1)."""
     return DROPOUTS[config.dropout_schedule](config, step)

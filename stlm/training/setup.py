@@ -1,4 +1,4 @@
-"""What one process trains a run with: device, data, objective, model and optimizer."""
+"""Everything that a process needs to train a run: device, data, objective, model and optimizer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from stlm.training.warm_start import inherit_weights
 
 
 class Setup:
-    """Everything that training a run needs and that stays what it is, but for the weights, to its end.
+    """Everything that training a run needs and that, except for the weights, never changes.
 
-    `share` is this process's part of every step. `fingerprint` is equal for trainings that make the same
-    weights: a state is resumed by those of its own alone.
+    `share` is this process's share of every step. `fingerprint` is equal for trainings that produce the same
+    weights: a state is resumed only if its fingerprint matches.
     """
 
     def __init__(self, run: Run, group: Group) -> None:
@@ -42,10 +42,10 @@ class Setup:
         self.dependencies = read_dependencies(run)
         reference = Reference(run, device, group) if "reference" in self.dependencies else None
         origin = self.dependencies.get("start")
-        # The text goes on where the run that this one starts from stopped.
+        # The text continues where the run that this one starts from stopped.
         rows_before = origin.tokens // run.model.context if origin else 0
         self.micro_batches = MicroBatches(run, device, reference, rows_before)
-        # Copied beside the checkpoints at the end, which are of no use without.
+        # It is copied to the checkpoints at the end; they are of no use without it.
         check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
         _check_vocabulary(run)
         self.objective = Objective(run)
@@ -72,23 +72,23 @@ class Setup:
         )
 
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
-        """The residual stream as in training, outside of torch.compile, whose graphs hold no hooks."""
+        """The head's input as in training, but without torch.compile, whose graphs hold no hooks."""
         with self.device.autocast():
             return self.model.hidden(tokens_BL, self.micro_batches.layout(tokens_BL))
 
     def losses(self, tokens_BM: Tensor, step: int, eager: bool = False) -> dict[str, Tensor]:
-        """The parts of the objective for tokens [B, L + 1]; `eager`: outside of torch.compile."""
+        """The parts of the objective for tokens [B, L + 1]; `eager`: without torch.compile."""
         with self.device.autocast():
             layout = self.micro_batches.layout(tokens_BM[:, :-1])
             return self.objective(self.objective.forward(self.model, tokens_BM, layout, step, eager))
 
     def loss(self, tokens_BM: Tensor, step: int, eager: bool = False) -> Tensor:
-        """Their sum."""
+        """The sum of the parts."""
         return total(self.losses(tokens_BM, step, eager))
 
 
 def _build(run: Run, device: torch.device) -> Transformer:
-    """The run's model with new weights, those of its seed."""
+    """The run's model with new weights, drawn from its seed."""
     torch.manual_seed(run.seed)
     model = build_model(run.model, run.techniques.values()).to(device)
     if run.model.bytes is not None:
@@ -97,7 +97,7 @@ def _build(run: Run, device: torch.device) -> Transformer:
 
 
 def _check_vocabulary(run: Run) -> None:
-    """Refuse token shards whose ids the model has no embedding for; a byte-level one reads any."""
+    """Refuse token shards with ids that the model has no embedding for; a byte-level model reads any."""
     if run.model.bytes is not None:
         return
     meta = read_json(run.tokens_folder / "meta.json")

@@ -11,17 +11,17 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-# What ctrl-C, `kill`, `scancel` and pre-emption send, and what `sbatch --signal=USR1@120` asks SLURM to send.
+# Sent by ctrl-C, `kill`, `scancel` and pre-emption, and by SLURM with `sbatch --signal=USR1@120`.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A terminal and a launcher (torchrun) may both pass on one and the same signal.
+# A terminal and a launcher (torchrun) may both pass on the same signal.
 _ECHO_SECONDS = 1.0
 
 
 class StopSignals:
-    """While entered, the first of `STOPPING` is kept in `received`; one more, a second later, ends at once.
+    """While entered, keep the first of `STOPPING` in `received`; another, a second later, ends at once.
 
     A signal that the process was told to ignore stays ignored. Outside the main thread, where Python allows
-    no handlers, nothing is changed. With ``tells``, the first signal is acknowledged on stderr.
+    no handlers, nothing changes. With ``tells``, the first signal is acknowledged on stderr.
     """
 
     def __init__(self, tells: bool = True) -> None:
@@ -46,12 +46,12 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             if time.monotonic() - self._when >= _ECHO_SECONDS:
-                # Nothing to clean up: whatever is being written leaves what was there before in place.
+                # Nothing to clean up: a file that is being written has not replaced the previous one yet.
                 os._exit(128 + number)
             return
         self.received, self._when = number, time.monotonic()
         if self.tells:
-            # Not `print`: the signal may have come within one, and the same buffer cannot be entered twice.
+            # Not `print`: the signal may have interrupted one, and the buffer cannot be entered twice.
             text = f"\n{signal.Signals(number).name}: stopping after this step; again to end at once\n"
-            with suppress(OSError):  # whoever read it, such as `tee`, may be gone; the state is to be saved
+            with suppress(OSError):  # the reader, such as `tee`, may be gone; the state must still be saved
                 os.write(sys.__stderr__.fileno(), text.encode())

@@ -1,4 +1,4 @@
-"""Loss spikes: steps whose training loss stands out from those before it."""
+"""Loss spikes: steps whose training loss rises far above the previous steps."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-WINDOW = 50  # Steps from which the losses' noise is taken.
-LEVEL = 10  # Steps whose median is the level: few, because early in training it falls fast.
+WINDOW = 50  # Steps that the noise of the losses is estimated from.
+LEVEL = 10  # Steps whose median is the level: few, because the loss falls fast early in training.
 _LEAST = 12
 DEVIATIONS = 7.0
-LEAST_RISE = 0.2  # Nats. On a smooth curve the noise alone would call a ripple a spike.
-_NEW_LEVEL = 200  # Steps after which a loss that did not come back counts as a new level.
+LEAST_RISE = 0.2  # Nats. On a smooth curve, the noise alone would turn ripples into spikes.
+_NEW_LEVEL = 200  # Steps after which a loss that stays high counts as a new level.
 
 
 class Spikes:
-    """Finds spikes in a series of losses, one at a time; its state is plain values, for the resumable state.
+    """Finds spikes in a series of losses, one at a time; its state is plain values that can be saved.
 
-    A spike begins where the loss (nats a token) is above its level, the median of the last 10 steps, by
-    more than 7 standard deviations of the noise and by 0.2 nats. It is over at the first step whose loss
-    is back at that level; the losses between are no part of later levels. The noise is that of the
-    changes from step to step, by their median absolute deviation (Hampel 1974) over 50 steps: neither a
-    spike nor the fall of the loss moves it. Seven deviations are those of the spike score of OLMo 2 (Team
-    OLMo 2024), which takes mean and deviation of 1,000 steps: more than many a run here has.
+    A spike begins if the loss (nats per token) exceeds its level, the median of the last 10 steps, by more
+    than 7 standard deviations of the noise and by 0.2 nats. It ends at the first step whose loss is back at
+    that level; the losses in between do not enter later levels. The noise is estimated from the changes
+    between steps, by their median absolute deviation (Hampel 1974) over 50 steps, which neither a spike nor
+    the falling loss distorts. The seven deviations follow the spike score of OLMo 2 (Team OLMo 2024), which
+    takes mean and deviation over 1,000 steps: more than many runs here have.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Spikes:
         state.setdefault("open", False)
 
     def add(self, step: int, loss: float, grad_norm: float) -> None:
-        """Take the loss of the next step. One that is not finite is a divergence and left out here."""
+        """Add the loss of the next step. A loss that is not finite is a divergence, and skipped here."""
         if not math.isfinite(loss):
             return
         if self._state["open"]:
@@ -58,7 +58,7 @@ class Spikes:
         del self.recent[: -WINDOW - 1]
 
     def _noise(self) -> float:
-        """The standard deviation of a loss about its trend: a change's is sqrt(2) times as large."""
+        """The standard deviation of the loss about its trend; changes have sqrt(2) times as much."""
         changes = [after - before for before, after in pairwise(self.recent)]
         middle = median(changes)
         return 1.4826 * median(abs(change - middle) for change in changes) / math.sqrt(2)

@@ -1,4 +1,4 @@
-"""The rolling state that a killed run resumes from, outside every declared output of the engines."""
+"""The rolling state from which a killed run resumes; it is not a declared output of the engines."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from stlm.study.runs import Run
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
-    `losses` of the steps since the last row of the curve, those of the objective's parts by name
-    (`part_losses`) and the last step's `grad_norm` are what the next row needs of a run that stopped between
-    two rows. `kernels`, `compiled`: all of it was computed so (None:
-    an earlier version did not say). `parts`: the devices, processors and versions of the code that it was
-    computed by, each once, in the order of their last steps.
+    The next row needs `losses` of the steps since the last row of the curve, those of the objective's parts
+    by name (`part_losses`), and the last step's `grad_norm`, if a run stops between two rows. `kernels`,
+    `compiled`: whether all steps were computed this way (None: an earlier version did not record it).
+    `parts`: the devices, processors and code versions that computed the run, each once, ordered by their last
+    steps. computed by, each once, in the order of their last steps.
     """
 
     step: int = 0
@@ -47,7 +47,7 @@ class Progress:
 
 
 def draws(seed: int, step: int, micro: int, row: int) -> int:
-    """The seed of the random numbers drawn for the rows from `row` on of a step's micro-batch `micro`."""
+    """The random seed for the rows from `row` on in the micro-batch `micro` of a step."""
     if micro == row == 0:
         return seed * 1_000_003 + step
     digest = hashlib.blake2b(f"{seed} {step} {micro} {row}".encode(), digest_size=7)
@@ -55,14 +55,14 @@ def draws(seed: int, step: int, micro: int, row: int) -> int:
 
 
 def save_state(
-    path: Path, mark: str, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress
+    path: Path, fingerprint: str, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write weights, optimizer and progress to one file, atomically: the previous one stays until then.
+    """Write weights, optimizer and progress to one file, atomically: the previous state stays until then.
 
-    The file is sealed: its SHA-256 is its end.
+    The file is sealed: it ends with its SHA-256.
     """
     state = {
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "progress": json.dumps(vars(progress)),
@@ -70,25 +70,25 @@ def save_state(
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # torch's writer tells no more of a failing disk
+        except RuntimeError as error:  # torch's writer reports a failing disk without details
             raise UserError(f"{path}: cannot write the state: is the disk full? ({error})") from None
         seal(temporary)
 
 
 def load_state(
-    path: Path, mark: str, model: Transformer, optimizer: torch.optim.Optimizer
+    path: Path, fingerprint: str, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Restore ``model`` and ``optimizer`` from ``path``; None where there is no state, or of another mark.
+    """Restore ``model`` and ``optimizer``; returns None without a state, or with another fingerprint.
 
-    Only tensors and plain values are read (``weights_only``), once the file's SHA-256 is the one at its end.
-    Raises ``UserError`` for a damaged file, and for one without a SHA-256, of an earlier version.
+    Only tensors and plain values are read (``weights_only``), after the file's SHA-256 has been verified.
+    Raises ``UserError`` for a damaged file, and for one of an earlier version, without a SHA-256.
     """
     if not path.exists():
         return None
     check_seal(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != mark:
+        if state["fingerprint"] != fingerprint:
             return None
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -102,11 +102,11 @@ def load_state(
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Keep other trainings away from the run's state."""
+    """Prevent other processes from training the run at the same time."""
     path = run.state_folder.with_name(f"{run.name}.lock")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)  # the system gives it back however the process ends
+    lock = FileLock(path, timeout=0)  # the system releases it however the process ends
     try:
         lock.acquire()
     except Timeout:

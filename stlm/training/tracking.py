@@ -1,4 +1,4 @@
-"""Weights & Biases: whether a run can log there, told before training, and the logging itself."""
+"""Weights & Biases: a check before training that a run can log there, and the logging itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 from stlm.errors import UserError
 from stlm.study.runs import Run
 
-# Modes in which nothing is sent, and so no login is needed.
+# Modes that send nothing and therefore need no login.
 _LOCAL = ("offline", "dryrun", "disabled")
 _INSTEAD = "set WANDB_MODE=offline to log to files, or training.wandb to false"
 
 
 def check_tracking() -> str | None:
-    """What to tell of the mode, before training; None where runs are sent as usual.
+    """A message about the mode, shown before training; None if runs are sent as usual.
 
-    Imports no wandb, which takes a second. Raises UserError without the package or a login.
+    Does not import wandb, which takes a second. Raises UserError if the package or a login is missing.
     """
     if importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -40,7 +40,7 @@ def check_tracking() -> str | None:
 
 
 def _has_login() -> bool:
-    """Whether there may be a key: in a variable, or in the files where `wandb login` leaves one."""
+    """Whether there may be an API key: in a variable, or in the files where `wandb login` writes one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     home = Path(os.path.expanduser("~"))
@@ -65,7 +65,7 @@ def _says(file: str | Path, word: str) -> bool:
 
 @contextmanager
 def _without_terminal() -> Iterator[None]:
-    """Nothing to ask a question at: a training that nobody watches must not wait for an answer."""
+    """Hide the terminal, so that a training that nobody watches does not wait for an answer."""
     before = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing
@@ -75,8 +75,8 @@ def _without_terminal() -> Iterator[None]:
             sys.stdin = before
 
 
-def start_tracking(run: Run, mark: str) -> Any:
-    """A run of Weights & Biases, the same one for a resumed run. UserError where none can be had."""
+def start_tracking(run: Run, fingerprint: str) -> Any:
+    """A run of Weights & Biases, the same for a resumed run. Raises UserError if it cannot start."""
     check_tracking()
     import wandb
 
@@ -85,8 +85,8 @@ def start_tracking(run: Run, mark: str) -> Any:
             return wandb.init(
                 project=f"stlm-{run.study}",
                 name=run.name,
-                # The same for a resumed run, another for another recipe.
-                id=f"{run.study}-{run.name}-{mark[:8]}",
+                # A resumed run continues the same record; another recipe gets another one.
+                id=f"{run.study}-{run.name}-{fingerprint[:8]}",
                 resume="allow",
                 config=run.model_dump(mode="json"),
             )

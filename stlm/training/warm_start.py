@@ -1,4 +1,4 @@
-"""Training that begins from the last checkpoint of another run of the study."""
+"""Training that starts from the last checkpoint of another run of the study."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stlm.training.dependencies import Dependency
 
 
 def inherit_weights(model: Transformer, origin: Dependency) -> None:
-    """Give `model` the weights of `origin`; what cutting them to lower ranks lost goes to its record."""
+    """Give `model` the weights of `origin`; its record gets the error of cutting to lower ranks."""
     source, _ = load_checkpoint(origin.checkpoint)
     truncation = inherit(model, source)
     if truncation.by_matrix:

@@ -1,8 +1,8 @@
-"""Watching a run while it trains: norms by layer at some steps, the loss of every step for spikes.
+"""Watches a run while it trains: norms of each layer at some steps, and spikes in the loss of every step.
 
-Nothing here changes the weights: the activations come from a forward pass of their own, without gradient and
-without dropout, which draws no random number, and outside of torch.compile, whose graphs hold no hooks.
-Nothing waits for the device but `drain`, which is called when a row of the curve is due and waits anyway.
+Nothing here changes the weights. The activations come from a separate forward pass without gradients and
+without dropout, so it draws no random numbers, and without torch.compile, whose graphs hold no hooks. Only
+`drain` waits for the device; it is called when a row of the curve is due, which waits anyway.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ WATCH_COLUMNS = [
     "update_ratio",
 ]
 EMBEDDING, HEAD, BLOCK = "embedding", "head", "block "
-# Tokens of the extra forward pass: enough for a root mean square, cheap beside a step.
+# Tokens of the extra forward pass: enough for a root mean square, and cheap compared with a step.
 _TOKENS = 1024
 
 
 def block_name(number: int) -> str:
-    """How a block, numbered from 0 as in the weights' names, is called: people count from 1."""
+    """The displayed name of a block, counted from 1; `number` counts from 0 as in the weights' names."""
     return f"{BLOCK}{number + 1}"
 
 
 def layer_of(parameter: str) -> str:
-    """The layer that a parameter belongs to, by its name: blocks.2.ffn.down.weight is of block 3."""
+    """The layer of a parameter, by its name: blocks.2.ffn.down.weight belongs to block 3."""
     first, _, rest = parameter.partition(".")
     if first == "blocks":
         return block_name(int(rest.partition(".")[0]))
-    # Every table that tokens or positions are looked up in is an embedding.
+    # All tables for looking up tokens or positions count as embedding.
     return EMBEDDING if "embedding" in first or first == "positions" else HEAD
 
 
 def users(model: nn.Module) -> dict[nn.Parameter, tuple[str, list[str]]]:
-    """Each parameter's name and the layers that use it, the first first: several where blocks share it.
+    """The name of each parameter and the layers that use it, in order: several if blocks share it.
 
-    A tied head's weight is the embedding's.
+    The weight of a tied head belongs to the embedding.
     """
     found: dict[nn.Parameter, tuple[str, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -67,11 +67,11 @@ def users(model: nn.Module) -> dict[nn.Parameter, tuple[str, list[str]]]:
 
 @contextmanager
 def outputs(model: Transformer, visit: Callable[[str, str, Tensor], None]) -> Iterator[None]:
-    """Within the block, call `visit(layer, part, output)` for each part of a forward pass, in its order.
+    """While entered, call `visit(layer, part, output)` for each part of a forward pass, in its order.
 
-    Parts: `residual` (the stream that enters the first block, of the embedding; after each block; after the
-    last norm, of the head), `attention` and `ffn` (what a block's two networks put out). Outputs [B, L, D];
-    of a block that a technique hands a part of the tokens, as many.
+    Parts: `residual` (the stream that enters the first block counts for the embedding, the one after the last
+    norm for the head), and `attention` and `ffn` (the outputs of a block's two networks). Outputs are [B, L,
+    D], or fewer tokens if a technique gives a block only some of them.
     """
 
     def hook(layer: str, part: str) -> Callable[..., None]:
@@ -86,7 +86,7 @@ def outputs(model: Transformer, visit: Callable[[str, str, Tensor], None]) -> It
     handles = [model.blocks[0].register_forward_pre_hook(enters)]
     for number, block in enumerate(model.blocks):
         layer = block_name(number)
-        # A technique may have wrapped the block, or put something else in its place.
+        # A technique may have wrapped or replaced the block.
         for plain in (module for module in block.modules() if isinstance(module, Block)):
             handles.append(plain.attention.register_forward_hook(hook(layer, "attention")))
             handles.append(plain.ffn.register_forward_hook(hook(layer, "ffn")))
@@ -100,7 +100,7 @@ def outputs(model: Transformer, visit: Callable[[str, str, Tensor], None]) -> It
 
 
 class _Attentions(TorchFunctionMode):
-    """Passes queries and keys of each fused attention on: the logits are in no module's output."""
+    """Passes on the queries and keys of each fused attention, since no module outputs the logits."""
 
     def __init__(self, visit: Callable[..., None]) -> None:
         super().__init__()
@@ -117,9 +117,9 @@ def attention_figures(
 ) -> tuple[Tensor, Tensor]:
     """The largest logit of the first sequence, and the mean entropy (nats) of its attention weights.
 
-    `query` [B, H, L, E], `key` [B, K, L, E], K a divisor of H, as given to torch's fused attention. Logits
-    that grow go before a divergence (Dehghani et al. 2023, section 2; Wortsman et al. 2023), and so does an
-    entropy that falls to zero (Zhai et al. 2023).
+    `query` [B, H, L, E] and `key` [B, K, L, E], where K divides H, are the inputs of torch's fused attention.
+    Growing logits precede a divergence (Dehghani et al. 2023, section 2; Wortsman et al. 2023), and so does
+    an entropy that falls to zero (Zhai et al. 2023).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
@@ -129,23 +129,27 @@ def attention_figures(
         unseen_LL = torch.ones(logits_HLL.shape[1:], dtype=torch.bool, device=query.device).triu(1)
         logits_HLL = logits_HLL.masked_fill(unseen_LL, -math.inf)
     elif mask is not None:
-        own = mask[0] if mask.dim() == 4 else mask
-        logits_HLL = logits_HLL.masked_fill(~own, -math.inf) if own.dtype == torch.bool else logits_HLL + own
+        mask_HLL = mask[0] if mask.dim() == 4 else mask
+        logits_HLL = (
+            logits_HLL.masked_fill(~mask_HLL, -math.inf)
+            if mask_HLL.dtype == torch.bool
+            else logits_HLL + mask_HLL
+        )
     return logits_HLL.amax(), torch.special.entr(logits_HLL.softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def rms(x: Tensor) -> Tensor:
-    """The root mean square of all values, on the device."""
+    """The root mean square of all values; stays on the device."""
     return x.float().square().mean().sqrt()
 
 
 class Watch:
-    """What is recorded of a run besides its curve: layers every so many steps, and spikes of the loss.
+    """The records of a run apart from its curve: layers at every `watch_every` steps, and spikes of the loss.
 
-    `hidden` computes the model's residual stream [B, L, D] from tokens [B, L], in the arithmetic of
-    training and outside of torch.compile. `state` holds all that a resumed run needs, in plain values:
-    `rows`, those of watch.csv, and `spikes`. Call `before_update` and `after_update` around a step's
-    clipping and update, `record` after each step, and `drain` before the state is saved.
+    `hidden` computes the residual stream [B, L, D] from tokens [B, L], with training's precision and without
+    torch.compile. `state` holds everything that a resumed run needs, in plain values: `rows`, those of
+    watch.csv, and `spikes`. Call `before_update` and `after_update` around a step's clipping and update,
+    `record` after each step, and `drain` before the state is saved.
     """
 
     def __init__(
@@ -168,12 +172,12 @@ class Watch:
         self._kept: dict[str, list[Tensor]] = {}
 
     def due(self, step: int) -> bool:
-        """Whether the layers are looked at in this step: the first, and every so many."""
+        """Whether the layers are measured at this step: at the first, and every `watch_every`."""
         return self._every > 0 and (step == 1 or step % self._every == 0)
 
     @torch.no_grad()
     def before_update(self, step: int, tokens_BL: Tensor) -> None:
-        """Where `step` is due: activations on a part of its tokens, the gradient before it is clipped."""
+        """If `step` is due, measure activations on some of its tokens, and the gradient before clipping."""
         if not self.due(step):
             return
         figures = self._activations(tokens_BL[: max(1, _TOKENS // tokens_BL.shape[1]), :-1])
@@ -186,7 +190,7 @@ class Watch:
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """Where `step` is due: the weights, and the update's size beside them."""
+        """If `step` is due, measure the weights, and the size of the update relative to them."""
         if not self.due(step):
             return
         figures = self._observed[-1][1]
@@ -200,7 +204,7 @@ class Watch:
             figures[layer, "update_ratio"] = _norm(before) / norm
 
     def _activations(self, tokens_BL: Tensor) -> dict[tuple[str, str], Tensor]:
-        """The figures of one forward pass without dropout."""
+        """The metrics of one forward pass without dropout."""
         figures: dict[tuple[str, str], Tensor] = {}
         attentions: list[tuple[Tensor, Tensor]] = []
 
@@ -221,15 +225,17 @@ class Watch:
         return figures
 
     def record(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Keep the loss and the gradient's norm of a step where they are, on the device."""
+        """Keep the loss and the gradient norm of a step on the device."""
         self._steps.append((step, loss, norm))
 
     def first_not_finite(self) -> tuple[int, Tensor, Tensor] | None:
-        """The first step since the last `drain` whose loss or gradient is not finite, and both."""
-        return next((own for own in self._steps if not (own[1].isfinite() and own[2].isfinite())), None)
+        """The first step since the last `drain` whose loss or gradient is not finite, with both values."""
+        return next(
+            (entry for entry in self._steps if not (entry[1].isfinite() and entry[2].isfinite())), None
+        )
 
     def drain(self) -> None:
-        """Bring down what is still on the device, into the rows and the spikes."""
+        """Copy the values that are still on the device into the rows and the spikes."""
         if self._steps:
             steps, losses, norms = zip(*self._steps, strict=True)
             pairs = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
@@ -238,8 +244,12 @@ class Watch:
         for step, figures in self._observed:
             values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
             for layer in self._layers:
-                own = {name: float(f"{v:.5g}") for (of, name), v in values.items() if of == layer}
-                self.rows.append({"step": step, "layer": layer, **own})
+                row = {
+                    name: float(f"{v:.5g}")
+                    for (figure_layer, name), v in values.items()
+                    if figure_layer == layer
+                }
+                self.rows.append({"step": step, "layer": layer, **row})
         self._steps, self._observed = [], []
 
 

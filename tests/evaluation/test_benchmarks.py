@@ -208,7 +208,7 @@ def test_synthetic_choice_reads_a_story_with_endings(tmp_path):
 )
 def test_an_items_own_text_has_the_right_answer_and_no_words_of_a_prompt(tmp_path, name, expected):
     _, item = the_item(tmp_path, name)
-    assert " ".join(item.own_text.split()) == expected
+    assert " ".join(item.answered_text.split()) == expected
 
 
 def test_the_split_is_chosen_by_the_files_names(tmp_path):

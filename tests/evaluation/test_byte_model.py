@@ -237,4 +237,4 @@ def test_encoder_numbers_chunks_once(kind):
     before = len(requests.table.n_inputs_V)
     again = requests([Request("", TEXTS[0])])[0]
     assert np.array_equal(first.tokens, again.tokens) and len(requests.table.n_inputs_V) == before
-    assert np.array_equal(requests.of_tokens(tokenizer.encode(TEXTS[0])), first.tokens[1:])
+    assert np.array_equal(requests.chunks_of(tokenizer.encode(TEXTS[0])), first.tokens[1:])

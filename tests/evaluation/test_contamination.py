@@ -151,7 +151,7 @@ def test_the_stage_counts_what_a_search_by_sets_counts(study, capsys):
         assert list(own["benchmarks"]) == study.benchmarks
         for name, counted in own["benchmarks"].items():
             split, items = benchmark(name).load(Path("data/raw") / name)
-            texts = {item.id: words(item.own_text) for item in items}
+            texts = {item.id: words(item.answered_text) for item in items}
             assert counted["items"] == len(texts) and counted["split"] == split
             shared = {
                 n: {

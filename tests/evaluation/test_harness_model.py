@@ -109,14 +109,14 @@ def test_generation_past_the_context(ours: StlmLM) -> None:
     """More tokens than fit, which lm_eval's own model refuses: the window moves on."""
     asked = requests("generate_until", ("Tom", {"until": ["<none>"], "max_gen_toks": 2 * CONTEXT}), ("", {}))
     long, _ = ours.generate_until(asked)
-    tokens = ours.own_tokenizer.encode("Tom")
+    tokens = ours.stlm_tokenizer.encode("Tom")
     for _ in range(2 * CONTEXT):
         window = torch.tensor([tokens[-CONTEXT:]])
         with torch.no_grad():
             tokens.append(int(ours.model.transformer(window)[0, -1].argmax()))
         if tokens[-1] == ours.eot_token_id:
             break
-    assert long == ours.own_tokenizer.decode(tokens[len(ours.own_tokenizer.encode("Tom")) :])
+    assert long == ours.stlm_tokenizer.decode(tokens[len(ours.stlm_tokenizer.encode("Tom")) :])
 
 
 def test_sampling_draws_from_the_distribution_asked_for() -> None:

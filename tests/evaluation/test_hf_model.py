@@ -33,7 +33,7 @@ def requests() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "adds_bos", "packs", "own_head"),
+    ("name", "adds_bos", "packs", "calls_head"),
     [
         ("gpt2", False, True, False),
         ("llama", True, True, False),
@@ -45,13 +45,13 @@ def requests() -> list[tuple[str, str]]:
     ],
 )
 def test_log_probabilities_are_lm_evals(
-    tmp_path: Path, name: str, adds_bos: bool, packs: bool | None, own_head: bool
+    tmp_path: Path, name: str, adds_bos: bool, packs: bool | None, calls_head: bool
 ) -> None:
     save(tmp_path, name, adds_bos)
     theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=4)
     model, own = load_hf(tmp_path)
     assert model.packs is packs or packs is None
-    assert model.own_head == own_head
+    assert model.calls_head == calls_head
     assert (model.config.context, model.config.vocab_size, own.adds_bos) == (CONTEXT, VOCABULARY, adds_bos)
     assert own.eot == theirs.prefix_token_id == 0
     # A context of white space is none here; lm_eval's own model fails on it where nothing is added.

@@ -1,5 +1,5 @@
-"""The benchmarks by name, one small file each. Adding one: write its file, list it here, and, where it reads
-files of its own, name their source in params/benchmarks.yaml."""
+"""The benchmarks by name, one small file each. To add one, write its file and list it here; if it reads
+files of its own, also name their source in params/benchmarks.yaml."""
 
 from collections.abc import Iterable
 
@@ -43,13 +43,13 @@ BENCHMARKS: dict[str, FileBenchmark | TextBenchmark] = {
 
 
 def benchmark(name: str) -> FileBenchmark | TextBenchmark:
-    """The benchmark of that name; UserError naming the nearest one otherwise."""
+    """The benchmark `name`; raises UserError naming the nearest one if there is none."""
     if name not in BENCHMARKS:
         raise UserError(f"evaluation.benchmarks: no benchmark {name!r}{nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def data_names(names: Iterable[str]) -> list[str]:
-    """What the benchmarks of these names read under data/raw/, each once, in their order."""
+    """The data folders in data/raw/ that these benchmarks read, each once, in order."""
     chosen = map(benchmark, names)
     return list(dict.fromkeys(one.data_name for one in chosen if isinstance(one, FileBenchmark)))

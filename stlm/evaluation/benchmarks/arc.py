@@ -1,4 +1,4 @@
-"""ARC (Clark et al. 2018): science questions, the answer's text scored. As lm_eval 0.4's `arc_easy` and
+"""ARC (Clark et al. 2018): science questions, scored by the answer's text. As lm_eval 0.4's `arc_easy` and
 `arc_challenge` (version 1.0)."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
     for row in rows:
         context = f"Question: {row['question']}\nAnswer:"
         options = tuple(Option(context, " " + text, text) for text in row["choices"]["text"])
-        # Some items label their choices 1, 2, ...; their key does too.
+        # Some items label their choices 1, 2, ..., and so does their key.
         gold = gold_index(row["answerKey"], row["choices"]["label"])
         yield Item(str(row["id"]), options, gold, text=f"{row['question']} {options[gold].words}")
 
@@ -21,7 +21,7 @@ def _arc(name: str) -> FileBenchmark:
     return FileBenchmark(
         name=name,
         version="1.0",
-        # One of the packaged sources has the validation split alone; the results name the split used.
+        # One of the packaged sources has the validation split only; the results name the split used.
         splits=("test", "validation"),
         columns=("id", "question", "choices", "answerKey"),
         read=read,

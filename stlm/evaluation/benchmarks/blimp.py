@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 
 from stlm.evaluation.benchmarks.items import FileBenchmark, Item, Option, Row
 
-# The paper's 12 phenomena count the two s-selection paradigms under argument structure; the files do not.
+# The paper counts the two s-selection paradigms as argument structure; the files do not.
 _PHENOMENA = {"s-selection": "argument_structure"}
 
 
 def minimal_pairs(rows: Iterable[Row]) -> Iterator[Item]:
-    """Items of sentence pairs, the good one first; ids count within each paradigm (UID)."""
+    """Items from sentence pairs, the good sentence first; ids count within each paradigm (UID)."""
     seen: Counter[str] = Counter()
     for row in rows:
         paradigm, phenomenon = row["UID"], row["linguistics_term"]

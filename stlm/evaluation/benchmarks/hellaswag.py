@@ -12,7 +12,7 @@ from stlm.evaluation.benchmarks.items import BadRow, FileBenchmark, Item, Option
 
 
 def clean(text: str) -> str:
-    """Take out the marks of the WikiHow part, as lm_eval does."""
+    """Remove the markup of the WikiHow part, as lm_eval does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

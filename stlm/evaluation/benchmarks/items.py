@@ -1,4 +1,4 @@
-"""What a benchmark is: items with options, read from parquet files or made of held-out text."""
+"""Benchmarks: items with options, read from parquet files or made from held-out text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Row = Mapping[str, Any]
 
 
 class Option(NamedTuple):
-    """One way to go on: the text before it, the text scored after it, and the words that lengths count.
+    """One possible continuation: its context, the text scored after it, and the words that lengths count.
 
-    `words` is the continuation without the space that joins it to its context, as in lm_eval's `acc_norm`.
+    `words` is the continuation without the space that joins it to the context, as in lm_eval's `acc_norm`.
     """
 
     context: str
@@ -37,10 +37,10 @@ class Option(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question: its options, the index of the right one, and its group of each of the benchmark's kinds.
+    """A question: its options, the index of the right one, and a group of each of the benchmark's kinds.
 
-    `text`: question and right answer without the words of a prompt, where the right option holds such words.
-    An item of one option asks whether the model itself would go on that way: it is right where every token
+    `text`: question and right answer without the words of a prompt, if the right option has such words. An
+    item with a single option asks whether the model itself would continue that way: it is right if each token
     of the option is the most probable one.
     """
 
@@ -51,23 +51,23 @@ class Item(NamedTuple):
     text: str = ""
 
     @property
-    def own_text(self) -> str:
-        """What a text that gives the item away would say: the question or context, and the right answer."""
+    def answered_text(self) -> str:
+        """The text that would give the item away: the question or context, and the right answer."""
         right = self.options[self.gold]
         return self.text or right.context + right.continuation
 
 
 class BadRow(ValueError):
-    """A row that is no item; the message says why."""
+    """A row that is not an item; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What scoring needs to know of a benchmark, wherever its items come from.
+    """What scoring needs to know about a benchmark, whatever the source of its items.
 
     `version` changes whenever the same model would get another score. `normalized`: whether the reference
-    harness also reports `acc_norm`, the score divided by the characters of the option. `modes`: those in
-    which it has a meaning; a study's other modes leave it out.
+    harness also reports `acc_norm`, the score divided by the option's number of characters. `modes`: the
+    modes that make sense for it; a study's other modes skip it.
     """
 
     name: str
@@ -81,9 +81,9 @@ class Benchmark:
 class FileBenchmark(Benchmark):
     """A benchmark whose items are rows of parquet files with the hub's columns.
 
-    `splits` are tried in order. `lists`: those of the `columns` that hold a list in each row. `read` turns
-    numbered rows into items (ids within their file order) and raises BadRow. `data`: the folder of data/raw/
-    where it is not the benchmark's own name, so that several benchmarks read what is fetched once.
+    `splits` are tried in order. `lists`: those of the `columns` whose cells are lists. `read` turns rows into
+    items, with ids by row within their file, and raises BadRow. `data`: the folder in data/raw/ if it differs
+    from the benchmark's name; several benchmarks can read one folder.
     """
 
     splits: tuple[str, ...]
@@ -94,24 +94,24 @@ class FileBenchmark(Benchmark):
 
     @property
     def data_name(self) -> str:
-        """The name that its data is fetched by: an entry of params/benchmarks.yaml."""
+        """The name under which its data is fetched: an entry of params/benchmarks.yaml."""
         return self.data or self.name
 
     def files(self, folder: Path) -> tuple[str, list[Path]]:
-        """The first split that `folder` holds, and its parquet files. UserError where it holds none."""
+        """The first split that `folder` has, and its parquet files. Raises UserError if it has none."""
         found = sorted(folder.rglob("*.parquet"))
         for split in self.splits:
-            # The split is a word of the file's name, as in test.parquet or test-00000-of-00001.parquet.
-            own = [f for f in found if split in re.split(r"[-_.]", f.name)]
-            if own:
-                return split, own
+            # The split is a word of the file name, as in test.parquet or test-00000-of-00001.parquet.
+            matching = [f for f in found if split in re.split(r"[-_.]", f.name)]
+            if matching:
+                return split, matching
         raise UserError(
             f"{folder}: no parquet file of the split {' or '.join(self.splits)} of {self.name} "
             f"(found: {', '.join(f.name for f in found) or 'none'}); run: stlm fetch {self.data_name}"
         )
 
     def load(self, folder: Path) -> tuple[str, list[Item]]:
-        """The split used and its items. UserError: missing or damaged file, missing column, bad row."""
+        """The split used, and its items. UserError: missing or damaged file, missing column, bad row."""
         split, files = self.files(folder)
         check_fetched(folder, files)
         items = [item for file in files for item in self._read_file(file)]
@@ -120,13 +120,13 @@ class FileBenchmark(Benchmark):
                 f"{folder}: {self.name} has no rows in {', '.join(f.name for f in files)}"
                 f"; run: stlm fetch {self.data_name}"
             )
-        # Files that count their rows from zero each would repeat ids.
+        # Ids repeat if each file counts its rows from zero.
         if len({item.id for item in items}) < len(items):
             items = [item._replace(id=f"{number}-{item.id}") for number, item in enumerate(items)]
         return split, items
 
     def _read_file(self, file: Path) -> list[Item]:
-        # Here, because params/ is checked against the benchmarks' names, which must not take long.
+        # Imported here, as checking params/ against the benchmarks' names must stay fast.
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -160,7 +160,7 @@ class FileBenchmark(Benchmark):
                 if len(item.options) < 2:
                     raise BadRow(f"{len(item.options)} option(s), expected 2 or more")
         except (BadRow, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-            # A row is an item, so that the one it stopped at is known.
+            # Each row is one item, so the number of items tells at which row the reader stopped.
             number = len(items) if not items or len(items[-1].options) > 1 else len(items) - 1
             raise UserError(
                 f"{file}: {self.name}, row {number}: {_why(error, rows[number], table.schema)}; "
@@ -170,7 +170,7 @@ class FileBenchmark(Benchmark):
 
 
 def _why(error: Exception, row: Row, schema: Any) -> str:
-    """What is wrong with a row, with the column: one without a value, or the columns' types."""
+    """What is wrong with a row: the column without a value, or the types of the columns."""
     empty = [name for name, value in row.items() if value is None]
     if empty:
         return f"the column {empty[0]} has no value"
@@ -182,10 +182,10 @@ def _why(error: Exception, row: Row, schema: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TextBenchmark(Benchmark):
-    """A benchmark whose items are made of the test split of the run's own corpus: nothing is fetched for it.
+    """A benchmark whose items are made from the test split of the run's own corpus; nothing is fetched.
 
     `make(texts, limit, seed)` gives at most `limit` items, the same for the same texts and seed; a lower
-    limit gives some of these. `default_limit` holds where the study has none.
+    limit gives a subset of them. `default_limit` applies if the study sets none.
     """
 
     make: Callable[[Sequence[str], int, int], list[Item]]
@@ -199,13 +199,13 @@ class _Fetched(BaseModel):
 
 
 class _Source(BaseModel):
-    """What source.json says of the files that were fetched."""
+    """What source.json says about the fetched files."""
 
     files: list[_Fetched]
 
 
 def check_fetched(folder: Path, files: Iterable[Path]) -> None:
-    """Compare files of `data/raw/NAME/` with its source.json. A folder that has none was not fetched.
+    """Compare files of `data/raw/NAME/` with its source.json. A folder without one was not fetched.
 
     Raises UserError for a file that is damaged, or that `stlm fetch` did not write.
     """
@@ -220,14 +220,14 @@ def check_fetched(folder: Path, files: Iterable[Path]) -> None:
 
 
 def gold_index(label: object, labels: Sequence[str]) -> int:
-    """Where `label` stands among `labels`; BadRow where it does not."""
+    """The index of `label` in `labels`; raises BadRow if it is missing."""
     if str(label) not in labels:
         raise BadRow(f"the answer {label!r} is none of {', '.join(labels)}")
     return labels.index(str(label))
 
 
 def subset(items: Sequence[Item], limit: int | None, seed: int, name: str) -> list[Item]:
-    """At most `limit` items, drawn by `seed`, in their own order; a lower limit draws some of these."""
+    """At most `limit` items, drawn by `seed`, in their original order; a lower limit gives a subset."""
     if limit is None or limit >= len(items):
         return list(items)
     order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(items))

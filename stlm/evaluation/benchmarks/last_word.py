@@ -1,17 +1,17 @@
-"""The last word of a passage of held-out text, after LAMBADA (Paperno et al. 2016): does the model remember?
+"""The last word of a passage of held-out text, after LAMBADA (Paperno et al. 2016).
 
 LAMBADA's passages come from novels, and people chose them: the last word can be guessed from the whole
-passage, not from its last sentence, and in most of them it occurs earlier. Here rules choose passages of the
-test split of the run's own corpus, so that models of children's books or of generated stories are asked about
-such text. The text is the same whatever the tokenizer; another corpus gives other items: only runs of one
-corpus can be compared.
+passage, but not from its last sentence, and in most passages it has occurred before. Here, rules choose the
+passages from the test split of the run's own corpus, so that models of children's books or of generated
+stories are tested on such text. The items are the same for every tokenizer, but differ between corpora: only
+runs on the same corpus can be compared.
 
-A passage is a run of whole sentences, verbatim. Its last sentence ends in a word of letters alone (four or
-more, no function word) that stands earlier in the passage, but not in the last sentence before; the sentences
-before hold at least 40 words (LAMBADA: 50 tokens, punctuation included), as few sentences as that takes, and
-the passage at most 120, which fits small contexts. The passage up to the word is the context, a space and the
-word are scored, the punctuation after it is dropped: as lm_eval 0.4's `lambada_openai` does (task version
-1.0).
+A passage is a sequence of whole sentences, verbatim. Its last sentence ends in a word of letters only (four
+or more, not a function word) that also occurs earlier in the passage, but not earlier in the last sentence.
+The sentences before the last have at least 40 words (LAMBADA: 50 tokens, with punctuation), and are as few as
+that takes. The whole passage has at most 120 words, which fits small contexts. The context is the passage up
+to the word; a space and the word are scored; the punctuation after it is dropped, as in lm_eval 0.4's
+`lambada_openai` (task version 1.0).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import numpy as np
 from stlm.evaluation.benchmarks.items import Item, Option, TextBenchmark
 
 _MIN_BEFORE, _MAX_WORDS = 40, 120
-# At most one passage in so many characters of a document: a few of a chapter, one of a short story.
+# At most one passage per this many characters of a document: a few in a chapter, one in a short story.
 _EVERY = 1500
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _CLOSING = "[\"'”’)\\]]*"
-# A sentence ends in a mark, with quotes or brackets that close, before a capital letter or the text's end.
+# A sentence ends with punctuation and closing quotes or brackets, before a capital letter or the text's end.
 _END = re.compile(rf"[.!?]+{_CLOSING}(?=\s+[\"'“‘(\[]*[A-Z]|\s*\Z)")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Rev|Capt|Col|Gen|Lieut|Sgt|Jr|Sr|No|[A-Z])\Z")
 _LAST = re.compile(rf"(?<=\S ){_WORD.pattern}(?=[.!?]+{_CLOSING}\Z)")
-# Words of four letters or more that carry grammar, or say who speaks, rather than content.
+# Words of four letters or more that mark grammar, or say who speaks, rather than carry content.
 _FUNCTION_WORDS = """
 about above across after again against almost along already also although always among anybody anyone anything
 around asked because been before behind being below beneath beside besides between beyond both cannot could
@@ -52,7 +52,7 @@ _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class _Passage(NamedTuple):
-    """Where a passage, its last word and with it the passage's end lie, in characters of the document."""
+    """The offsets of a passage: its begin, its last word, and its end with that word."""
 
     begin: int
     word: int
@@ -60,10 +60,10 @@ class _Passage(NamedTuple):
 
 
 def make(texts: Sequence[str], limit: int, seed: int) -> list[Item]:
-    """At most `limit` items, in the order of `texts`, drawn by `seed`: first documents, then places in them.
+    """At most `limit` items, in the order of `texts`; `seed` draws first documents, then passages in them.
 
-    Documents are read until there are enough items. An id is a hash of the passage, so that passages of
-    different corpora never pass for the same item; a passage that occurs several times is one item.
+    Documents are read until there are enough items. An id is a hash of the passage, so items of different
+    corpora never share an id; a passage that occurs several times is one item.
     """
     found: dict[str, tuple[int, int, Item]] = {}
     for number in np.random.default_rng(seed).permutation(len(texts)):
@@ -79,14 +79,14 @@ def make(texts: Sequence[str], limit: int, seed: int) -> list[Item]:
 
 
 def _item(text: str, passage: _Passage) -> Item:
-    # The space before the word belongs to what is scored.
+    # The space before the word is scored with the word.
     context, word = text[passage.begin : passage.word - 1], text[passage.word : passage.end]
     digest = blake2b(f"{context} {word}".encode(errors="replace"), digest_size=8).hexdigest()
     return Item(digest, (Option(context, " " + word, word),), 0)
 
 
 def _chosen(text: str, rng: np.random.Generator) -> Iterator[_Passage]:
-    """Passages that do not overlap, at most one in each `_EVERY` characters, there drawn among all."""
+    """Passages that do not overlap, at most one per `_EVERY` characters, drawn from all in that span."""
     end, block, waiting = 0, 0, []
     for passage in [*_passages(text), None]:
         if waiting and (passage is None or passage.word // _EVERY != block):
@@ -99,7 +99,7 @@ def _chosen(text: str, rng: np.random.Generator) -> Iterator[_Passage]:
 
 
 def _passages(text: str) -> Iterator[_Passage]:
-    """Every passage of `text` that makes an item, by the place of its last word."""
+    """Yield each passage of `text` that makes an item, in the order of the last words."""
     sentences = list(_sentences(text))
     words = [[word.casefold() for word in _WORD.findall(text, *span)] for span in sentences]
     for number, (begin, end) in enumerate(sentences):
@@ -120,13 +120,13 @@ def _passages(text: str) -> Iterator[_Passage]:
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:
-    """Where each sentence begins and ends; what follows the last full stop is none."""
+    """Begin and end of each sentence; text after the last full stop is not one."""
     begin = 0
-    for mark in _END.finditer(text):
-        if mark.group() == "." and _ABBREVIATION.search(text, max(0, mark.start() - 12), mark.start()):
+    for match in _END.finditer(text):
+        if match.group() == "." and _ABBREVIATION.search(text, max(0, match.start() - 12), match.start()):
             continue
-        yield begin + len(text[begin : mark.end()]) - len(text[begin : mark.end()].lstrip()), mark.end()
-        begin = mark.end()
+        yield begin + len(text[begin : match.end()]) - len(text[begin : match.end()].lstrip()), match.end()
+        begin = match.end()
 
 
 LAST_WORD = TextBenchmark(name="last_word", version="1", modes=("harness",), make=make, default_limit=2000)

@@ -1,8 +1,8 @@
-"""MMLU (Hendrycks et al. 2021): exam questions of 57 subjects, no examples; two ways to ask.
+"""MMLU (Hendrycks et al. 2021): exam questions of 57 subjects, without examples, asked in two ways.
 
-`mmlu` scores the answer's letter, as lm_eval 0.4's `mmlu` (task version 1.0, group version 2: every item
-counts the same). `mmlu_cloze` scores the answer's text after the bare question, as its `mmlu_continuation`
-(the same versions): small models cannot yet tell letters of a list apart, but may find an answer likely.
+`mmlu` scores the answer's letter, as lm_eval 0.4's `mmlu` (task version 1.0, group version 2: all items weigh
+the same). `mmlu_cloze` scores the answer's text after the bare question, as lm_eval's `mmlu_continuation`
+(the same versions): small models cannot yet choose letters from a list, but may find an answer likely.
 """
 
 from __future__ import annotations

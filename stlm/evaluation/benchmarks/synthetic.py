@@ -1,4 +1,4 @@
-"""The synthetic grammar's own benchmarks: minimal pairs like BLiMP's, and a story with several endings."""
+"""Benchmarks of the synthetic grammar: minimal pairs like BLiMP's, and stories with several endings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """WinoGrande (Sakaguchi et al. 2020): which of two names fills the blank. As lm_eval 0.4's `winogrande`
-(version 1.0): partial evaluation, the rest of the sentence scored after each name (Trinh and Le 2018)."""
+(version 1.0): partial evaluation scores the rest of the sentence after each name (Trinh and Le 2018)."""
 
 from __future__ import annotations
 
