@@ -69,7 +69,7 @@ def test_without_blimp_there_is_no_table(make_study):
 def test_table_and_plot_are_written_and_people_are_in_the_plot_of_blimp_alone(make_study):
     study = make_study(TWO, benchmarks={"blimp": 200, "synthetic_pairs": 50})
     report(study)
-    written = {path.name for path in (study.folder / "tables").iterdir()}
+    written = {path.name for name in ("tables", "typeset") for path in (study.folder / name).iterdir()}
     assert {f"blimp-phenomena.{ending}" for ending in ("csv", "md", "tex", "html")} <= written
     plots = study.folder / "plots"
     people = {
