@@ -121,12 +121,12 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
         load = partial(load_run, material, folder)
         scored[folder.name] = score_model(material, subject, load, kept, failures)
 
-    def score_readout(name: str, give: Callable[[], nn.Module]) -> dict[str, Any]:
+    def score_readout(name: str, load_readout: Callable[[], nn.Module]) -> dict[str, Any]:
         part = subject._replace(name=f"{subject.name}-{name}", label=f"{subject.label} {name}")
-        return score_model(material, part, give, kept, failures).result
+        return score_model(material, part, load_readout, kept, failures).result
 
     readouts = score_readouts(folders[-1], load, score_readout)
-    failures.tell(kept)
+    failures.raise_if_any(kept)
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None

@@ -76,7 +76,7 @@ class Failures:
         print(f"going on without {benchmark}: {error}", file=sys.stderr)
         self._found.setdefault(benchmark, str(error))
 
-    def tell(self, kept: Kept) -> None:
+    def raise_if_any(self, kept: Kept) -> None:
         """Raise UserError if any failed, with the reasons and how to continue."""
         if not self._found:
             return

@@ -32,7 +32,7 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     kept, failures = Kept(published.state_folder / "evaluation"), Failures(arguments, material.unreadable)
     subject = Subject("published", checkpoint, True, published.name, published.settings)
     scored = score_model(material._replace(text=text), subject, lambda: transformer, kept, failures)
-    failures.tell(kept)
+    failures.raise_if_any(kept)
     about = {
         "study": published.study,
         "run": published.name,

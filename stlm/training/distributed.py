@@ -145,7 +145,7 @@ def processes() -> Iterator[Group]:
     exit_ = Exit()
     store, rank = _meet(cuda, size)
     group = Group(rank, size)
-    lifeline = Lifeline(rank, size, lambda: _first_to_tell(store))
+    lifeline = Lifeline(rank, size, lambda: _first_to_report(store))
     try:
         yield group
     except Interrupted as stop:
@@ -164,7 +164,7 @@ def processes() -> Iterator[Group]:
             2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         )
         # Claim this before the process ends and the others notice, so the cause is reported, not its effects.
-        first = _first_to_tell(store)
+        first = _first_to_report(store)
         # NCCL would wait for the failed processes.
         if not cuda:
             dist.destroy_process_group()
@@ -198,7 +198,7 @@ def _meet(cuda: bool, size: int) -> tuple[dist.Store, int]:
     return store, rank
 
 
-def _first_to_tell(store: dist.Store) -> bool:
+def _first_to_report(store: dist.Store) -> bool:
     """Whether this process is the first to report why the group ends; True if no other can be asked."""
     try:
         return store.add("stlm/told", 1) == 1

@@ -138,7 +138,7 @@ def train(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """
     with processes() as group:
         check()
-        with StopSignals(tells=group.leads) as signals, locked(run) if group.leads else nullcontext():
+        with StopSignals(verbose=group.leads) as signals, locked(run) if group.leads else nullcontext():
             _train(run, group, signals)
 
 
