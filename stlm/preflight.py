@@ -20,7 +20,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json, write_record
-from stlm.layout import EVALUATION, TRAINING, names
+from stlm.outputs import EVALUATION, TRAINING, names
 from stlm.study.runs import Run, Study
 from stlm.units import byte_size
 

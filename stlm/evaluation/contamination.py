@@ -32,7 +32,7 @@ from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
 from stlm.evaluation.made import made_items, made_settings
 from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
 from stlm.files import atomic_path, read_json, remove_leftovers, write_record
-from stlm.layout import CONTAMINATION, names
+from stlm.outputs import CONTAMINATION, names
 from stlm.provenance import code_version
 from stlm.study.runs import Study
 from stlm.tokens.shards import ComponentTokens, read_split
@@ -101,7 +101,7 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
     write_record(
         study.folder / "contamination.json",
         {**about, "corpora": corpora},
-        beside=["contaminated-items.parquet"],
+        lists=["contaminated-items.parquet"],
     )
 
 

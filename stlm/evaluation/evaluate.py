@@ -38,8 +38,8 @@ from stlm.evaluation.predictions import (
 from stlm.evaluation.readouts import score_readouts
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
-from stlm.layout import EVALUATION, names
 from stlm.model.transformer import Transformer
+from stlm.outputs import EVALUATION, names
 from stlm.provenance import code_version, processor_name, source_digest
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
@@ -156,7 +156,7 @@ def write_results(
         with atomic_path(folder / f"{name}.parquet") as temporary:
             write_predictions(temporary, table, found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
-    write_record(folder / "evaluation.json", summary, beside=_FILES)
+    write_record(folder / "evaluation.json", summary, lists=_FILES)
 
 
 def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from stlm.errors import UserError
 from stlm.files import atomic_directory, fingerprint, read_json, write_record
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 
 _RESULT = "result.json"
 _ROWS = "rows.parquet"
@@ -91,7 +91,7 @@ def write_part(folder: Path, part: Part) -> None:
     """Store a part in its own folder, atomically."""
     with atomic_directory(folder) as temporary:
         pq.write_table(part.rows, temporary / _ROWS, compression="zstd")
-        write_record(temporary / _RESULT, part.result, beside=[_ROWS])
+        write_record(temporary / _RESULT, part.result, lists=[_ROWS])
 
 
 def read_part(folder: Path, schema: pa.Schema) -> Part:
@@ -105,7 +105,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     try:
         read_json(folder / _RESULT)
-        check_beside(folder / _RESULT, _ROWS)
+        check_listed(folder / _RESULT, _ROWS)
     except UserError:
         print(f"{folder}: damaged: scoring {folder.name} again", file=sys.stderr)
         return False

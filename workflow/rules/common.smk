@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 from stlm import engines, recording
 from stlm.errors import UserError
-from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
+from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.manifests import Manifests, named_mirror
 from stlm.study.load import load_study
 
