@@ -51,7 +51,7 @@ def check_benchmarks(
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
     languages = {corpora[name].language for name in mix}
     unspaced = sorted(tag for tag in languages if tag and tag.partition("-")[0].lower() in WITHOUT_SPACES)
-    # Another component of a mix may have passages; training checks that (`stlm.evaluation.made`).
+    # Another component of a mix may have passages; training checks that (`stlm.evaluation.text_items`).
     if len(unspaced) < len(languages):
         return
     for name in benchmarks:

@@ -149,7 +149,7 @@ def processes() -> Iterator[Group]:
     try:
         yield group
     except Interrupted as stop:
-        _end_undisturbed()
+        _ignore_signals()
         exit_.status = stop.status
         with suppress(LostPeer):  # the other process ended first; the state is saved
             group.wait()
@@ -158,7 +158,7 @@ def processes() -> Iterator[Group]:
             raise
         raise SystemExit(stop.status) from None
     except BaseException as error:
-        _end_undisturbed()
+        _ignore_signals()
         lifeline.release()
         exit_.status = (
             2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -206,7 +206,7 @@ def _first_to_report(store: dist.Store) -> bool:
         return True
 
 
-def _end_undisturbed() -> None:
+def _ignore_signals() -> None:
     """Ignore signals from now on: this process is about to end, and may still have to report why.
 
     When one process has ended, torchrun signals the others.

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     rows: pa.Table
 
 
-class Kept:
+class PartStore:
     """The parts stored in `folder`, which `forget` deletes. Without a folder, nothing is stored."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -76,13 +76,13 @@ class Failures:
         print(f"going on without {benchmark}: {error}", file=sys.stderr)
         self._found.setdefault(benchmark, str(error))
 
-    def raise_if_any(self, kept: Kept) -> None:
+    def raise_if_any(self, store: PartStore) -> None:
         """Raise UserError if any failed, with the reasons and how to continue."""
         if not self._found:
             return
         lines = [f"not scored: {', '.join(self._found)}; nothing was written to results/"]
         lines += [f"{name}: {reason}" for name, reason in self._found.items()]
-        location = "" if kept.folder is None else f" (kept in {kept.folder})"
+        location = "" if store.folder is None else f" (kept in {store.folder})"
         again = f"once that is mended: stlm evaluate {self._arguments}"
         raise UserError("\n".join([*lines, f"{again}, which scores only what is missing{location}"]))
 
