@@ -20,8 +20,8 @@ import yaml
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
-from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.manifests import Manifests, model_manifest, refresh_all
+from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Run, Study

@@ -153,14 +153,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_record(
-    path: Path, content: Mapping[str, Any], beside: Iterable[str] = (), files: Mapping[str, str] | None = None
+    path: Path, content: Mapping[str, Any], lists: Iterable[str] = (), files: Mapping[str, str] | None = None
 ) -> None:
-    """Write a JSON object with its checksum, atomically; `beside` names files of its folder to list in it.
+    """Write a JSON object with its checksum, atomically; `lists` names files of its folder to list in it.
 
     `files` are other files to list: name -> SHA-256, as returned by `content_sha256`.
     """
     assert CHECKSUM not in content
-    listed = {**{name: content_sha256(Path(path).parent / name) for name in beside}, **(files or {})}
+    listed = {**{name: content_sha256(Path(path).parent / name) for name in lists}, **(files or {})}
     # In the form in which it will be read: keys are texts, tuples are lists.
     as_read = json.loads(json.dumps(content, allow_nan=False))
     checksum = {"sha256": _digest(as_read, listed), **({"files": listed} if listed else {})}

@@ -2,7 +2,7 @@
 
 There are three kinds of files, by the place of their SHA-256 (docs/integrity.md):
 
-- listed in a record (a folder's meta.json or source.json, a run's train.json): `check_files`, `check_beside`;
+- listed in a record (a folder's meta.json or source.json, a run's train.json): `check_files`, `check_listed`;
 - *sealed*: files of .state/ and other single files, which end with their SHA-256 (`seal`);
 - records themselves (`stlm.files.write_record`), which `read_json` checks.
 
@@ -123,7 +123,7 @@ def check_files(files: Iterable[Listed], cache: Path = CACHE) -> None:
             digests.save()
 
 
-def check_beside(record: Path, *names: str) -> None:
+def check_listed(record: Path, *names: str) -> None:
     """Compare files in the folder of a record with its list. Unlisted files, or no record at all, pass.
 
     Raises `UserError` as `check_files` does, and if the record is damaged.

@@ -20,7 +20,7 @@ from stlm.errors import UserError
 from stlm.evaluation.benchmarks import FileBenchmark, benchmark
 from stlm.evaluation.config import EvaluationConfig
 from stlm.files import read_json, write_record
-from stlm.layout import EVALUATION, TRAINING, names
+from stlm.outputs import EVALUATION, TRAINING, names
 from stlm.study.runs import Run, Study
 from stlm.units import byte_size
 
@@ -66,7 +66,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
 
     Raises UserError with all problems, one line each; doubtful findings go to standard error.
     """
-    from stlm.evaluation.made import check_made
+    from stlm.evaluation.text_items import check_text_items
     from stlm.training.checkpoints import last_checkpoint
     from stlm.training.devices import choose_device
 
@@ -76,7 +76,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
         check_tokens(run)
     if len(found.problems) == tokens:
         with found.look():
-            check_made(study.evaluation, run.tokens_folder)
+            check_text_items(study.evaluation, run.tokens_folder)
     for other in run.depends.values():
         with found.look():
             last_checkpoint(run, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def where_to_stand(root: Path = Path()) -> str:
+def folder_hint(root: Path = Path()) -> str:
     """The hint to append to an error about a missing file of the project.
 
     Empty if `root` is a project's top folder; otherwise it names the top folder, if a parent is one.

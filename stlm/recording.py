@@ -15,7 +15,7 @@ from stlm.engines import DVC_FILE, WATCH, active_study, check_active, dvc_stages
 from stlm.errors import UserError
 from stlm.files import read_json, read_record, write_json, write_text
 from stlm.manifests import Manifests, changed_sources
-from stlm.project import where_to_stand
+from stlm.project import folder_hint
 from stlm.study.load import load_study
 from stlm.study.runs import Study
 from stlm.study.strict import read_yaml
@@ -174,7 +174,7 @@ def sync(root: Path = Path()) -> str:
     """
     name = active_study(root)
     if name is None:
-        raise UserError(f"there is no dvc.yaml: run `stlm use STUDY`{where_to_stand(root)}")
+        raise UserError(f"there is no dvc.yaml: run `stlm use STUDY`{folder_hint(root)}")
     study = load_study(name, root=root)
     check_active(study, root)
     use(name, root)  # today's manifests, and no stage that watches files that this machine lacks

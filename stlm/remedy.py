@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, names
+from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, names
 
 
 def remedy(path: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 from stlm import integrity
 from stlm.errors import UserError
 from stlm.files import read_json, record_sha256, sha256, write_json, write_record
-from stlm.integrity import Listed, check_beside, check_files, check_seal, seal
+from stlm.integrity import Listed, check_files, check_listed, check_seal, seal
 from stlm.remedy import remedy
 
 CONTENT = {
@@ -41,7 +41,7 @@ def cuts(content: bytes):
 @pytest.fixture
 def record(tmp_path) -> Path:
     (tmp_path / "curve.csv").write_text("step,loss\n1,2.5\n2,2.25\n")
-    write_record(tmp_path / "record.json", CONTENT, beside=["curve.csv"])
+    write_record(tmp_path / "record.json", CONTENT, lists=["curve.csv"])
     return tmp_path / "record.json"
 
 
@@ -71,7 +71,7 @@ def test_every_flipped_bit_of_a_record_is_noticed_or_changes_nothing(record):
         record.write_bytes(damaged)
         try:
             assert read_json(record) == CONTENT, damaged
-            assert check_beside(record, "curve.csv") is None
+            assert check_listed(record, "curve.csv") is None
             harmless += 1
         except UserError as error:
             assert str(error).startswith(f"{record}: ")
@@ -91,7 +91,7 @@ def test_line_ends_of_git_are_no_damage(record):
     for path in (record, record.with_name("curve.csv")):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_json(record) == CONTENT
-    check_beside(record, "curve.csv")
+    check_listed(record, "curve.csv")
 
 
 def test_a_file_beside_a_record(record):
@@ -102,12 +102,12 @@ def test_a_file_beside_a_record(record):
         with pytest.raises(
             UserError, match=r"curve\.csv: damaged, or changed by hand: its SHA-256 is \w{12}, expected"
         ):
-            check_beside(record, "curve.csv")
+            check_listed(record, "curve.csv")
     path.unlink()
     with pytest.raises(UserError, match=r"curve\.csv: no such file"):
-        check_beside(record, "curve.csv")
-    check_beside(record, "not-listed.csv")
-    check_beside(record.with_name("none.json"), "curve.csv")
+        check_listed(record, "curve.csv")
+    check_listed(record, "not-listed.csv")
+    check_listed(record.with_name("none.json"), "curve.csv")
 
 
 def test_a_sealed_file(tmp_path):

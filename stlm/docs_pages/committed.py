@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stlm.errors import UserError
 from stlm.files import read_json, read_record
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 from stlm.remedy import remedy
 from stlm.report.documents import Difference, Documents, compare_seeds, read_documents
 from stlm.report.records import DOCUMENTS, RUNS, StudyRecords
@@ -49,7 +49,7 @@ def committed_documents(folder: Path, run: str, last: CheckpointResult) -> Docum
     if last.perplexity.text_sha256 is None:
         return None
     records = folder / "records"
-    check_beside(records / RUNS, DOCUMENTS)
+    check_listed(records / RUNS, DOCUMENTS)
     try:
         return read_documents(records / DOCUMENTS, last.step, last.perplexity, run)
     except UserError as error:

@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from stlm.evaluation.benchmarks import FileBenchmark, TextBenchmark, benchmark
-from stlm.evaluation.made import made_items, made_settings
 from stlm.evaluation.ngrams import NOT_FOUND, SIZES, NGrams, pieces
+from stlm.evaluation.text_items import items_from_text, text_item_settings
 from stlm.files import atomic_path, read_json, remove_leftovers, write_record
-from stlm.layout import CONTAMINATION, names
+from stlm.outputs import CONTAMINATION, names
 from stlm.provenance import code_version
 from stlm.study.runs import Study
 from stlm.tokens.shards import ComponentTokens, read_split
@@ -97,11 +97,11 @@ def measure_contamination(study: Study, raw: Path = RAW) -> None:
         remove_leftovers(study.folder, name)
     with atomic_path(study.folder / "contaminated-items.parquet") as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
-    about = {"study": study.name, "sizes": SIZES, "made": made_settings(study.evaluation), "code": code}
+    about = {"study": study.name, "sizes": SIZES, "made": text_item_settings(study.evaluation), "code": code}
     write_record(
         study.folder / "contamination.json",
         {**about, "corpora": corpora},
-        beside=["contaminated-items.parquet"],
+        lists=["contaminated-items.parquet"],
     )
 
 
@@ -121,7 +121,7 @@ def _made_questions(study: Study, folder: Path) -> Iterator[_Questions]:
     for name in study.benchmarks:
         chosen = benchmark(name)
         if isinstance(chosen, TextBenchmark):
-            items = made_items(chosen, folder, study.evaluation)
+            items = items_from_text(chosen, folder, study.evaluation)
             yield _Questions(
                 name,
                 chosen.version,

@@ -25,8 +25,7 @@ from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig, Mode
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Progress
-from stlm.evaluation.kept import BenchmarkFailed, Failures, Kept, Part
-from stlm.evaluation.made import made_items
+from stlm.evaluation.part_store import BenchmarkFailed, Failures, Part, PartStore
 from stlm.evaluation.perplexity import TestText
 from stlm.evaluation.predictions import (
     CheckpointFacts,
@@ -36,10 +35,11 @@ from stlm.evaluation.predictions import (
     write_predictions,
 )
 from stlm.evaluation.readouts import score_readouts
+from stlm.evaluation.text_items import items_from_text
 from stlm.evaluation.token_model import TokenModel
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
-from stlm.layout import EVALUATION, names
 from stlm.model.transformer import Transformer
+from stlm.outputs import EVALUATION, names
 from stlm.provenance import code_version, processor_name, source_digest
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import DESCRIPTION, load_tokenizer
@@ -57,7 +57,7 @@ _SCHEMAS = {"items": scoring.ITEMS_SCHEMA, "documents": perplexity.DOCUMENTS_SCH
 _FILES = [f"{name}.parquet" for name in _SCHEMAS]
 
 
-class About(BaseModel):
+class CheckpointSummary(BaseModel):
     """The part of a checkpoint's config.json that its results repeat."""
 
     step: int
@@ -70,7 +70,7 @@ class Subject(NamedTuple):
     label in progress bars, and how it is loaded, if that changes scores."""
 
     name: str
-    about: About
+    checkpoint: CheckpointSummary
     last: bool
     label: str
     settings: Mapping[str, Any] = MappingProxyType({})
@@ -111,27 +111,27 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
     """
     folders = checkpoint_folders(run, config)
     material = load_material(run, config, raw)
-    kept = Kept(run.state_folder / "evaluation")
+    store = PartStore(run.state_folder / "evaluation")
     failures = Failures(f"{run.study} {run.name}", material.unreadable)
     scored: dict[str, Scored] = {}
     for number, folder in enumerate(folders, 1):
-        about = About.model_validate(read_description(folder)[1])
+        checkpoint = CheckpointSummary.model_validate(read_description(folder)[1])
         label = f"{run.name} {folder.name} ({number}/{len(folders)})"
-        subject = Subject(folder.name, about, number == len(folders), label)
+        subject = Subject(folder.name, checkpoint, number == len(folders), label)
         load = partial(load_run, material, folder)
-        scored[folder.name] = score_model(material, subject, load, kept, failures)
+        scored[folder.name] = score_model(material, subject, load, store, failures)
 
-    def score_readout(name: str, give: Callable[[], nn.Module]) -> dict[str, Any]:
+    def score_readout(name: str, load_readout: Callable[[], nn.Module]) -> dict[str, Any]:
         part = subject._replace(name=f"{subject.name}-{name}", label=f"{subject.label} {name}")
-        return score_model(material, part, give, kept, failures).result
+        return score_model(material, part, load_readout, store, failures).result
 
     readouts = score_readouts(folders[-1], load, score_readout)
-    failures.tell(kept)
+    failures.raise_if_any(store)
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
     write_results(run.folder, about, material, scored, {"readouts": readouts} if readouts else None)
-    kept.forget()
+    store.forget()
 
 
 def write_results(
@@ -156,7 +156,7 @@ def write_results(
         with atomic_path(folder / f"{name}.parquet") as temporary:
             write_predictions(temporary, table, found)
     summary = {**found.without_checkpoints(), **(more or {}), "checkpoints": results}
-    write_record(folder / "evaluation.json", summary, beside=_FILES)
+    write_record(folder / "evaluation.json", summary, lists=_FILES)
 
 
 def facts(about: Mapping[str, Any], material: Material, results: Mapping[str, Mapping[str, Any]]) -> Facts:
@@ -223,7 +223,7 @@ def gather_material(
         chosen = benchmark(name)
         try:
             if isinstance(chosen, TextBenchmark):
-                split, items = "test", made_items(chosen, tokens_folder, config)
+                split, items = "test", items_from_text(chosen, tokens_folder, config)
                 contents = [hashlib.sha256("".join(item.id for item in items).encode()).hexdigest()]
             else:
                 split, items = chosen.load(raw / chosen.data_name)
@@ -269,11 +269,11 @@ def load_run(material: Material, folder: Path) -> Transformer:
 
 
 def score_model(
-    material: Material, subject: Subject, load: Callable[[], nn.Module], kept: Kept, failures: Failures
+    material: Material, subject: Subject, load: Callable[[], nn.Module], store: PartStore, failures: Failures
 ) -> Scored:
     """Measure a model's perplexity and benchmarks.
 
-    `load` returns the model; it is called once, if a part is missing in `kept`. If a benchmark fails, it is
+    `load` returns the model; it is called once, if a part is missing in `store`. If a benchmark fails, it is
     added to `failures`, and the others are scored.
     """
     config = material.config
@@ -282,7 +282,7 @@ def score_model(
         "version": SCORING_VERSION,
         "files": list(_SCHEMAS),
         "code": {**code_version(), "source": source_digest()},
-        "weights": subject.about.weights_sha256,
+        "weights": subject.checkpoint.weights_sha256,
         "settings": dict(subject.settings),
         "precision": material.precision,
         # The checkpoints in one file are scored on one device and processor, which the file names.
@@ -292,7 +292,7 @@ def score_model(
         "tokens": material.digests["tokens"],
         "tokenizer": material.digests["tokenizer"],
     }
-    measured, documents = kept.part(
+    measured, documents = store.part(
         f"{subject.name}-perplexity",
         {**depends, "perplexity": config.perplexity.model_dump(mode="json")},
         lambda: _perplexity(material, subject, model()),
@@ -306,7 +306,7 @@ def score_model(
         modes = [mode for mode in config.modes if mode in chosen.modes]
         digests = material.digests["benchmarks"][chosen.name]
         try:
-            benchmarks[chosen.name], rows = kept.part(
+            benchmarks[chosen.name], rows = store.part(
                 f"{subject.name}-{chosen.name}",
                 {**depends, "benchmark": digests, "limit": limit, "modes": modes},
                 partial(_score_benchmark, material, subject, entry, model, limit, modes),
@@ -316,7 +316,7 @@ def score_model(
             failures.add(chosen.name, error)
             continue
         tables.append(rows)
-    result = {**subject.about.model_dump(), "perplexity": measured, "benchmarks": benchmarks}
+    result = {**subject.checkpoint.model_dump(), "perplexity": measured, "benchmarks": benchmarks}
     items = pa.concat_tables(tables).unify_dictionaries() if tables else scoring.ITEMS_SCHEMA.empty_table()
     return Scored(result, items, documents)
 
@@ -335,7 +335,9 @@ def _perplexity(material: Material, subject: Subject, model: TokenModel) -> Part
     windows = sum(1 + max(0, math.ceil((length - model.context) / stride)) for length in lengths)
     with _bar(f"{subject.label} perplexity", "window", windows) as progress:
         measured, nats = perplexity.measure(model, material.text, stride, progress)
-    return Part(measured, perplexity.document_rows(subject.name, subject.about.step, material.text, nats))
+    return Part(
+        measured, perplexity.document_rows(subject.name, subject.checkpoint.step, material.text, nats)
+    )
 
 
 def _score_benchmark(
@@ -356,7 +358,7 @@ def _score_benchmark(
             scores = scoring.score(model, taken, modes, progress)
         except UserError as error:
             raise BenchmarkFailed(f"{subject.label}, {material.precision}: {error}") from None
-    labels = {"checkpoint": subject.name, "step": subject.about.step, "benchmark": chosen.name}
+    labels = {"checkpoint": subject.name, "step": subject.checkpoint.step, "benchmark": chosen.name}
     result = {
         "version": chosen.version,
         "split": split,

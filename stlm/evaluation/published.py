@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from stlm.evaluation.config import EvaluationConfig
-from stlm.evaluation.evaluate import RAW, About, Subject, gather_material, score_model, write_results
+from stlm.evaluation.evaluate import (
+    RAW,
+    CheckpointSummary,
+    Subject,
+    gather_material,
+    score_model,
+    write_results,
+)
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
-from stlm.evaluation.kept import Failures, Kept
+from stlm.evaluation.part_store import Failures, PartStore
 from stlm.study.runs import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
 
@@ -27,12 +34,15 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     # Our tokenizers are lossless, so this is the same text.
     texts = [written.decode(document.tokens.tolist()) for document in material.text.documents]
     text = material.text.encoded(tokenizer.encode_batch(texts))
-    checkpoint = About(step=0, tokens=0, weights_sha256=weights_sha256(folder))
+    checkpoint = CheckpointSummary(step=0, tokens=0, weights_sha256=weights_sha256(folder))
     arguments = f"{published.study} {published.name}"
-    kept, failures = Kept(published.state_folder / "evaluation"), Failures(arguments, material.unreadable)
+    store, failures = (
+        PartStore(published.state_folder / "evaluation"),
+        Failures(arguments, material.unreadable),
+    )
     subject = Subject("published", checkpoint, True, published.name, published.settings)
-    scored = score_model(material._replace(text=text), subject, lambda: transformer, kept, failures)
-    failures.tell(kept)
+    scored = score_model(material._replace(text=text), subject, lambda: transformer, store, failures)
+    failures.raise_if_any(store)
     about = {
         "study": published.study,
         "run": published.name,
@@ -45,4 +55,4 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
         "published": published.settings,
     }
     write_results(published.results_folder, about, material, {"published": scored}, more)
-    kept.forget()
+    store.forget()

@@ -34,7 +34,7 @@ class ByteGenerator:
         self._hidden_D: Tensor | None = None
 
     @property
-    def forgotten(self) -> int:
+    def dropped(self) -> int:
         """See `TextGenerator`; ends of chunks do not count, as they add no text."""
         return sum(map(len, self._chunks[: self._begin]))
 

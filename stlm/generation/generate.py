@@ -140,9 +140,9 @@ def generate(
             pieces = continuation(generator, prompt, length, sampling, seed + number)
             if number:
                 print(_RULE)
-            elif generator.forgotten:
+            elif generator.dropped:
                 print(
-                    f"the prompt is longer than the model's context: its first {generator.forgotten:,} "
+                    f"the prompt is longer than the model's context: its first {generator.dropped:,} "
                     f"{generator.unit} are not read",
                     file=sys.stderr,
                 )

@@ -29,7 +29,7 @@ class TextGenerator(Protocol):
         ...
 
     @property
-    def forgotten(self) -> int:
+    def dropped(self) -> int:
         """Symbols at the beginning of the text that no longer fit the context."""
         ...
 

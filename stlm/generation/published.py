@@ -50,7 +50,7 @@ class HfGenerator:
         self._read, self._past = 0, None  # the number of the window's tokens that the cache holds
 
     @property
-    def forgotten(self) -> int:
+    def dropped(self) -> int:
         """See `TextGenerator`. The token that starts the text does not count."""
         return max(0, self._begin - 1)
 

@@ -30,7 +30,7 @@ class TokenGenerator:
         self._begin = 0  # the first of them in the window
 
     @property
-    def forgotten(self) -> int:
+    def dropped(self) -> int:
         """See `TextGenerator`. The end of text before the first token does not count."""
         return max(0, self._begin - 1)
 

@@ -148,7 +148,7 @@ class ModelConfig(BaseModel):
             found = getattr(self.sharing, key)
             if found is not None and found > self.layers:
                 raise ValueError(f"sharing.{key}: {found} is more than the model has layers: {self.layers}")
-        if len(set(self.sharing.homes(self.layers))) < self.layers:
+        if len(set(self.sharing.source_layers(self.layers))) < self.layers:
             return
         if self.layers == 1:
             raise ValueError("sharing: one layer has none to share with; leave sharing out")
@@ -220,11 +220,13 @@ class ModelConfig(BaseModel):
         )
 
     @property
-    def homes(self) -> dict[str, tuple[int, ...]]:
+    def source_layers(self) -> dict[str, tuple[int, ...]]:
         """For each part of a block and each layer, from 0, the first layer that uses the same matrices."""
         unshared = tuple(range(self.layers))
         shared = self.sharing.parts if self.sharing else ()
-        return {part: self.sharing.homes(self.layers) if part in shared else unshared for part in PARTS}
+        return {
+            part: self.sharing.source_layers(self.layers) if part in shared else unshared for part in PARTS
+        }
 
     def rank(self, part: str, name: str) -> int | None:
         """The rank of the matrix `name` of a part, `attention` or `ffn` (see `matrices`); None: full."""

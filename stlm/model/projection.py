@@ -18,7 +18,7 @@ from stlm.model.config import ModelConfig
 INITIAL_STD = 0.02
 
 
-class _Undrawn(nn.Linear):
+class _UninitializedLinear(nn.Linear):
     """A linear layer that is created without drawing random numbers; its weights are set afterwards."""
 
     def reset_parameters(self) -> None:
@@ -33,8 +33,8 @@ class Adapter(nn.Module):
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__()
         # Draws no random numbers, so the other weights start as in the model without adapters.
-        self.a = _Undrawn(inputs, rank, bias=False)
-        self.b = _Undrawn(rank, outputs, bias=False)
+        self.a = _UninitializedLinear(inputs, rank, bias=False)
+        self.b = _UninitializedLinear(rank, outputs, bias=False)
         self.scale = scale
 
     def initialize(self) -> None:
@@ -84,9 +84,9 @@ class LowRank(nn.Module):
         nn.init.normal_(weight_YX, std=std or INITIAL_STD)
         left_YR, right_RX = factorize(weight_YX, rank)
         # Scaling both balanced factors by g scales the norm of their product by g^2.
-        grow = math.sqrt(weight_YX.norm() / (left_YR @ right_RX).norm())
-        self.left.weight.copy_(left_YR * grow if std else torch.zeros_like(left_YR))
-        self.right.weight.copy_(right_RX * grow)
+        factor_scale = math.sqrt(weight_YX.norm() / (left_YR @ right_RX).norm())
+        self.left.weight.copy_(left_YR * factor_scale if std else torch.zeros_like(left_YR))
+        self.right.weight.copy_(right_RX * factor_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.left(self.right(x))
@@ -110,13 +110,13 @@ def projections(module: nn.Module) -> Iterator[tuple[str, Dense | LowRank]]:
             yield name, child
 
 
-def share(home: nn.Module, other: nn.Module) -> None:
-    """Make `other`, of the same kind as `home`, use its matrices; adapters and vectors are not shared."""
-    for (_, source), (_, target) in zip(projections(home), projections(other), strict=True):
-        if isinstance(source, Dense):
-            target.weight = source.weight
+def share(source: nn.Module, other: nn.Module) -> None:
+    """Make `other`, of the same kind as `source`, use its matrices; adapters and vectors are not shared."""
+    for (_, shared), (_, target) in zip(projections(source), projections(other), strict=True):
+        if isinstance(shared, Dense):
+            target.weight = shared.weight
         else:
-            target.left.weight, target.right.weight = source.left.weight, source.right.weight
+            target.left.weight, target.right.weight = shared.left.weight, shared.right.weight
 
 
 def factorize(weight_YX: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class SharingConfig(BaseModel):
         """The networks of a block that are shared."""
         return PARTS if self.what == "all" else (self.what,)
 
-    def homes(self, layers: int) -> tuple[int, ...]:
+    def source_layers(self, layers: int) -> tuple[int, ...]:
         """For each layer, from 0, the first layer that uses the same matrices."""
         if self.order == "groups":
             return tuple(layer - layer % self.group for layer in range(layers))

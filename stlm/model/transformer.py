@@ -245,9 +245,9 @@ class Transformer(nn.Module):
         )
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
-        for part, homes in config.homes.items():
-            for block, home in zip(self.blocks, homes, strict=True):
-                share(getattr(self.blocks[home], part), getattr(block, part))
+        for part, sources in config.source_layers.items():
+            for block, source in zip(self.blocks, sources, strict=True):
+                share(getattr(self.blocks[source], part), getattr(block, part))
         self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
         self.output = nn.Linear(self.embedding.embedding_dim, config.vocab_size, bias=False)
         if config.tied:

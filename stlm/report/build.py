@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
-from stlm.layout import METRICS, REPORT, names
+from stlm.outputs import METRICS, REPORT, names
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures, write_parameters
@@ -38,7 +38,7 @@ from stlm.text_table import text_table
 
 
 def report(study: Study) -> None:
-    """Write the outputs of `stlm.layout.REPORT` and metrics.json to results/<study>/, from earlier stages.
+    """Write the outputs of `stlm.outputs.REPORT` and metrics.json to results/<study>/, from earlier stages.
 
     All input is read and compared before anything is written. Each output replaces its predecessor as a
     whole, and only once all of them are made. Raises UserError naming a run's missing or damaged file and

@@ -17,7 +17,7 @@ from stlm.corpora.language import NAMES
 from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 from stlm.model.config import ModelConfig
 from stlm.model.counts import build_on_meta, parameter_groups
 from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
@@ -339,7 +339,7 @@ def read_card(checkpoint: Path) -> Card | None:
     accuracies: dict[Score, Accuracy] = {}
     chance: dict[str, float] = {}
     if result is not None and (run / "items.parquet").is_file():
-        check_beside(run / "evaluation.json", "items.parquet")
+        check_listed(run / "evaluation.json", "items.parquet")
         items = by_mode(read_outcomes(run / "items.parquet", checkpoint.name))
         accuracies = {key: accuracy(items[key[:2]], key[2]) for key in scores(result) if key[:2] in items}
         chance = {benchmark: float(found["chance"].mean()) for (benchmark, _), found in items.items()}

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import benchmark
-from stlm.evaluation.made import made_settings
 from stlm.evaluation.ngrams import SIZES
+from stlm.evaluation.text_items import text_item_settings
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
 from stlm.report.table import Cell, Section, Table
@@ -85,7 +85,7 @@ def read_contamination(study: Study) -> Contamination:
             f"{path}: is about {', '.join(found.corpora) or 'no corpus'}, but the runs train on "
             f"{', '.join(study.corpora)}; {command}"
         )
-    made = made_settings(study.evaluation)
+    made = text_item_settings(study.evaluation)
     if found.sizes != list(SIZES) or found.made != made:
         raise UserError(
             f"{path}: counted sequences of {_listed(found.sizes)} words, items made with {found.made}; now "

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval, few_units, ratio_bootstrap
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 from stlm.report.names import difference_text, some
 from stlm.report.results import CheckpointResult, Perplexity, PublishedResult, RunResult, TextRecord
 from stlm.tokens.held_out import text_digest
@@ -128,7 +128,7 @@ def checkpoint_documents(folder: Path, checkpoint: CheckpointResult, command: st
     """
     if checkpoint.perplexity.text_sha256 is None:
         return None
-    check_beside(folder / "evaluation.json", "documents.parquet")
+    check_listed(folder / "evaluation.json", "documents.parquet")
     try:
         return read_documents(folder / "documents.parquet", checkpoint.step, checkpoint.perplexity)
     except UserError as error:

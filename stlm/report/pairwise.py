@@ -13,8 +13,8 @@ import pandas as pd
 from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
 from stlm.evaluation.statistics import Interval, holm
-from stlm.integrity import check_beside
-from stlm.project import where_to_stand
+from stlm.integrity import check_listed
+from stlm.project import folder_hint
 from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
 from stlm.report.documents import (
     FEW,
@@ -108,7 +108,7 @@ def find_predictions(name: str) -> Predictions:
     """
     place, step = split_step(name)
     path = _items_file(place)
-    check_beside(path.with_name("evaluation.json"), path.name)
+    check_listed(path.with_name("evaluation.json"), path.name)
     checkpoints = read_checkpoints(path)
     if not checkpoints:
         raise UserError(f"{path}: holds no item: no benchmark was scored")
@@ -241,7 +241,7 @@ def _items_file(name: str) -> Path:
     known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
     raise UserError(
         f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/"
-        f"{nearest(name, known) if RESULTS.is_dir() else where_to_stand()}"
+        f"{nearest(name, known) if RESULTS.is_dir() else folder_hint()}"
     )
 
 
@@ -328,7 +328,7 @@ def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | s
     if missing:
         return f"bits per byte are not compared: no {missing[0]} (evaluated by an earlier version of STLM)"
     for file in files:
-        check_beside(file.with_name("evaluation.json"), _DOCUMENTS)
+        check_listed(file.with_name("evaluation.json"), _DOCUMENTS)
     first, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
     found = compare_documents(other, first)
     if found is None:

@@ -58,7 +58,7 @@ def write_records(folder: Path, runs: Mapping[str, Path]) -> None:
             tables.append(_documents(run, path / DOCUMENTS, evaluation))
     with atomic_path(folder / DOCUMENTS) as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
-    write_record(folder / RUNS, {"runs": records}, beside=[DOCUMENTS])
+    write_record(folder / RUNS, {"runs": records}, lists=[DOCUMENTS])
 
 
 def _without_groups(evaluation: dict[str, Any]) -> dict[str, Any]:

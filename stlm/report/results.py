@@ -12,7 +12,7 @@ import pandas as pd
 from stlm.errors import UserError
 from stlm.evaluation.predictions import Facts, read_facts
 from stlm.files import Record, read_record
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 from stlm.report.run_files import read_curve, read_outcomes, read_watch
 from stlm.report.schema import (
     BenchmarkResult,
@@ -174,7 +174,7 @@ def _read_scores(study: Study, folder: Path, kind: type[Record], command: str) -
         raise _broken(path, "holds no checkpoint", command)
     if not items.is_file():
         raise _broken(items, "is missing", command)
-    check_beside(path, items.name)
+    check_listed(path, items.name)
     return record
 
 
@@ -206,7 +206,7 @@ def _read_run(study: Study, run: Run) -> RunResult:
         curve, watch = read_curve(run.folder / "curve.csv"), read_watch(run.folder / "watch.csv")
     except UserError as error:
         raise UserError(f"{error}: run `{train_command}`") from None
-    check_beside(run.folder / "train.json", "curve.csv", "watch.csv")
+    check_listed(run.folder / "train.json", "curve.csv", "watch.csv")
     evaluation = _read_scores(study, run.folder, EvaluationRecord, evaluate_command)
     checkpoints = dict(sorted(evaluation.checkpoints.items(), key=lambda item: item[1].step))
     trained = {checkpoint.step: checkpoint.weights_sha256 for checkpoint in train.checkpoints}

@@ -12,7 +12,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from stlm.files import content_sha256, write_record, write_text
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 
 CHECKSUMS = "checksum.json"  # of the tables that pages of committed results show
 
@@ -75,7 +75,7 @@ def write_checksums(folder: Path) -> None:
 
 def read_table(path: Path) -> str:
     """The text of a table that `write_checksums` listed; UserError where it has changed since."""
-    check_beside(path.with_name(CHECKSUMS), path.name)
+    check_listed(path.with_name(CHECKSUMS), path.name)
     return path.read_text(encoding="utf-8")
 
 

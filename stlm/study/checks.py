@@ -51,7 +51,7 @@ def check_benchmarks(
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
     languages = {corpora[name].language for name in mix}
     unspaced = sorted(tag for tag in languages if tag and tag.partition("-")[0].lower() in WITHOUT_SPACES)
-    # Another component of a mix may have passages; training checks that (`stlm.evaluation.made`).
+    # Another component of a mix may have passages; training checks that (`stlm.evaluation.text_items`).
     if len(unspaced) < len(languages):
         return
     for name in benchmarks:
@@ -165,7 +165,7 @@ def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
     """Refuse, by name, everything that a run's techniques do not support."""
     key = f"{file}: run {run.name}"
 
-    def say(message: str) -> UserError:
+    def make_error(message: str) -> UserError:
         return UserError(f"{key}: {message}")
 
     techniques = list(run.techniques.values())
@@ -179,13 +179,15 @@ def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
         (run.training.start_from is not None, "start_from"),
     ):
         if condition:
-            refuse(techniques, capability, say)
+            refuse(techniques, capability, make_error)
     for number, technique in enumerate(techniques):
         for other in techniques[:number]:
             together = other.key() in technique.combines_with or technique.key() in other.combines_with
             if not together or (technique.replaces_next_token and other.replaces_next_token):
-                raise say(f"techniques.{other.key()} and techniques.{technique.key()} cannot be combined")
+                raise make_error(
+                    f"techniques.{other.key()} and techniques.{technique.key()} cannot be combined"
+                )
         try:
             technique.check(run, runs)
         except ValueError as error:
-            raise say(f"techniques.{technique.key()}.{error}") from None
+            raise make_error(f"techniques.{technique.key()}.{error}") from None

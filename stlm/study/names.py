@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from stlm.errors import UserError, nearest, shortened
-from stlm.project import where_to_stand
+from stlm.project import folder_hint
 from stlm.study.catalogues import CATALOGUES, PARAMS
 
 NAME = re.compile(r"[a-z][a-z0-9_]*(-[a-z0-9_]+)*")
@@ -29,7 +29,7 @@ def check_study_name(name: str, root: Path) -> None:
             f"most {LONGEST_NAME}; without folder and suffix{hint}"
         )
     if name in NOT_STUDIES or not (root / PARAMS / f"{name}.yaml").exists():
-        hint = where_to_stand(root) or nearest(name, study_names(root))
+        hint = folder_hint(root) or nearest(name, study_names(root))
         raise UserError(f"{PARAMS}/{name}.yaml: no such study{hint}")
 
 

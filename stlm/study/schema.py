@@ -30,7 +30,7 @@ class Variant(BaseModel):
 
 
 class Published(BaseModel):
-    """A published model, scored as the study's runs are and shown beside them."""
+    """A published model, scored like the study's runs and shown with them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -15,7 +15,7 @@ from stlm import yaml_core
 from stlm.errors import UserError, nearest
 from stlm.files import unreadable
 from stlm.former_keys import former_key
-from stlm.project import where_to_stand
+from stlm.project import folder_hint
 
 _PROBLEMS = 10
 """The number of a file's problems that are shown, one per line."""
@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{where_to_stand()}") from None
+        raise UserError(f"{path}: no such file{folder_hint()}") from None
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:

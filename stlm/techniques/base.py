@@ -134,9 +134,9 @@ class Technique(BaseModel):
 
 
 def refuse(
-    techniques: Iterable[Technique], capability: str, say: Callable[[str], Exception] = UserError
+    techniques: Iterable[Technique], capability: str, make_error: Callable[[str], Exception] = UserError
 ) -> None:
-    """Raise `say(message)` if one of the techniques does not support `capability`."""
+    """Raise `make_error(message)` if one of the techniques does not support `capability`."""
     for technique in techniques:
         if capability not in technique.supports:
-            raise say(f"techniques.{technique.key()} does not support {CAPABILITIES[capability]}")
+            raise make_error(f"techniques.{technique.key()} does not support {CAPABILITIES[capability]}")

@@ -62,7 +62,7 @@ def survey(
     if not (folder / "survey.json").exists():
         with disk_errors(folder):
             write_record(
-                folder / "survey.json", _survey(components, folder, progress, memory_bytes), beside=["splits"]
+                folder / "survey.json", _survey(components, folder, progress, memory_bytes), lists=["splits"]
             )
     record = read_json(folder / "survey.json")
     return Survey(splits=np.memmap(folder / "splits", np.uint8, mode="r"), **record)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, replace_directory, write_record
-from stlm.integrity import Listed, check_beside, check_files
+from stlm.integrity import Listed, check_files, check_listed
 from stlm.tokens.ahead import ahead
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import cuts_chunks, make_chunker
@@ -153,7 +153,7 @@ def _finished(partial: Path, plan: dict[str, Any]) -> set[str] | None:
     try:
         if read_json(partial / "plan.json") != plan:
             return None
-        check_beside(partial / "survey.json", "splits")
+        check_listed(partial / "survey.json", "splits")
         if (tokens / "tokenizer" / DESCRIPTION).exists():
             check_tokenizer(tokens / "tokenizer")
         shards = Journal(partial / "journal.jsonl").shards

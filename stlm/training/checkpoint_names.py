@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stlm.errors import UserError, nearest
-from stlm.project import where_to_stand
+from stlm.project import folder_hint
 
 RESULTS = Path("results")
 WEIGHTS = "model.safetensors"
@@ -83,5 +83,5 @@ def _nothing(name: str, others: Iterable[str], *folders: Path) -> str:
     return (
         f"{name}: neither a run's folder (results/STUDY/runs/RUN, with checkpoints/step-*), nor a "
         f"checkpoint's (with {WEIGHTS}), nor a STUDY/RUN in {RESULTS}/"
-        f"{('' if RESULTS.is_dir() else where_to_stand()) or nearest(name, known)}"
+        f"{('' if RESULTS.is_dir() else folder_hint()) or nearest(name, known)}"
     )

@@ -149,7 +149,7 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "tokens_per_second": round(run.tokens / progress.seconds, 1),
         "flops": run.flops,
-        **(progress.parts or [state.made])[-1],  # of the process that computed the last step
+        **(progress.parts or [state.environment])[-1],  # of the process that computed the last step
         # A run may have stopped and continued elsewhere, or with other code.
         **({"parts": progress.parts} if len(progress.parts) > 1 else {}),
         "precision": setup.device.precision,

@@ -80,5 +80,5 @@ def compiler_error(error: Exception) -> str:
     """The line of a torch.compile error that explains the failure."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # The first line of some errors names the backend only.
-    telling = [line for line in lines if not (line.startswith("backend=") and line.endswith("raised:"))]
-    return telling[0] if telling else type(error).__name__
+    informative = [line for line in lines if not (line.startswith("backend=") and line.endswith("raised:"))]
+    return informative[0] if informative else type(error).__name__

@@ -145,11 +145,11 @@ def processes() -> Iterator[Group]:
     exit_ = Exit()
     store, rank = _meet(cuda, size)
     group = Group(rank, size)
-    lifeline = Lifeline(rank, size, lambda: _first_to_tell(store))
+    lifeline = Lifeline(rank, size, lambda: _first_to_report(store))
     try:
         yield group
     except Interrupted as stop:
-        _end_undisturbed()
+        _ignore_signals()
         exit_.status = stop.status
         with suppress(LostPeer):  # the other process ended first; the state is saved
             group.wait()
@@ -158,13 +158,13 @@ def processes() -> Iterator[Group]:
             raise
         raise SystemExit(stop.status) from None
     except BaseException as error:
-        _end_undisturbed()
+        _ignore_signals()
         lifeline.release()
         exit_.status = (
             2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         )
         # Claim this before the process ends and the others notice, so the cause is reported, not its effects.
-        first = _first_to_tell(store)
+        first = _first_to_report(store)
         # NCCL would wait for the failed processes.
         if not cuda:
             dist.destroy_process_group()
@@ -198,7 +198,7 @@ def _meet(cuda: bool, size: int) -> tuple[dist.Store, int]:
     return store, rank
 
 
-def _first_to_tell(store: dist.Store) -> bool:
+def _first_to_report(store: dist.Store) -> bool:
     """Whether this process is the first to report why the group ends; True if no other can be asked."""
     try:
         return store.add("stlm/told", 1) == 1
@@ -206,7 +206,7 @@ def _first_to_tell(store: dist.Store) -> bool:
         return True
 
 
-def _end_undisturbed() -> None:
+def _ignore_signals() -> None:
     """Ignore signals from now on: this process is about to end, and may still have to report why.
 
     When one process has ended, torchrun signals the others.

@@ -54,13 +54,13 @@ class Lifeline:
 
     If the next process ends without a farewell, or reports that a later process was lost, this process has
     `GRACE` seconds to begin to end. After that it ends immediately with status 2; it prints the message if
-    `tells` returns True.
+    `reports` returns True.
     """
 
-    def __init__(self, rank: int, size: int, tells: Callable[[], bool]) -> None:
+    def __init__(self, rank: int, size: int, reports: Callable[[], bool]) -> None:
         self._group = dist.new_group(backend="gloo")
         self._before, self._next = (rank - 1) % size, (rank + 1) % size
-        self._tells = tells
+        self._reports = reports
         self._released = threading.Event()
         self._sent: dist.Work | None = None
         self._thread = threading.Thread(target=self._wait, daemon=True)
@@ -94,7 +94,7 @@ class Lifeline:
             self._say(lost=True)
         if self._released.wait(GRACE):
             return
-        if self._tells():
+        if self._reports():
             with suppress(OSError):
                 os.write(sys.__stderr__.fileno(), f"error: {LOST}\n".encode())
         os._exit(2)

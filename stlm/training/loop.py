@@ -18,7 +18,7 @@ from stlm.study.runs import Run
 from stlm.training.compilation import compile_objective
 from stlm.training.curve import Curve, summary
 from stlm.training.distributed import Group, processes
-from stlm.training.diverged import check_finite
+from stlm.training.finite import check_finite
 from stlm.training.objective import total
 from stlm.training.publish import publish
 from stlm.training.records import NoRecords, Records
@@ -94,7 +94,9 @@ class Trainer:
         setup, state, curve = self.setup, self.state, self.curve
         progress, records = state.progress, NoRecords()
         if progress.step < setup.config.steps:  # the state of a finished run needs no further step
-            progress.parts = [part for part in progress.parts if part != state.made] + [state.made]
+            progress.parts = [part for part in progress.parts if part != state.environment] + [
+                state.environment
+            ]
         if setup.group.leads:
             records = Records(setup.run, state.output / "dvclive", progress, setup.fingerprint)
         setup.model.train()
@@ -138,7 +140,7 @@ def train(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """
     with processes() as group:
         check()
-        with StopSignals(tells=group.leads) as signals, locked(run) if group.leads else nullcontext():
+        with StopSignals(verbose=group.leads) as signals, locked(run) if group.leads else nullcontext():
             _train(run, group, signals)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stlm.files import atomic_directory, remove_leftovers, write_record
-from stlm.layout import TRAINING, names
+from stlm.outputs import TRAINING, names
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import check_tokenizer
 from stlm.training.checkpoints import check_checkpoints
@@ -43,7 +43,7 @@ def publish(
         shutil.copytree(output / "checkpoints", temporary, copy_function=_link, dirs_exist_ok=True)
     write_rows(folder / "curve.csv", curve_columns(curve), curve)
     write_rows(folder / "watch.csv", WATCH_COLUMNS, watch)
-    write_record(folder / "train.json", summary, beside=["curve.csv", "watch.csv"])
+    write_record(folder / "train.json", summary, lists=["curve.csv", "watch.csv"])
     state.unlink()
     shutil.rmtree(run.state_folder, ignore_errors=True)
 

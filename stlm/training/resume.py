@@ -29,7 +29,11 @@ class TrainingState:
         self.path = setup.run.state_folder / "state.pt"
         self.output = setup.run.state_folder / "output"
         # What computes from now on: the code as it is now, even if another version is checked out later.
-        self.made = {"device": setup.device.name, "processor": processor_name(), "code": code_version()}
+        self.environment = {
+            "device": setup.device.name,
+            "processor": processor_name(),
+            "code": code_version(),
+        }
         self.take(Progress(kernels=setup.device.kernels, compiled=setup.device.compiled))
 
     def take(self, progress: Progress, watched: bool = True) -> None:

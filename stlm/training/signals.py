@@ -21,12 +21,12 @@ class StopSignals:
     """While entered, keep the first of `STOPPING` in `received`; another, a second later, ends at once.
 
     A signal that the process was told to ignore stays ignored. Outside the main thread, where Python allows
-    no handlers, nothing changes. With ``tells``, the first signal is acknowledged on stderr.
+    no handlers, nothing changes. With ``verbose``, the first signal is acknowledged on stderr.
     """
 
-    def __init__(self, tells: bool = True) -> None:
+    def __init__(self, verbose: bool = True) -> None:
         self.received = 0
-        self.tells = tells
+        self.verbose = verbose
         self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -50,7 +50,7 @@ class StopSignals:
                 os._exit(128 + number)
             return
         self.received, self._when = number, time.monotonic()
-        if self.tells:
+        if self.verbose:
             # Not `print`: the signal may have interrupted one, and the buffer cannot be entered twice.
             text = f"\n{signal.Signals(number).name}: stopping after this step; again to end at once\n"
             with suppress(OSError):  # the reader, such as `tee`, may be gone; the state must still be saved

@@ -47,16 +47,16 @@ def _has_login() -> bool:
     config = Path(os.environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
     return (
         any(
-            _says(file, "password")
+            _file_contains(file, "password")
             for file in (os.environ.get("NETRC"), home / ".netrc", home / "_netrc")
             if file
         )
-        or _says(config / "settings", "api_key")
-        or _says(Path("wandb") / "settings", "api_key")
+        or _file_contains(config / "settings", "api_key")
+        or _file_contains(Path("wandb") / "settings", "api_key")
     )
 
 
-def _says(file: str | Path, word: str) -> bool:
+def _file_contains(file: str | Path, word: str) -> bool:
     try:
         return word in Path(file).read_text(errors="replace")
     except OSError:

@@ -65,7 +65,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         with_cache = drawn(generator, start, CONTEXT + 30, warm)
         plain._empty_V[tokenizer.eos] = True
         assert drawn(plain, start, CONTEXT + 30, warm) == with_cache
-        assert plain.forgotten == generator.forgotten > 0
+        assert plain.dropped == generator.dropped > 0
 
 
 def test_rows_without_a_token_are_not_drawn(tmp_path: Path) -> None:

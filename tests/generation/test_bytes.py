@@ -99,8 +99,8 @@ def test_the_prompts_last_word_stays_open_and_the_end_of_text_can_come_only_wher
     assert after_S[ord("t")] == after_S[END] == -torch.inf
     assert after_S[ord(" ")] > -torch.inf and after_S[END_OF_TEXT] > -torch.inf
     assert (generator.piece(ord("t")), generator.piece(END)) == (b"t", b"")
-    assert generator.eot == END_OF_TEXT and generator.forgotten == 0
+    assert generator.eot == END_OF_TEXT and generator.dropped == 0
     generator.start("one two three four " * 5)
-    assert generator.forgotten > 0
+    assert generator.dropped > 0
     with pytest.raises(UserError, match="lone surrogate"):
         generator.start("a\ud800")

@@ -67,15 +67,15 @@ def test_windows_move_as_where_perplexity_is_measured(context: int) -> None:
     model = random_model(context=context)
     generator = TokenGenerator(model, TOKENIZER)
     text = "It was a dark and stormy night, and the rain fell in torrents."
-    logprobs, logits_V, forgotten = [], generator.start(""), []
+    logprobs, logits_V, dropped = [], generator.start(""), []
     for symbol in text.encode():
         logprobs.append(float(logits_V.log_softmax(dim=-1)[symbol]))
-        forgotten.append(generator.forgotten)
+        dropped.append(generator.dropped)
         logits_V = generator.next(symbol)
     scorer = TokenModel(model, RequestEncoder(TOKENIZER))
     expected = scorer.document_loglikelihoods([list(text.encode())])[0]
     assert sum(logprobs) == pytest.approx(expected, abs=1e-3)
-    assert forgotten[0] == 0 and forgotten == sorted(forgotten)
+    assert dropped[0] == 0 and dropped == sorted(dropped)
     kept = [place + 1 - window_begin(place + 1, context) for place in range(len(text))]
     assert max(kept) == context and min(kept[context:]) > context - max(1, context // 2)
 
@@ -85,9 +85,9 @@ def test_a_prompt_beyond_the_context_is_read_from_where_its_window_begins() -> N
     generator = TokenGenerator(model, TOKENIZER)
     text = "".join(chr(97 + place % 26) for place in range(3 * CONTEXT))
     logits_V = generator.start(text)
-    assert generator.forgotten == 3 * CONTEXT + 1 - 9 - 1
-    tokens_1L = torch.tensor([list(text.encode())[generator.forgotten :]])
+    assert generator.dropped == 3 * CONTEXT + 1 - 9 - 1
+    tokens_1L = torch.tensor([list(text.encode())[generator.dropped :]])
     with torch.inference_mode():
         torch.testing.assert_close(logits_V, model(tokens_1L)[0, -1], atol=2e-5, rtol=1e-4)
     generator.start("a new text")
-    assert generator.forgotten == 0
+    assert generator.dropped == 0

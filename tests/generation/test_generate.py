@@ -30,7 +30,7 @@ MARK = 257  # a symbol that is no text
 class Script:
     """A generator that says the symbols of a list, one after the other, whatever it is given."""
 
-    eot, unit, forgotten = EOT, "symbols", 0
+    eot, unit, dropped = EOT, "symbols", 0
 
     def __init__(self, *symbols: int) -> None:
         self.symbols, self.given = list(symbols), []

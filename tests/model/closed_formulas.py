@@ -32,7 +32,7 @@ def parameter_groups(config: ModelConfig) -> dict[str, int]:
     norm = config.width * (2 if config.norm == "layernorm" else 1)
     qk_gains = 2 * config.head_width if config.qk_norm else 0
     shifts = config.width + 2 * key_value if config.qkv_shift else 0
-    units = {part: len(set(homes)) for part, homes in config.homes.items()}
+    units = {part: len(set(source_layers)) for part, source_layers in config.source_layers.items()}
     bytes_in, bytes_out = _byte_groups(config)
     groups = {
         "token embedding": 0 if config.bytes else _table(config),

@@ -72,17 +72,17 @@ def loss(model: Transformer) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_are_as_drawn(order):
-    keys, homes = ORDERS[order]
+    keys, source_layers = ORDERS[order]
     config = ModelConfig(**TINY, sharing={"what": "ffn", "order": order, **keys})
-    assert list(config.homes["ffn"]) == homes
-    assert list(config.homes["attention"]) == [0, 1, 2, 3, 4]
+    assert list(config.source_layers["ffn"]) == source_layers
+    assert list(config.source_layers["attention"]) == [0, 1, 2, 3, 4]
     model = build_model(config)
-    for layer, home in enumerate(homes):
-        ours, first = model.blocks[layer], model.blocks[home]
+    for layer, source in enumerate(source_layers):
+        ours, first = model.blocks[layer], model.blocks[source]
         assert ours.ffn.down.weight is first.ffn.down.weight
         assert ours.ffn.gate_up.weight is first.ffn.gate_up.weight
-        assert (ours.ffn_norm.weight is first.ffn_norm.weight) == (layer == home)
-        assert (ours.attention.out.weight is first.attention.out.weight) == (layer == home)
+        assert (ours.ffn_norm.weight is first.ffn_norm.weight) == (layer == source)
+        assert (ours.attention.out.weight is first.attention.out.weight) == (layer == source)
 
 
 @pytest.mark.parametrize("options", REDUCED, ids=str)

@@ -14,9 +14,9 @@ import pytest
 
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
-from stlm.evaluation.made import made_settings
 from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts, read_facts, write_predictions
 from stlm.evaluation.scoring import ITEMS_SCHEMA
+from stlm.evaluation.text_items import text_item_settings
 from stlm.model.config import ModelConfig
 from stlm.study.runs import Run, Study
 from stlm.training.config import TrainingConfig
@@ -210,7 +210,7 @@ def write_contamination() -> Callable[..., None]:
             }
             for corpus in study.corpora
         }  # fmt: skip
-        made = made_settings(study.evaluation)
+        made = text_item_settings(study.evaluation)
         record = {"study": study.name, "sizes": [8, 13], "made": made, "corpora": corpora}
         (study.folder / "contamination.json").write_text(json.dumps(record))
 

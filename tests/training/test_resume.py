@@ -144,7 +144,7 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        with StopSignals(tells=False) as signals:
+        with StopSignals(verbose=False) as signals:
             assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGUSR1)
             assert signals.received == 0

@@ -1,4 +1,4 @@
-"""The study that config names, and what the rules ask of it. No rule here, no function elsewhere."""
+"""The configured study, and the functions of the rules: no rules are in this file, no functions in others."""
 
 import fcntl
 import json
@@ -13,16 +13,16 @@ from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import RerunTrigger
 from stlm import engines, recording
 from stlm.errors import UserError
-from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
+from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
 from stlm.manifests import Manifests, named_mirror
 from stlm.study.load import load_study
 
-# Keys of --config that choose what runs; every other key overrides one of params/<study>.yaml.
+# Keys of --config that select what runs; all other keys override those of params/<study>.yaml.
 CHOICES = {"study", "mirror", "processes", "set"}
 
 
 def flatten(value: object, path: str) -> Iterator[str]:
-    """A nested override as `key.path=value` texts: {"training": {"steps": 50}} -> training.steps=50."""
+    """Yield a nested override as texts `key.path=value`: {"training": {"steps": 50}} -> training.steps=50."""
     if isinstance(value, Mapping):
         for key, below in value.items():
             yield from flatten(below, f"{path}.{key}")
@@ -31,7 +31,7 @@ def flatten(value: object, path: str) -> Iterator[str]:
 
 
 def overrides() -> list[str]:
-    """The overrides of --config, from `set='a.b=1 c=2'` and from keys like `training='{steps: 50}'`."""
+    """The overrides in --config, from `set='a.b=1 c=2'` and from keys like `training='{steps: 50}'`."""
     listed = config.get("set", [])
     given = shlex.split(listed) if isinstance(listed, str) else list(listed)
     for key in sorted(config.keys() - CHOICES):
@@ -40,7 +40,7 @@ def overrides() -> list[str]:
 
 
 def load():
-    """The study to run, and what it fetches: of --config study=NAME, else the active one, else smoke."""
+    """The study to run, and the data it fetches: --config study=NAME, else the active study, else smoke."""
     try:
         name = config.get("study") or engines.active_study() or "smoke"
         study = load_study(name, overrides())
@@ -51,12 +51,12 @@ def load():
 
 
 def canonical(content: object) -> str:
-    """The same text for the same content: Snakemake runs a job again when the text changes."""
+    """A canonical text of the content: Snakemake runs a job again if the text changes."""
     return json.dumps(content, sort_keys=True)
 
 
 def outputs(folder: str, listed: tuple[Output, ...]) -> list[str]:
-    """A stage's outputs in its folder, the folders among them marked as such for Snakemake."""
+    """A stage's outputs in `folder`; those that are folders are declared as such to Snakemake."""
     paths = [(f"{folder}/{output.name}", output.is_folder) for output in listed]
     return [directory(path) if is_folder else path for path, is_folder in paths]
 
@@ -75,7 +75,7 @@ def evaluation_params(wildcards) -> str:
 
 
 def items_params(wildcards) -> str:
-    """What decides which items are looked at."""
+    """The settings that select the items to search."""
     return canonical(STUDY.evaluation.model_dump(mode="json", include={"benchmarks", "limit", "limit_seed"}))
 
 
@@ -84,7 +84,7 @@ def study_params(wildcards) -> str:
 
 
 def processes() -> int:
-    """Processes that train each run, of --config processes=N."""
+    """The number of processes that train each run, from --config processes=N."""
     found = config.get("processes", 1)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         print(
@@ -96,41 +96,41 @@ def processes() -> int:
 
 
 def on_gpus(count: int) -> str:
-    """What stands before a command that `count` GPUs of its own belong to. A cluster gives its jobs theirs."""
+    """The prefix that reserves `count` GPUs for a command; on a cluster, the scheduler assigns GPUs."""
     return f"python -m stlm.gpus {count} " if GPUS and workflow.is_main_process else ""
 
 
 def launch(wildcards, threads) -> str:
-    """How training is started. Asks for `threads` as `set_arguments` does: the results are the same."""
+    """The command that starts training. Takes `threads` like `set_arguments`: results do not depend on it."""
     if PROCESSES == 1:
         return f"{on_gpus(1)}stlm"
-    own = max(1, threads // PROCESSES)
+    process_threads = max(1, threads // PROCESSES)
     torchrun = f"torchrun --standalone --nproc_per_node={PROCESSES} -m stlm"
-    return f"OMP_NUM_THREADS={own} {on_gpus(PROCESSES)}{torchrun}"
+    return f"OMP_NUM_THREADS={process_threads} {on_gpus(PROCESSES)}{torchrun}"
 
 
 def launch_alone(wildcards, threads) -> str:
-    """How evaluation is started, in one process."""
+    """The command that starts evaluation, in one process."""
     return f"{on_gpus(1)}stlm"
 
 
 def set_arguments(wildcards, threads) -> str:
-    """The overrides as arguments of a verb.
+    """The overrides as command-line arguments.
 
-    A parameter that asks for `threads` is none that Snakemake compares: a job is run again for what an
-    override changes in it, which its other parameters have, and not because there is an override.
+    Snakemake does not compare parameters whose function takes `threads`. A job is therefore run again only if
+    an override changes its other parameters, and not merely because an override is given.
     """
     return "".join(f" --set {shlex.quote(override)}" for override in STUDY.overrides)
 
 
 def fetch_inputs(wildcards) -> list[str]:
-    """The manifest of what `stlm fetch` reads, written as the files are now.
+    """The manifest of the files that `stlm fetch` reads, updated to their present state.
 
-    They are looked at once, before jobs are chosen: nodes of a cluster may not have them.
+    The files are inspected once, before jobs are selected, as a cluster's nodes may not have them.
     """
     name = wildcards.name
-    if workflow.is_main_process and name not in LOOKED_AT:
-        LOOKED_AT.add(name)
+    if workflow.is_main_process and name not in INSPECTED:
+        INSPECTED.add(name)
         MANIFESTS.refresh(name)
         if MANIFESTS.out_of_reach(name):
             print(
@@ -173,10 +173,10 @@ def report_inputs(wildcards) -> list[str]:
 
 
 def begin() -> None:
-    """Before the first job: let no second Snakemake in, and show DVC the same study.
+    """Before the first job: lock out other Snakemake processes, and activate the study for DVC.
 
-    The lock goes with the process, however it ends; Snakemake's own outlives a kill and is switched off in
-    the profile, so that an interrupted study goes on with the same command.
+    The lock is released when the process ends, however it ends. Snakemake's own lock outlives a kill; the
+    profile turns it off, so that the same command continues an interrupted study.
     """
     global LOCK
     LOCK = Path(".snakemake/stlm.lock").open("w")
@@ -189,7 +189,7 @@ def begin() -> None:
 
 
 def edited() -> bool:
-    """Whether params/ has changed since the start: each job reads them when its turn comes."""
+    """Whether params/ has changed since the start: each job reads it when the job starts."""
     try:
         return load_study(STUDY.name) != STUDY or engines.fetched(STUDY) != FETCHED
     except UserError:
@@ -197,7 +197,7 @@ def edited() -> bool:
 
 
 def finish() -> None:
-    """After the last job: record the results in DVC, where they are what params/ describes, all of it."""
+    """After the last job: record the results in DVC if they are all that params/ describes."""
     asked = workflow.dag_settings
     if STUDY.overrides:
         note = "DVC: nothing recorded, params/ does not describe results made with overrides"
@@ -214,31 +214,31 @@ def finish() -> None:
 
 STUDY, FETCHED = load()
 UNRECORDED = workflow.is_main_process and recording.unrecorded(STUDY)
-# Threads asked for by the rules that can use them all: Snakemake scales them down to --cores.
+# Rules that can use all threads request this number; Snakemake reduces it to --cores.
 MACHINE = os.cpu_count() or 1
 CORES = workflow.resource_settings.cores or MACHINE
-# Runs take turns on the GPUs, of which the profile allows one unless --resources gpu=N says more. Each takes an
-# equal part of the cores, and one part is left to what runs beside (fetch, tokenize, contamination). Without a
-# GPU runs share the cores: tiny models train faster side by side on few threads each than one after the other
-# on all (docs/log.md).
+# Runs take turns on the GPUs; the profile allows one GPU unless --resources gpu=N says more. Each run gets an
+# equal share of the cores, and one share is left for other jobs (fetch, tokenize, contamination). Without a GPU,
+# runs share the cores: tiny models train faster in parallel, with few threads each, than one after the other
+# with all threads (docs/log.md).
 GPUS = 1 if shutil.which("nvidia-smi") else 0
 PROCESSES = processes()
 SHARES = (workflow.resource_settings.resources.get("gpu").value or 1) + 1 if GPUS else len(STUDY.runs)
 RUN_THREADS = max(1, CORES // SHARES)
-BESIDE_THREADS = max(1, CORES // SHARES if GPUS else CORES)
+DATA_THREADS = max(1, CORES // SHARES if GPUS else CORES)
 
-# A signal lets training save its state and end. What stands around it waits for that end: the shell here,
-# `tee` by ignoring the signal, which it gets too. This takes the place of Snakemake's prefix, the first command.
+# At a signal, training saves its state and ends. The shell waits for that by this trap, and `tee`, which gets
+# the signal, too, by ignoring it. This prefix replaces Snakemake's own, its first command.
 shell.prefix("set -euo pipefail; trap : INT TERM USR1; ")
 
-# Jobs start `stlm` by name: the one of the environment that runs Snakemake, activated or not.
+# Jobs start `stlm` by name: it must be that of Snakemake's environment, whether activated or not.
 os.environ.update(
     PATH=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 )
-# Progress reaches the terminal and the log as it is printed, although both are behind a pipe.
+# Progress reaches the terminal and the log immediately, although both are behind a pipe.
 os.environ.update(PYTHONUNBUFFERED="1")
 if config.get("mirror"):
-    # Not an argument: where the bytes came from is no part of the command, which is DVC's too.
+    # Not an argument: the command, which DVC runs too, does not include the source of the files.
     os.environ.update(STLM_MIRROR=str(config["mirror"]))
-LOOKED_AT: set[str] = set()
+INSPECTED: set[str] = set()
 MANIFESTS = Manifests(mirror=named_mirror())

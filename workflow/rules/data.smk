@@ -1,4 +1,4 @@
-# Where Snakemake runs: a cluster's nodes often reach no network.
+# Run where Snakemake runs, as a cluster's nodes often have no network.
 localrules:
     fetch,
 
@@ -27,6 +27,6 @@ rule tokenize:
         "logs/tokenize/{corpus}-{tokenizer}.log",
     conda:
         "../envs/stlm.yaml"
-    threads: BESIDE_THREADS
+    threads: DATA_THREADS
     shell:
         "stlm tokenize {wildcards.corpus} {wildcards.tokenizer} 2>&1 | tee {log}"

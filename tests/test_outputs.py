@@ -1,4 +1,4 @@
-"""Who keeps a stage's outputs: .gitignore, git and the engines agree with stlm/layout.py."""
+"""Who keeps a stage's outputs: .gitignore, git and the engines agree with stlm/outputs.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stlm.layout import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output
+from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output
 
 STUDY = "results/toy"
 PLACES = {

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from stlm.errors import UserError
 from stlm.files import atomic_directory, fingerprint, read_json, write_record
-from stlm.integrity import check_beside
+from stlm.integrity import check_listed
 
 _RESULT = "result.json"
 _ROWS = "rows.parquet"
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     rows: pa.Table
 
 
-class Kept:
+class PartStore:
     """The parts stored in `folder`, which `forget` deletes. Without a folder, nothing is stored."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -76,13 +76,13 @@ class Failures:
         print(f"going on without {benchmark}: {error}", file=sys.stderr)
         self._found.setdefault(benchmark, str(error))
 
-    def tell(self, kept: Kept) -> None:
+    def raise_if_any(self, store: PartStore) -> None:
         """Raise UserError if any failed, with the reasons and how to continue."""
         if not self._found:
             return
         lines = [f"not scored: {', '.join(self._found)}; nothing was written to results/"]
         lines += [f"{name}: {reason}" for name, reason in self._found.items()]
-        location = "" if kept.folder is None else f" (kept in {kept.folder})"
+        location = "" if store.folder is None else f" (kept in {store.folder})"
         again = f"once that is mended: stlm evaluate {self._arguments}"
         raise UserError("\n".join([*lines, f"{again}, which scores only what is missing{location}"]))
 
@@ -91,7 +91,7 @@ def write_part(folder: Path, part: Part) -> None:
     """Store a part in its own folder, atomically."""
     with atomic_directory(folder) as temporary:
         pq.write_table(part.rows, temporary / _ROWS, compression="zstd")
-        write_record(temporary / _RESULT, part.result, beside=[_ROWS])
+        write_record(temporary / _RESULT, part.result, lists=[_ROWS])
 
 
 def read_part(folder: Path, schema: pa.Schema) -> Part:
@@ -105,7 +105,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     try:
         read_json(folder / _RESULT)
-        check_beside(folder / _RESULT, _ROWS)
+        check_listed(folder / _RESULT, _ROWS)
     except UserError:
         print(f"{folder}: damaged: scoring {folder.name} again", file=sys.stderr)
         return False
