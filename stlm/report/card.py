@@ -218,7 +218,7 @@ class Card:
     def _results(self) -> str:
         if self.result is None:
             return "This checkpoint was not evaluated (`stlm evaluate`)."
-        own = self.result.perplexity
+        measured = self.result.perplexity
         rows = []
         for (benchmark, mode, metric), found in self.accuracies.items():
             over = "–" if found.clustered is None else f"{bounds(*found.clustered)}\n{found.groups} groups"
@@ -245,8 +245,9 @@ class Card:
             notes.append(f"No better than guessing, by their widest interval: {', '.join(guessing)}.")
         table = Table("results", "Zero-shot accuracy", header, rows, notes, texts=2)
         return (
-            f"Test split of {self.train.corpus}, {amount(own)}: **{own.bits_per_byte:.4f} bits per byte**"
-            f"{_over_documents(own)}, character perplexity {own.char_perplexity:.4f}."
+            f"Test split of {self.train.corpus}, {amount(measured)}: "
+            f"**{measured.bits_per_byte:.4f} bits per byte**{_over_documents(measured)}, "
+            f"character perplexity {measured.char_perplexity:.4f}."
         ) + (f"\n\n{markdown(table)}" if rows else "")
 
     def _guessing(self) -> list[str]:
@@ -256,12 +257,12 @@ class Card:
             if benchmark in self.chance:
                 low = min(found.interval.low, (found.clustered or found.interval).low)
                 above[benchmark] = above.get(benchmark, False) or low > self.chance[benchmark]
-        return [benchmark_label(benchmark) for benchmark, own in above.items() if not own]
+        return [benchmark_label(benchmark) for benchmark, is_above in above.items() if not is_above]
 
     def _contamination(self) -> str:
         if self.contamination is None:
             return "Not counted (`stlm contamination`)."
-        counted = {name: None for own in self.contamination.corpora.values() for name in own.benchmarks}
+        counted = {name: None for counts in self.contamination.corpora.values() for name in counts.benchmarks}
         return contamination_note(self.contamination) or (
             f"No item of {', '.join(map(benchmark_label, counted))} shares {max(self.contamination.sizes)} "
             "words in sequence with the training text, or stands in it whole."
@@ -275,11 +276,11 @@ class Card:
         )
 
 
-def _over_documents(own: Perplexity) -> str:
-    if own.interval is None:
+def _over_documents(measured: Perplexity) -> str:
+    if measured.interval is None:
         return ""
-    few = ", of so few documents that it is too narrow" if own.interval.few_documents else ""
-    return f" (95% interval over documents {own.interval.low:.3f} to {own.interval.high:.3f}{few})"
+    few = ", of so few documents that it is too narrow" if measured.interval.few_documents else ""
+    return f" (95% interval over documents {measured.interval.low:.3f} to {measured.interval.high:.3f}{few})"
 
 
 def _language(tag: str | None) -> str:
@@ -323,17 +324,17 @@ def read_card(checkpoint: Path) -> Card | None:
     if not (run / "train.json").is_file():
         return None
     train = read_record(run / "train.json", TrainRecord)
-    own = read_record(checkpoint / "config.json", _Description)
+    described = read_record(checkpoint / "config.json", _Description)
     listed = {kept.step: kept.weights_sha256 for kept in train.checkpoints}
-    if listed.get(own.step) != own.weights_sha256:  # trained again, or files of two runs
+    if listed.get(described.step) != described.weights_sha256:  # trained again, or files of two runs
         raise UserError(
             f"{run / 'train.json'} does not list the weights in {checkpoint}, and so is not their record: "
-            f"run `stlm train {own.study} {train.run}`"
+            f"run `stlm train {described.study} {train.run}`"
         )
     result = None
     if (run / "evaluation.json").is_file():
         result = read_record(run / "evaluation.json", EvaluationRecord).checkpoints.get(checkpoint.name)
-    if result is not None and result.weights_sha256 != own.weights_sha256:
+    if result is not None and result.weights_sha256 != described.weights_sha256:
         result = None  # of weights that are no longer there
     accuracies: dict[Score, Accuracy] = {}
     chance: dict[str, float] = {}
@@ -350,10 +351,10 @@ def read_card(checkpoint: Path) -> Card | None:
     contamination = run.parent.parent / "contamination.json"
     counted = read_record(contamination, Contamination) if contamination.is_file() else None
     return Card(
-        f"{train.label} ({own.study}/{train.run})",
+        f"{train.label} ({described.study}/{train.run})",
         train,
-        own.step,
-        own.tokens,
+        described.step,
+        described.tokens,
         result,
         accuracies,
         chance,
@@ -372,5 +373,5 @@ class _Description(BaseModel):
 
 
 def _of_corpus(contamination: Contamination, corpus: str) -> Contamination | None:
-    own = {name: found for name, found in contamination.corpora.items() if name == corpus}
-    return contamination.model_copy(update={"corpora": own}) if own else None
+    corpora = {name: found for name, found in contamination.corpora.items() if name == corpus}
+    return contamination.model_copy(update={"corpora": corpora}) if corpora else None

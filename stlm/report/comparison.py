@@ -193,7 +193,7 @@ def compare_all(results: Mapping[str, RunResult], baseline: str) -> Comparisons:
                 for key in scores(results[name].checkpoints[checkpoint])
             }
             _check_recorded(results[name], checkpoint, points[name][checkpoint])
-            chance = {b: float(own["chance"].mean()) for (b, _), own in items.items()} | chance
+            chance = {b: float(outcomes["chance"].mean()) for (b, _), outcomes in items.items()} | chance
     seeds = _over_seeds(results, variant, points)
     return Comparisons(points, seeds, chance, _adjust(points, seeds, results), disturbing)
 
@@ -214,9 +214,9 @@ def _partners(
         base = baselines.get(result.train.seed)
         if name == base:
             continue
-        steps = {} if base is None else {c.step: own for own, c in results[base].checkpoints.items()}
-        for checkpoint, own in result.checkpoints.items():
-            partner = list(steps.values())[-1] if steps and own is result.last else steps.get(own.step)
+        steps = {} if base is None else {c.step: n for n, c in results[base].checkpoints.items()}
+        for checkpoint, scored in result.checkpoints.items():
+            partner = list(steps.values())[-1] if steps and scored is result.last else steps.get(scored.step)
             key = (None, f"{name} {checkpoint}") if partner is None else (base, partner)
             found.setdefault(key, []).append((name, checkpoint))
     return found
@@ -258,11 +258,11 @@ def scores(checkpoint: CheckpointResult) -> Iterable[Score]:
 
 def _point(items, base_items, base: str | None, key: Score) -> Point:
     benchmark, mode, metric = key
-    own = items[benchmark, mode]
+    outcomes = items[benchmark, mode]
     if base_items is None or (benchmark, mode) not in base_items:
-        return Point(accuracy(own, metric))
-    found = paired(base_items[benchmark, mode], own, metric)
-    return Point(accuracy(own, metric), found, None if found is None else base)
+        return Point(accuracy(outcomes, metric))
+    found = paired(base_items[benchmark, mode], outcomes, metric)
+    return Point(accuracy(outcomes, metric), found, None if found is None else base)
 
 
 def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]) -> list[str]:
@@ -271,7 +271,7 @@ def _scored_alike(results: Mapping[str, RunResult], baselines: Mapping[int, str]
     for name, result in results.items():
         _check_one_evaluation(result, facts[name])
     disturbing = []
-    silent = [name for name, own in facts.items() if own is None]
+    silent = [name for name, known in facts.items() if known is None]
     if silent:
         disturbing.append(
             f"{', '.join(silent)}: written by an earlier version of STLM, whose predictions do not say how "
@@ -341,14 +341,14 @@ def _over_seeds(results, baseline: str, points) -> dict[str, dict[Score, OverSee
             of_variant.setdefault(key, {})[result.train.seed] = point.accuracy.value
     found: dict[str, dict[Score, OverSeeds]] = {}
     for variant, scores in values.items():
-        for key, own in scores.items():
-            if len(own) < 2:
+        for key, by_seed in scores.items():
+            if len(by_seed) < 2:
                 continue
             base = {} if variant == baseline else values[baseline].get(key, {})
-            shared = [seed for seed in own if seed in base]
-            test = paired_t([own[s] - base[s] for s in shared]) if len(shared) >= FEWEST_SEEDS else None
+            shared = [seed for seed in by_seed if seed in base]
+            test = paired_t([by_seed[s] - base[s] for s in shared]) if len(shared) >= FEWEST_SEEDS else None
             found.setdefault(variant, {})[key] = OverSeeds(
-                list(own), mean(own.values()), stdev(own.values()), shared, test
+                list(by_seed), mean(by_seed.values()), stdev(by_seed.values()), shared, test
             )
     return found
 
@@ -358,9 +358,9 @@ def _adjust(points, seeds, results: Mapping[str, RunResult]) -> dict[tuple[str, 
     # A table's tests: the mapping that holds one, its key there, and its p-value.
     families: dict[tuple[str, str], list[tuple[dict, Score, float]]] = {}
     for of_variant in seeds.values():
-        for key, own in of_variant.items():
-            if own.test is not None:
-                families.setdefault(key[1:], []).append((of_variant, key, own.test.p))
+        for key, scored in of_variant.items():
+            if scored.test is not None:
+                families.setdefault(key[1:], []).append((of_variant, key, scored.test.p))
     for name, of_run in points.items():
         last = list(of_run.values())[-1]
         over_seeds = seeds.get(results[name].train.variant, {})

@@ -92,8 +92,8 @@ def read_contamination(study: Study) -> Contamination:
             f"it is {_listed(SIZES)} words, and the study asks for {made}; {command}"
         )
     asked = {b.name: b.version for b in map(benchmark, study.benchmarks)}
-    for own in found.corpora.values():
-        counted = {name: result.version for name, result in own.benchmarks.items()}
+    for corpus in found.corpora.values():
+        counted = {name: result.version for name, result in corpus.benchmarks.items()}
         if counted != asked:
             raise UserError(
                 f"{path}: is about {_versions(counted)}, but the study scores {_versions(asked)}; {command}"
@@ -113,9 +113,10 @@ def contamination_table(study: Study, contamination: Contamination) -> Table:
     """A row per benchmark and corpus: the number of items, and how many share n-grams with the corpus."""
     rows: list[Sequence[Cell] | Section] = []
     records: list[dict[str, object]] = []
-    for corpus, own in contamination.corpora.items():
-        rows.append(Section(f"{corpus}, train split: {own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"))
-        for name, counted in own.benchmarks.items():
+    for corpus, counts in contamination.corpora.items():
+        size = f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB"
+        rows.append(Section(f"{corpus}, train split: {size}"))
+        for name, counted in counts.benchmarks.items():
             cells = [f"{benchmark_label(name)} (version {counted.version})", f"{counted.items:,}"]
             record: dict[str, object] = {"corpus": corpus, "benchmark": name, "version": counted.version}
             record["items"] = counted.items
@@ -142,8 +143,8 @@ def contamination_note(contamination: Contamination) -> str | None:
     parts = [
         f"{benchmark_label(name)} {counted.contaminated:,} of {counted.items:,}"
         + (f" ({corpus})" if len(contamination.corpora) > 1 else "")
-        for corpus, own in contamination.corpora.items()
-        for name, counted in own.benchmarks.items()
+        for corpus, counts in contamination.corpora.items()
+        for name, counted in counts.benchmarks.items()
         if counted.contaminated
     ]
     if not parts:
@@ -171,8 +172,8 @@ def _notes(contamination: Contamination) -> list[str]:
         "brackets: the share of all items. Whole item: all of its words in sequence, however few. In "
         "generated text, which repeats its phrases by construction, a shared sequence is no leak.",
     ]
-    for own in contamination.corpora.values():
-        for name, counted in own.benchmarks.items():
+    for counts in contamination.corpora.values():
+        for name, counted in counts.benchmarks.items():
             if counted.examples:
                 first = counted.examples[0]
                 notes.append(
@@ -192,14 +193,15 @@ def leaks_table(study: Study, contamination: Contamination) -> Table | None:
     rows: list[Sequence[Cell] | Section] = []
     records: list[dict[str, object]] = []
     words = 0
-    for corpus, own in contamination.corpora.items():
-        if own.held_out is None:
+    for corpus, counts in contamination.corpora.items():
+        if counts.held_out is None:
             continue
-        words = own.held_out.words
-        size = f"{own.documents:,} documents, {own.bytes / 1e6:,.1f} MB"
-        drawn = "" if own.held_out.one_in == 1 else f"; one in {own.held_out.one_in} sequences looked at"
+        words = counts.held_out.words
+        size = f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB"
+        one_in = counts.held_out.one_in
+        drawn = "" if one_in == 1 else f"; one in {one_in} sequences looked at"
         rows.append(Section(f"{corpus}, train split: {size}{drawn}"))
-        for split, leak in (("val", own.held_out.val), ("test", own.held_out.test)):
+        for split, leak in (("val", counts.held_out.val), ("test", counts.held_out.test)):
             cells = [
                 split,
                 f"{leak.documents:,}",

@@ -47,8 +47,8 @@ class Documents:
 
     def of(self, component: str) -> Documents:
         """The documents of one component of a mix."""
-        own = self.components == component
-        return Documents(self.components[own], self.text[own], self.bits[own], self.n_bytes[own])
+        chosen = self.components == component
+        return Documents(self.components[chosen], self.text[chosen], self.bits[chosen], self.n_bytes[chosen])
 
     @property
     def bits_per_byte(self) -> float:
@@ -138,27 +138,27 @@ def checkpoint_documents(folder: Path, checkpoint: CheckpointResult, command: st
 def mean_over_seeds(runs: Sequence[Documents]) -> Documents:
     """The mean bits of each document over runs on the same text."""
     first = runs[0]
-    bits = np.mean([own.bits for own in runs], axis=0)
+    bits = np.mean([run.bits for run in runs], axis=0)
     return Documents(first.components, first.text, bits, first.n_bytes)
 
 
-def compare(own: Documents, base: Documents) -> Difference | None:
-    """How `own` differs from `base`; None where their documents differ."""
-    if not own.same_text(base):
+def compare(model: Documents, base: Documents) -> Difference | None:
+    """How `model` differs from `base`; None where their documents differ."""
+    if not model.same_text(base):
         return None
-    both = Documents(own.components, own.text, own.bits - base.bits, own.n_bytes)
+    both = Documents(model.components, model.text, model.bits - base.bits, model.n_bytes)
     return Difference(both.bits_per_byte, both.interval, both.few)
 
 
 def compare_seeds(
-    own: Mapping[int, Documents | None], base: Mapping[int, Documents | None]
+    model: Mapping[int, Documents | None], base: Mapping[int, Documents | None]
 ) -> Difference | None:
     """How a variant differs from the baseline, each given as seed -> documents: over common seeds, if any.
 
     None where the documents of two runs differ, or an earlier version of STLM kept none.
     """
-    seeds = [seed for seed in own if seed in base]
-    pairs = [own[s] for s in seeds] or list(own.values()), [base[s] for s in seeds] or list(base.values())
+    seeds = [seed for seed in model if seed in base]
+    pairs = [model[s] for s in seeds] or list(model.values()), [base[s] for s in seeds] or list(base.values())
     runs = [run for side in pairs for run in side if run is not None]
     if len(runs) < sum(map(len, pairs)) or not all(run.same_text(runs[0]) for run in runs):
         return None
@@ -182,16 +182,16 @@ def amount_note(texts: Iterable[tuple[str, TextRecord]], what: str = "Bits per b
     """
     rows = list(texts)
     base = rows[0][1]
-    others = [label for label, own in rows if own is not base and not comparable(own, base)]
+    others = [label for label, text in rows if text is not base and not comparable(text, base)]
     note = f"{what}: of {amount(base)}."
     if others:
         note += f" Of other text than {rows[0][0]}, and not comparable with it: {some(others)}."
     return note
 
 
-def comparable(own: TextRecord, base: TextRecord) -> bool:
+def comparable(text: TextRecord, base: TextRecord) -> bool:
     """Whether two figures of one corpus were measured on the same text, as far as that was recorded."""
-    return own.same_text(base) or (own.bytes is None and base.bytes is None)
+    return text.same_text(base) or (text.bytes is None and base.bytes is None)
 
 
 def interval_text(interval: Interval | None, few: bool = False, signed: bool = False) -> str:

@@ -89,8 +89,8 @@ def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
         rows.append(Section(section))
         for key in keys:
             values = [column.get(section, {}).get(key, "–") for column in columns.values()]
-            own = [Cell("") if value == values[0] else Cell(value, bold=True) for value in values[1:]]
-            rows.append([Cell(key), Cell(values[0]), *own])
+            others = [Cell("") if value == values[0] else Cell(value, bold=True) for value in values[1:]]
+            rows.append([Cell(key), Cell(values[0]), *others])
             records.append(
                 {"section": section, "hyper_parameter": key} | dict(zip(columns, values, strict=True))
             )
@@ -116,10 +116,10 @@ def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | No
         return None
     base_name, base = next(iter(columns.items()))
     rows, records = [], []
-    for name, own in columns.items():
+    for name, column in columns.items():
         differs = []
         for section in ("Model", "Data", "Recipe", "Techniques"):
-            for key, value in own.get(section, {}).items():  # a missing key is of an unused part
+            for key, value in column.get(section, {}).items():  # a missing key is of an unused part
                 reference = base.get(section, {}).get(key)
                 if value != reference:
                     differs.append(f"{key}: {value}" + (f" (baseline: {reference})" if reference else ""))
@@ -177,11 +177,11 @@ def _used_by(trains: Sequence[TrainRecord]) -> dict[str, list[str]]:
 def _used(settings: Sequence[Mapping[str, Any]], schema: type[BaseModel]) -> list[str]:
     """The keys that say what was trained: all but those of techniques that no variant uses."""
     used = []
-    for key in dict.fromkeys(key for own in settings for key in own):
+    for key in dict.fromkeys(key for section in settings for key in section):
         if key in _HOUSEKEEPING | _ELSEWHERE:
             continue
         field = schema.model_fields.get(key)
-        values = [own[key] for own in settings if key in own]
+        values = [section[key] for section in settings if key in section]
         if field is None or field.default not in _OFF or any(value != field.default for value in values):
             used.append(key)
     return used
@@ -255,7 +255,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(own)}" for key, own in value.items() if own is not None) or "–"
+        return ", ".join(f"{key} {_value(v)}" for key, v in value.items() if v is not None) or "–"
     if isinstance(value, list | tuple) and not value:
         return "–"
     if isinstance(value, list | tuple):

@@ -101,11 +101,11 @@ def _group_notes(
         point = comparisons.last(baseline.name, (benchmark, mode, metric))
         if point is None or point.accuracy.clustered is None:
             continue
-        own = point.accuracy
-        if own.clustered.half_width > _MUCH_WIDER * own.interval.half_width:
+        accuracy = point.accuracy
+        if accuracy.clustered.half_width > _MUCH_WIDER * accuracy.interval.half_width:
             wider.append(
-                f"{benchmark_label(benchmark)} ±{percent(own.clustered.half_width)} over {own.groups} "
-                f"groups instead of ±{percent(own.interval.half_width)}"
+                f"{benchmark_label(benchmark)} ±{percent(accuracy.clustered.half_width)} over "
+                f"{accuracy.groups} groups instead of ±{percent(accuracy.interval.half_width)}"
             )
     if not wider:
         return []

@@ -51,7 +51,7 @@ class Predictions:
         """The items of each (benchmark, mode)."""
         found = by_mode(read_outcomes(self.path, self.checkpoint))
         if self.facts is not None:
-            said = {(name, mode) for name, own in self.facts.benchmarks.items() for mode in own.metrics}
+            said = {(name, mode) for name, scored in self.facts.benchmarks.items() for mode in scored.metrics}
             for benchmark, mode in found:
                 if (benchmark, mode) not in said:
                     raise UserError(
@@ -132,10 +132,10 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
             f"{a} and {b} cannot be compared:{listed}\nEvaluate again what is older (`stlm evaluate STUDY "
             "RUN`), or give --force to compare all the same"
         )
-    own, other = a.outcomes(), b.outcomes()
+    first, other = a.outcomes(), b.outcomes()
     rows = []
-    for benchmark, mode in [key for key in own if key in other]:
-        items, others = own[benchmark, mode], other[benchmark, mode]
+    for benchmark, mode in [key for key in first if key in other]:
+        items, others = first[benchmark, mode], other[benchmark, mode]
         common = items.index.intersection(others.index)
         if len(common) < max(len(items), len(others)):
             warnings.append(
@@ -150,7 +150,7 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
             measured = accuracy(items, metric), accuracy(others, metric)
             rows.append(Row(benchmark, version, mode, metric, *measured, paired(items, others, metric)))
     if not rows:
-        have = [", ".join(dict.fromkeys(b for b, _ in scored)) for scored in (own, other)]
+        have = [", ".join(dict.fromkeys(b for b, _ in scored)) for scored in (first, other)]
         raise UserError(f"{a} and {b} have no item in common: scored were {have[0]} against {have[1]}")
     adjusted = holm([row.paired.p for row in rows])
     rows = [
@@ -279,18 +279,18 @@ def _description(side: Predictions) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    own = row.paired
-    sign = mark(own) or " "
+    comparison = row.paired
+    sign = mark(comparison) or " "
     return [
         row.benchmark,
-        str(own.n),
+        str(comparison.n),
         f"{percent(row.a.value)} {_short(row.a.interval)}",
         f"{percent(row.b.value)} {_short(row.b.interval)}",
-        f"{percent(own.difference, signed=True)}{sign} {_short(own.interval)}",
-        str(own.better),
-        str(own.worse),
-        _p(own.p),
-        _p(own.adjusted),
+        f"{percent(comparison.difference, signed=True)}{sign} {_short(comparison.interval)}",
+        str(comparison.better),
+        str(comparison.worse),
+        _p(comparison.p),
+        _p(comparison.adjusted),
     ]
 
 
@@ -307,12 +307,12 @@ def _p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _accuracy(own: Accuracy) -> dict[str, Any]:
-    return {"accuracy": own.value, **_bounds(own), "groups": own.groups or None}
+def _accuracy(found: Accuracy) -> dict[str, Any]:
+    return {"accuracy": found.value, **_bounds(found), "groups": found.groups or None}
 
 
-def _bounds(own: Accuracy | Paired) -> dict[str, float | None]:
-    return bounds_record(own.interval) | bounds_record(own.clustered, "clustered_")
+def _bounds(found: Accuracy | Paired) -> dict[str, float | None]:
+    return bounds_record(found.interval) | bounds_record(found.clustered, "clustered_")
 
 
 def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str | None:
@@ -329,20 +329,20 @@ def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | s
         return f"bits per byte are not compared: no {missing[0]} (evaluated by an earlier version of STLM)"
     for file in files:
         check_beside(file.with_name("evaluation.json"), _DOCUMENTS)
-    own, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
-    found = compare_documents(other, own)
+    first, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
+    found = compare_documents(other, first)
     if found is None:
-        sizes = f"{len(own):,} against {len(other):,}"
+        sizes = f"{len(first):,} against {len(other):,}"
         return f"bits per byte are not compared: measured on other documents ({sizes})"
-    return TextComparison(own, other, found)
+    return TextComparison(first, other, found)
 
 
 def _text_lines(found: TextComparison) -> list[str]:
     """The comparison for the terminal."""
     documents, size = len(found.a), byte_size(int(found.a.n_bytes.sum()), digits=4)
     parts = [
-        f"{name} {own.bits_per_byte:.4f} {interval_text(own.interval, own.few)}"
-        for name, own in (("A", found.a), ("B", found.b))
+        f"{name} {side.bits_per_byte:.4f} {interval_text(side.interval, side.few)}"
+        for name, side in (("A", found.a), ("B", found.b))
     ]
     difference = found.difference
     shown = interval_text(difference.interval, difference.few, signed=True)

@@ -24,12 +24,12 @@ def statistics_records(results: Mapping[str, RunResult], comparisons: Comparison
     records = []
     for name, result in results.items():
         for checkpoint, scores in comparisons.points[name].items():
-            own = result.checkpoints[checkpoint]
+            scored = result.checkpoints[checkpoint]
             for key, point in scores.items():
-                version = own.benchmarks[key[0]].version
+                version = scored.benchmarks[key[0]].version
                 records.append(
                     {"kind": "run", "run": name, "variant": result.train.variant, "seeds": result.train.seed}
-                    | {"checkpoint": checkpoint, "step": own.step, "tokens": own.tokens}
+                    | {"checkpoint": checkpoint, "step": scored.step, "tokens": scored.tokens}
                     | _score(key, version)
                     | _of_point(point)
                 )
@@ -52,9 +52,9 @@ def _score(key: Score, version: str | int | float) -> dict[str, Any]:
 
 
 def _of_point(point: Point) -> dict[str, Any]:
-    own, paired = point.accuracy, point.paired
-    record = {"n": own.n, "percent": _percent(own.value), **_bounds(own.interval, "")}
-    record |= {"groups": own.groups or None, **_bounds(own.clustered, "clustered_")}
+    accuracy, paired = point.accuracy, point.paired
+    record = {"n": accuracy.n, "percent": _percent(accuracy.value), **_bounds(accuracy.interval, "")}
+    record |= {"groups": accuracy.groups or None, **_bounds(accuracy.clustered, "clustered_")}
     if paired is None:
         return record
     return record | {
@@ -71,17 +71,17 @@ def _of_point(point: Point) -> dict[str, Any]:
     }
 
 
-def _of_seeds(own: OverSeeds) -> dict[str, Any]:
-    record: dict[str, Any] = {"percent": _percent(own.mean), "sd": _percent(own.sd)}
-    if own.test is None:
+def _of_seeds(over_seeds: OverSeeds) -> dict[str, Any]:
+    record: dict[str, Any] = {"percent": _percent(over_seeds.mean), "sd": _percent(over_seeds.sd)}
+    if over_seeds.test is None:
         return record
     return record | {
-        "shared_seeds": len(own.shared),
-        "difference": _percent(own.test.difference),
-        **_bounds(own.test.interval, "difference_"),
+        "shared_seeds": len(over_seeds.shared),
+        "difference": _percent(over_seeds.test.difference),
+        **_bounds(over_seeds.test.interval, "difference_"),
         "test": "t over seeds",
-        "p": p_record(own.test.p),
-        "p_holm": p_record(own.adjusted),
+        "p": p_record(over_seeds.test.p),
+        "p_holm": p_record(over_seeds.adjusted),
     }
 
 
