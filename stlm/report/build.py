@@ -11,21 +11,17 @@ from stlm.layout import METRICS, REPORT, names
 from stlm.provenance import code_version
 from stlm.report.accuracies import accuracy_tables, main_mode, score
 from stlm.report.architecture import write_architectures, write_parameters
-from stlm.report.bits_table import bits_table
+from stlm.report.bits_table import bits_table, component_table
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all, published_alike
-from stlm.report.components import component_table
-from stlm.report.contamination import contamination_note, contamination_table, read_contamination
+from stlm.report.contamination import contamination_note, contamination_table, leaks_table, read_contamination
 from stlm.report.curves import read_variants
 from stlm.report.documents import amount_note
 from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
 from stlm.report.equal_cost import equal_costs
 from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
-from stlm.report.groups import group_records
 from stlm.report.headline import findings, front_page, headline_table
 from stlm.report.hyperparameters import table1, variants_table
-from stlm.report.last_word import word_perplexity
-from stlm.report.leaks import leaks_table
 from stlm.report.pareto import write_pareto
 from stlm.report.phenomena import phenomena_tables
 from stlm.report.plots import write_plots
@@ -33,11 +29,12 @@ from stlm.report.readouts import readouts_table, write_readouts
 from stlm.report.records import write_records
 from stlm.report.results import RunResult, read_published, read_results, run_label
 from stlm.report.sources import read_texts
-from stlm.report.statistics import statistics_records
+from stlm.report.statistics import group_records, statistics_records
 from stlm.report.table import Table, csv_text, write_checksums, write_table
 from stlm.report.training import write_training_pages
 from stlm.report.unlike import rows_of, unlike_note
 from stlm.study.runs import Study
+from stlm.text_table import text_table
 
 
 def report(study: Study) -> None:
@@ -128,14 +125,9 @@ def summary(
         ]
         for run, numbers in collected.items()
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *rows)
-    ]
-    lines.append(
-        amount_note((run_label(result, results), result.last.perplexity) for result in results.values())
-    )
+    lines = text_table([header, *rows])
+    texts = ((run_label(result, results), result.last.perplexity) for result in results.values())
+    lines.append(amount_note(texts))
     lines += filter(None, [made])
     return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
 
@@ -162,7 +154,7 @@ def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
             accuracy = score(scored, mode, "acc")
             if accuracy is not None:
                 numbers[benchmark] = round(accuracy.value, 4)
-            perplexity = word_perplexity(result, benchmark, mode)
+            perplexity = result.word_perplexity(benchmark, mode)
             if perplexity is not None:
                 numbers[f"{benchmark}_perplexity"] = round(perplexity, 4)
         collected[name] = numbers

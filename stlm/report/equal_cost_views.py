@@ -13,7 +13,7 @@ from stlm.report.curves import COSTS
 from stlm.report.efficiency import comparison_notes
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE, SAME_TIME, EqualCosts, Pair, Row
 from stlm.report.names import cost_text, count, difference_text
-from stlm.report.noise import noise_note
+from stlm.report.notes import noise_note
 from stlm.report.style import COST_LOOKS, Dot, draw_differences, figure, heading, sign
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study.runs import Study

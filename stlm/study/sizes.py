@@ -16,6 +16,7 @@ from stlm.files import write_text
 from stlm.model.config import ModelConfig
 from stlm.model.counts import parameter_counts, training_flops_per_token
 from stlm.model.family import FAMILY, TRAINING_BYTES, propose
+from stlm.text_table import text_table as text_lines
 from stlm.tokens.chunks import SYMBOLS
 
 _MOST = 1e15
@@ -126,15 +127,7 @@ def _memory(size: int) -> str:
 
 def text_table(models: Mapping[str, ModelConfig]) -> str:
     """The table for the terminal."""
-    table = [HEADER, *rows(models)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
+    return "\n".join(text_lines([HEADER, *rows(models)]))
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:

@@ -1,1 +1,0 @@
-from stlm.report.bits_table import component_table as component_table  # moved there

@@ -1,1 +1,0 @@
-from stlm.report.statistics import group_records as group_records  # moved there

@@ -1,1 +1,0 @@
-from stlm.report.contamination import leaks_table as leaks_table  # moved there
