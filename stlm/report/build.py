@@ -126,9 +126,8 @@ def summary(
         for run, numbers in collected.items()
     ]
     lines = text_table([header, *rows])
-    lines.append(
-        amount_note((run_label(result, results), result.last.perplexity) for result in results.values())
-    )
+    texts = ((run_label(result, results), result.last.perplexity) for result in results.values())
+    lines.append(amount_note(texts))
     lines += filter(None, [made])
     return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
 
