@@ -242,7 +242,7 @@ class ByteTransformer(Transformer):
         parts.setdefault((width,) * (len(condition) // width), []).append(condition)
         parts.setdefault((), []).append(self.embedding.pool.up.weight)
         for part in (self.embedding, self.decoder):
-            for rows, matrices in block_matrices(part.blocks, self.config.byte_blocks(1)).items():
+            for rows, matrices in block_matrices(part.blocks).items():
                 parts.setdefault(rows, []).extend(matrices)
         return parts
 

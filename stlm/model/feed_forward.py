@@ -1,6 +1,11 @@
-"""Feed-forward networks. Shapes: B batch, L length, D width, F hidden units."""
+"""Feed-forward networks. Shapes: B batch, L length, D width, F hidden units; "..." any positions.
+
+Each has an `activation`, a function of hidden units [..., F] that a technique may replace, by a module too.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,18 +14,32 @@ from stlm.model.config import ModelConfig
 from stlm.model.fused import swiglu
 from stlm.model.projection import projection
 
+Activation = Callable[[Tensor], Tensor]
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, "Primer", section 4)."""
+    return F.relu(x).square()
+
 
 class SwiGLU(nn.Module):
     """Feed-forward network silu(x W_gate) * (x W_up), projected down (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # Of the gate.
+        self.activation: Activation = F.silu
         # One product computes gate and up: larger products come closer to the hardware's peak.
+        self.joint_rows = {"gate_up": (config.ffn_width, config.ffn_width)}
         self.gate_up = projection(config, "ffn", "gate_up")
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_BLD)))
+        gate_up = self.gate_up(x_BLD)
+        if self.activation is F.silu:
+            return self.down(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
 
 
 class GELU(nn.Module):
@@ -28,11 +47,12 @@ class GELU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation: Activation = F.gelu
         self.up = projection(config, "ffn", "up")
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD)))
+        return self.down(self.activation(self.up(x_BLD)))
 
 
 class SquaredReLU(nn.Module):
@@ -40,11 +60,12 @@ class SquaredReLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation: Activation = squared_relu
         self.up = projection(config, "ffn", "up")
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BLD)).square())
+        return self.down(self.activation(self.up(x_BLD)))
 
 
 FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}

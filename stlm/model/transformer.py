@@ -50,6 +50,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        key_value = config.kv_heads * config.head_width
+        self.joint_rows = {"qkv": (config.width, key_value, key_value)}
         self.qkv = projection(config, "attention", "qkv")
         self.out = projection(config, "attention", "out")
         # Gains of the normalization of queries and keys (Henry et al. 2020; Dehghani et al. 2023, section
@@ -178,24 +180,24 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
         return x.float() @ weight
 
 
-def block_matrices(blocks: nn.Module, config: ModelConfig) -> dict[tuple[int, ...], list[nn.Parameter]]:
+def block_matrices(blocks: nn.Module) -> dict[tuple[int, ...], list[nn.Parameter]]:
     """The matrices of all blocks, grouped by the rows of the matrices that one parameter joins.
 
-    The key is empty for a parameter that is a single matrix. Shared parameters appear once.
+    A module that joins matrices says so in `joint_rows`: the name of a projection -> the rows of each. The
+    key is empty for a parameter that is a single matrix. Shared parameters appear once.
     """
-    key_value = config.kv_heads * config.head_width
-    joint = {
-        "attention.qkv": (config.width, key_value, key_value),
-        "ffn.gate_up": (config.ffn_width, config.ffn_width),
+    rows_of = {
+        parameter: rows
+        for module in blocks.modules()
+        for name, rows in getattr(module, "joint_rows", {}).items()
+        for parameter in getattr(module, name).parameters()
+        # A low-rank pair's input factor is one matrix: its rows are the rank.
+        if parameter.dim() == 2 and len(parameter) == sum(rows)
     }
     parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for name, parameter in blocks.named_parameters():
+    for parameter in blocks.parameters():
         if parameter.dim() == 2:
-            rows = next(
-                (matrix_rows for joint_name, matrix_rows in joint.items() if f".{joint_name}." in name), ()
-            )
-            # A low-rank pair's input factor counts as one matrix: its rows are the rank.
-            parts.setdefault(rows if len(parameter) == sum(rows) else (), []).append(parameter)
+            parts.setdefault(rows_of.get(parameter, ()), []).append(parameter)
     return parts
 
 
@@ -291,7 +293,7 @@ class Transformer(nn.Module):
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The matrices of the blocks: see `block_matrices`."""
-        return block_matrices(self.blocks, self.config)
+        return block_matrices(self.blocks)
 
     def schedule_dropout(self, factor: float) -> None:
         """From now on, multiply the configured dropout probabilities by `factor`, between 0 and 1."""

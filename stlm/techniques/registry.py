@@ -10,7 +10,7 @@ from typing import Any
 import stlm.techniques
 from stlm.errors import UserError, nearest, shortened
 from stlm.study.strict import validate
-from stlm.techniques.base import Technique
+from stlm.techniques.base import CAPABILITIES, Technique
 
 _NO_TECHNIQUES = {"base", "registry"}
 
@@ -34,6 +34,11 @@ def technique_class(name: str) -> type[Technique]:
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__name__}: expected one subclass of Technique, found {len(found)}")
+    unknown = (found[0].supports - CAPABILITIES.keys()) | (found[0].combines_with - set(known))
+    if unknown:
+        raise TypeError(
+            f"{module.__name__}: supports or combines_with: unknown: {', '.join(sorted(unknown))}"
+        )
     return found[0]
 
 

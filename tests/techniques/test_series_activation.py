@@ -27,7 +27,7 @@ from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.techniques.base import CAPABILITIES, refuse
-from stlm.techniques.series_activation import ACTIVATIONS, SeriesActivation, SeriesFFN
+from stlm.techniques.series_activation import Series, SeriesActivation
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
@@ -83,10 +83,6 @@ def same_results(model: Transformer, plain: Transformer, **close: float) -> None
         torch.testing.assert_close(own[name].grad, parameter.grad, **close, msg=name)
 
 
-def test_the_table_has_all_kinds_of_networks():
-    assert ACTIVATIONS.keys() == FFNS.keys()
-
-
 @each_option
 def test_one_term_is_the_plain_model_to_the_bit(options):
     neutral = SeriesActivation(terms=1)
@@ -111,7 +107,7 @@ def test_it_starts_as_the_plain_model_of_the_same_seed(options, terms):
 def test_the_network_is_the_papers_sum(ffn):
     network = random_model(SeriesActivation(terms=3), ffn=ffn, layers=1).blocks[0].ffn
     x_ND = torch.randn(5, 32)
-    a_TF, b_TF = network.scale.view(3, 48), network.shift.view(3, 48)
+    a_TF, b_TF = network.activation.scale.view(3, 48), network.activation.shift.view(3, 48)
 
     def series(x):
         sigma = {"swiglu": F.silu, "gelu": F.gelu, "relu2": lambda x: x.clamp(min=0) ** 2}[ffn]
@@ -288,7 +284,7 @@ def test_a_run_learns_and_stopped_and_resumed_is_the_same(make_run):
     assert description["techniques"] == {"series_activation": SeriesActivation().model_dump()}
     started = SeriesActivation().shifts()
     for block in model.blocks:
-        scale_TF, shift_TF = block.ffn.scale.view(3, -1), block.ffn.shift.view(3, -1)
+        scale_TF, shift_TF = block.ffn.activation.scale.view(3, -1), block.ffn.activation.shift.view(3, -1)
         for t in range(3):
             assert (scale_TF[t] != float(t == 0)).all() and (shift_TF[t] != started[t]).any()
 
@@ -310,7 +306,7 @@ def test_a_checkpoint_is_read_and_not_exported(tmp_path):
     save_checkpoint(checkpoint, model, {"step": 1, "tokens": 1})
     TOKENIZER.save(tmp_path / "checkpoints" / "tokenizer")
     loaded, _ = load_checkpoint(checkpoint)
-    assert isinstance(loaded.blocks[0].ffn, SeriesFFN)
+    assert isinstance(loaded.blocks[0].ffn.activation, Series)
     assert torch.equal(loaded(some_tokens()), model(some_tokens()))
     with pytest.raises(UserError, match="series_activation does not support export"):
         export_llama(checkpoint, tmp_path / "llama")
@@ -371,11 +367,18 @@ def test_what_is_wrong_is_refused_by_name(project, variant, message):
         load(project, variants={"plain": {}, "wrong": variant})
 
 
-def test_a_network_of_another_kind_is_refused_by_name(project, monkeypatch):
-    monkeypatch.delitem(ACTIVATIONS, "gelu")
+def test_a_network_without_an_activation_is_refused_by_name(project, monkeypatch):
+    class Linear(FFNS["gelu"]):
+        def __init__(self, config):
+            super().__init__(config)
+            del self.activation
+
+    monkeypatch.setitem(FFNS, "gelu", Linear)
+    build_on_meta.cache_clear()
     variant = {"techniques": {"series_activation": {}}, "model": {"ffn": "gelu"}}
-    with pytest.raises(UserError, match=r"series_activation\.terms: found model\.ffn: gelu, expected one of"):
+    with pytest.raises(UserError, match=r"series_activation\.terms: model\.ffn: gelu has no activation"):
         load(project, variants={"plain": {}, "wrong": variant})
+    build_on_meta.cache_clear()
 
 
 def test_all_that_it_does_not_name_is_refused():
