@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The limit keeps a list of layers in memory; the deepest published Transformers have a thousand.
+# Bounds the memory that a list of layers takes; the deepest published Transformers have a thousand layers.
 MOST_LAYERS = 10_000
 _TRIED = 10_000
 
