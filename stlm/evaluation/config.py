@@ -19,8 +19,8 @@ class BenchmarkConfig(_Strict):
     limit: int | None = Field(
         default=None,
         gt=0,
-        description="items scored, a seeded random subset; null: the study's `limit` applies; where that is "
-        "null too, all items (of `last_word`, which makes its own: 2,000)",
+        description="items to score, a seeded random subset; null: the study's `limit` or, if that is null, "
+        "too, all items (for `last_word`, which makes its items: 2,000)",
     )
 
 
@@ -40,8 +40,8 @@ class PerplexityConfig(_Strict):
     max_bytes: int | None = Field(
         default=None,
         gt=0,
-        description="UTF-8 bytes of text after which no further document of the test split is taken, so that "
-        "the documents are the same whatever the tokenizer; null: no bound",
+        description="UTF-8 bytes of text after which no further document of the test split is taken; the "
+        "documents are the same for every tokenizer; null: no bound",
     )
 
 
@@ -61,8 +61,8 @@ class EvaluationConfig(_Strict):
     intermediate_limit: int | None = Field(
         default=None,
         gt=0,
-        description="items of each benchmark at all checkpoints but the last (where lower than its limit), "
-        "so that curves cost little; null: as at the last",
+        description="items of each benchmark at all checkpoints but the last, if lower than its limit, so "
+        "that curves cost little; null: as at the last",
     )
     limit_seed: int = Field(default=0, ge=0, description="seed of the random subsets")
     modes: tuple[Mode, ...] = Field(
@@ -80,9 +80,8 @@ class EvaluationConfig(_Strict):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
-        description="arithmetic of the products; auto: bfloat16 where the hardware multiplies it, with "
-        "scores that vary a little from machine to machine. In bfloat16, near ties are scored again in "
-        "float32",
+        description="precision of the products; auto: bfloat16 if the hardware multiplies it, with scores "
+        "that vary slightly between machines. In bfloat16, near ties are scored again in float32",
     )
     checkpoints: Literal["all", "last"] = Field(
         default="all", description="which of the run's kept checkpoints are evaluated"

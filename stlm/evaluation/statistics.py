@@ -64,7 +64,7 @@ class SeedNoise:
     unequal: Mapping[str, float]
 
     def half_width(self, differences: Sequence[float], models: Collection[str]) -> float:
-        """Half of the 95% interval of the mean of `differences` between `models`, one for each seed.
+        """Half the width of the mean's 95% interval; `differences` between `models`, one for each seed.
 
         If one of the models is `unequal`, the wider of the pooled interval and the pair's own: the paired t
         interval or, with one seed, the t interval from the noisiest model's own deviation.
@@ -168,7 +168,7 @@ def ratio_bootstrap(
     of a mix, as in Rao and Wu (1988, "Resampling Inference With Complex Survey Data"): from a stratum with n
     units, n - 1 are drawn, and each counts n / (n - 1), since n drawn ones would vary too little. As
     percentiles over few units are still too narrow, they are moved out to the normal's tail beyond the t
-    quantile, with the number of units minus that of strata as degrees of freedom. None if a stratum has one
+    quantile, with units minus strata as degrees of freedom. None if a stratum has one
     unit, whose variation is unknown.
     """
     pairs_2n = np.array([numerators, denominators], dtype=float)

@@ -25,7 +25,7 @@ class TextGenerator(Protocol):
 
     @property
     def unit(self) -> str:
-        """The plural noun, shown to users, for what `forgotten` counts."""
+        """The plural noun, shown to users, for what `dropped` counts."""
         ...
 
     @property

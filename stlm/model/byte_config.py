@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The limit keeps a list of layers in memory; the deepest published Transformers have a thousand.
+# Bounds the memory that a list of layers takes; the deepest published Transformers have a thousand layers.
 MOST_LAYERS = 10_000
 _TRIED = 10_000
 
@@ -32,26 +32,24 @@ class ByteConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    width: int = Field(
-        64, ge=2, description="Byte dimension: of the byte embedding and both byte transformers."
-    )
+    width: int = Field(64, ge=2, description="Width of the byte embedding and of both byte transformers.")
     heads: int = Field(2, ge=1, description="Attention heads of the byte transformers. Must divide `width`.")
     ffn_width: int = Field(
-        192, ge=1, description="Hidden units of their feed-forward networks, which are of the kind `ffn`."
+        192, ge=1, description="Hidden units of their feed-forward networks, whose kind is `ffn`."
     )
     encoder_layers: int = Field(
         2,
         ge=1,
         le=MOST_LAYERS,
-        description="Blocks of the transformer within each chunk, which sees all of the chunk's bytes.",
+        description="Blocks of the transformer that encodes each chunk; it sees all bytes of the chunk.",
     )
     decoder_layers: int = Field(
-        2, ge=1, le=MOST_LAYERS, description="Blocks of the transformer that writes a chunk, byte after byte."
+        2, ge=1, le=MOST_LAYERS, description="Blocks of the transformer that writes a chunk byte by byte."
     )
     pooling: Literal["mean", "attention", "last", "query"] = Field(
         "mean",
-        description="How a chunk's bytes become one vector: their mean; their mean by learned weights; the "
-        "last byte; or what a learned query finds in them, with `model.heads` heads, at the core's width "
+        description="How a chunk's bytes become one vector: their mean; their mean with learned weights; the "
+        "last byte; or attention by a learned query, with `model.heads` heads at the core's width "
         "(Byte2Word).",
     )
 

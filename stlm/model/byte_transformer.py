@@ -222,7 +222,7 @@ class ByteTransformer(Transformer):
                     nn.init.normal_(parameter, std=scale / math.sqrt(parameter.shape[1]))
 
     def flops(self, length: float, chunk_bytes: float = CHUNK_BYTES, ends_written: bool = True) -> float:
-        """Forward FLOPs of a sequence of `length` chunks of `chunk_bytes` bytes, each read and written.
+        """Forward FLOPs of a sequence: `length` chunks, each with `chunk_bytes` bytes, are read and written.
 
         `ends_written`: whether the end of a chunk is written as a symbol.
         """

@@ -19,7 +19,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layers: int = Field(8, ge=1, le=MOST_LAYERS, description="Transformer blocks.")
-    width: int = Field(512, ge=1, description="Model dimension (the residual stream's).")
+    width: int = Field(512, ge=1, description="Model dimension, the width of the residual stream.")
     heads: int = Field(16, ge=1, description="Query heads. Must divide `width`.")
     kv_heads: int = Field(
         4,
@@ -28,7 +28,8 @@ class ModelConfig(BaseModel):
         "attention). Must divide `heads`.",
     )
     ffn: Literal["swiglu", "gelu", "relu2"] = Field(
-        "swiglu", description="Kind of feed-forward network; `relu2`: squared ReLU, two matrices as `gelu`."
+        "swiglu",
+        description="Kind of feed-forward network; `relu2`: squared ReLU, with two matrices like `gelu`.",
     )
     ffn_width: int = Field(1536, ge=1, description="Hidden units of the feed-forward network.")
     positions: Literal["rope", "sinusoidal", "learned"] = Field(
@@ -36,7 +37,7 @@ class ModelConfig(BaseModel):
         description="Positions: rotary (in attention), or sinusoidal or learned (added to the embedding).",
     )
     rope_theta: float = Field(
-        10000.0, gt=0, description="Base of the rotary wavelengths; used by `rope` alone."
+        10000.0, gt=0, description="Base of the rotary wavelengths; used by `rope` only."
     )
     norm: Literal["rmsnorm", "layernorm"] = Field(
         "rmsnorm", description="Kind of normalization, before each part."
@@ -56,17 +57,17 @@ class ModelConfig(BaseModel):
         description="Share of attention weights dropped in training. On a CPU it is slow: it excludes "
         "fused attention.",
     )
-    tied: bool = Field(True, description="Whether embedding and output head are one matrix.")
+    tied: bool = Field(True, description="Whether the embedding and the output head share one matrix.")
     qk_norm: bool = Field(
         False, description="Whether queries and keys are normalized, head by head, before the products."
     )
     qkv_shift: bool = Field(
         False,
-        description="Whether queries, keys and values get those of the token before added, each channel "
-        "times a learned weight.",
+        description="Whether the previous token's queries, keys and values are added to a token's, with a "
+        "learned weight for each channel.",
     )
     logit_softcap: float = Field(
-        0.0, ge=0, description="Bound of the logits, by its tanh: c tanh(logit / c); 0 bounds none."
+        0.0, ge=0, description="Bound c of the logits: c tanh(logit / c); 0: no bound."
     )
     zero_init: bool = Field(
         False,
@@ -76,32 +77,33 @@ class ModelConfig(BaseModel):
     value_embeddings: int = Field(
         0,
         ge=0,
-        description="Layers, the last ones, whose attention values get an embedding of the token added. Each "
-        "is a table of its own, counted among the embedding parameters. At most `layers`.",
+        description="Number of last layers whose attention values get an embedding of the token added. Each "
+        "layer has its own table, counted among the embedding parameters. At most `layers`.",
     )
     # Omitted from records when null, so that older configs compare equal.
     sharing: SharingConfig | None = Field(
         None,
-        description="Layers that use the same matrices; see `model.sharing`. null: none.",
+        description="Sharing of matrices between layers; see `model.sharing`. null: none.",
         exclude_if=lambda value: value is None,
     )
     lora: LoraConfig | None = Field(
         None,
-        description="Adapters of each layer's own, on shared matrices or any; see `model.lora`. null: none.",
+        description="Separate adapters in each layer, on shared or other matrices; see `model.lora`. null: "
+        "none.",
         exclude_if=lambda value: value is None,
     )
     low_rank: LowRankConfig | None = Field(
         None,
-        description="Matrices of the blocks as products of two of lower rank; see `model.low_rank`. null: "
-        "none.",
+        description="Blocks' matrices as products of two matrices of lower rank; see `model.low_rank`. "
+        "null: none.",
         exclude_if=lambda value: value is None,
     )
     embedding_rank: int | None = Field(
         None,
         ge=1,
         description="Factorized embedding (ALBERT, Lan et al. 2020): a table of vectors of this length, and "
-        "a matrix from there to `width`; a tied head uses both, an untied one has its own two. Must save "
-        "weights; null: a table of vectors of `width`.",
+        "a matrix that maps them to `width`; a tied head uses both, an untied one has two more. It must save "
+        "weights. null: a table of vectors of `width`.",
         exclude_if=lambda value: value is None,
     )
     bytes: ByteConfig | None = Field(

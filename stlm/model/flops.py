@@ -13,7 +13,7 @@ from torch import nn
 
 
 def forward_flops(module: nn.Module, length: float) -> float:
-    """Floating-point operations of the forward pass of `module` over one sequence of `length` tokens.
+    """The forward floating-point operations of `module` on one sequence of `length` tokens.
 
     A linear layer multiplies and adds once for each weight and token. Look-ups cost nothing; vectors (norms,
     gains, biases) are left out, as in Kaplan et al. (2020, appendix B).
@@ -38,7 +38,7 @@ def forward_flops(module: nn.Module, length: float) -> float:
 
 
 def children_flops(module: nn.Module, length: float, without: Collection[str] = ()) -> float:
-    """The sum of the forward FLOPs of the children of `module`, except those named in `without`.
+    """Sum the forward FLOPs of the children of `module`, except those named in `without`.
 
     A child that is registered several times is used, and counted, several times.
     """

@@ -24,14 +24,14 @@ class SharingConfig(BaseModel):
     )
     order: Literal["one", "groups", "cyclic", "sandwich"] = Field(
         "one",
-        description="Which layers share. `one`: all. `groups`: each `group` layers that follow one another "
+        description="Which layers share. `one`: all. `groups`: each group of `group` consecutive layers "
         "(Lan et al. 2020; MobileLLM's immediate sharing, Liu et al. 2024). `cyclic`: layer i uses set i mod "
         "`units` (CYCLE of Takase and Kiyono 2021). `sandwich`: all but the first and the last (Subformer, "
         "Reid et al. 2021).",
     )
-    group: int | None = Field(None, ge=2, description="Of order `groups`: layers that share.")
+    group: int | None = Field(None, ge=2, description="For order `groups`: the number of layers in a group.")
     units: int | None = Field(
-        None, ge=1, description="Of order `cyclic`: different sets of matrices, used in turns."
+        None, ge=1, description="For order `cyclic`: the number of different sets of matrices."
     )
 
     @model_validator(mode="after")
@@ -67,7 +67,7 @@ class LoraConfig(BaseModel):
 
     rank: int = Field(
         ge=1,
-        description="Rank r. Query, key and value have one A together, as have gate and up: each is one "
+        description="Rank r. Query, key and value share one A, and so do gate and up, as each is one "
         "product.",
     )
     what: Literal["ffn", "attention", "all"] = Field("all", description="Which networks have adapters.")

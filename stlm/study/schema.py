@@ -16,7 +16,7 @@ class Variant(BaseModel):
 
     label: str | None = Field(None, description="Name in tables and plots; default: the variant's key.")
     paper_row: str | None = Field(
-        None, description="The row of the paper's tables that this variant repeats."
+        None, description="The row of the paper's tables that this variant reproduces."
     )
     corpus: str | None = Field(None, description="Corpus, where it differs.")
     tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
@@ -25,7 +25,7 @@ class Variant(BaseModel):
     data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")
     techniques: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
-        description="Techniques that differ: name -> keys; `{}` for its defaults, null for one left out.",
+        description="Techniques that differ: name -> keys; `{}` for the defaults, null to leave one out.",
     )
 
 
@@ -43,7 +43,7 @@ class Published(BaseModel):
         None, description="Size as tables show it, for example 1.1B; default: the parameters counted."
     )
     context: int | None = Field(
-        None, ge=2, description="Longest sequence given to it, in tokens; default: the model's own."
+        None, ge=2, description="Longest sequence given to it, in tokens; default: the model's context."
     )
     # Omitted from records when null: models evaluated before this key existed are not evaluated again.
     prefix: str | None = Field(
@@ -60,7 +60,7 @@ class StudyFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    description: str = Field(description="What the study is for, in a line or two.")
+    description: str = Field(description="The purpose of the study, in a line or two.")
     corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")
     tokenizer: str = Field(
         description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus. "
@@ -68,7 +68,7 @@ class StudyFile(BaseModel):
         "`words`, `spaces` or `stride-N`, every N bytes; see docs/bytes.md."
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (0,), min_length=1, description="Each variant is run once a seed."
+        (0,), min_length=1, description="Each variant is run once for each seed."
     )
     baseline: str = Field("baseline", description="The variant that the others are compared with.")
     model: dict[str, Any] = Field(default_factory=dict, description="The baseline's model; see `model`.")
@@ -91,8 +91,8 @@ class StudyFile(BaseModel):
     )
     published: dict[str, Published] = Field(
         default_factory=dict,
-        description="Models of other people, scored on the same benchmarks and on the baseline's test text: "
-        "name -> where it is; see `published`.",
+        description="Published models, scored on the same benchmarks and on the baseline's test text: name "
+        "-> folder and settings; see `published`.",
     )
 
     @field_validator("variants", mode="before")

@@ -26,10 +26,10 @@ class TrainingConfig(BaseModel):
 
     start_from: str | None = Field(
         None,
-        description="The variant of this study whose last checkpoint training begins from; it is trained "
+        description="The variant of this study from whose last checkpoint training starts; it is trained "
         "first. Its model may differ in `low_rank`, `embedding_rank`, `lora` and dropout: dense matrices are "
-        "cut to the rank by their singular values. `steps` are further ones, on the text that follows. null: "
-        "new weights.",
+        "cut to the rank by their singular values. `steps` counts further steps, on the text that follows. "
+        "null: new weights.",
         exclude_if=lambda value: value is None,
     )
     steps: int = Field(25000, ge=1, description="Optimizer steps.")
@@ -48,7 +48,7 @@ class TrainingConfig(BaseModel):
         "schedule. Muon's updates are as large as AdamW's at the same rate.",
     )
     min_learning_rate: float = Field(
-        6e-5, ge=0, description="Learning rate at the last step, 0 too; not used by `constant`."
+        6e-5, ge=0, description="Learning rate at the last step, may be 0; not used by `constant`."
     )
     warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from zero. At most `steps`.")
     schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt", "one_cycle"] = Field(
@@ -57,11 +57,11 @@ class TrainingConfig(BaseModel):
         "(stable, then a linear decay), `inverse_sqrt`, `one_cycle`; or `constant`. See docs/schedules.md.",
     )
     decay_share: float = Field(
-        0.2, gt=0, le=1, description="Share of all steps in which `wsd` decays, at the end."
+        0.2, gt=0, le=1, description="Final share of all steps, in which `wsd` decays."
     )
     dropout_schedule: Literal["constant", "linear", "early", "late", "triangular"] = Field(
         "constant",
-        description="Factor of `model.dropout` and `model.attention_dropout` over training. See "
+        description="Schedule of a factor of `model.dropout` and `model.attention_dropout`. See "
         "docs/schedules.md.",
     )
     dropout_ends: tuple[float, float] = Field(
@@ -70,33 +70,35 @@ class TrainingConfig(BaseModel):
     dropout_share: float = Field(
         0.5, ge=0, le=1, description="Share of the steps after which `early` ends or `late` begins to drop."
     )
-    dropout_cycles: int = Field(1, ge=1, description="Rises from 0 to 1 and back of `triangular`.")
+    dropout_cycles: int = Field(
+        1, ge=1, description="How often `triangular` rises from 0 to 1 and falls back."
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov's).")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices alone.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Arithmetic of the products: bfloat16 autocast, float32, or `auto`: bfloat16 where the "
+        description="Precision of the products: bfloat16 autocast, float32, or `auto`: bfloat16 if the "
         "device multiplies it natively (recorded in train.json).",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="torch.compile; `auto`: on CUDA, not on a CPU. Where it fails, training warns and goes "
-        "on without.",
+        description="Whether to use torch.compile; `auto`: on CUDA, not on a CPU. If it fails, training "
+        "warns and continues without it.",
     )
     checkpoints: tuple[int, ...] = Field(
         (), description="Steps at which the weights are kept and evaluated; the last step always is."
     )
     validate_every: int = Field(
-        500, ge=1, description="Steps between validations; the last step always is one."
+        500, ge=1, description="Steps between validations; the last step is always validated."
     )
     validation_bytes: int = Field(
         700_000,
         ge=1,
-        description="UTF-8 bytes of the validation split that a validation reads, in whole documents: the "
-        "same ones whatever the tokenizer.",
+        description="UTF-8 bytes of the validation split that a validation reads, in whole documents, which "
+        "are the same for every tokenizer.",
     )
     log_every: int = Field(10, ge=1, description="Steps between rows of curve.csv.")
     watch_every: int = Field(

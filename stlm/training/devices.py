@@ -45,7 +45,7 @@ class Device:
 
     @property
     def arithmetic(self) -> str:
-        """A description of the precision and of the implementation of the operations."""
+        """A description of the precision and the kind of operations."""
         if self.compiled:
             return f"{self.precision}, compiled"
         if self.device.type == "cpu" and not self.kernels:

@@ -54,7 +54,7 @@ class Memory(NamedTuple):
 
 
 def training_memory(run: Run, precision: str, compiled: bool, sequences: int) -> Memory:
-    """The memory of a step of `run` in a process that handles `sequences` of a micro-batch at once."""
+    """The memory of a training step in a process that handles `sequences` of a micro-batch at once."""
     parameters = run.parameters.total
     # AdamW has two moments in float32, Muon's matrices have one; they exist from the second step on.
     moments = 0 if run.training.steps == 1 else 8 if run.training.optimizer == "adamw" else 4
@@ -68,7 +68,7 @@ def training_memory(run: Run, precision: str, compiled: bool, sequences: int) ->
 
 
 def _validation(run: Run) -> int:
-    """Bytes of the logits of a validation batch and of their log-softmax, both complete and in float32."""
+    """Bytes of a validation batch's logits and their log-softmax, both complete and in float32."""
     training, model = run.training, run.model
     if model.bytes is not None:
         return 0
