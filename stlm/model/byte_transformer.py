@@ -25,8 +25,8 @@ from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import Layout
 from stlm.model.packed_chunks import Packing, Table, Written
-from stlm.model.projection import INITIAL_STD
-from stlm.model.transformer import NORMS, Block, Transformer, block_matrices, sinusoidal_table
+from stlm.model.projection import INITIAL_STD, block_matrices
+from stlm.model.transformer import NORMS, Block, Transformer, sinusoidal_table
 from stlm.tokens.chunks import END, END_OF_TEXT, SYMBOLS, ChunkTable
 
 # Added to the logits of symbols that a rule forbids: their probability becomes zero in float32.

@@ -110,6 +110,27 @@ def projections(module: nn.Module) -> Iterator[tuple[str, Dense | LowRank]]:
             yield name, child
 
 
+def block_matrices(blocks: nn.Module) -> dict[tuple[int, ...], list[nn.Parameter]]:
+    """The matrices of all blocks, grouped by the rows of the matrices that one parameter joins.
+
+    A module that joins matrices says so in `joint_rows`: the name of a projection -> the rows of each. The
+    key is empty for a parameter that is a single matrix. Shared parameters appear once.
+    """
+    rows_of = {
+        parameter: rows
+        for module in blocks.modules()
+        for name, rows in getattr(module, "joint_rows", {}).items()
+        for parameter in getattr(module, name).parameters()
+        # A low-rank pair's input factor is one matrix: its rows are the rank.
+        if parameter.dim() == 2 and len(parameter) == sum(rows)
+    }
+    parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in blocks.parameters():
+        if parameter.dim() == 2:
+            parts.setdefault(rows_of.get(parameter, ()), []).append(parameter)
+    return parts
+
+
 def share(source: nn.Module, other: nn.Module) -> None:
     """Make `other`, of the same kind as `source`, use its matrices; adapters and vectors are not shared."""
     for (_, shared), (_, target) in zip(projections(source), projections(other), strict=True):

@@ -24,7 +24,7 @@ from stlm.model.fused import RMSNorm
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout
-from stlm.model.projection import INITIAL_STD, projection, projections, share
+from stlm.model.projection import INITIAL_STD, block_matrices, projection, projections, share
 from stlm.model.rotary import Rotary, rope_tables, rotate
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
@@ -178,27 +178,6 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x W in float32, whatever the precision: the residual stream and the scores stay in float32."""
     with torch.autocast(x.device.type, enabled=False):
         return x.float() @ weight
-
-
-def block_matrices(blocks: nn.Module) -> dict[tuple[int, ...], list[nn.Parameter]]:
-    """The matrices of all blocks, grouped by the rows of the matrices that one parameter joins.
-
-    A module that joins matrices says so in `joint_rows`: the name of a projection -> the rows of each. The
-    key is empty for a parameter that is a single matrix. Shared parameters appear once.
-    """
-    rows_of = {
-        parameter: rows
-        for module in blocks.modules()
-        for name, rows in getattr(module, "joint_rows", {}).items()
-        for parameter in getattr(module, name).parameters()
-        # A low-rank pair's input factor is one matrix: its rows are the rank.
-        if parameter.dim() == 2 and len(parameter) == sum(rows)
-    }
-    parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for parameter in blocks.parameters():
-        if parameter.dim() == 2:
-            parts.setdefault(rows_of.get(parameter, ()), []).append(parameter)
-    return parts
 
 
 class Transformer(nn.Module):

@@ -138,6 +138,24 @@ def _techniques(file: str, parsed: StudyFile, variant: Variant, key_path: str) -
     return load_techniques(merged, file, prefix)
 
 
+def _check_file(file: str, parsed: StudyFile) -> None:
+    """The baseline is a variant, names are names, and no seed comes twice."""
+    if parsed.baseline not in parsed.variants:
+        raise UserError(
+            f"{file}: baseline: {parsed.baseline!r} is not among the variants"
+            f"{nearest(parsed.baseline, parsed.variants)}"
+        )
+    for key in ("variants", "published"):
+        for item in getattr(parsed, key):
+            if not is_name(item):
+                raise UserError(
+                    f"{file}: {key}: {shortened(item)!r}: a name is lower-case letters, digits, _ and -, and "
+                    f"begins with a letter; at most {LONGEST_NAME}"
+                )
+    if len(set(parsed.seeds)) < len(parsed.seeds):
+        raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
+
+
 def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
     """Read, override, check and resolve the study ``params/<name>.yaml``.
 
@@ -153,20 +171,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     if overrides:
         file += f" (with --set {shortened(' '.join(overrides), 200)})"
     parsed = validate(StudyFile, raw, file)
-    if parsed.baseline not in parsed.variants:
-        raise UserError(
-            f"{file}: baseline: {parsed.baseline!r} is not among the variants"
-            f"{nearest(parsed.baseline, parsed.variants)}"
-        )
-    for key in ("variants", "published"):
-        for item in getattr(parsed, key):
-            if not is_name(item):
-                raise UserError(
-                    f"{file}: {key}: {shortened(item)!r}: a name is lower-case letters, digits, _ and -, and "
-                    f"begins with a letter; at most {LONGEST_NAME}"
-                )
-    if len(set(parsed.seeds)) < len(parsed.seeds):
-        raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
+    _check_file(file, parsed)
     corpora = load_corpora(root)
     check_names(file, parsed, corpora)
     runs = [
