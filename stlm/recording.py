@@ -128,14 +128,22 @@ def record_in_dvc(root: Path = Path()) -> str:
 def _check_made(study: Study, root: Path) -> None:
     """Refuse to record outputs of other parameters: `snakemake --touch` accepts all as made with today's."""
     from stlm.report.results import EvaluationRecord, PublishedRecord, TrainRecord
-    from stlm.report.settings_check import check_published, check_scored, check_trained
+    from stlm.report.settings_check import (
+        check_dependencies,
+        check_published,
+        check_scored,
+        check_trained,
+    )
 
+    trained = {}
     for run in study.runs.values():
         path, command = run.folder / "train.json", f"stlm train {study.name} {run.name}"
-        check_trained(run, read_record(root / path, TrainRecord), path, command)
+        trained[run.name] = read_record(root / path, TrainRecord)
+        check_trained(run, trained[run.name], path, command)
         path, command = run.folder / "evaluation.json", f"stlm evaluate {study.name} {run.name}"
         scored = read_record(root / path, EvaluationRecord)
         check_scored(study.evaluation, scored.settings, path, command)
+    check_dependencies(study, trained)
     for model in study.published.values():
         path, command = model.results_folder / "evaluation.json", f"stlm evaluate {study.name} {model.name}"
         published = read_record(root / path, PublishedRecord)

@@ -176,11 +176,14 @@ class Card:
         rows = [[Cell(name), Cell(f"{number:,}")] for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
         table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
-        return f"{self._settings('Size', 'Model')}\n{markdown(table)}"
+        kinds = ("Size", "Model", "Techniques") if techniques else ("Size", "Model")
+        return f"{self._settings(*kinds)}\n{markdown(table)}"
 
     def _settings(self, *sections: str) -> str:
         found = settings(self.train)
-        rows = [[Cell(key), Cell(value)] for section in sections for key, value in found[section].items()]
+        rows = [
+            [Cell(key), Cell(value)] for section in sections for key, value in found.get(section, {}).items()
+        ]
         return markdown(Table("settings", " and ".join(sections), ["", ""], rows))
 
     def _training(self) -> str:
@@ -203,17 +206,20 @@ class Card:
         )
 
     def _origin(self) -> str:
-        """The training that went before, where the run began with another's weights."""
-        start = self.train.start
-        if start is None:
-            return ""
-        cut = start.truncation
-        return (
-            f" It began with the last weights of the run {start.run}, which {start.tokens:,} {self._unit} "
-            f"and about {start.flops:.2e} floating-point operations had gone into"
-            + (f", cut to lower ranks ({percent(cut.relative_error)}% of their norm lost)" if cut else "")
-            + "."
-        )
+        """The trainings of other runs that this one depended on."""
+        sentences = []
+        for role, other in self.train.depends.items():
+            cost = f"{other.tokens:,} {self._unit} and about {other.flops:.2e} floating-point operations"
+            if role == "start":
+                cut = ""
+                if other.truncation:
+                    lost = percent(other.truncation.relative_error)
+                    cut = f", cut to lower ranks ({lost}% of their norm lost)"
+                begun = f" It began with the last weights of the run {other.run}, which {cost} had gone into"
+                sentences.append(f"{begun}{cut}.")
+            else:
+                sentences.append(f" Its {role} was the run {other.run}, trained with {cost}.")
+        return "".join(sentences)
 
     def _results(self) -> str:
         if self.result is None:

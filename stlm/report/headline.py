@@ -87,7 +87,11 @@ def sentences(found: Sequence[Finding]) -> list[str]:
     lines = [_best(base, compared)]
     if len(compared) > 1:
         worst = compared[-1]
-        lines.append(f"{worst.label} has the most: {worst.bits:.3f} ({worst.in_words}).")
+        if worst.difference < 0:
+            name = _named(base)
+            lines.append(f"{name[0].upper()}{name[1:]} has the most.")
+        else:
+            lines.append(f"{worst.label} has the most: {worst.bits:.3f} ({worst.in_words}).")
     unsure = [one.label for one in compared if not one.certain]
     if any(one.interval for one in compared):
         text = f"{some(unsure, _MOST_NAMES)} cannot" if unsure else "Every other model can"
@@ -112,6 +116,8 @@ def _best(base: Finding, compared: Sequence[Finding]) -> str:
             f"{base.bits:.3f} for {_named(base)} ({best.in_words})."
         )
     name = _named(base)
+    if best.difference == 0:
+        return f"No model has fewer bits per byte of test text than {name}: {base.bits:.3f}."
     return (
         f"{name[0].upper()}{name[1:]} has the fewest bits per byte of test text {among}: {base.bits:.3f}; "
         f"{best.label} follows with {best.bits:.3f} ({best.in_words})."

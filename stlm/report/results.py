@@ -25,7 +25,7 @@ from stlm.report.schema import (
     TextRecord,
     TrainRecord,
 )
-from stlm.report.settings_check import check_published, check_scored, check_trained
+from stlm.report.settings_check import check_dependencies, check_published, check_scored, check_trained
 from stlm.study.runs import PublishedModel, Run, Study
 
 __all__ = [
@@ -126,7 +126,9 @@ def read_results(study: Study) -> dict[str, RunResult]:
     Raises UserError naming each missing or broken file and the command that makes it.
     """
     names = sorted(study.runs, key=lambda name: name != study.baseline)
-    return _read_all(names, lambda name: _read_run(study, study.runs[name]))
+    results = _read_all(names, lambda name: _read_run(study, study.runs[name]))
+    check_dependencies(study, {name: result.train for name, result in results.items()})
+    return results
 
 
 def read_published(study: Study) -> dict[str, PublishedResult]:
@@ -197,6 +199,17 @@ def _read_published(study: Study, model: PublishedModel) -> PublishedResult:
     )
 
 
+def expected_readouts(run: Run) -> set[str]:
+    """The names of the language models within a run's model that evaluation scores besides it."""
+    if not run.techniques:
+        return set()
+    from stlm.model.counts import build_on_meta
+
+    techniques = tuple(run.techniques.values())
+    model = build_on_meta(run.model, techniques)
+    return {name for technique in techniques for name in technique.readouts(model)}
+
+
 def _read_run(study: Study, run: Run) -> RunResult:
     train_command = f"stlm train {study.name} {run.name}"
     evaluate_command = f"stlm evaluate {study.name} {run.name}"
@@ -215,5 +228,9 @@ def _read_run(study: Study, run: Run) -> RunResult:
         if trained.get(checkpoint.step) != checkpoint.weights_sha256:
             what = f"scored other weights for {name} than train.json lists"
             raise _broken(run.folder / "evaluation.json", what, evaluate_command)
+    missing = expected_readouts(run) - evaluation.readouts.keys()
+    if missing:
+        what = f"has no scores of {', '.join(sorted(missing))}"
+        raise _broken(run.folder / "evaluation.json", what, evaluate_command)
     items = run.folder / "items.parquet"
     return RunResult(run.name, train, curve, watch, evaluation, checkpoints, items, evaluate_command)

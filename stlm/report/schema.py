@@ -63,6 +63,7 @@ class DependencyRecord(Strict):
     """
 
     run: str
+    weights_sha256: str | None = None
     tokens: int
     flops: float
     truncation: Truncation | None = None

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from stlm.errors import UserError
 from stlm.evaluation.config import BATCH_KEYS, EvaluationConfig
 from stlm.model.config import ModelConfig
-from stlm.study.runs import PublishedModel, Run
+from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.strict import validate
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 
@@ -48,6 +48,26 @@ def check_trained(run: Run, train: TrainRecord, path: Path, command: str) -> Non
         key = f"depends.{role}.run"
         expected[key], found[key] = run.depends.get(role), recorded.get(role)
     record.compare(found, expected, ignored={f"training.{key}" for key in RECORD_KEYS})
+
+
+def check_dependencies(study: Study, trained: Mapping[str, TrainRecord]) -> None:
+    """Refuse runs that read other weights of a run they depend on than that run has now.
+
+    `trained`: the study's runs by name. Raises UserError, a line for each.
+    """
+    problems = []
+    for name, train in trained.items():
+        for role, other in train.depends.items():
+            if other.weights_sha256 is None or other.run not in trained:
+                continue  # earlier versions did not record it
+            if other.weights_sha256 != trained[other.run].checkpoints[-1].weights_sha256:
+                path = study.runs[name].folder / "train.json"
+                problems.append(
+                    f"{path}: depends.{role}: {other.run} has been trained again since: run "
+                    f"`stlm train {study.name} {name}`"
+                )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_scored(

@@ -143,6 +143,7 @@ def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
         ours, theirs = getattr(run, name), getattr(origin, name)
         if ours != theirs:
             raise UserError(f"{key} has the {name} {theirs}, the run {ours}; they must be the same")
+    refuse(origin.techniques.values(), "start_from", lambda message: UserError(f"{key}: its {message}"))
     if not (run.data.plain and origin.data.plain):
         raise UserError(f"{key}: a run goes on in its origin's text only where neither has keys in data")
     for name in type(run.model).model_fields:

@@ -89,7 +89,8 @@ class Run(BaseModel):
                 key = f"techniques.{name}.{role}"
                 if role in found:
                     raise UserError(
-                        f"run {self.name}: {key}: {found[role].key} has the role {role!r} already"
+                        f"params/{self.study}.yaml: run {self.name}: {key}: {found[role].key} has the role "
+                        f"{role!r} already"
                     )
                 found[role] = NamedVariant(key, variant)
         return found

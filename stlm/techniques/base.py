@@ -55,6 +55,10 @@ class Technique(BaseModel):
     # Maps roles to the runs that this one depends on; set when the study is loaded.
     _others: dict[str, Run] = PrivateAttr(default_factory=dict)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the settings are equal: what training loads (a teacher) is no part of a technique."""
+        return type(self) is type(other) and self.model_dump_json() == other.model_dump_json()
+
     def __hash__(self) -> int:
         """A hash of the settings, which may contain lists: counts of models are cached by techniques."""
         return hash((type(self), self.model_dump_json()))

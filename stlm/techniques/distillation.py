@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
-from stlm.techniques.base import Technique
+from stlm.techniques.base import Technique, refuse
 from stlm.tokens.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
@@ -80,6 +80,12 @@ class Distillation(Technique):
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
         """The teacher reads the run's tokens, as many of them, and predicts tokens of the same vocabulary."""
         teacher = self.others["teacher"]
+        if run.data.attention == "within":
+            refuse(
+                teacher.techniques.values(),
+                "attention_within",
+                lambda what: ValueError(f"teacher: its {what}"),
+            )
         if teacher.model.bytes is not None:
             raise ValueError(f"teacher: {self.teacher!r} is byte-level; expected a model of tokens")
         if teacher.tokenizer != run.tokenizer:

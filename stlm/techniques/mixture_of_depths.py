@@ -72,6 +72,8 @@ class MixtureOfDepths(Technique):
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
         """The weighted mean of the blocks' cross-entropies, in nats: the part "router"."""
+        if not forward.model.training:  # evaluation chooses by the threshold: there is nothing to learn
+            return {}
         _ = forward.hidden_ND  # the blocks' cross-entropies are those of this forward pass
         losses = [block.take_loss() for block in routed_blocks(forward.model)]
         return {"router": self.weight * torch.stack(losses).mean()} if losses else {}
@@ -118,16 +120,6 @@ class RoutedBlock(nn.Module):
         # Of the last forward pass: in training the cross-entropy, in evaluation which tokens were chosen.
         self.loss: Tensor | None = None
         self.chosen_BL: Tensor | None = None
-
-    @property
-    def attention(self) -> nn.Module:
-        """The block's attention."""
-        return self.block.attention
-
-    @property
-    def ffn(self) -> nn.Module:
-        """The block's feed-forward network."""
-        return self.block.ffn
 
     def chosen(self, length: float) -> int:
         """How many of a row's tokens training chooses."""

@@ -75,7 +75,8 @@ def is_folder(path: Path) -> bool:
 
 
 def _nothing(name: str, others: Iterable[str], *folders: Path) -> str:
-    trained = [folder for folder in folders if is_file(folder / "train.json")]
+    # A clone has the curves of runs, and nothing else of them.
+    trained = [folder for folder in folders if is_file(folder / "curve.csv")]
     if trained:
         return f"{trained[0]}: has no checkpoints; `dvc pull` gets them, `stlm train` makes them"
     known = [f"{path.parts[-4]}/{path.parts[-2]}" for path in RESULTS.glob("*/runs/*/checkpoints")]

@@ -30,7 +30,7 @@ class Progress:
     by name (`part_losses`), and the last step's `grad_norm`, if a run stops between two rows. `kernels`,
     `compiled`: whether all steps were computed this way (None: an earlier version did not record it).
     `parts`: the devices, processors and code versions that computed the run, each once, ordered by their last
-    steps. computed by, each once, in the order of their last steps.
+    steps.
     """
 
     step: int = 0

@@ -199,7 +199,7 @@ def test_mistakes(said, arguments: tuple[str, ...], message: str) -> None:
 def test_a_run_without_its_checkpoints(said, run: Path) -> None:
     other = run.with_name("other")
     other.mkdir(exist_ok=True)
-    (other / "train.json").write_text("{}")
+    (other / "curve.csv").write_text("step\n")
     assert "results/toy/runs/other: has no checkpoints; `dvc pull`" in said("toy/other", "a")[1]
 
 

@@ -50,6 +50,13 @@ def test_a_baseline_that_is_best_says_so():
     assert last.startswith("Every other model can be distinguished from the baseline. With one seed each")
 
 
+def test_a_baseline_that_is_worst_says_so():
+    found = [BASE, finding("Good", 1.8, -0.25, -0.15), finding("Better", 1.9, -0.2, -0.05)]
+    assert sentences(found)[1] == "The baseline has the most."
+    tied = sentences([BASE, finding("Equal", 2.0, -0.1, 0.1)])
+    assert tied[0] == "No model has fewer bits per byte of test text than the baseline: 2.000."
+
+
 def test_what_is_not_known_is_not_claimed():
     alone = sentences([BASE])
     assert alone == ["Baseline has 2.000 bits per byte of test text."]

@@ -16,7 +16,8 @@ from stlm.report.card import read_card
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
 from stlm.report.results import read_results
-from stlm.report.settings_check import check_published
+from stlm.report.schema import DependencyRecord
+from stlm.report.settings_check import check_dependencies, check_published
 from stlm.study.runs import PublishedModel, Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
@@ -147,6 +148,24 @@ def test_a_record_of_another_run_is_refused(make_study, keys, found):
     study = make_study(ONE, benchmarks={"blimp": 10})
     rewrite(study.runs["baseline"].folder / "train.json", **keys)
     assert f"was trained with {found}, the study asks for" in refused(study)
+
+
+def test_a_run_that_read_other_weights_of_another_run_than_it_has_now_is_refused(make_study):
+    variants = {"baseline": ("Baseline", {}), "student": ("Student", {})}
+    study = make_study(variants, benchmarks={"blimp": 10})
+    results = read_results(study)
+    weights = results["baseline"].train.checkpoints[-1].weights_sha256
+    trained = {}
+    for found in (weights, "0" * 64, None):
+        other = {"run": "baseline", "tokens": 1, "flops": 1.0, "weights_sha256": found}
+        train = results["student"].train.model_copy(
+            update={"depends": {"teacher": DependencyRecord.model_validate(other)}}
+        )
+        trained[found] = {"baseline": results["baseline"].train, "student": train}
+    check_dependencies(study, trained[weights])
+    check_dependencies(study, trained[None])  # earlier versions did not record it
+    with pytest.raises(UserError, match=r"depends.teacher: baseline has been trained again.*stlm train"):
+        check_dependencies(study, trained["0" * 64])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""What holds for every technique that there is."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from stlm.errors import UserError
+from stlm.model.build import build_model
+from stlm.model.config import ModelConfig
+from stlm.study.load import load_study
+from stlm.techniques.base import CAPABILITIES, Technique, refuse
+from stlm.techniques.registry import load_techniques, technique_class, technique_names
+from stlm.training.divergence import locate
+from stlm.training.loop import Trainer
+
+# The keys that a technique has no default for.
+NEEDED = {"distillation": {"teacher": "teacher", "weight": 0.0}}
+NAMES = technique_names()
+STUDY = """
+description: Techniques together.
+corpus: synthetic
+tokenizer: bpe-1280
+model: {layers: 4, width: 32, heads: 2, kv_heads: 1, ffn_width: 48, context: 32}
+training: {steps: 4, warmup_steps: 1}
+evaluation: {benchmarks: {}}
+variants:
+  baseline: {}
+  teacher: {}
+"""
+
+
+def make(name: str) -> Technique:
+    return load_techniques({name: NEEDED.get(name, {})}, "params/any.yaml", "techniques")[name]
+
+
+def load(project, variants: str):
+    (project / "params" / "together.yaml").write_text(STUDY + variants)
+    return load_study("together")
+
+
+def test_there_are_techniques():
+    assert {"mixture_of_depths", "early_exit", "distillation", "series_activation"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is(name):
+    kind, technique = technique_class(name), make(name)
+    assert kind.__doc__ and all(field.description for field in kind.model_fields.values())
+    assert technique.key() == name and technique == make(name) and hash(technique) == hash(make(name))
+    assert technique.supports <= CAPABILITIES.keys()
+    for capability in CAPABILITIES.keys() - technique.supports:
+        with pytest.raises(UserError, match=f"techniques.{name} does not support"):
+            refuse([technique], capability)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_models_weights_are_those_of_its_seed(name):
+    config = ModelConfig(layers=4, width=32, heads=2, kv_heads=1, ffn_width=48, context=32, vocab_size=61)
+    models = []
+    for techniques in ((), (make(name),)):
+        torch.manual_seed(0)
+        models.append(build_model(config, techniques))
+    weights = [{id(p): p for p in model.parameters()} for model in models]
+    plain, others = ([p for p in parameters.values()] for parameters in weights)
+    for parameter in plain:
+        assert any(torch.equal(parameter, other) for other in others if other.shape == parameter.shape)
+
+
+@pytest.mark.parametrize("names", list(combinations(NAMES, 2)), ids="-".join)
+def test_two_that_do_not_name_each_other_are_refused_together(project, names):
+    one, other = map(make, names)
+    keys = ", ".join(f"{name}: {NEEDED.get(name, {})}".replace("'", "") for name in names)
+    variants = f"  both: {{techniques: {{{keys}}}}}\n"
+    if other.key() in one.combines_with or one.key() in other.combines_with:
+        assert set(load(project, variants).runs["both"].techniques) == set(names)
+    else:
+        with pytest.raises(UserError, match=f"techniques.{names[0]} and techniques.{names[1]} cannot be"):
+            load(project, variants)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_starts_from_one_with_it_is_refused_unless_it_is_supported(project, name):
+    keys = str(NEEDED.get(name, {})).replace("'", "")
+    if name == "distillation":
+        pytest.skip("a start that depends on a run itself is refused for that")
+    variants = f"  origin: {{techniques: {{{name}: {keys}}}}}\n  next: {{training: {{start_from: origin}}}}\n"
+    if "start_from" in make(name).supports:
+        assert load(project, variants).runs["next"].depends == {"start": "origin"}
+    else:
+        with pytest.raises(UserError, match=f"start_from: 'origin': its techniques.{name} does not support"):
+            load(project, variants)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "distillation"])
+def test_a_divergence_is_traced_as_without_it(make_technique_run, name):
+    run = make_technique_run(techniques=[make(name)])
+    trainer = Trainer(run)
+    trainer.setup.objective.before_step(trainer.setup.model, 8)
+    tokens_BM = torch.from_numpy(trainer.setup.micro_batches.rows.batch(0, 0, 1))
+    model = trainer.setup.model.train()
+    # A head that overflows: all activations are finite, the loss is not.
+    with torch.no_grad():
+        model.embedding.weight.mul_(1e3)
+        model.norm.weight.fill_(1e36)
+    place = locate(model, lambda tokens: trainer.setup.loss(tokens, 8, eager=True), [tokens_BM])
+    assert place.sentence == "all activations are finite, the loss of the head is not"
+    assert sorted(place.rows) == list(range(len(tokens_BM)))
