@@ -25,8 +25,8 @@ class Variant(BaseModel):
     data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")
     techniques: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
-        description="Techniques that differ: name -> the keys that differ, `{}` to add one with its defaults, "
-        "null to leave one out.",
+        description="Techniques that differ: name -> the keys that differ, `{}` to add one with its "
+        "defaults, null to leave one out.",
     )
 
 
