@@ -186,7 +186,7 @@ def test_a_study_lists_its_published_models(published: Path, capsys) -> None:
     header, row = (line.split() for line in lines[-2:])
     assert header == ["published", "label", "parameters", "folder"]
     numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("models/tiny").parameters())
-    assert row == ["tiny-llama", "TinyLlama", f"~{numbers / 1000:.3g}K", "models/tiny", "there"]
+    assert row == ["tiny-llama", "TinyLlama", f"~{numbers / 1000:.3g}k", "models/tiny", "there"]
     (Path("models/tiny") / "model.safetensors").write_bytes(b"")
     main(["study", "own"])
     assert "cannot be read: models/tiny/model.safetensors: 0 bytes" in capsys.readouterr().out
