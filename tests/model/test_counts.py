@@ -92,6 +92,12 @@ def test_counts_are_those_of_all_committed_records():
         for run, record in json.loads(path.read_text(encoding="utf-8"))["runs"].items()
     }
     assert len(runs) > 100
+    with_techniques = [path for path, record in runs.items() if record.get("techniques")]
+    for study, name in with_techniques:  # their FLOPs may be those of other runs, too
+        run, record = load_study(study, root=ROOT).runs[name], runs.pop((study, name))
+        assert run.parameters._asdict() == record["parameters"], name
+        assert run.flops == record["flops"], name
+    assert with_techniques
     for path, record in runs.items():
         config = ModelConfig.model_validate(record["model"])
         assert parameter_counts(config)._asdict() == record["parameters"], path
