@@ -129,6 +129,19 @@ class Technique(BaseModel):
         """
         return 0.0
 
+    def extra_bytes(self, run: Run) -> float:
+        """Memory in bytes that training holds from the first step to the last, beyond the model with its
+        gradients and moments: a teacher."""
+        return 0.0
+
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """Memory in bytes per token that the backward pass needs beyond what it needs of the plain model.
+
+        Negative if it needs less. `narrow`: bytes of a number in matrix products. The estimate before
+        training, which refuses a run, is a lower bound: do not exceed what is surely kept.
+        """
+        return 0.0
+
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """Further language models within a trained one, by name, which are scored like the model.
 

@@ -162,6 +162,10 @@ class Distillation(Technique):
             flops += TRAINING_PASSES * forward_flops(student.output, 1)
         return self._share(run.training.steps) * flops
 
+    def extra_bytes(self, run: Run) -> float:
+        """See `Technique.extra_bytes`: the teacher's weights, in float32."""
+        return 4 * self.others["teacher"].parameters.total
+
 
 class _Divergence(torch.autograd.Function):
     """KL(teacher || student) at a temperature in nats, float32: the mean over positions.

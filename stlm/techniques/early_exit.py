@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from stlm.model.activations import block_activations
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.model.layout import Layout
@@ -175,6 +176,25 @@ class EarlyExit(Technique):
             for number, block in enumerate(model.blocks, 1)
         )
         return TRAINING_PASSES * (heads * head - self.mean_growth(steps) * skipped)
+
+    def extra_bytes(self, run: Run) -> float:
+        """See `Technique.extra_bytes`: each exit's gradient of the head, kept until the backward pass."""
+        return 4 * self._exits_at_once(run) * run.model.vocab_size * run.model.width
+
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: each exit's gradient of its input, less what rows skip."""
+        added = self._exits_at_once(run) * narrow * run.model.width
+        if self.p_schedule != "constant":  # at the first step none is skipped
+            return added
+        skipped = sum(self.skipped(block + 1, run.model.layers) for block in range(run.model.layers))
+        return added - skipped * block_activations(run.model, narrow)
+
+    def _exits_at_once(self, run: Run) -> int:
+        """The largest number of exits, without the last block's, that have a loss in one step."""
+        layers, steps = run.model.layers, run.training.steps
+        # A rotation repeats, and the gradual curriculum ends with all exits.
+        first = range(1, min(steps, self.period or layers) + 1)
+        return max(len(self.weights(step, steps, layers)) - 1 for step in (*first, steps))
 
     def steps_enabled(self, block: int, steps: int, layers: int) -> int:
         """How many of the steps the block's exit has a loss in: those of `enabled`, counted."""

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.activations import block_activations
 from stlm.model.flops import forward_flops
 from stlm.model.layout import Layout, Selection
 from stlm.model.projection import INITIAL_STD
@@ -69,6 +70,13 @@ class MixtureOfDepths(Technique):
             return
         for number in range(self.first - 1, len(model.blocks), self.every):
             model.blocks[number] = RoutedBlock(model.blocks[number], model.config.width, self)
+
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: a routed block keeps what the chosen tokens need, and for
+        all tokens its output and the router's normalized input, in float32."""
+        routed = len(range(self.first - 1, run.model.layers, self.every))
+        block = block_activations(run.model, narrow)
+        return routed * (8 * run.model.width - (1 - self.capacity) * block)
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
         """The weighted mean of the blocks' cross-entropies, in nats: the part "router"."""

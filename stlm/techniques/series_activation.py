@@ -60,6 +60,10 @@ class SeriesActivation(Technique):
         for block in model.blocks:
             block.ffn.activation = Series(block.ffn.activation, model.config.ffn_width, self.shifts())
 
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: a further term keeps its shifted and its activated units."""
+        return 2 * (self.terms - 1) * run.model.layers * run.model.ffn_width * narrow
+
 
 class Series(nn.Module):
     """The sum [..., F] of scaled activations of hidden units [..., F], each shifted."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from stlm.model.config import ModelConfig
+from stlm.model.activations import block_activations
 from stlm.study.runs import Run
 
 # Bytes of the process: Python, torch and its libraries. Left out of `least`, as it varies between builds.
@@ -27,9 +27,12 @@ _COMPILED_KEEPS = 0.5
 
 
 class Memory(NamedTuple):
-    """A lower bound on a process's bytes: its `weights` with the optimizer's moments, their `gradients`, and,
-    for each `sequence` of the `sequences` that it processes at once, what the backward pass needs of the
-    forward pass. `validation`: the logits of one validation batch."""
+    """A lower bound on a process's bytes.
+
+    `weights`: with the optimizer's moments, and what techniques hold. `sequence`: what the backward pass
+    needs of the forward pass for each of the `sequences` processed at once. `validation`: the logits of one
+    validation batch.
+    """
 
     weights: int
     gradients: int
@@ -58,12 +61,15 @@ def training_memory(run: Run, precision: str, compiled: bool, sequences: int) ->
     parameters = run.parameters.total
     # AdamW has two moments in float32, Muon's matrices have one; they exist from the second step on.
     moments = 0 if run.training.steps == 1 else 8 if run.training.optimizer == "adamw" else 4
-    per_token = _activations(run.model, 2 if precision == "bfloat16" else 4)
+    narrow = 2 if precision == "bfloat16" else 4
+    per_token = run.model.layers * block_activations(run.model, narrow)
+    per_token += sum(one.extra_bytes_per_token(run, narrow) for one in run.techniques.values())
     if compiled:
         per_token *= _COMPILED_KEEPS
     # The batch itself holds integers of 8 bytes.
     sequence = int(run.model.context * (per_token + 8))
     held = parameters * (4 + moments) + run.model.layers * _LAYER_OBJECTS
+    held += int(sum(one.extra_bytes(run) for one in run.techniques.values()))
     return Memory(held, 4 * parameters, sequence, sequences, _validation(run))
 
 
@@ -76,19 +82,6 @@ def _validation(run: Run) -> int:
     text = training.validation_bytes // (1 if run.tokenizer == "bytes" else 5)
     windows = min(training.batch_size, max(1, text // model.context))
     return 8 * windows * model.context * model.vocab_size
-
-
-def _activations(model: ModelConfig, narrow: int) -> float:
-    """Bytes per token, over all layers, that the forward pass keeps for the backward pass.
-
-    Each layer keeps the residual stream twice in float32. In `narrow` bytes it keeps the inputs of its matrix
-    products (two normalized inputs, attention's output, the hidden units) and of its nonlinear parts
-    (queries, keys and values; gate and up). For a byte-level model this counts the core, whose tokens are
-    chunks.
-    """
-    key_value = model.kv_heads * model.head_width
-    hidden = (3 if model.ffn == "swiglu" else 2) * model.ffn_width
-    return model.layers * (8 * model.width + narrow * (4 * model.width + 2 * key_value + hidden))
 
 
 class Room(NamedTuple):

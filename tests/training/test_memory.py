@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 
 from stlm.model.config import ModelConfig
+from stlm.techniques.distillation import Distillation
+from stlm.techniques.early_exit import EarlyExit
+from stlm.techniques.mixture_of_depths import MixtureOfDepths
+from stlm.techniques.series_activation import SeriesActivation
 from stlm.training import memory
 from stlm.training.memory import Room, machine_room, training_memory
 
@@ -21,6 +25,14 @@ PEAKS = [
     ((12, 128, 4, 4, 512, 512, 256), 32, 2261, 1376),
     ((1, 1024, 16, 4, 3072, 1024, 128), 8, 640, 620),
 ]
+# The same of the third shape with a batch of 32, with techniques.
+TECHNIQUE_PEAKS = [
+    (MixtureOfDepths(), 989, 830),
+    (MixtureOfDepths(first=1, every=1), 722, 681),
+    (EarlyExit(p_max=0, curriculum=None), 1620, 1027),
+    (EarlyExit(p_max=0.5, p_schedule="constant", scale=0), 1125, 966),
+    (SeriesActivation(terms=4), 3545, 1848),
+]
 KEYS = ("layers", "width", "heads", "kv_heads", "ffn_width", "vocab_size", "context")
 
 
@@ -35,6 +47,24 @@ def test_the_estimate_lies_below_and_about_measured_peaks(make_run, shape, batch
         need = training_memory(sized(make_run, shape), precision, False, batch)
         assert need.least < (peak - PROCESS) * MB
         assert 0.85 < need.likely / (peak * MB) < 1.5
+
+
+@pytest.mark.parametrize(("technique", "float32", "bfloat16"), TECHNIQUE_PEAKS)
+def test_so_does_the_estimate_with_a_technique(make_run, technique, float32, bfloat16):
+    run = sized(make_run, PEAKS[2][0]).model_copy(update={"techniques": {technique.key(): technique}})
+    for precision, peak in (("float32", float32), ("bfloat16", bfloat16)):
+        need = training_memory(run, precision, False, 32)
+        assert need.least < (peak - PROCESS) * MB
+        assert 0.85 < need.likely / (peak * MB) < 1.35
+
+
+def test_a_teacher_is_held_throughout(make_run):
+    student, teacher = sized(make_run, PEAKS[0][0]), sized(make_run, PEAKS[2][0])
+    technique = Distillation(teacher="teacher")
+    technique.set_others({"teacher": teacher})
+    taught = student.model_copy(update={"techniques": {"distillation": technique}})
+    plain, more = (training_memory(run, "float32", False, 8) for run in (student, taught))
+    assert more.weights - plain.weights == 4 * teacher.parameters.total
 
 
 def test_what_fits_is_what_the_estimate_says(make_run):
