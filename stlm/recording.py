@@ -127,7 +127,7 @@ def record_in_dvc(root: Path = Path()) -> str:
 
 def _check_made(study: Study, root: Path) -> None:
     """Refuse to record outputs of other parameters: `snakemake --touch` accepts all as made with today's."""
-    from stlm.report.results import EvaluationRecord, PublishedRecord, TrainRecord
+    from stlm.report.schema import EvaluationRecord, PublishedRecord, TrainRecord
     from stlm.report.settings_check import (
         check_dependencies,
         check_published,

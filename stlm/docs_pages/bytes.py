@@ -70,38 +70,39 @@ def cost_table(root: Path = Path()) -> str:
     variants = read_variants(folder)  # the baseline's first
     base = next(iter(variants.values()))
     noise = seed_noise({name: variant.bits for name, variant in variants.items()})
-    kept = any(documents is not None for documents in base.documents.values())
+    with_documents = any(documents is not None for documents in base.documents.values())
+    header, ruler = (" over documents |", " ---: |") if with_documents else ("", "")
     lines = [
         "| variant | parameters | in the place of embedding and head | text read (MB) | training FLOPs | "
-        f"training time | bits per byte (test) | difference | by seed |{' over documents |' if kept else ''}",
-        f"| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |{' ---: |' if kept else ''}",
-        *(f"| {' | '.join(_cost_cells(variant, base, noise, kept))} |" for variant in variants.values()),
+        f"training time | bits per byte (test) | difference | by seed |{header}",
+        f"| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |{ruler}",
+        *(
+            f"| {' | '.join(_cost_cells(variant, base, noise, with_documents))} |"
+            for variant in variants.values()
+        ),
     ]
-    labels = {name: variant.train.label for name, variant in variants.items()}
-    text = amount_note((variant.train.label, variant.text) for variant in variants.values())
+    labels = {name: variant.label for name, variant in variants.items()}
+    text = amount_note((variant.label, variant.text) for variant in variants.values())
     return "\n".join([*lines, "", text, *_cost_notes(base, noise, labels)]) + "\n"
 
 
 def _text_read(variant: CommittedVariant) -> float:
     """Bytes of text read in training, by the mean length of a chunk of the test text."""
-    measured = {run: last.perplexity for run, last in variant.last.items()}
+    texts = {seed: last.perplexity for seed, last in variant.last.items()}
     return mean(
-        train.tokens * measured[run].bytes / measured[run].tokens for run, train in variant.trains.items()
+        train.tokens * texts[seed].bytes / texts[seed].tokens for seed, train in variant.trains.items()
     )
 
 
 def _cost_cells(
-    variant: CommittedVariant, base: CommittedVariant, noise: SeedNoise | None, kept: bool
+    variant: CommittedVariant, base: CommittedVariant, noise: SeedNoise | None, with_documents: bool
 ) -> list[str]:
-    counts, trains, bases = (
-        variant.train.parameters,
-        list(variant.trains.values()),
-        list(base.trains.values()),
-    )
-    comparable = len({machine(one) for one in (*bases, *trains)}) == 1
-    seconds = mean(train.seconds for train in trains) / mean(train.seconds for train in bases)
+    counts = variant.train.parameters
+    trains, base_trains = list(variant.trains.values()), list(base.trains.values())
+    comparable = len({machine(train) for train in (*base_trains, *trains)}) == 1
+    seconds = mean(train.seconds for train in trains) / mean(train.seconds for train in base_trains)
     cells = [
-        variant.train.label,
+        variant.label,
         _millions(counts.total),
         _millions(counts.embedding),
         f"{_text_read(variant) / 1e6:.2f}",
@@ -110,20 +111,20 @@ def _cost_cells(
         f"{mean(variant.bits.values()):.3f}",
     ]
     if variant is base:
-        return [*cells, "", "", *([""] if kept else [])]
+        return [*cells, "", "", *([""] if with_documents else [])]
     shared, models = differences(variant.bits, base.bits), [one.train.variant for one in (variant, base)]
     half = "" if noise is None else f" ±{noise.half_width(shared, models):.3f}"
     cells += [f"{difference_text(mean(shared))}{half}", ", ".join(map(difference_text, shared))]
-    if kept:
-        found = variant.over_documents(base)
-        cells.append("–" if found is None else interval_text(found.interval, found.few, signed=True))
+    if with_documents:
+        over = variant.compare(base)
+        cells.append("–" if over is None else interval_text(over.interval, over.few, signed=True))
     return cells
 
 
 def _cost_notes(base: CommittedVariant, noise: SeedNoise | None, labels: dict[str, str]) -> list[str]:
     notes = [
         "Text read: the tokens or chunks of training times the mean length of those of the test text.",
-        f"Training time: a ratio to that of {base.train.label}.",
+        f"Training time: a ratio to that of {base.label}.",
     ]
     if noise is not None:
         notes += [
@@ -134,8 +135,7 @@ def _cost_notes(base: CommittedVariant, noise: SeedNoise | None, labels: dict[st
         ]
     if any(documents is not None for documents in base.documents.values()):
         notes.append("Over documents: the difference's 95% interval over documents, paired.")
-        few = [documents for documents in base.documents.values() if documents and documents.few]
-        notes += [FEW_NOTE] if few else []
+        notes += [FEW_NOTE] if base.few else []
     return [
         *notes,
         "",

@@ -12,24 +12,23 @@ from pathlib import Path
 
 from stlm.errors import UserError
 from stlm.files import read_json, read_record
-from stlm.integrity import check_listed
 from stlm.remedy import remedy
-from stlm.report.documents import Difference, Documents, compare_seeds, read_documents
+from stlm.report.documents import TextScores, documents_of
 from stlm.report.records import DOCUMENTS, RUNS, StudyRecords
-from stlm.report.results import CheckpointResult, EvaluationRecord, TextRecord, TrainRecord
+from stlm.report.schema import CheckpointResult, EvaluationRecord, TrainRecord
 
 
-def read_committed(folder: Path) -> Iterator[tuple[str, TrainRecord, CheckpointResult, EvaluationRecord]]:
-    """Each run of a study's folder in `results/`: name, train.json, last checkpoint, and its evaluation.json.
+def read_committed(folder: Path) -> Iterator[tuple[TrainRecord, CheckpointResult, EvaluationRecord]]:
+    """Each run of a study's folder in `results/`: train.json, last checkpoint, and its evaluation.json.
 
     In the order of metrics.json, the baseline's first. Raises UserError naming a file that is missing or
     broken.
     """
     records = read_record(folder / "records" / RUNS, StudyRecords).runs
     _check_metrics(folder / "metrics.json", list(records))
-    for run, record in records.items():
-        train, scored = record.train, record.evaluation
-        yield run, train, max(scored.checkpoints.values(), key=lambda checkpoint: checkpoint.step), scored
+    for record in records.values():
+        last = max(record.evaluation.checkpoints.values(), key=lambda checkpoint: checkpoint.step)
+        yield record.train, last, record.evaluation
 
 
 def _check_metrics(path: Path, expected: list[str]) -> None:
@@ -41,47 +40,16 @@ def _check_metrics(path: Path, expected: list[str]) -> None:
         )
 
 
-def committed_documents(folder: Path, run: str, last: CheckpointResult) -> Documents | None:
-    """The documents of a run's last checkpoint; None if an earlier version kept none.
-
-    Raises UserError where they are missing or disagree with the run's record.
-    """
-    if last.perplexity.text_sha256 is None:
-        return None
-    records = folder / "records"
-    check_listed(records / RUNS, DOCUMENTS)
-    try:
-        return read_documents(records / DOCUMENTS, last.step, last.perplexity, run)
-    except UserError as error:
-        raise UserError(f"{error}: run `stlm report {folder.name}`") from None
-
-
 @dataclass
-class CommittedVariant:
-    """The runs of a variant by name, their last checkpoints, and by seed the documents, if git keeps them."""
+class CommittedVariant(TextScores):
+    """A variant's runs by seed: their records and last checkpoints, and documents, if git keeps them."""
 
-    trains: dict[str, TrainRecord] = field(default_factory=dict)
-    last: dict[str, CheckpointResult] = field(default_factory=dict)
-    documents: dict[int, Documents | None] = field(default_factory=dict)
+    trains: dict[int, TrainRecord] = field(default_factory=dict)
 
     @property
     def train(self) -> TrainRecord:
         """The first run's record."""
         return next(iter(self.trains.values()))
-
-    @property
-    def text(self) -> TextRecord:
-        """How much test text bits per byte are measured on."""
-        return next(iter(self.last.values())).perplexity
-
-    @property
-    def bits(self) -> dict[int, float]:
-        """Bits per byte of test text by seed."""
-        return {train.seed: self.last[run].perplexity.bits_per_byte for run, train in self.trains.items()}
-
-    def over_documents(self, base: CommittedVariant) -> Difference | None:
-        """The paired difference from `base` over documents; None where that cannot be told."""
-        return compare_seeds(self.documents, base.documents)
 
 
 def read_variants(folder: Path) -> dict[str, CommittedVariant]:
@@ -90,13 +58,15 @@ def read_variants(folder: Path) -> dict[str, CommittedVariant]:
     Raises UserError where a file is missing or broken, or disagrees with another.
     """
     variants: dict[str, CommittedVariant] = {}
-    for run, train, last, _ in read_committed(folder):
-        own = variants.setdefault(train.variant, CommittedVariant())
-        own.trains[run], own.last[run] = train, last
-        own.documents[train.seed] = committed_documents(folder, run, last)
+    records, command = folder / "records", f"stlm report {folder.name}"
+    for train, last, _ in read_committed(folder):
+        variant = variants.setdefault(train.variant, CommittedVariant(train.label))
+        variant.trains[train.seed], variant.last[train.seed] = train, last
+        documents = documents_of(records / RUNS, records / DOCUMENTS, last, command, train.run)
+        variant.documents[train.seed] = documents
     return variants
 
 
-def differences(own: dict[int, float], base: dict[int, float]) -> list[float]:
-    """`own` less `base`, for the seeds that both have."""
-    return [value - base[seed] for seed, value in own.items() if seed in base]
+def differences(values: dict[int, float], base: dict[int, float]) -> list[float]:
+    """`values` minus those of the baseline, for the seeds that both have."""
+    return [value - base[seed] for seed, value in values.items() if seed in base]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -14,10 +15,10 @@ from stlm.errors import UserError
 from stlm.evaluation.statistics import SeedNoise, seed_noise
 from stlm.files import write_text
 from stlm.report.comparison import SIGN, SIGN_ITEMS, significant
-from stlm.report.documents import FEW_NOTE, Difference, amount_note, interval_text
-from stlm.report.names import benchmark_label, bounds, count, difference_text, percent
+from stlm.report.documents import FEW_NOTE, amount_note, interval_text
+from stlm.report.names import benchmark_label, bounds, count, difference_text, percent, plural
 from stlm.report.notes import noise_note
-from stlm.report.table import Cell, Table, markdown, read_table
+from stlm.report.table import Table, markdown, read_table
 from stlm.report.unlike import Row, unlike_note
 
 FINDINGS = Path("docs/findings.md")
@@ -73,75 +74,66 @@ def _block(root: Path, study: str, what: str = _SHORT) -> str:
 def findings_table(study: str, folder: Path) -> Table:
     """A row a variant of the study whose results are in `folder`, the baseline first."""
     variants, tests = read_variants(folder), _tests(folder)
-    base = next(iter(variants.values()))
+    base_name, base = next(iter(variants.items()))
     accuracies = {name: _accuracies(variant) for name, variant in variants.items()}
     scored = any(accuracies.values())
-    bits = seed_noise({name: variant.bits for name, variant in variants.items()})
-    accuracy = seed_noise(accuracies)
-    over_documents = {name: variant.over_documents(base) for name, variant in variants.items()}
-    kept = any(over_documents.values())
-    rows = []
-    for name, variant in variants.items():
-        train = variant.train
-        models = (name, base.train.variant)
-        cells = [
-            train.label,
-            count(train.parameters.total),
-            f"{train.total_flops:.2e}",
-            count(train.tokens + (train.start.tokens if train.start else 0)),
-            str(len(variant.bits)),
-            _mean(variant.bits, 1, 3),
-            _difference(differences(variant.bits, base.bits), bits, models, 1, 3),
-        ]
-        compared = [6]  # columns that are empty for the baseline
-        if kept:
-            found = over_documents[name]
-            cells.append("–" if found is None else interval_text(found.interval, found.few, signed=True))
-            compared.append(7)
+    bits_noise = seed_noise({name: variant.bits for name, variant in variants.items()})
+    accuracy_noise = seed_noise(accuracies)
+    over_documents = {name: variant.compare(base) for name, variant in variants.items()}
+
+    def columns(name: str, variant: CommittedVariant) -> Iterator[tuple[str, str]]:
+        train, is_base, difference = variant.train, variant is base, partial(_difference, (name, base_name))
+        yield "", train.label
+        yield "parameters", count(train.parameters.total)
+        yield "training FLOPs", f"{train.total_flops:.2e}"
+        yield "tokens", count(train.tokens + (train.start.tokens if train.start else 0))
+        yield "seeds", str(len(variant.bits))
+        yield "bits per byte (test)", _mean(variant.bits, 1, 3)
+        shared = differences(variant.bits, base.bits)
+        yield f"difference from {base.label}", "" if is_base else difference(shared, bits_noise, 1, 3)
+        if any(over_documents.values()):
+            over = over_documents[name]
+            text = "–" if over is None else interval_text(over.interval, over.few, signed=True)
+            yield "over documents", "" if is_base else text
         if scored:
-            shared = differences(accuracies[name], accuracies[base.train.variant])
-            test = tests.get(list(variant.trains)[-1], {}) if accuracies[name] else {}
-            over_items = accuracy is None and test.get("difference")
-            cells.append(_mean(accuracies[name], 100, 1))
-            cells.append(_over_items(test) if over_items else _difference(shared, accuracy, models, 100, 1))
-            compared.append(len(cells) - 1)
-        rows.append([Cell("" if variant is base and n in compared else text) for n, text in enumerate(cells)])
-    header = ["", "parameters", "training FLOPs", "tokens", "seeds", "bits per byte (test)"]
-    header += [f"difference from {base.train.label}", *(["over documents"] if kept else [])]
-    if scored:
-        label = f"{benchmark_label(_BENCHMARK)} (%, n = {_items(variants):,})"
-        header += [label, "difference (points)"]
-    return Table(
-        name="findings",
-        title=f"Study {study}",
-        header=header,
-        rows=rows,
-        notes=[
-            *_notes(variants, bits, accuracy, scored),
-            amount_note((variant.train.label, variant.text) for variant in variants.values()),
-            *_document_notes([found for found in over_documents.values() if found is not None]),
-            *filter(None, [_unlike(folder)]),
+            label = f"{benchmark_label(_BENCHMARK)} (%, n = {_items(base):,})"
+            yield label, _mean(accuracies[name], 100, 1)
+            shared = differences(accuracies[name], accuracies[base_name])
+            text = difference(shared, accuracy_noise, 100, 1)
+            test = tests.get(list(variant.trains.values())[-1].run, {}) if accuracies[name] else {}
+            if accuracy_noise is None and test.get("difference"):
+                text = _over_items(test)
+            yield "difference (points)", "" if is_base else text
+
+    compared = [over for over in over_documents.values() if over is not None]
+    rows = [Row(train.variant, train.label, train, scores) for train, _, scores in read_committed(folder)]
+    return Table.of_columns(
+        "findings",
+        f"Study {study}",
+        [columns(*variant) for variant in variants.items()],
+        [
+            *_notes(variants, bits_noise, accuracy_noise, scored),
+            amount_note((variant.label, variant.text) for variant in variants.values()),
+            "Over documents: the difference's 95% interval when documents are resampled, paired; not other "
+            "seeds."
+            if compared
+            else None,
+            FEW_NOTE if any(over.few for over in compared) else None,
+            unlike_note(rows),
         ],
     )
 
 
 def _accuracies(variant: CommittedVariant) -> dict[int, float]:
     """The accuracy of the one benchmark that the table shows, by seed."""
-    found = {}
-    for run, train in variant.trains.items():
-        scored = variant.last[run].benchmarks.get(_BENCHMARK)
-        if scored is not None and _MODE in scored.modes:
-            found[train.seed] = scored.modes[_MODE].acc.value
-    return found
+    scored = {seed: last.accuracy(_BENCHMARK, _MODE) for seed, last in variant.last.items()}
+    return {seed: accuracy.value for seed, accuracy in scored.items() if accuracy is not None}
 
 
-def _items(variants: Mapping[str, CommittedVariant]) -> int:
+def _items(base: CommittedVariant) -> int:
     """The number of items that the baseline answered last."""
-    base = next(iter(variants.values()))
-    modes = [
-        last.benchmarks[_BENCHMARK].modes for last in base.last.values() if _BENCHMARK in last.benchmarks
-    ]
-    return next((scored[_MODE].acc.n for scored in reversed(modes) if _MODE in scored), 0)
+    scored = [last.accuracy(_BENCHMARK, _MODE) for last in reversed(base.last.values())]
+    return next((accuracy.n for accuracy in scored if accuracy is not None), 0)
 
 
 def _tests(folder: Path) -> dict[str, dict[str, str]]:
@@ -152,22 +144,6 @@ def _tests(folder: Path) -> dict[str, dict[str, str]]:
     return {row["run"]: row for row in rows if wanted.items() <= row.items()}
 
 
-def _document_notes(found: list[Difference]) -> list[str]:
-    """What the column `over documents` says, where the study's runs kept the scores of their documents."""
-    if not found:
-        return []
-    note = (
-        "Over documents: the difference's 95% interval when documents are resampled, paired; not other seeds."
-    )
-    return [note, *([FEW_NOTE] if any(difference.few for difference in found) else [])]
-
-
-def _unlike(folder: Path) -> str | None:
-    """Which of the study's runs were not made alike."""
-    committed = read_committed(folder)
-    return unlike_note([Row(train.variant, train.label, train, scored) for _, train, _, scored in committed])
-
-
 def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
     if not values:
         return "–"
@@ -176,17 +152,17 @@ def _mean(values: Mapping[int, float], scale: float, digits: int) -> str:
 
 
 def _difference(
-    found: list[float], noise: SeedNoise | None, models: tuple[str, str], scale: float, digits: int
+    models: tuple[str, str], shared: list[float], noise: SeedNoise | None, scale: float, digits: int
 ) -> str:
     """The mean over common seeds, with its 95% interval where the noise of seeds is known."""
-    if not found:
+    if not shared:
         return "–"
-    value = scale * mean(found)
+    value = scale * mean(shared)
+    text = difference_text(value, digits)
     if noise is None:
-        return difference_text(value, digits)
-    half = scale * noise.half_width(found, models)
-    interval = f"[{difference_text(value - half, digits)}, {difference_text(value + half, digits)}]"
-    return f"{difference_text(value, digits)} {interval}"
+        return text
+    half = scale * noise.half_width(shared, models)
+    return f"{text} [{difference_text(value - half, digits)}, {difference_text(value + half, digits)}]"
 
 
 def _over_items(test: Mapping[str, str]) -> str:
@@ -220,9 +196,8 @@ def _notes(
     return [
         f"±: standard deviation over the {seeds} seeds. In brackets 95% intervals of differences, paired by "
         f"seed, from the noise of the seeds of all variants together (standard deviation {bits.sd:.4f} bits "
-        f"per byte{f', {100 * accuracy.sd:.1f} points' if accuracy else ''}; {bits.dof} "
-        f"degree{'s'[: bits.dof > 1]} of freedom), not adjusted for their number. Bits per byte are of the "
-        "test split, after the last step.",
+        f"per byte{f', {100 * accuracy.sd:.1f} points' if accuracy else ''}; {plural(bits.dof, 'degree')} of "
+        "freedom), not adjusted for their number. Bits per byte are of the test split, after the last step.",
         noise_note(bits, labels, "of bits per byte"),
         *([noise_note(accuracy, labels, f"of {benchmark_label(_BENCHMARK)}")] if accuracy else []),
     ]

@@ -140,13 +140,13 @@ def _default(field: FieldInfo) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [
+    bounds = [
         f"{sign} {getattr(rule, name)}"
         for rule in field.metadata
         for name, sign in signs.items()
         if getattr(rule, name, None) is not None
     ]
-    return f", {' and '.join(found)}" if found else ""
+    return f", {' and '.join(bounds)}" if bounds else ""
 
 
 def _table(model: type[BaseModel]) -> list[str]:
@@ -182,10 +182,10 @@ def _technique_sections() -> list[tuple[str, str, type[BaseModel]]]:
 
 def params_readme() -> str:
     """The text of params/README.md."""
-    parts = [_HEAD]
+    sections = [_HEAD]
     for title, lead, model in (*_SECTIONS, *_technique_sections()):
-        parts.append("\n".join([f"## {title}", "", *([lead, ""] if lead else []), *_table(model), ""]))
-    return "\n".join(parts)
+        sections.append("\n".join([f"## {title}", "", *([lead, ""] if lead else []), *_table(model), ""]))
+    return "\n".join(sections)
 
 
 def write_params_readme(root: Path = Path()) -> Path:
@@ -209,7 +209,7 @@ def headline_table(folder: Path) -> Table:
 
     Rows: the baseline, then the variants that have its number of parameters within 1%.
     """
-    sizes = {train.label: train.parameters.total for _, train, _, _ in read_committed(folder)}
+    sizes = {train.label: train.parameters.total for train, _, _ in read_committed(folder)}
     table = findings_table(folder.name, folder)
     baseline = table.rows[0][0].text
     equal = [row for row in table.rows if abs(sizes[row[0].text] / sizes[baseline] - 1) <= _EQUAL_SIZE]
@@ -229,9 +229,9 @@ def _column(header: Sequence[str], start: str) -> int:
 
 def _results(folder: Path) -> str:
     """The part of README.md between its two comments."""
-    train = next(read_committed(folder))[1]
+    trains = [train for train, _, _ in read_committed(folder)]
+    train, seeds = trains[0], {train.seed for train in trains}
     millions = train.parameters.total / 1e6
-    seeds = {run.seed for _, run, _, _ in read_committed(folder)}
     return (
         f"The study `{folder.name}`: models of {millions:.1f}M parameters, trained on "
         f"{train.tokens / 1e6:.1f}M tokens of children's books, {len(seeds)} seeds. Lower bits "

@@ -38,7 +38,7 @@ def _recipe(**keys: object) -> TrainingConfig:
 def _panels(folder: Path, name: str, title: str, curves: dict[str, list[float]]) -> None:
     """A panel for each schedule: in one panel the curves would overlap."""
     columns = 3
-    with figure(folder, name, title, width=8.0, height=4.2) as drawing:
+    with figure(folder, name, title, width=8.0, height=4.2, heading="") as drawing:
         axes = drawing.subplots(-(-len(curves) // columns), columns, sharex=True, sharey=True)
         for axis in axes.flat[len(curves) :]:
             axis.set_visible(False)

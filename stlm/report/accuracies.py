@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from stlm.evaluation.statistics import Interval, SeedTest
-from stlm.report.comparison import SIGN, Comparisons, Paired, mark, significant
+from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons, Paired
 from stlm.report.documents import FEW_NOTE, amount_note, interval_text
-from stlm.report.names import benchmark_label, bounds, bounds_record, count, p_record, p_value, percent
-from stlm.report.notes import accuracy_notes, items_scored, prefix_notes
-from stlm.report.results import (
-    BenchmarkResult,
-    CheckpointResult,
-    Proportion,
-    PublishedResult,
-    RunResult,
-    run_label,
+from stlm.report.names import (
+    benchmark_label,
+    bounds,
+    bounds_record,
+    count,
+    listing,
+    p_record,
+    p_value,
+    percent,
 )
+from stlm.report.notes import last_word_note
+from stlm.report.results import PublishedResult, Results, RunResult, ScoredModel
+from stlm.report.schema import BenchmarkResult, Perplexity
 from stlm.report.table import Cell, Section, Table
-from stlm.study.runs import Study
 
-# Rows of the literature, for which mode and metric are not known.
-_NOT_SCORED = ("paper", "literature")
+# A cell, and the same for programs.
+_Shown = tuple[Cell | str, dict[str, Any]]
+_bounds = partial(bounds_record, digits=3, scale=100)
+# Notes mention clustered intervals that are this many times as wide as Wilson's.
+_MUCH_WIDER = 1.25
+_METRICS = {
+    "acc": "acc: the option of highest log-probability is the answer",
+    "acc_norm": "acc_norm: log-probabilities are divided by the option's length in characters",
+}
+_MODES = {
+    "harness": "harness mode: prompts and scored continuations of the reference evaluation harness",
+    "paper": "paper mode: the summed log-probability of the whole string, context and option, not normalized",
+}
 
 
 @dataclass(frozen=True)
@@ -44,260 +57,288 @@ def read_references() -> tuple[list[str], list[Reference]]:
     """The benchmarks of the paper's table, in its order, and its rows (literature.csv)."""
     with Path(__file__).with_name("literature.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    benchmarks = [column for column in rows[0] if column not in ("kind", "label", "parameters", "source")]
+    texts = ("kind", "label", "parameters", "source")
+    benchmarks = [column for column in rows[0] if column not in texts]
     references = [
-        Reference(
-            *(row[key] for key in ("kind", "label", "parameters")),
-            {benchmark: float(row[benchmark]) for benchmark in benchmarks},
-            row["source"],
-        )
+        Reference(**{key: row[key] for key in texts}, scores={b: float(row[b]) for b in benchmarks})
         for row in rows
     ]
     return benchmarks, references
 
 
-def score(result: BenchmarkResult | None, mode: str, metric: str) -> Proportion | None:
-    """The accuracy in `mode` by `metric` (acc or acc_norm); None where it was not scored."""
-    if result is None or mode not in result.modes:
-        return None
-    return getattr(result.modes[mode], metric)
-
-
-def main_mode(results: Mapping[str, RunResult]) -> str:
-    """The mode that plots and metrics quote: harness, or paper where that is the only one scored."""
-    modes = {mode for r in results.values() for b in r.last.benchmarks.values() for mode in b.modes}
-    return "harness" if "harness" in modes or not modes else "paper"
-
-
-def accuracy_tables(
-    study: Study,
-    results: Mapping[str, RunResult],
-    comparisons: Comparisons,
-    published: Mapping[str, PublishedResult] | None = None,
-) -> list[Table]:
+def accuracy_tables(results: Results, comparisons: Comparisons) -> list[Table]:
     """table2 (acc), and where the runs have them table2-acc-norm and table2-paper-mode.
 
     The main table is in harness mode, or in paper mode where that is the only one scored.
     """
-    main = main_mode(results)
-    scored = [benchmark for result in results.values() for benchmark in result.last.benchmarks.values()]
-    wanted = [("table2", "Table 2", main, "acc", True)]
-    if any(score(benchmark, main, "acc_norm") for benchmark in scored):
-        wanted.append(("table2-acc-norm", "Table 2, length-normalized", main, "acc_norm", False))
-    if main != "paper" and any("paper" in benchmark.modes for benchmark in scored):
-        wanted.append(("table2-paper-mode", "Table 2, paper mode", "paper", "acc", True))
-    return [
-        _Table2(study, results, comparisons, published or {}, mode, metric, references).table(name, title)
-        for name, title, mode, metric, references in wanted
-    ]
+    main = results.mode
+    scored = {score[1:] for result in results.values() for score in result.last.scores}
+    tables = [_Table2(results, comparisons, main, "acc").table("table2", "Table 2")]
+    if (main, "acc_norm") in scored:
+        table = _Table2(results, comparisons, main, "acc_norm", references=False)
+        tables.append(table.table("table2-acc-norm", "Table 2, length-normalized"))
+    if main != "paper" and ("paper", "acc") in scored:
+        table = _Table2(results, comparisons, "paper", "acc")
+        tables.append(table.table("table2-paper-mode", "Table 2, paper mode"))
+    return tables
 
 
+@dataclass
 class _Table2:
-    """One of the variations of Table 2 while its rows are collected.
+    """A variation of Table 2; `references`: with the rows of the paper and of the literature."""
 
-    `references`: whether it has the rows of the paper and of the literature.
-    """
+    results: Results
+    comparisons: Comparisons
+    mode: str
+    metric: str
+    references: bool = True
 
-    def __init__(
-        self,
-        study: Study,
-        results: Mapping[str, RunResult],
-        comparisons: Comparisons,
-        published: Mapping[str, PublishedResult],
-        mode: str,
-        metric: str,
-        references: bool,
-    ) -> None:
-        self.study, self.results, self.comparisons, self.published = study, results, comparisons, published
-        self.mode, self.metric, self.with_references = mode, metric, references
-        paper, self.references = read_references()
-        self.scored = [
-            b
-            for b in _in_order(study, results)
-            if any(score(r.last.benchmarks.get(b), mode, metric) for r in results.values())
-        ]
+    def __post_init__(self) -> None:
         # The main table keeps the paper's columns even where no run has them: they are listed with ours.
-        first = paper if references else [b for b in paper if b in self.scored]
+        paper, self.literature = read_references()
+        last, first = [run.last for run in self.results.values()], self.results.study.benchmarks
+        scored = {b for one in last for b, mode, metric in one.scores if (mode, metric) == self.score}
+        self.scored = [b for b in first if b in scored] + sorted(scored - set(first))
+        first = paper if self.references else [b for b in paper if b in self.scored]
         self.benchmarks = first + [b for b in self.scored if b not in first]
-        self.rows: list[Sequence[Cell] | Section] = []
-        self.records: list[dict[str, Any]] = []
+
+    @property
+    def score(self) -> tuple[str, str]:
+        """Mode and metric."""
+        return self.mode, self.metric
 
     def table(self, name: str, title: str) -> Table:
         """All rows: runs by variant, published models, references, guessing."""
-        self.rows.append(Section(f"This study ({self.study.name})"))
-        variants: dict[str, list[RunResult]] = {}
-        for result in self.results.values():
-            variants.setdefault(result.train.variant, []).append(result)
-        for runs in variants.values():
-            for result in runs:
-                self._add_run(result)
+        study = self.results.study.name
+        title = f"{title}. Zero-shot accuracy (%), {self.mode} mode, {self.metric}; study {study}"
+        return Table.of_columns(name, title, list(self._rows()), self._notes())
+
+    def _rows(self) -> Iterator[Section | Iterator[tuple]]:
+        yield Section(f"This study ({self.results.study.name})")
+        for runs in self.results.variants.values():
+            yield from map(self._run, runs)
             if len(runs) > 1:
-                self._add_mean(runs)
-        if self.published:
-            self.rows.append(Section("Published models, scored here"))
-        for model in self.published.values():
-            self._add_published(model)
-        if self.with_references:
-            for kind, heading in (("paper", "The paper"), ("literature", "Literature")):
-                self._add_references(kind, heading)
-        self._add_chance()
-        header = ["", "parameters", "bits per byte", "character perplexity"]
-        return Table(
-            name=name,
-            title=f"{title}. Zero-shot accuracy (%), {self.mode} mode, {self.metric}; "
-            f"study {self.study.name}",
-            header=[*header, *map(self._heading, self.benchmarks)],
-            rows=self.rows,
-            notes=[
-                *accuracy_notes(
-                    *(self.study, self.results, self.comparisons, self.scored),
-                    *(self.mode, self.metric, self.with_references),
-                ),
-                *self._text_notes(),
-                *prefix_notes(self.published),
-            ],
-            records=self.records,
-        )
+                yield self._mean(runs)
+        if self.results.published:
+            yield Section("Published models, scored here")
+            yield from map(self._published, self.results.published.values())
+        chance = {name: 100 * level for name, level in self.comparisons.chance.items()}
+        for kind, heading in (("paper", "The paper"), ("literature", "Literature"), ("chance", "Guessing")):
+            rows = [row for row in self.literature if row.kind == kind]
+            if kind == "chance":
+                yield Section(heading)
+                yield self._reference(rows[0], rows[0].scores | chance)
+            elif self.references:
+                yield Section(f"{heading} ({rows[0].source})")
+                yield from (self._reference(row, row.scores) for row in rows)
 
-    def _add(self, kind: str, cell: Cell, size: tuple[Any, str], **more: Any) -> dict[str, Any]:
-        """Begin a row with its label and its number of parameters as recorded and as shown; its record."""
-        self.rows.append([cell, Cell(size[1])])
-        record = {"kind": kind} | ({} if kind in _NOT_SCORED else {"mode": self.mode, "metric": self.metric})
-        self.records.append(record | more | {"parameters": size[0]})
-        return self.records[-1]
-
-    def _add_run(self, result: RunResult) -> None:
-        label, size = run_label(result, self.results), result.train.parameters.total
-        named = {"run": result.name, "label": label, "seed": result.train.seed}
-        record = self._add("run", Cell(label), (size, count(size)), **named)
-        record["step"] = result.last.step
-        cells = _perplexities(result.last, record)
+    def _row(
+        self,
+        label: Cell | str,
+        named: dict[str, Any],
+        size: tuple[str, dict[str, Any]],
+        perplexity: tuple[str, str, dict[str, Any]],
+        score: Callable[[str], _Shown],
+    ) -> Iterator[tuple]:
+        """`score` gives the cell of a benchmark, and the same for programs."""
+        bits, characters, record = perplexity
+        yield "", label, named
+        yield "parameters", *size
+        yield "bits per byte", bits, record
+        yield "character perplexity", characters, {}
         for benchmark in self.benchmarks:
-            lines = self._accuracy(result.last, benchmark, record)
-            perplexity = result.word_perplexity(benchmark, self.mode)
+            cell, scores = score(benchmark)
+            yield self._heading(benchmark), cell, {f"{benchmark}_{key}": x for key, x in scores.items()}
+
+    def _named(self, kind: str, **more: Any) -> dict[str, Any]:
+        return {"kind": kind, "mode": self.mode, "metric": self.metric, **more}
+
+    def _run(self, run: RunResult) -> Iterator[tuple]:
+        def score(benchmark: str) -> _Shown:
+            text, record = self._accuracy(run, benchmark)
+            perplexity = run.word_perplexity(benchmark, self.mode)
             if perplexity is not None:
-                record[f"{benchmark}_perplexity"] = round(perplexity, 4)
-            point = self.comparisons.last(result.name, (benchmark, self.mode, self.metric))
-            paired = None if point is None else point.paired
-            sign = "" if paired is None else mark(paired)
-            if paired is not None:
-                lines += _difference(benchmark, paired, sign, paired.adjusted, record)
-            cells.append(Cell("\n".join(lines), bold_line=1 if sign == SIGN else None))
-        self.rows[-1] += cells
+                record["perplexity"] = round(perplexity, 4)
+            point = self.comparisons.last(run.name, (benchmark, *self.score))
+            return _with_difference(text, record, point and point.paired)
 
-    def _add_mean(self, runs: list[RunResult]) -> None:
-        train = runs[0].train
-        label, size = f"{train.label}, mean of {len(runs)} seeds", train.parameters.total
-        record = self._add("mean", Cell(label, bold=True), (size, count(size)), label=label)
-        cells = []
+        named = self._named("run", run=run.name, label=run.label, seed=run.train.seed)
+        parameters = run.train.parameters.total
+        size = count(parameters), {"parameters": parameters, "step": run.last.step}
+        return self._row(run.label, named, size, _perplexity(run.perplexity), score)
+
+    def _mean(self, runs: list[RunResult]) -> Iterator[tuple]:
+        train, by_score = runs[0].train, self.comparisons.seeds.get(runs[0].train.variant, {})
+
+        def score(benchmark: str) -> _Shown:
+            scored = by_score.get((benchmark, *self.score))
+            if scored is None:
+                return "–", {}
+            record = {"percent": round(100 * scored.mean, 3), "sd": round(100 * scored.sd, 3)}
+            return _with_difference(f"{percent(scored.mean)} ± {percent(scored.sd)}", record, scored.test)
+
+        texts, record = [], {}
         for figure in ("bits_per_byte", "char_perplexity"):
-            values = [getattr(run.last.perplexity, figure) for run in runs]
+            values = [getattr(run.perplexity, figure) for run in runs]
+            texts.append(f"{mean(values):.3f}\n± {stdev(values):.3f}")
             record[f"test_{figure}"] = round(mean(values), 4)
-            cells.append(Cell(f"{mean(values):.3f}\n± {stdev(values):.3f}"))
-        for benchmark in self.benchmarks:
-            key = (benchmark, self.mode, self.metric)
-            over_seeds = self.comparisons.seeds.get(train.variant, {}).get(key)
-            if over_seeds is None:
-                cells.append(Cell("–"))
-                continue
-            lines = [f"{percent(over_seeds.mean)} ± {percent(over_seeds.sd)}"]
-            record[f"{benchmark}_percent"] = round(100 * over_seeds.mean, 3)
-            record[f"{benchmark}_sd"] = round(100 * over_seeds.sd, 3)
-            sign = SIGN if significant(over_seeds.adjusted) else ""
-            if over_seeds.test is not None:
-                lines += _difference(benchmark, over_seeds.test, sign, over_seeds.adjusted, record)
-            cells.append(Cell("\n".join(lines), bold_line=1 if sign else None))
-        self.rows[-1] += cells
+        label, parameters = f"{train.label}, mean of {len(runs)} seeds", train.parameters.total
+        size = count(parameters), {"parameters": parameters}
+        named = self._named("mean", label=label)
+        return self._row(Cell(label, bold=True), named, size, (*texts, record), score)
 
-    def _add_published(self, model: PublishedResult) -> None:
-        size = (model.parameters, model.parameters_shown or count(model.parameters))
-        record = self._add("published", Cell(model.label), size, label=model.label)
-        record["prefix"] = model.prefix
-        self.rows[-1] += _perplexities(model.checkpoint, record)
-        for benchmark in self.benchmarks:
-            self.rows[-1].append(Cell("\n".join(self._accuracy(model.checkpoint, benchmark, record))))
+    def _published(self, model: PublishedResult) -> Iterator[tuple]:
+        record = {"parameters": model.parameters, "prefix": model.prefix}
+        size = model.parameters_shown or count(model.parameters), record
+        named, score = self._named("published", label=model.label), partial(self._accuracy, model)
+        return self._row(model.label, named, size, _perplexity(model.perplexity), score)
 
-    def _add_references(self, kind: str, heading: str) -> None:
-        chosen = [reference for reference in self.references if reference.kind == kind]
-        self.rows.append(Section(f"{heading} ({chosen[0].source})"))
-        for reference in chosen:
-            record = self._add(
-                kind,
-                Cell(reference.label),
-                (reference.parameters, reference.parameters),
-                label=reference.label,
-            )
-            record |= {f"{b}_percent": value for b, value in reference.scores.items() if b in self.benchmarks}
-            shown = [f"{reference.scores[b]:g}" if b in reference.scores else "–" for b in self.benchmarks]
-            self.rows[-1] += map(Cell, ["–", "–", *shown])
+    def _reference(self, row: Reference, levels: dict[str, float]) -> Iterator[tuple]:
+        def score(benchmark: str) -> _Shown:
+            if benchmark not in levels:
+                return "–", {}
+            level = levels[benchmark]
+            return f"{level:.1f}".removesuffix(".0"), {"percent": round(level, 3)}
 
-    def _add_chance(self) -> None:
-        levels = {b: 100 * level for b, level in self.comparisons.chance.items() if b in self.benchmarks}
-        published = next(r.scores for r in self.references if r.kind == "chance")
-        levels = {b: levels.get(b, published.get(b)) for b in self.benchmarks}
-        self.rows.append(Section("Guessing"))
-        shown = ["–" if level is None else f"{level:.1f}".removesuffix(".0") for level in levels.values()]
-        self.rows.append([*map(Cell, ["chance", "–", "–", "–", *shown])])
-        known = {f"{b}_percent": round(level, 3) for b, level in levels.items() if level is not None}
-        self.records.append({"kind": "chance", "label": "chance"} | known)
+        size = row.parameters or "–", {"parameters": row.parameters or None}
+        return self._row(row.label, {"kind": row.kind, "label": row.label}, size, ("–", "–", {}), score)
 
-    def _accuracy(self, checkpoint: CheckpointResult, benchmark: str, record: dict[str, Any]) -> list[str]:
-        """An accuracy with its interval, the first line of a cell, put into `record` too; a dash for none."""
-        accuracy = score(checkpoint.benchmarks.get(benchmark), self.mode, self.metric)
+    def _accuracy(self, model: ScoredModel, benchmark: str) -> _Shown:
+        """An accuracy with its interval; a dash for none."""
+        accuracy = model.last.accuracy(benchmark, *self.score)
         if accuracy is None:
-            return ["–"]
-        record[f"{benchmark}_percent"] = round(100 * accuracy.value, 3)
-        record |= bounds_record(accuracy.interval, f"{benchmark}_", 3, 100) | {f"{benchmark}_n": accuracy.n}
-        return [f"{percent(accuracy.value)} {bounds(*accuracy.interval)}"]
+            return "–", {}
+        record = {"percent": round(100 * accuracy.value, 3), **_bounds(accuracy.interval), "n": accuracy.n}
+        return f"{percent(accuracy.value)} {bounds(*accuracy.interval)}", record
+
+    def _scored_on(self, benchmark: str) -> list[BenchmarkResult]:
+        """What each run last scored on the benchmark, of the runs that were."""
+        last = [run.last.benchmarks for run in self.results.values()]
+        return [benchmarks[benchmark] for benchmarks in last if benchmark in benchmarks]
+
+    def _items(self, benchmark: str) -> str:
+        """The numbers of items that the runs were scored on, fewest to most."""
+        sizes = sorted({scored.items for scored in self._scored_on(benchmark)})
+        return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
 
     def _heading(self, benchmark: str) -> str:
-        found = [r.last.benchmarks.get(benchmark) for r in self.results.values()]
-        versions = "/".join(dict.fromkeys(str(scored.version) for scored in found if scored is not None))
+        versions = "/".join(dict.fromkeys(str(scored.version) for scored in self._scored_on(benchmark)))
         label = benchmark_label(benchmark)
-        return f"{label}\nv{versions}, n = {items_scored(self.results, benchmark)}" if versions else label
+        return f"{label}\nv{versions}, n = {self._items(benchmark)}" if versions else label
 
-    def _text_notes(self) -> list[str]:
-        """How much text bits per byte and character perplexity are measured on."""
-        rows = [(run_label(result, self.results), result.last.perplexity) for result in self.results.values()]
-        rows += [(model.label, model.checkpoint.perplexity) for model in self.published.values()]
-        notes = [amount_note(rows, "Bits per byte and character perplexity")]
-        intervals = [text.interval for _, text in rows if text.interval is not None]
-        if intervals:
-            notes[0] += (
+    def _notes(self) -> list[str | None]:
+        """How the figures are to be read, and what they assume."""
+        results, mode = self.results, self.mode
+        several = len(results.variants) < len(results)
+        baseline = results.base.train.label + (" of the same seed" if several else "")
+        reading = (
+            f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(self.metric, self.metric)}; k options tied "
+            "for the best count 1/k. After each accuracy: its 95% Wilson interval."
+        )
+        if tests := self.comparisons.tests.get(self.score, 0):
+            reading += (
+                f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
+                f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
+                f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
+                "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
+                "resampled: a difference on these groups, not shown for others like them. This is over "
+                "items: it does not say how much another seed would change a run."
+            )
+        mean_rows = (
+            "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
+            f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
+            "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
+            "adjusted alike; the variant's single runs then have no test of their own."
+        )
+        literature = (
+            "The paper's and the literature's rows are whole percents as printed in the paper, which "
+            "scores whole strings without length normalization: compare them with acc, first in paper "
+            f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
+        )
+        published = results.published.values()
+        prefixes = [f"{model.label} {model.prefix}" for model in published if model.prefix is not None]
+        starts = "published models: a text starts with a token, as params/ or else lm_eval has it"
+        texts = [*results.texts, *((model.label, model.perplexity) for model in published)]
+        amount = amount_note(texts, "Bits per byte and character perplexity")
+        if any(text.interval is not None for _, text in texts):
+            amount += (
                 " Below bits per byte: its 95% interval over documents; models of the same documents differ "
                 "more surely than these overlap (table bits-per-byte)."
             )
-        return notes + ([FEW_NOTE] if any(interval.few_documents for interval in intervals) else [])
+        return [
+            reading,
+            mean_rows if several else None,
+            self._group_note(),
+            "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
+            "one corpus, whatever their tokenizers.",
+            last_word_note(results, mode),
+            *self._subset_notes(),
+            listing("Not scored alike", self.comparisons.disturbing),
+            literature if self.references else None,
+            amount,
+            FEW_NOTE if any(text.few_documents for _, text in texts) else None,
+            f"{starts}: {'; '.join(prefixes)}" if prefixes else None,
+        ]
+
+    def _group_note(self) -> str | None:
+        """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
+        wider = []
+        for benchmark in self.scored:
+            point = self.comparisons.last(self.results.base.name, (benchmark, *self.score))
+            if point is None or point.accuracy.clustered is None:
+                continue
+            clustered, wilson = point.accuracy.clustered.half_width, point.accuracy.interval.half_width
+            if clustered > _MUCH_WIDER * wilson:
+                wider.append(
+                    f"{benchmark_label(benchmark)} ±{percent(clustered)} over {point.accuracy.groups} groups "
+                    f"instead of ±{percent(wilson)}"
+                )
+        return listing(
+            "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
+            f"interval (statistics.csv) is much wider, for {self.results.base.train.label}",
+            wider,
+        )
+
+    def _subset_notes(self) -> list[str | None]:
+        """Notes about limits on items, and items that do not fit the context."""
+        limited, truncated = [], []
+        for benchmark in self.scored:
+            label, scores = benchmark_label(benchmark), self._scored_on(benchmark)
+            if any(scored.items < scored.items_total for scored in scores):
+                total = max(scored.items_total for scored in scores)
+                limited.append(f"{label} {self._items(benchmark)} of {total:,}")
+            modes = [scored.modes[self.mode] for scored in scores if self.mode in scored.modes]
+            if cut := max((scored.truncated for scored in modes), default=0):
+                truncated.append(f"{label} {cut:,}")
+        seed = self.results.study.evaluation.limit_seed
+        complete = "All items of every benchmark are scored (no limit on those that there are)."
+        return [
+            listing(f"Limited to a random subset of the items (seed {seed})", limited)
+            or (complete if self.scored else None),
+            listing(
+                "Items with an option longer than the context, cut from the left (most of any run)", truncated
+            ),
+        ]
 
 
-def _in_order(study: Study, results: Mapping[str, RunResult]) -> list[str]:
-    """The benchmarks that any run was scored on, in the study's order."""
-    scored = {b for r in results.values() for b in r.last.benchmarks}
-    return [b for b in study.benchmarks if b in scored] + sorted(scored - set(study.benchmarks))
+def _with_difference(text: str, record: dict[str, Any], test: Paired | None) -> _Shown:
+    """A cell and its record with the difference from the baseline, if there is one."""
+    if test is None:
+        return text, record
+    text += f"\n{percent(test.difference, signed=True)}{test.sign} {bounds(*test.interval, signed=True)}"
+    record |= {"difference": round(100 * test.difference, 3), **_bounds(test.interval, "difference_")}
+    record["p"] = p_record(test.p)
+    if test.adjusted is not None:
+        text += f"\n{p_value(test.adjusted)}"
+        record["p_holm"] = p_record(test.adjusted)
+    return Cell(text, bold_line=1 if test.sign == SIGN else None), record
 
 
-def _difference(
-    benchmark: str, test: Paired | SeedTest, sign: str, adjusted: float | None, record: dict[str, Any]
-) -> list[str]:
-    """The lines of a cell that compare with the baseline, put into `record` too."""
-    record[f"{benchmark}_difference"] = round(100 * test.difference, 3)
-    record |= bounds_record(test.interval, f"{benchmark}_difference_", 3, 100)
-    record[f"{benchmark}_p"] = p_record(test.p)
-    lines = [f"{percent(test.difference, signed=True)}{sign} {bounds(*test.interval, signed=True)}"]
-    if adjusted is None:
-        return lines
-    record[f"{benchmark}_p_holm"] = p_record(adjusted)
-    return [*lines, p_value(adjusted)]
-
-
-def _perplexities(checkpoint: CheckpointResult, record: dict[str, Any]) -> list[Cell]:
-    """Bits per byte and character perplexity of the test text, put into `record` too."""
-    measured = checkpoint.perplexity
-    record["test_bits_per_byte"] = round(measured.bits_per_byte, 4)
-    record["test_char_perplexity"] = round(measured.char_perplexity, 4)
-    bits, characters = f"{measured.bits_per_byte:.3f}", f"{measured.char_perplexity:.3f}"
-    if measured.interval is not None:
-        over = Interval(measured.interval.low, measured.interval.high)
-        record |= bounds_record(over, "test_bits_per_byte_", 4)
-        bits += f"\n{interval_text(over, measured.interval.few_documents)}"
-    return [Cell(bits), Cell(characters)]
+def _perplexity(measured: Perplexity) -> tuple[str, str, dict[str, Any]]:
+    """Bits per byte and character perplexity of the test text, and both for programs."""
+    record = {f"test_{key}": round(getattr(measured, key), 4) for key in ("bits_per_byte", "char_perplexity")}
+    bits = f"{measured.bits_per_byte:.3f}"
+    if measured.bounds is not None:
+        record |= bounds_record(measured.bounds, "test_bits_per_byte_", 4)
+        bits += f"\n{interval_text(measured.bounds, measured.few_documents)}"
+    return bits, f"{measured.char_perplexity:.3f}", record

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from torch import nn
 
-from stlm.files import write_text
 from stlm.model.config import ModelConfig
 from stlm.model.counts import build_on_meta, grouped_parameters, parameter_groups
 from stlm.report.names import count, some
-from stlm.report.results import RunResult
-from stlm.report.style import GREY, count_axis, figure, group_colours, heading, tint, variant_rows
-from stlm.report.table import csv_text
-from stlm.study.runs import Run, Study
+from stlm.report.results import Results
+from stlm.report.style import GREY, count_axis, figure, group_colours, legend, tint, variant_rows, write_data
 
 # Settings in which models of one architecture may differ.
 _UNDRAWN = {"dropout", "attention_dropout", "norm_eps", "rope_theta", "zero_init"}
@@ -32,22 +29,16 @@ _MOST_SQUARES = 32
 _SETS = ("#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#8c8c8c")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module of a model, or several of the same structure at the same place of repeated blocks.
-
-    `detail`: shapes and settings. `groups`: the groups of its parameters. `number`: how many it has, without
-    those of earlier parts, which `tied` names. `sets`: the set of weights that each of the repeated modules
-    uses; empty where none share.
-    """
+class Part(NamedTuple):
+    """A module of a model, or several of the same structure at the same place of repeated blocks."""
 
     name: str
     kind: str
-    detail: str
-    groups: frozenset[str]
-    number: int
+    detail: str  # shapes and settings
+    groups: frozenset[str]  # of its parameters
+    number: int  # of parameters, without those of earlier parts, which `tied` names
     tied: str
-    sets: tuple[int, ...]
+    sets: tuple[int, ...]  # the set of weights of each of the repeated modules; empty where none share
     parts: tuple[Part, ...]
 
     @property
@@ -65,9 +56,7 @@ class Part:
 
 def module_tree(model: nn.Module) -> Part:
     """The model as a part, and within it its modules in their order."""
-    groups: dict[int, str] = {}
-    for parameter, group in grouped_parameters(model):
-        groups.setdefault(id(parameter), group)
+    groups = {id(parameter): group for parameter, group in reversed(list(grouped_parameters(model)))}
     return _part("model", "", [model], groups, {})
 
 
@@ -81,39 +70,28 @@ def _part(
     number = sum(numel for key, numel in parameters.items() if key not in seen)
     tied = ", ".join(sorted({seen[key] for key in sets[0] if key in seen}))
     seen.update((key, path) for keys in sets for key in keys if key not in seen)
-    return Part(
-        name=name,
-        kind=_kind(modules[0]),
-        detail=_detail(modules[0]),
-        groups=frozenset(groups[key] for key in parameters),
-        number=number,
-        tied=tied,
-        sets=tuple(map(sets.index, weights)) if sets[0] and len(sets) < len(modules) else (),
-        parts=tuple(
-            _part(child, f"{path} {child}".strip(), found, groups, seen)
-            for child, found in _children(modules)
-        ),
-    )
+    shared = tuple(map(sets.index, weights)) if sets[0] and len(sets) < len(modules) else ()
+    children = _children(modules)
+    parts = [_part(child, f"{path} {child}".strip(), inner, groups, seen) for child, inner in children]
+    bases = [base.__name__ for base in type(modules[0]).__mro__]
+    kind = next(base for base in bases if base[0] != "_")
+    used = frozenset(groups[key] for key in parameters)
+    return Part(name, kind, _detail(modules[0]), used, number, tied, shared, tuple(parts))
 
 
 def _children(modules: Sequence[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
     """The name and the modules of each part within `modules`; modules alike in a list are one part."""
     for attribute, child in modules[0].named_children():
-        name, found = attribute.replace("_", " "), [module.get_submodule(attribute) for module in modules]
+        name, children = attribute.replace("_", " "), [m.get_submodule(attribute) for m in modules]
         if isinstance(child, nn.ModuleList):
             alike: dict[str, list[int]] = {}
             for place, element in enumerate(child):
-                alike.setdefault(_structure(element), []).append(place)
+                shapes = [(name, parameter.shape) for name, parameter in element.named_parameters()]
+                alike.setdefault(f"{element!r} {shapes}", []).append(place)
             for places in alike.values():
-                elements = [repeated[place] for repeated in found for place in places]
-                yield f"{name} {_numbers(places)}", elements
+                yield f"{name} {_numbers(places)}", [one[place] for one in children for place in places]
         elif type(child).__name__ != "Dropout":
-            yield name, found
-
-
-def _kind(module: nn.Module) -> str:
-    """The name of a module's class, or of the first of its bases whose name is public."""
-    return next(kind.__name__ for kind in type(module).__mro__ if kind.__name__[0] != "_")
+            yield name, children
 
 
 def _detail(module: nn.Module) -> str:
@@ -128,19 +106,14 @@ def _detail(module: nn.Module) -> str:
     return ", ".join(listed).replace("_", " ")
 
 
-def _structure(module: nn.Module) -> str:
-    shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in module.named_parameters()]
-    return "\n".join([repr(module), *shapes])
-
-
 def _numbers(places: Sequence[int]) -> str:
     """The places 0, 1, 2, 4 as the numbers 1–3, 5."""
     spans: list[list[int]] = []
-    for number in (place + 1 for place in places):
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
+    for place in places:
+        if spans and place == spans[-1][-1]:
+            spans[-1][1:] = [place + 1]
         else:
-            spans.append([number])
+            spans.append([place + 1])
     return ", ".join("–".join(map(str, span)) for span in spans)
 
 
@@ -157,18 +130,19 @@ def settings(config: ModelConfig) -> str:
     return ", ".join(shown)
 
 
-def _model(run: Run) -> nn.Module:
-    """The run's model with its techniques, without the values of its weights."""
-    return build_on_meta(run.model, tuple(run.techniques.values()))
+def _models(results: Results) -> Iterator[tuple[str, str, ModelConfig, nn.Module]]:
+    """Each variant's name, label, config, and model with its techniques, without the values of weights."""
+    for variant, runs in results.variants.items():
+        run = results.study.runs[runs[-1].name]
+        model = build_on_meta(run.model, tuple(run.techniques.values()))
+        yield variant, runs[-1].train.label, run.model, model
 
 
-def write_architectures(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def write_architectures(folder: Path, results: Results) -> None:
     """Write `folder`/architecture-<variant>.svg, one for all variants of the same architecture."""
     labels: dict[tuple[Part, str], dict[str, str]] = {}
-    for name, result in results.items():
-        run = study.runs[name]
-        key = module_tree(_model(run)), settings(run.model)
-        labels.setdefault(key, {})[result.train.variant] = result.train.label
+    for variant, label, config, model in _models(results):
+        labels.setdefault((module_tree(model), settings(config)), {})[variant] = label
     for (tree, note), named in labels.items():
         draw_architecture(folder, f"architecture-{next(iter(named))}", some(list(named.values())), tree, note)
 
@@ -177,12 +151,11 @@ def draw_architecture(folder: Path, name: str, label: str, tree: Part, note: str
     """Write `folder`/`name`.svg: the diagram of a model, with its settings as a note."""
     title, note = f"{label}: {count(tree.number)} parameters", textwrap.fill(note, 100)
     height = tree.height + 0.75 + 0.2 * note.count("\n")
-    with figure(folder, name, f"Architecture of {title}", _WIDTH, height) as drawing:
+    with figure(folder, name, f"Architecture of {title}", _WIDTH, height, heading=title) as drawing:
         axes = drawing.subplots()
         axes.set(xlim=(0, _WIDTH), ylim=(tree.height + 0.02, -0.02))
         axes.set_axis_off()
         _draw(axes, tree, 0.02, 0.0, group_colours(_groups(tree), 0.3))
-        heading(drawing, title)
         drawing.supxlabel(note, x=0.01, ha="left", fontsize=9, color=GREY)
 
 
@@ -207,8 +180,7 @@ def _draw(axes: Axes, part: Part, x: float, y: float, colours: Mapping[str, str]
         linewidth=0.8,
     )
     axes.add_patch(box)
-    middle = y + _LINE / 2
-    style = {"va": "center_baseline", "fontsize": 9}
+    middle, style = y + _LINE / 2, {"va": "center_baseline", "fontsize": 9}
     axes.text(x + 0.1, middle, part.name, fontweight="bold", **style)
     axes.text(_WIDTH - x - 0.1, middle, f"{part.number:,}" if part.number else "–", ha="right", **style)
     for line in part.text:
@@ -231,16 +203,16 @@ def _draw_sets(axes: Axes, sets: Sequence[int], y: float) -> None:
         axes.text(x + side / 2, y, str(used + 1), fontsize=7, ha="center", va="center")
 
 
-def write_parameters(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def write_parameters(folder: Path, results: Results) -> None:
     """Write `folder`/parameters.svg and data/parameters.csv: a bar for all variants with equal groups."""
     bars: dict[tuple[tuple[str, int], ...], list[str]] = {}
     records = []
-    for variant, name in {result.train.variant: name for name, result in results.items()}.items():
-        groups = parameter_groups(_model(study.runs[name]))
-        bars.setdefault(tuple(groups.items()), []).append(results[name].train.label)
+    for variant, label, _, model in _models(results):
+        groups = parameter_groups(model)
+        bars.setdefault(tuple(groups.items()), []).append(label)
         records += [{"variant": variant, "group": group, "value": number} for group, number in groups.items()]
-    write_text(folder / "data" / "parameters.csv", csv_text(records))
-    title = f"Where the parameters are, study {study.name}"
+    write_data(folder, "parameters", records)
+    title = f"Where the parameters are, study {results.study.name}"
     colours = group_colours(group for bar in bars for group, _ in bar)
     longest = max(sum(number for _, number in bar) for bar in bars)
     with figure(folder, "parameters", title, 9, 1.7 + 0.42 * len(bars)) as drawing:
@@ -251,9 +223,8 @@ def write_parameters(folder: Path, study: Study, results: Mapping[str, RunResult
         axes.set_xlim(0, 1.12 * longest)
         count_axis(axes.xaxis, 6)
         axes.set_xlabel("parameters, shared ones once")
-        heading(drawing, title)
         handles = [Patch(facecolor=colour, label=group) for group, colour in colours.items()]
-        drawing.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        legend(drawing, handles, min(4, len(handles)))
 
 
 def _draw_bar(

@@ -9,25 +9,24 @@ from dataclasses import replace
 from stlm.files import atomic_directory, remove_leftovers, write_json, write_record, write_text
 from stlm.outputs import METRICS, REPORT, names
 from stlm.provenance import code_version
-from stlm.report.accuracies import accuracy_tables, main_mode, score
+from stlm.report.accuracies import accuracy_tables
 from stlm.report.architecture import write_architectures, write_parameters
 from stlm.report.bits_table import bits_table, component_table
 from stlm.report.card import write_cards
-from stlm.report.comparison import compare_all, published_alike
+from stlm.report.comparison import compare_all
 from stlm.report.contamination import contamination_note, contamination_table, leaks_table, read_contamination
 from stlm.report.curves import read_variants
 from stlm.report.documents import amount_note
-from stlm.report.efficiency import efficiencies, efficiency_table, write_efficiency
-from stlm.report.equal_cost import equal_costs
-from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
+from stlm.report.efficiency import efficiency_table, write_efficiency
+from stlm.report.equal_cost import equal_cost_table, equal_costs, write_equal_cost
 from stlm.report.headline import findings, front_page, headline_table
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.pareto import write_pareto
-from stlm.report.phenomena import phenomena_tables
+from stlm.report.phenomena import phenomena_table
 from stlm.report.plots import write_plots
 from stlm.report.readouts import readouts_table, write_readouts
 from stlm.report.records import write_records
-from stlm.report.results import RunResult, read_published, read_results, run_label
+from stlm.report.results import Results, read_results
 from stlm.report.sources import read_texts
 from stlm.report.statistics import group_records, statistics_records
 from stlm.report.table import Table, csv_text, write_checksums, write_table
@@ -45,38 +44,34 @@ def report(study: Study) -> None:
     the command that makes it.
     """
     code = code_version()
-    results, published = read_results(study), read_published(study)
-    comparisons = compare_all(results, study.baseline)
-    comparisons.disturbing.extend(published_alike(results[study.baseline], published))
-    contamination = read_contamination(study)
-    rows = rows_of(results, published)
-    made, trained = unlike_note(rows), unlike_note(rows_of(results), scored=False)
-    for corpus, tokenizer in {(result.train.corpus, result.train.tokenizer) for result in results.values()}:
+    results = read_results(study)
+    comparisons, contamination = compare_all(results), read_contamination(study)
+    unlike = unlike_note(rows_of(results, published=True))
+    unlike_trained = unlike_note(rows_of(results), scored=False)
+    for corpus, tokenizer in {(run.train.corpus, run.train.tokenizer) for run in results.values()}:
         read_texts(corpus, tokenizer)  # the model cards read them, too: damage is reported before writing
-    variants = read_variants(study, results)
-    compared = efficiencies(variants) if variants else []
+    variants = read_variants(results)
     costs = equal_costs(variants) if variants else None
     trainings = [
-        table1(study, results),
-        variants_table(study, results),
+        table1(results),
+        variants_table(results),
         equal_cost_table(study, costs) if costs else None,
-        efficiency_table(study, compared) if compared else None,
+        efficiency_table(study, variants) if variants else None,
     ]
-    bits = bits_table(study, results, published)
+    bits = bits_table(results)
     headline = headline_table(study, findings(results, bits.records))
-    note = contamination_note(contamination)
     tables = [
-        *_noted([headline], made),
-        *_noted(trainings, trained),
-        *_noted(accuracy_tables(study, results, comparisons, published), note, made),
-        *_noted(phenomena_tables(study, results), made),
+        *_noted([headline], unlike),
+        *_noted(trainings, unlike_trained),
+        *_noted(accuracy_tables(results, comparisons), contamination_note(contamination), unlike),
+        *_noted([phenomena_table(results)], unlike),
         *_noted([contamination_table(study, contamination), leaks_table(study, contamination)]),
-        *_noted([bits, component_table(study, results), readouts_table(study, results)], made),
+        *_noted([bits, component_table(results), readouts_table(results)], unlike),
     ]
     for name in names((*REPORT, METRICS)):
         remove_leftovers(study.folder, name)  # of a report that was killed
     collected = metrics(results)
-    text = summary(study, results, collected, made)
+    text = summary(results, collected, unlike)
     with ExitStack() as stack:
         # Each replaces its predecessor when the block ends: if one cannot be made, all stay as they were.
         folders = {name: stack.enter_context(atomic_directory(study.folder / name)) for name in names(REPORT)}
@@ -89,47 +84,32 @@ def report(study: Study) -> None:
         write_record(tables_folder / "made.json", {"study": study.name, "code": code})
         write_checksums(tables_folder)
         write_records(folders["records"], {run: study.runs[run].folder for run in results})
-        write_plots(plots, study, results, comparisons)
-        if compared:
-            write_efficiency(plots, study, compared)
+        write_plots(plots, results, comparisons)
         if costs:
+            write_efficiency(plots, study, variants)
             write_equal_cost(plots, study, costs)
-        write_architectures(plots, study, results)
-        write_parameters(plots, study, results)
-        write_pareto(plots, study, results)
-        write_readouts(plots, study, results)
-        write_training_pages(folders["training"], study, results)
-        write_cards(folders["cards"], study, results, comparisons, contamination)
+        for write in (write_architectures, write_parameters, write_pareto, write_readouts):
+            write(plots, results)
+        write_training_pages(folders["training"], results)
+        write_cards(folders["cards"], results, comparisons, contamination)
     write_json(study.folder / "metrics.json", collected)
     print(text)
 
 
 def _noted(tables: Iterable[Table | None], *notes: str | None) -> list[Table]:
     """The tables that there are, with further notes below them."""
-    return [replace(table, notes=[*table.notes, *filter(None, notes)]) for table in filter(None, tables)]
+    return [replace(table, notes=[*table.notes, *notes]) for table in filter(None, tables)]
 
 
-def summary(
-    study: Study,
-    results: Mapping[str, RunResult],
-    collected: Mapping[str, Mapping[str, float]],
-    made: str | None = None,
-) -> str:
-    """The study's metrics for the terminal, a line for each run. `made`: what rows were made differently."""
+def summary(results: Results, collected: Mapping[str, Mapping[str, float]], unlike: str | None = None) -> str:
+    """The study's metrics for the terminal, a line for each run; `unlike`: a note on how they were made."""
     names = list(dict.fromkeys(name for numbers in collected.values() for name in numbers))[2:]
-    header = ["", *(name.removeprefix("test_").replace("_", " ") for name in names)]
-    rows = [
-        [
-            run_label(results[run], results),
-            *("–" if name not in numbers else _shown(name, numbers[name]) for name in names),
-        ]
-        for run, numbers in collected.items()
-    ]
-    lines = text_table([header, *rows])
-    texts = ((run_label(result, results), result.last.perplexity) for result in results.values())
-    lines.append(amount_note(texts))
-    lines += filter(None, [made])
-    return "\n".join([*lines, f"Accuracies in percent; tables and plots: {study.folder}/"])
+    rows = [["", *(name.removeprefix("test_").replace("_", " ") for name in names)]]
+    for run, numbers in collected.items():
+        shown = ["–" if name not in numbers else _shown(name, numbers[name]) for name in names]
+        rows.append([results[run].label, *shown])
+    lines = [*text_table(rows), amount_note(results.texts), *filter(None, [unlike])]
+    return "\n".join([*lines, f"Accuracies in percent; tables and plots: {results.study.folder}/"])
 
 
 def _shown(name: str, value: float) -> str:
@@ -137,25 +117,21 @@ def _shown(name: str, value: float) -> str:
     return f"{100 * value:.1f}" if fraction else f"{value:.3f}"
 
 
-def metrics(results: Mapping[str, RunResult]) -> dict[str, dict[str, float]]:
+def metrics(results: Results) -> dict[str, dict[str, float]]:
     """Run -> name -> number, flat, for `dvc metrics`; accuracies are fractions."""
-    mode = main_mode(results)
     collected = {}
-    for name, result in results.items():
-        numbers: dict[str, float] = {
-            "parameters": result.train.parameters.total,
-            "tokens": result.last.tokens,
-            "test_bits_per_byte": round(result.last.perplexity.bits_per_byte, 4),
-            "test_char_perplexity": round(result.last.perplexity.char_perplexity, 4),
+    for name, run in results.items():
+        numbers: dict[str, float | None] = {
+            "parameters": run.train.parameters.total,
+            "tokens": run.last.tokens,
+            "test_bits_per_byte": run.perplexity.bits_per_byte,
+            "test_char_perplexity": run.perplexity.char_perplexity,
         }
-        for component, text in result.last.perplexity.components.items():
-            numbers[f"test_bits_per_byte_{component}"] = round(text.bits_per_byte, 4)
-        for benchmark, scored in result.last.benchmarks.items():
-            accuracy = score(scored, mode, "acc")
-            if accuracy is not None:
-                numbers[benchmark] = round(accuracy.value, 4)
-            perplexity = result.word_perplexity(benchmark, mode)
-            if perplexity is not None:
-                numbers[f"{benchmark}_perplexity"] = round(perplexity, 4)
-        collected[name] = numbers
+        for component, text in run.perplexity.components.items():
+            numbers[f"test_bits_per_byte_{component}"] = text.bits_per_byte
+        for benchmark in run.last.benchmarks:
+            accuracy = run.last.accuracy(benchmark, results.mode)
+            numbers[benchmark] = accuracy and accuracy.value
+            numbers[f"{benchmark}_perplexity"] = run.word_perplexity(benchmark, results.mode)
+        collected[name] = {key: round(value, 4) for key, value in numbers.items() if value is not None}
     return collected

@@ -11,60 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
 from stlm.corpora.language import NAMES
 from stlm.errors import UserError
-from stlm.evaluation.statistics import Interval
 from stlm.files import read_record, write_text
 from stlm.integrity import check_listed
 from stlm.model.config import ModelConfig
 from stlm.model.counts import build_on_meta, parameter_groups
-from stlm.report.comparison import Accuracy, Comparisons, Score, accuracy, by_mode, scores
+from stlm.report.comparison import Accuracy, Comparisons, accuracy, by_mode
 from stlm.report.contamination import Contamination, contamination_note
 from stlm.report.documents import amount
-from stlm.report.hyperparameters import settings
+from stlm.report.hyperparameters import settings_of
 from stlm.report.names import benchmark_label, bounds, percent
-from stlm.report.results import (
-    CheckpointResult,
-    EvaluationRecord,
-    Perplexity,
-    RunResult,
-    TrainRecord,
-    run_label,
-)
+from stlm.report.results import Results
 from stlm.report.run_files import read_outcomes
+from stlm.report.schema import CheckpointResult, EvaluationRecord, Score, TrainRecord
 from stlm.report.sources import Text, read_texts
-from stlm.report.table import Cell, Table, markdown
-from stlm.study.runs import Study
+from stlm.report.table import Table, markdown
 from stlm.techniques.registry import load_techniques
 
-_CITATION = """\
-```bibtex
-@article{hillier2024super,
-  title   = {Super Tiny Language Models},
-  author  = {Hillier, Dylan and Guertler, Leon and Tan, Cheston and Agrawal, Palaash and Chen, Ruirui and
-             Cheng, Bobby},
-  journal = {arXiv preprint arXiv:2405.14159},
-  year    = {2024}
-}
-```"""
-_LIMITS = """\
-Made for research on very small language models: to compare techniques under equal conditions. Not for
-deployment, and not for advice, facts or decisions about people.
-
-- It continues text. It was not tuned to follow instructions or anyone's preferences, and nothing was done to
-  keep harmful text out.
-- What it says is often false, and repeats the views and prejudices of its training text.
-- It knows the languages and subjects of that text alone, and reads {context} at most."""
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters |= {"n": "{:,}".format, "e": "{:.2e}".format}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a checkpoint; None or empty where no file says.
-
-    `chance[benchmark]`: the expected accuracy of a random choice, a fraction.
-    """
+    """What is known of a checkpoint; None or empty where no file says."""
 
     title: str
     train: TrainRecord
@@ -72,7 +52,7 @@ class Card:
     tokens: int
     result: CheckpointResult | None
     accuracies: Mapping[Score, Accuracy]
-    chance: Mapping[str, float]
+    chance: Mapping[str, float]  # benchmark -> the expected accuracy of a random choice, a fraction
     contamination: Contamination | None
     texts: Sequence[Text]
 
@@ -97,59 +77,51 @@ class Card:
         return [
             entry(corpus, corpus, "bits_per_byte", "bits per byte", bits),
             *(
-                entry(name, benchmark_label(name), "accuracy", f"{metric}, {mode} mode", found.value)
-                for (name, mode, metric), found in self.accuracies.items()
+                entry(name, benchmark_label(name), "accuracy", f"{metric}, {mode} mode", accuracy.value)
+                for (name, mode, metric), accuracy in self.accuracies.items()
             ),
         ]
 
     def markdown(self, use: str = "", **more: Any) -> str:
         """The whole card, with the section `use` second; `more` goes to the metadata at its top."""
-        sections = {
-            **({"Use": use} if use else {}),
-            "Data": self._data(),
-            "Model": self._model(),
-            "Training": self._training(),
-            "Results": self._results(),
-            "Contamination": self._contamination(),
-            "Intended use and limits": _LIMITS.format(
-                context=f"{self.train.model['context']:,} {self._unit}"
-            ),
-            "Licences": self._licences(),
-            "Citation": _CITATION,
-        }
-        body = "\n\n".join(f"## {title}\n\n{text.strip()}" for title, text in sections.items())
-        head = self.metadata(**more).to_yaml()
-        return f"---\n{head}\n---\n\n# {self.title}\n\n{self._summary()}\n\n{body}\n"
+        train = self.train
+        return _TEMPLATES.get_template("card.md.jinja").render(
+            card=self,
+            train=train,
+            use=use.strip(),
+            metadata=self.metadata(**more).to_yaml(),
+            unit=self._unit,
+            languages={text.name: _language(text.language) for text in self.texts},
+            data=markdown(self._data()).strip(),
+            settings=self._settings,
+            groups=markdown(self._groups()).strip(),
+            percent=percent,
+            program=", ".join(f"{name} {version}" for name, version in train.code.items() if version),
+            amount=amount,
+            measured=self.result and self.result.perplexity,
+            accuracies=markdown(self._results()).strip() if self.result else "",
+            contamination=self._contamination(),
+        )
 
     @property
     def _unit(self) -> str:
         """What a position of the model's input is: for byte-level models, a chunk of bytes."""
         return "chunks" if self.train.model.get("bytes") else "tokens"
 
-    def _summary(self) -> str:
-        counts = self.train.parameters
-        return (
-            f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings), "
-            f"trained on {self.tokens:,} {self._unit} of {self.train.corpus}"
-            + (f" after those of {self.train.start.run}" if self.train.start else "")
-            + f"; step {self.step:,} of {self.train.steps:,}. "
-            "Made with STLM, reference software for research on super tiny language models."
-        )
-
-    def _data(self) -> str:
+    def _data(self) -> Table:
         rows = []
         for text in self.texts:
             share = "" if text.share is None else f"\nshare {percent(text.share)}%"
-            cells = [text.name + share, text.licence or "not known here", text.origin or "not known here"]
-            for split in ("train", "val", "test"):
-                size = (text.splits or {}).get(split)
-                cells.append(
-                    f"{size.tokens:,} {self._unit}\n{size.documents:,} documents\n{size.bytes / 1e6:,.1f} MB"
-                    if size
-                    else "–"
-                )
-            rows.append([Cell(cell) for cell in cells])
-        table = Table(
+            sizes = [(text.splits or {}).get(split) for split in ("train", "val", "test")]
+            shown = [
+                f"{size.tokens:,} {self._unit}\n{size.documents:,} documents\n{size.bytes / 1e6:,.1f} MB"
+                if size
+                else "–"
+                for size in sizes
+            ]
+            unknown = "not known here"
+            rows.append([text.name + share, text.licence or unknown, text.origin or unknown, *shown])
+        return Table(
             "data",
             f"Text, tokenized by {self.train.tokenizer}",
             ["corpus", "licence", "from", "train split", "validation split", "test split"],
@@ -160,85 +132,35 @@ class Card:
             ],
             texts=3,
         )
-        return f"{self._languages()}\n\n{markdown(table)}"
 
-    def _languages(self) -> str:
-        """The languages of the text in words; of each component where a mix has several."""
-        named = {text.name: _language(text.language) for text in self.texts}
-        if len(set(named.values())) == 1:
-            return f"Language: {next(iter(named.values()))}."
-        return "Languages: " + "; ".join(f"{name}: {language}" for name, language in named.items()) + "."
-
-    def _model(self) -> str:
+    def _groups(self) -> Table:
         techniques = load_techniques(self.train.techniques, "train.json", "techniques")
         config = ModelConfig.model_validate(self.train.model)
         groups = parameter_groups(build_on_meta(config, tuple(techniques.values())))
-        rows = [[Cell(name), Cell(f"{number:,}")] for name, number in groups.items()]
+        rows = [(name, f"{number:,}") for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
-        table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
-        kinds = ("Size", "Model", "Techniques") if techniques else ("Size", "Model")
-        return f"{self._settings(*kinds)}\n{markdown(table)}"
+        return Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
 
     def _settings(self, *sections: str) -> str:
-        found = settings(self.train)
-        rows = [
-            [Cell(key), Cell(value)] for section in sections for key, value in found.get(section, {}).items()
-        ]
-        return markdown(Table("settings", " and ".join(sections), ["", ""], rows))
+        by_section = settings_of({"": [self.train]})[""]
+        rows = [row for section in sections for row in by_section.get(section, {}).items()]
+        return markdown(Table("settings", " and ".join(sections), ["", ""], rows)).strip()
 
-    def _training(self) -> str:
-        train = self.train
-        where = [
-            train.device,
-            train.precision,
-            *(["compiled"] if train.compiled else []),
-            *(["kernels in C"] if train.kernels else []),
-            *([f"{train.processes} processes"] if train.processes > 1 else []),
-        ]
-        code = ", ".join(f"{name} {version}" for name, version in train.code.items() if version)
-        return (
-            f"{train.tokens:,} {self._unit} in {train.steps:,} steps, about {train.flops:.2e} floating-point "
-            f"operations, {train.seconds:,.0f} s on {', '.join(where)}. Seed {train.seed}."
-            + self._origin()
-            + (f" Program: {code}." if code else "")
-            + "\n\n"
-            + self._settings("Data", "Recipe")
-        )
-
-    def _origin(self) -> str:
-        """The trainings of other runs that this one depended on."""
-        sentences = []
-        for role, other in self.train.depends.items():
-            cost = f"{other.tokens:,} {self._unit} and about {other.flops:.2e} floating-point operations"
-            if role == "start":
-                cut = ""
-                if other.truncation:
-                    lost = percent(other.truncation.relative_error)
-                    cut = f", cut to lower ranks ({lost}% of their norm lost)"
-                begun = f" It began with the last weights of the run {other.run}, which {cost} had gone into"
-                sentences.append(f"{begun}{cut}.")
-            else:
-                sentences.append(f" Its {role} was the run {other.run}, trained with {cost}.")
-        return "".join(sentences)
-
-    def _results(self) -> str:
-        if self.result is None:
-            return "This checkpoint was not evaluated (`stlm evaluate`)."
-        measured = self.result.perplexity
+    def _results(self) -> Table:
         rows = []
-        for (benchmark, mode, metric), found in self.accuracies.items():
-            over = "–" if found.clustered is None else f"{bounds(*found.clustered)}\n{found.groups} groups"
+        for (benchmark, mode, metric), scored in self.accuracies.items():
             chance = self.chance.get(benchmark)
-            cells = [
-                f"{benchmark_label(benchmark)} (version {self.result.benchmarks[benchmark].version})",
-                f"{mode}, {metric}",
-                f"{found.n:,}",
-                percent(found.value),
-                bounds(*found.interval),
-                over,
-                "–" if chance is None else percent(chance),
-            ]
-            rows.append([Cell(cell) for cell in cells])
+            rows.append(
+                [
+                    f"{benchmark_label(benchmark)} (version {self.result.benchmarks[benchmark].version})",
+                    f"{mode}, {metric}",
+                    f"{scored.n:,}",
+                    percent(scored.value),
+                    bounds(*scored.interval),
+                    f"{bounds(*scored.clustered)}\n{scored.groups} groups" if scored.clustered else "–",
+                    "–" if chance is None else percent(chance),
+                ]
+            )
         header = ["benchmark", "mode, metric", "items", "accuracy", "95% interval", "over groups", "chance"]
         notes = [
             "In percent. Intervals: Wilson's, over items; over groups: cluster-robust, for other groups of "
@@ -246,22 +168,16 @@ class Card:
             "the prompts and continuations of the reference evaluation harness; paper, the probability of "
             "the whole string."
         ]
-        guessing = self._guessing()
-        if guessing:
+        if guessing := self._guessing():
             notes.append(f"No better than guessing, by their widest interval: {', '.join(guessing)}.")
-        table = Table("results", "Zero-shot accuracy", header, rows, notes, texts=2)
-        return (
-            f"Test split of {self.train.corpus}, {amount(measured)}: "
-            f"**{measured.bits_per_byte:.4f} bits per byte**{_over_documents(measured)}, "
-            f"character perplexity {measured.char_perplexity:.4f}."
-        ) + (f"\n\n{markdown(table)}" if rows else "")
+        return Table("results", "Zero-shot accuracy", header, rows, notes, texts=2)
 
     def _guessing(self) -> list[str]:
         """Benchmarks with no accuracy significantly above chance, by the wider of its intervals."""
         above: dict[str, bool] = {}
-        for (benchmark, _, _), found in self.accuracies.items():
+        for (benchmark, _, _), scored in self.accuracies.items():
             if benchmark in self.chance:
-                low = min(found.interval.low, (found.clustered or found.interval).low)
+                low = min(scored.interval.low, (scored.clustered or scored.interval).low)
                 above[benchmark] = above.get(benchmark, False) or low > self.chance[benchmark]
         return [benchmark_label(benchmark) for benchmark, is_above in above.items() if not is_above]
 
@@ -274,20 +190,6 @@ class Card:
             "words in sequence with the training text, or stands in it whole."
         )
 
-    def _licences(self) -> str:
-        texts = "\n".join(f"- {text.name}: {text.licence or 'not known here'}" for text in self.texts)
-        return (
-            "The program that made this model is under Apache-2.0. The model itself has no licence yet: "
-            f"whoever publishes it chooses one that the terms of its training text allow.\n\n{texts}"
-        )
-
-
-def _over_documents(measured: Perplexity) -> str:
-    if measured.interval is None:
-        return ""
-    few = ", of so few documents that it is too narrow" if measured.interval.few_documents else ""
-    return f" (95% interval over documents {measured.interval.low:.3f} to {measured.interval.high:.3f}{few})"
-
 
 def _language(tag: str | None) -> str:
     """The name of a language with its tag: English (en)."""
@@ -298,25 +200,20 @@ def _language(tag: str | None) -> str:
 
 
 def write_cards(
-    folder: Path,
-    study: Study,
-    results: Mapping[str, RunResult],
-    comparisons: Comparisons,
-    contamination: Contamination,
+    folder: Path, results: Results, comparisons: Comparisons, contamination: Contamination
 ) -> None:
     """Write `folder`/<run>.md for each run, of its last checkpoint."""
-    for name, result in results.items():
-        checkpoint, points = list(comparisons.points[name].items())[-1]
+    for name, run in results.items():
         card = Card(
-            f"{run_label(result, results)} ({study.name}/{name})",
-            result.train,
-            result.last.step,
-            result.last.tokens,
-            result.checkpoints[checkpoint],
-            {key: point.accuracy for key, point in points.items()},
+            f"{run.label} ({results.study.name}/{name})",
+            run.train,
+            run.last.step,
+            run.last.tokens,
+            run.last,
+            {score: point.accuracy for score, point in list(comparisons.points[name].values())[-1].items()},
             comparisons.chance,
-            _of_corpus(contamination, result.train.corpus),
-            read_texts(result.train.corpus, result.train.tokenizer),
+            _of_corpus(contamination, run.train.corpus),
+            read_texts(run.train.corpus, run.train.tokenizer),
         )
         write_text(folder / f"{name}.md", card.markdown(library_name="stlm"))
 
@@ -331,7 +228,7 @@ def read_card(checkpoint: Path) -> Card | None:
         return None
     train = read_record(run / "train.json", TrainRecord)
     described = read_record(checkpoint / "config.json", _Description)
-    listed = {kept.step: kept.weights_sha256 for kept in train.checkpoints}
+    listed = {trained.step: trained.weights_sha256 for trained in train.checkpoints}
     if listed.get(described.step) != described.weights_sha256:  # trained again, or files of two runs
         raise UserError(
             f"{run / 'train.json'} does not list the weights in {checkpoint}, and so is not their record: "
@@ -347,13 +244,11 @@ def read_card(checkpoint: Path) -> Card | None:
     if result is not None and (run / "items.parquet").is_file():
         check_listed(run / "evaluation.json", "items.parquet")
         items = by_mode(read_outcomes(run / "items.parquet", checkpoint.name))
-        accuracies = {key: accuracy(items[key[:2]], key[2]) for key in scores(result) if key[:2] in items}
-        chance = {benchmark: float(found["chance"].mean()) for (benchmark, _), found in items.items()}
+        accuracies = {key: accuracy(items[key[:2]], key[2]) for key in result.scores if key[:2] in items}
+        chance = {benchmark: float(outcomes["chance"].mean()) for (benchmark, _), outcomes in items.items()}
     elif result is not None:
-        for benchmark, mode, metric in scores(result):
-            found = getattr(result.benchmarks[benchmark].modes[mode], metric)
-            interval = Interval(found.low, found.high)
-            accuracies[benchmark, mode, metric] = Accuracy(found.value, found.n, interval, 0, None)
+        recorded = {score: result.accuracy(*score) for score in result.scores}
+        accuracies = {k: Accuracy(one.value, one.n, one.interval, 0, None) for k, one in recorded.items()}
     contamination = run.parent.parent / "contamination.json"
     counted = read_record(contamination, Contamination) if contamination.is_file() else None
     return Card(
@@ -364,7 +259,7 @@ def read_card(checkpoint: Path) -> Card | None:
         result,
         accuracies,
         chance,
-        _of_corpus(counted, train.corpus) if counted else None,
+        counted and _of_corpus(counted, train.corpus),
         read_texts(train.corpus, train.tokenizer),
     )
 
@@ -379,5 +274,5 @@ class _Description(BaseModel):
 
 
 def _of_corpus(contamination: Contamination, corpus: str) -> Contamination | None:
-    corpora = {name: found for name, found in contamination.corpora.items() if name == corpus}
-    return contamination.model_copy(update={"corpora": corpora}) if corpora else None
+    counts = contamination.corpora.get(corpus)
+    return counts and contamination.model_copy(update={"corpora": {corpus: counts}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,8 +13,10 @@ from stlm.evaluation.ngrams import SIZES
 from stlm.evaluation.text_items import text_item_settings
 from stlm.files import read_record
 from stlm.report.names import benchmark_label, percent
-from stlm.report.table import Cell, Section, Table
+from stlm.report.table import Section, Table
 from stlm.study.runs import Study
+
+_MOST_WORDS = 20  # of an example
 
 
 class Example(BaseModel):
@@ -64,6 +66,11 @@ class CorpusContamination(BaseModel):
     benchmarks: dict[str, BenchmarkContamination]
     held_out: HeldOut | None = None
 
+    def section(self, corpus: str, more: str = "") -> Section:
+        """The row above those of a corpus, with its size."""
+        size = f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB"
+        return Section(f"{corpus}, train split: {size}{more}")
+
 
 class Contamination(BaseModel):
     """contamination.json: corpus -> benchmark -> numbers of items; `made`: settings of generated items."""
@@ -76,29 +83,25 @@ class Contamination(BaseModel):
 
 def read_contamination(study: Study) -> Contamination:
     """The study's contamination.json. UserError where it is missing, damaged, or of another study's data."""
-    path, command = study.folder / "contamination.json", f"run: stlm contamination {study.name}"
-    if not path.is_file():
-        raise UserError(f"{path}: is missing; {command}")
-    found = read_record(path, Contamination)
-    if set(found.corpora) != set(study.corpora):
-        raise UserError(
-            f"{path}: is about {', '.join(found.corpora) or 'no corpus'}, but the runs train on "
-            f"{', '.join(study.corpora)}; {command}"
-        )
-    made = text_item_settings(study.evaluation)
-    if found.sizes != list(SIZES) or found.made != made:
-        raise UserError(
-            f"{path}: counted sequences of {_listed(found.sizes)} words, items made with {found.made}; now "
-            f"it is {_listed(SIZES)} words, and the study asks for {made}; {command}"
-        )
-    asked = {b.name: b.version for b in map(benchmark, study.benchmarks)}
-    for corpus in found.corpora.values():
-        counted = {name: result.version for name, result in corpus.benchmarks.items()}
-        if counted != asked:
-            raise UserError(
-                f"{path}: is about {_versions(counted)}, but the study scores {_versions(asked)}; {command}"
-            )
-    return found
+    path = study.folder / "contamination.json"
+
+    def check(agrees: bool, problem: str) -> None:
+        if not agrees:
+            raise UserError(f"{path}: {problem}; run: stlm contamination {study.name}")
+
+    check(path.is_file(), "is missing")
+    record, made = read_record(path, Contamination), text_item_settings(study.evaluation)
+    about, trained = ", ".join(record.corpora) or "no corpus", ", ".join(study.corpora)
+    check(set(record.corpora) == set(study.corpora), f"is about {about}, but the runs train on {trained}")
+    counted = f"counted sequences of {_listed(record.sizes)} words, items made with {record.made}"
+    asked = f"now it is {_listed(SIZES)} words, and the study asks for {made}"
+    check(record.sizes == list(SIZES) and record.made == made, f"{counted}; {asked}")
+    scored = {b.name: b.version for b in map(benchmark, study.benchmarks)}
+    for corpus in record.corpora.values():
+        versions = {name: result.version for name, result in corpus.benchmarks.items()}
+        about = f"is about {_versions(versions)}, but the study scores {_versions(scored)}"
+        check(versions == scored, about)
+    return record
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -109,49 +112,48 @@ def _versions(benchmarks: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in benchmarks.items()) or "no benchmark"
 
 
-def contamination_table(study: Study, contamination: Contamination) -> Table:
-    """A row per benchmark and corpus: the number of items, and how many share n-grams with the corpus."""
-    rows: list[Sequence[Cell] | Section] = []
-    records: list[dict[str, object]] = []
+def contamination_table(study: Study, contamination: Contamination) -> Table | None:
+    """A row per benchmark and corpus: the number of items, and how many share n-grams with the corpus.
+
+    None where no benchmark is scored.
+    """
+    if not study.benchmarks:
+        return None
+
+    def columns(corpus: str, name: str, counted: BenchmarkContamination) -> Iterator[tuple]:
+        items = counted.items
+        named = {"corpus": corpus, "benchmark": name, "version": counted.version}
+        yield "", f"{benchmark_label(name)} (version {counted.version})", named
+        yield "items", f"{items:,}", {"items": items}
+        for n in contamination.sizes:
+            long, shared = counted.long_enough[n], counted.shared[n]
+            yield f"of {n} words\nor more", f"{long:,}", {f"at_least_{n}_words": long}
+            yield f"share {n} words\nin sequence", _share(shared, items), {f"share_{n}": shared}
+        record = {"whole": counted.whole, "contaminated": counted.contaminated}
+        yield "whole item", _share(counted.whole, items), record
+
+    rows: list[Section | Iterator[tuple]] = []
     for corpus, counts in contamination.corpora.items():
-        size = f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB"
-        rows.append(Section(f"{corpus}, train split: {size}"))
-        for name, counted in counts.benchmarks.items():
-            cells = [f"{benchmark_label(name)} (version {counted.version})", f"{counted.items:,}"]
-            record: dict[str, object] = {"corpus": corpus, "benchmark": name, "version": counted.version}
-            record["items"] = counted.items
-            for n in contamination.sizes:
-                cells += [f"{counted.long_enough[n]:,}", _share(counted.shared[n], counted.items)]
-                record |= {f"at_least_{n}_words": counted.long_enough[n], f"share_{n}": counted.shared[n]}
-            rows.append([Cell(text) for text in (*cells, _share(counted.whole, counted.items))])
-            records.append(record | {"whole": counted.whole, "contaminated": counted.contaminated})
-    header = ["", "items"]
-    for n in contamination.sizes:
-        header += [f"of {n} words\nor more", f"share {n} words\nin sequence"]
-    return Table(
-        name="contamination",
-        title=f"Benchmark items that stand in the training text; study {study.name}",
-        header=[*header, "whole item"],
-        rows=rows,
-        notes=_notes(contamination),
-        records=records,
-    )
+        benchmarks = counts.benchmarks.items()
+        rows += [counts.section(corpus), *(columns(corpus, name, counted) for name, counted in benchmarks)]
+    title = f"Benchmark items that stand in the training text; study {study.name}"
+    return Table.of_columns("contamination", title, rows, _notes(contamination))
 
 
 def contamination_note(contamination: Contamination) -> str | None:
     """A note for tables of accuracies; None where no item is contaminated."""
-    parts = [
+    listed = [
         f"{benchmark_label(name)} {counted.contaminated:,} of {counted.items:,}"
         + (f" ({corpus})" if len(contamination.corpora) > 1 else "")
         for corpus, counts in contamination.corpora.items()
         for name, counted in counts.benchmarks.items()
         if counted.contaminated
     ]
-    if not parts:
+    if not listed:
         return None
     return (
         f"Items that share {max(contamination.sizes)} words in sequence with the training text, or stand in "
-        f"it whole, are counted above like all others: {'; '.join(parts)} (table contamination)."
+        f"it whole, are counted above like all others: {'; '.join(listed)} (table contamination)."
     )
 
 
@@ -174,64 +176,45 @@ def _notes(contamination: Contamination) -> list[str]:
     ]
     for counts in contamination.corpora.values():
         for name, counted in counts.benchmarks.items():
-            if counted.examples:
-                first = counted.examples[0]
+            for first in counted.examples[:1]:
+                words = first.words.split()
+                shown = first.words if len(words) <= _MOST_WORDS else " ".join([*words[:_MOST_WORDS], "…"])
                 notes.append(
-                    f"{benchmark_label(name)}, for example {first.item}: “{_shortened(first.words)}” "
+                    f"{benchmark_label(name)}, for example {first.item}: “{shown}” "
                     f"({first.component}, document {first.document:,})."
                 )
     return notes
 
 
-def _shortened(words: str, most: int = 20) -> str:
-    listed = words.split()
-    return words if len(listed) <= most else f"{' '.join(listed[:most])} …"
-
-
 def leaks_table(study: Study, contamination: Contamination) -> Table | None:
     """A row per held-out split; None where no corpus was measured (tokenized by an earlier version)."""
-    rows: list[Sequence[Cell] | Section] = []
-    records: list[dict[str, object]] = []
-    words = 0
-    for corpus, counts in contamination.corpora.items():
-        if counts.held_out is None:
-            continue
-        words = counts.held_out.words
-        size = f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB"
-        one_in = counts.held_out.one_in
-        drawn = "" if one_in == 1 else f"; one in {one_in} sequences looked at"
-        rows.append(Section(f"{corpus}, train split: {size}{drawn}"))
-        for split, leak in (("val", counts.held_out.val), ("test", counts.held_out.test)):
-            cells = [
-                split,
-                f"{leak.documents:,}",
-                f"{leak.ngrams:,}",
-                "–" if leak.share is None else f"{leak.share:.2%}",
-                f"{leak.above_half:,}",
-                f"{leak.above_fifth:,}",
-                "–" if leak.worst is None else f"{leak.worst:.0%}",
-            ]
-            rows.append([Cell(text) for text in cells])
-            records.append({"corpus": corpus, "split": split, **leak.model_dump()})
-    if not rows:
+    measured = {name: counts for name, counts in contamination.corpora.items() if counts.held_out}
+    if not measured:
         return None
-    notes = [
-        "Words as in the table of contamination. Near-duplicate documents are in one split, unless the "
-        "source declares its splits; what is left are quotations, set phrases and what the source repeats."
-    ]
-    return Table(
-        name="leaks",
-        title=f"Held-out text that stands in the training text; study {study.name}",
-        header=[
-            "",
-            "documents",
-            f"sequences of\n{words} words",
-            "of these\nin train",
-            "documents\nabove a half",
-            "above\na fifth",
-            "most of\na document",
+    words = list(measured.values())[-1].held_out.words
+
+    def columns(corpus: str, split: str, leak: Leak) -> Iterator[tuple]:
+        yield "", split, {"corpus": corpus, "split": split}
+        yield "documents", f"{leak.documents:,}", {"documents": leak.documents}
+        yield f"sequences of\n{words} words", f"{leak.ngrams:,}", {"ngrams": leak.ngrams}
+        yield "of these\nin train", "–" if leak.share is None else f"{leak.share:.2%}", {"share": leak.share}
+        yield "documents\nabove a half", f"{leak.above_half:,}", {"above_half": leak.above_half}
+        yield "above\na fifth", f"{leak.above_fifth:,}", {"above_fifth": leak.above_fifth}
+        yield "most of\na document", "–" if leak.worst is None else f"{leak.worst:.0%}", {"worst": leak.worst}
+
+    rows: list[Section | Iterator[tuple]] = []
+    for corpus, counts in measured.items():
+        held_out = counts.held_out
+        drawn = "" if held_out.one_in == 1 else f"; one in {held_out.one_in} sequences looked at"
+        splits = (("val", held_out.val), ("test", held_out.test))
+        rows += [counts.section(corpus, drawn), *(columns(corpus, *split) for split in splits)]
+    return Table.of_columns(
+        "leaks",
+        f"Held-out text that stands in the training text; study {study.name}",
+        rows,
+        [
+            "Words as in the table of contamination. Near-duplicate documents are in one split, unless the "
+            "source declares its splits; what is left are quotations, set phrases and what the source "
+            "repeats."
         ],
-        rows=rows,
-        notes=notes,
-        records=records,
     )

@@ -8,28 +8,21 @@ from typing import Literal
 
 import numpy as np
 
-from stlm.report.results import RunResult, TrainRecord
-from stlm.study.runs import Study
+from stlm.report.results import Results, RunResult
+from stlm.report.schema import TrainRecord
 
 Cost = Literal["tokens", "flops", "seconds"]
-COSTS: tuple[Cost, ...] = ("tokens", "flops", "seconds")
+# The costs of a training, and their names in tables and plots.
+COSTS: dict[Cost, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Bits per byte on held-out text against the costs of training: arrays [points], in order.
+    """Bits per byte on held-out text against the costs of training: arrays [points], in order."""
 
-    `costs` and `bits` are means over the seeds at the points of the first seed. `by_seed`: the tokens and the
-    bits per byte of each seed.
-    """
-
-    costs: Mapping[Cost, np.ndarray]
+    costs: Mapping[Cost, np.ndarray]  # these and `bits`: means over the seeds at the points of the first
     bits: np.ndarray
-    by_seed: Mapping[int, tuple[np.ndarray, np.ndarray]]
-
-    def cost(self, cost: Cost) -> np.ndarray:
-        """What training had cost at each point, [points]."""
-        return self.costs[cost]
+    by_seed: Mapping[int, tuple[np.ndarray, np.ndarray]]  # tokens and bits per byte
 
     def end(self, cost: Cost) -> float:
         """What training cost up to the last validation."""
@@ -40,16 +33,16 @@ class Curve:
         """Each seed's bits per byte at the end of its training."""
         return {seed: float(bits[-1]) for seed, (_, bits) in self.by_seed.items()}
 
-    def at(self, cost: Cost, place: float) -> dict[int, float] | None:
-        """Each seed's bits per byte where training has cost `place`, by linear interpolation.
+    def at(self, cost: Cost, amount: float) -> dict[int, float] | None:
+        """Each seed's bits per byte where training has cost `amount`, by linear interpolation.
 
         Seeds are compared at equal tokens, since their times differ by chance. None outside of the range
         that was measured.
         """
         axis = self.costs[cost]
-        if not axis[0] <= place <= axis[-1]:
+        if not axis[0] <= amount <= axis[-1]:
             return None
-        tokens = np.interp(place, axis, self.costs["tokens"])
+        tokens = np.interp(amount, axis, self.costs["tokens"])
         return {seed: float(np.interp(tokens, *curve)) for seed, curve in self.by_seed.items()}
 
 
@@ -57,24 +50,19 @@ class Curve:
 class Variant:
     """A variant that was validated, and how it compares with the baseline.
 
-    `train`: the record of its first seed. `curve`: on its own validation text. `beside` and `reference`: the
-    curves of the variant and of the baseline on one text, None where they share none; their tokens are
-    converted to those of the baseline's tokenizer, by the text they hold. `shifted`: they share test text
-    only, and both curves are shifted to end at their values on it. `test`: these values by seed.
-    `same_machine`: trained on the baseline's device, threads, processes and kernels, so that seconds compare.
-    `spikes`: the number of loss spikes of all seeds; None where they were not looked for.
+    `aligned` and `baseline`: the curves of the variant and of the baseline on one text, None where they share
+    none; their tokens are converted to those of the baseline's tokenizer, by the text they hold.
     """
 
-    train: TrainRecord
-    curve: Curve
-    test: Mapping[int, float]
-    flops_per_token: float
+    train: TrainRecord  # of its first seed
+    curve: Curve  # on the validation text of the variant
+    test: Mapping[int, float]  # bits per byte of test text by seed
     same_tokens: bool
-    beside: Curve | None
-    reference: Curve | None
-    shifted: bool
-    same_machine: bool
-    spikes: int | None
+    aligned: Curve | None
+    baseline: Curve | None
+    shifted: bool  # they share test text only: both curves are shifted to end at their values on it
+    same_machine: bool  # as the baseline (see `machine`), so that seconds compare
+    spikes: int | None  # the number of loss spikes of all seeds; None where they were not looked for
 
     @property
     def seeds(self) -> int:
@@ -83,14 +71,11 @@ class Variant:
 
     def compares(self, cost: Cost) -> bool:
         """Whether its costs compare with the baseline's."""
-        return self.beside is not None and (cost != "seconds" or self.same_machine)
+        return self.aligned is not None and (cost != "seconds" or self.same_machine)
 
 
 def mean_curve(
-    runs: Sequence[RunResult],
-    results: Mapping[str, RunResult],
-    shifted: bool = False,
-    token: float = 1.0,
+    runs: Sequence[RunResult], results: Results, shifted: bool = False, token: float = 1.0
 ) -> Curve | None:
     """The curve of one variant's `runs`, among `results`; None where a run was never validated.
 
@@ -98,18 +83,18 @@ def mean_curve(
     end at its value on test text. `token`: how many tokens each token counts as.
     """
     points: dict[int, np.ndarray] = {}
-    for result in runs:
-        rows = result.curve[["tokens", "seconds", "val_bits_per_byte"]].dropna()
+    for run in runs:
+        rows = run.curve[["tokens", "seconds", "val_bits_per_byte"]].dropna()
         rows = rows[np.isfinite(rows["val_bits_per_byte"])]
         if not len(rows):
             return None
         tokens, seconds, bits = rows.to_numpy(float).T
-        before = _before(result, results)
+        before = _cost_before(run, results)
         if shifted:
-            bits += result.last.perplexity.bits_per_byte - bits[-1]
-        flops = before["flops"] + tokens * flops_per_token(result)
+            bits += run.perplexity.bits_per_byte - bits[-1]
+        flops = before["flops"] + tokens * (run.train.flops / run.train.tokens)
         tokens = token * (before["tokens"] + tokens)
-        points[result.train.seed] = np.stack([tokens, flops, before["seconds"] + seconds, bits])
+        points[run.train.seed] = np.stack([tokens, flops, before["seconds"] + seconds, bits])
     tokens = next(iter(points.values()))[0]
     *costs, bits = (
         np.mean([np.interp(tokens, seed[0], seed[row]) for seed in points.values()], axis=0)
@@ -119,26 +104,25 @@ def mean_curve(
     return Curve(dict(zip(COSTS, costs, strict=True)), bits, by_seed)
 
 
-def spent(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
+def spent(run: RunResult, results: Results) -> dict[Cost, float]:
     """What a run's weights have cost: its training and that of the runs it depended on."""
-    train, before = result.train, _before(result, results)
-    trained: dict[Cost, float] = {"tokens": train.tokens, "flops": train.flops, "seconds": train.seconds}
-    return {cost: before[cost] + trained[cost] for cost in COSTS}
+    before = _cost_before(run, results)
+    return {cost: before[cost] + getattr(run.train, cost) for cost in COSTS}
 
 
-def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, float]:
+def _cost_before(run: RunResult, results: Results) -> dict[Cost, float]:
     """What the runs that a run depended on had cost, each counted once.
 
     Tokens are those that its weights have read, hence only those of the run they started from.
     """
     needed: dict[str, TrainRecord] = {}
-    waiting = [result.train]
+    waiting = [run.train]
     while waiting:
-        for one in waiting.pop().depends.values():
-            if one.run not in needed:
-                needed[one.run] = results[one.run].train
-                waiting.append(needed[one.run])
-    start = result.train.start
+        for dependency in waiting.pop().depends.values():
+            if dependency.run not in needed:
+                needed[dependency.run] = results[dependency.run].train
+                waiting.append(needed[dependency.run])
+    start = run.train.start
     return {
         "tokens": spent(results[start.run], results)["tokens"] if start else 0.0,
         "flops": sum(train.flops for train in needed.values()),
@@ -146,46 +130,35 @@ def _before(result: RunResult, results: Mapping[str, RunResult]) -> dict[Cost, f
     }
 
 
-def flops_per_token(result: RunResult) -> float:
-    """Training FLOPs per token, or per chunk of bytes."""
-    return result.train.flops / result.train.tokens
-
-
-def read_variants(study: Study, results: Mapping[str, RunResult]) -> list[Variant]:
+def read_variants(results: Results) -> list[Variant]:
     """Every variant that was validated, the baseline first; empty where there is nothing to compare."""
-    runs: dict[str, list[RunResult]] = {}
-    for result in results.values():
-        runs.setdefault(result.train.variant, []).append(result)
-    base = runs[results[study.baseline].train.variant]
-    curves = {name: mean_curve(own, results) for name, own in runs.items()}
-    if curves[base[0].train.variant] is None:
+    curves = {name: mean_curve(runs, results) for name, runs in results.variants.items()}
+    if curves[results.base.train.variant] is None:
         return []
-    found = [_variant(curve, runs[name], base, results) for name, curve in curves.items() if curve]
-    return found if len(found) > 1 else []
+    variants = [_variant(curve, results.variants[name], results) for name, curve in curves.items() if curve]
+    return variants if len(variants) > 1 else []
 
 
-def _variant(
-    curve: Curve, runs: Sequence[RunResult], base: Sequence[RunResult], results: Mapping[str, RunResult]
-) -> Variant:
-    train = runs[0].train
+def _variant(curve: Curve, runs: Sequence[RunResult], results: Results) -> Variant:
+    train, base = runs[0].train, results.variants[results.base.train.variant]
     token = token_length(runs[0], base[0])
     validation = _same_validation(train, base[0].train)
-    shifted = not validation and _same_test(runs[0], base[0])
-    beside = reference = None
+    # Whatever their tokenizers.
+    same_test = train.corpus == base[0].train.corpus and runs[0].perplexity.same_text(base[0].perplexity)
+    shifted = not validation and same_test
+    aligned = baseline = None
     if token is not None and (validation or shifted):
-        beside = mean_curve(runs, results, shifted, token)
-        reference = mean_curve(base, results, shifted)
-    spikes = [result.train.loss_spikes for result in runs]
+        aligned, baseline = mean_curve(runs, results, shifted, token), mean_curve(base, results, shifted)
+    spikes = [run.train.loss_spikes for run in runs]
     return Variant(
         train=train,
         curve=curve,
-        test={result.train.seed: result.last.perplexity.bits_per_byte for result in runs},
-        flops_per_token=flops_per_token(runs[0]),
+        test={run.train.seed: run.perplexity.bits_per_byte for run in runs},
         same_tokens=train.tokenizer == base[0].train.tokenizer,
-        beside=beside if reference is not None else None,
-        reference=reference,
+        aligned=aligned,
+        baseline=baseline,
         shifted=shifted,
-        same_machine=all(machine(result.train) == machine(base[0].train) for result in runs),
+        same_machine=all(machine(run.train) == machine(base[0].train) for run in runs),
         spikes=None if None in spikes else sum(map(len, spikes)),
     )
 
@@ -194,35 +167,24 @@ def _same_validation(train: TrainRecord, base: TrainRecord) -> bool:
     """Whether both were validated on the same documents."""
     if train.corpus != base.corpus or (train.validation is None) != (base.validation is None):
         return False
-    if train.validation is not None and base.validation is not None:
+    if train.validation is not None:
         return train.validation.text_sha256 == base.validation.text_sha256
     # Earlier versions drew a number of documents, or of tokens, and the tokens depend on the tokenizer.
-    documents, tokens = (
-        (train.training.get(key), base.training.get(key))
-        for key in ("validation_documents", "validation_tokens")
-    )
-    if documents[0] != documents[1]:
-        return False
-    return documents[0] is not None or (train.tokenizer == base.tokenizer and tokens[0] == tokens[1])
-
-
-def _same_test(run: RunResult, base: RunResult) -> bool:
-    """Whether both were measured on the same test text, whatever their tokenizers."""
-    return run.train.corpus == base.train.corpus and run.last.perplexity.same_text(base.last.perplexity)
+    keys = ("validation_documents", "validation_tokens")
+    drawn, base_drawn = ([one.training.get(key) for key in keys] for one in (train, base))
+    same_tokens = train.tokenizer == base.tokenizer and drawn == base_drawn
+    return same_tokens or (drawn[0] is not None and drawn[0] == base_drawn[0])
 
 
 def token_length(run: RunResult, base: RunResult) -> float | None:
     """How many of `base`'s tokens hold as much text as one of `run`'s; None where it was not recorded."""
     if run.train.tokenizer == base.train.tokenizer:
         return 1.0
-    lengths = _bytes_per_token(run), _bytes_per_token(base)
-    return lengths[0] / lengths[1] if all(lengths) else None
-
-
-def _bytes_per_token(result: RunResult) -> float | None:
-    """Mean bytes of a token, or of a chunk, in the test text; None in records of earlier versions."""
-    measured = result.last.perplexity
-    return measured.bytes / measured.tokens if measured.bytes and measured.tokens else None
+    texts = run.perplexity, base.perplexity
+    if not all(text.bytes and text.tokens for text in texts):
+        return None
+    length, base_length = (text.bytes / text.tokens for text in texts)
+    return length / base_length
 
 
 def machine(train: TrainRecord) -> tuple[str, str | None, int | None, int, bool]:

@@ -5,8 +5,8 @@ Two models are compared document by document, on the same documents: how hard a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from stlm.errors import UserError
 from stlm.evaluation.statistics import Interval, few_units, ratio_bootstrap
 from stlm.integrity import check_listed
-from stlm.report.names import difference_text, some
-from stlm.report.results import CheckpointResult, Perplexity, PublishedResult, RunResult, TextRecord
+from stlm.report.names import difference_text, plural, some
+from stlm.report.schema import CheckpointResult, Perplexity, TextRecord
 from stlm.tokens.held_out import text_digest
 from stlm.units import byte_size
 
@@ -28,14 +28,11 @@ _COLUMNS = ["component", "text", "nats", "n_bytes"]
 
 @dataclass(frozen=True)
 class Documents:
-    """A checkpoint's documents of the test text, in order: arrays [documents].
-
-    `text`: 64 bits of a hash of each document's text. `bits`: -log2 of its probability.
-    """
+    """A checkpoint's documents of the test text, in order: arrays [documents]."""
 
     components: np.ndarray
-    text: np.ndarray
-    bits: np.ndarray
+    text: np.ndarray  # 64 bits of a hash of each document's text
+    bits: np.ndarray  # -log2 of its probability
     n_bytes: np.ndarray
 
     def __len__(self) -> int:
@@ -46,8 +43,8 @@ class Documents:
         return np.array_equal(self.text, other.text) and np.array_equal(self.components, other.components)
 
     def of(self, component: str) -> Documents:
-        """The documents of one component of a mix."""
-        chosen = self.components == component
+        """The documents of one component of a mix, or `all` of them."""
+        chosen = (self.components == component) | (component == "all")
         return Documents(self.components[chosen], self.text[chosen], self.bits[chosen], self.n_bytes[chosen])
 
     @property
@@ -67,11 +64,7 @@ class Documents:
 
 
 class Difference(NamedTuple):
-    """The bits per byte of one model minus those of another on the same documents.
-
-    `interval`: 95%, paired, over documents; None for a single document. `few`: so few documents that it is
-    too narrow.
-    """
+    """The bits per byte of one model minus those of another, paired; interval and `few` as of `Documents`."""
 
     value: float
     interval: Interval | None
@@ -100,79 +93,96 @@ def read_documents(
         raise UserError(f"{path} is not what `stlm evaluate` writes: text, nats or n_bytes are no numbers")
     if not len(components) or not numbers[2].sum():
         raise UserError(f"{path} has no text of step {step}")
-    found = Documents(components, numbers[0], numbers[1] / log(2), numbers[2])
+    documents = Documents(components, numbers[0], numbers[1] / log(2), numbers[2])
     if measured is not None and (
-        abs(found.bits_per_byte / measured.bits_per_byte - 1) > 1e-9
-        or text_digest(found.text, components.tolist()) != measured.text_sha256
+        abs(documents.bits_per_byte / measured.bits_per_byte - 1) > 1e-9
+        or text_digest(documents.text, components.tolist()) != measured.text_sha256
     ):
         raise UserError(
-            f"{path} gives {found.bits_per_byte:.6f} bits per byte of {len(found)} documents at step {step}, "
-            f"evaluation.json beside it {measured.bits_per_byte:.6f} of {measured.documents}, or other text"
+            f"{path} gives {documents.bits_per_byte:.6f} bits per byte of {len(documents)} documents at step "
+            f"{step}, evaluation.json beside it {measured.bits_per_byte:.6f} of {measured.documents}, or "
+            "other text"
         )
-    return found
+    return documents
 
 
-def documents_of(result: RunResult | PublishedResult) -> Documents | None:
-    """The documents of a run's last checkpoint or a published model; None if an earlier version kept none.
+def documents_of(
+    record: Path, path: Path, last: CheckpointResult, command: str, run: str | None = None
+) -> Documents | None:
+    """The documents of the checkpoint `last` in `path`, which `record` lists.
 
-    Raises UserError naming the command that makes them again.
+    None if an earlier version kept none. Raises UserError naming `command`, which makes them again, where
+    they are missing or disagree with `last`.
     """
-    last = result.last if isinstance(result, RunResult) else result.checkpoint
-    return checkpoint_documents(result.items_path.parent, last, result.evaluate_command)
-
-
-def checkpoint_documents(folder: Path, checkpoint: CheckpointResult, command: str) -> Documents | None:
-    """The documents of a checkpoint evaluated in `folder`; None if an earlier version kept none.
-
-    Raises UserError naming `command`, which makes them again.
-    """
-    if checkpoint.perplexity.text_sha256 is None:
+    if last.perplexity.text_sha256 is None:
         return None
-    check_listed(folder / "evaluation.json", "documents.parquet")
+    check_listed(record, path.name)
     try:
-        return read_documents(folder / "documents.parquet", checkpoint.step, checkpoint.perplexity)
+        return read_documents(path, last.step, last.perplexity, run)
     except UserError as error:
         raise UserError(f"{error}: run `{command}`") from None
 
 
-def mean_over_seeds(runs: Sequence[Documents]) -> Documents:
-    """The mean bits of each document over runs on the same text."""
+def mean_documents(runs: Sequence[Documents | None]) -> Documents | None:
+    """The mean bits of each document over `runs`; None where one has no documents, or others."""
     first = runs[0]
+    if first is None or any(run is None or not run.same_text(first) for run in runs):
+        return None
     bits = np.mean([run.bits for run in runs], axis=0)
     return Documents(first.components, first.text, bits, first.n_bytes)
 
 
-def compare(model: Documents, base: Documents) -> Difference | None:
-    """How `model` differs from `base`; None where their documents differ."""
-    if not model.same_text(base):
+def compare(model: Documents | None, base: Documents | None) -> Difference | None:
+    """How `model` differs from `base`; None where their documents differ, or are not there."""
+    if model is None or base is None or not model.same_text(base):
         return None
     both = Documents(model.components, model.text, model.bits - base.bits, model.n_bytes)
     return Difference(both.bits_per_byte, both.interval, both.few)
 
 
-def compare_seeds(
-    model: Mapping[int, Documents | None], base: Mapping[int, Documents | None]
-) -> Difference | None:
-    """How a variant differs from the baseline, each given as seed -> documents: over common seeds, if any.
+@dataclass
+class TextScores:
+    """A variant's last checkpoints and their documents, by seed; a published model has the seed None."""
 
-    None where the documents of two runs differ, or an earlier version of STLM kept none.
-    """
-    seeds = [seed for seed in model if seed in base]
-    pairs = [model[s] for s in seeds] or list(model.values()), [base[s] for s in seeds] or list(base.values())
-    runs = [run for side in pairs for run in side if run is not None]
-    if len(runs) < sum(map(len, pairs)) or not all(run.same_text(runs[0]) for run in runs):
-        return None
-    return compare(*map(mean_over_seeds, pairs))
+    label: str
+    last: dict[int | None, CheckpointResult] = field(default_factory=dict)
+    documents: dict[int | None, Documents | None] = field(default_factory=dict)
+
+    @property
+    def text(self) -> Perplexity:
+        """The first seed's figures, with the amount of text."""
+        return next(iter(self.last.values())).perplexity
+
+    @property
+    def bits(self) -> dict[int | None, float]:
+        """Bits per byte of test text by seed."""
+        return {seed: last.perplexity.bits_per_byte for seed, last in self.last.items()}
+
+    @property
+    def few(self) -> bool:
+        """Whether intervals over its documents are too narrow, as there are too few."""
+        return any(documents is not None and documents.few for documents in self.documents.values())
+
+    def compare(self, base: TextScores) -> Difference | None:
+        """The paired difference from `base` over documents, of the seeds that both have, or of all.
+
+        None where the documents of two runs differ, or an earlier version of STLM kept none.
+        """
+        seeds = [seed for seed in self.documents if seed in base.documents]
+        pair = ([one.documents[s] for s in seeds or one.documents] for one in (self, base))
+        return compare(*map(mean_documents, pair))
 
 
 def amount(text: TextRecord) -> str:
     """The amount of text behind a figure: 44 of 297 documents, 715.3 kB of 4.801 MB."""
     if text.documents is None or text.bytes is None:
         return "an amount of text that was not recorded"
-    total, whole = text.documents_total, text.bytes_total
-    documents = f"{text.documents:,}" + ("" if total is None else f" of {total:,}")
-    size = byte_size(text.bytes, digits=4) + ("" if whole is None else f" of {byte_size(whole, digits=4)}")
-    return f"{documents} document{'s'[: (total or text.documents) > 1]}, {size}"
+    documents, size = plural(text.documents, "document"), byte_size(text.bytes, digits=4)
+    if text.documents_total is not None:
+        documents = f"{text.documents:,} of {plural(text.documents_total, 'document')}"
+    if text.bytes_total is not None:
+        size += f" of {byte_size(text.bytes_total, digits=4)}"
+    return f"{documents}, {size}"
 
 
 def amount_note(texts: Iterable[tuple[str, TextRecord]], what: str = "Bits per byte") -> str:
@@ -194,7 +204,7 @@ def comparable(text: TextRecord, base: TextRecord) -> bool:
     return text.same_text(base) or (text.bytes is None and base.bytes is None)
 
 
-def interval_text(interval: Interval | None, few: bool = False, signed: bool = False) -> str:
+def interval_text(interval: tuple[float, float] | None, few: bool = False, signed: bool = False) -> str:
     """An interval of bits per byte, marked if there are few documents: [1.95, 2.03]‡; a dash for None."""
     if interval is None:
         return "–"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from stlm.model.config import ModelConfig
 from stlm.report.names import count
-from stlm.report.results import RunResult, TrainRecord
+from stlm.report.results import Results
+from stlm.report.schema import TrainRecord
 from stlm.report.table import Cell, Section, Table
-from stlm.study.runs import Study
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
 
-# Keys about how a run is logged and saved, not about what is trained.
-_HOUSEKEEPING = {"checkpoints", *RECORD_KEYS}
-# Keys that have their own rows elsewhere, with the value that was used.
-_ELSEWHERE = {"steps", "precision"}
+# Keys about how a run is logged and saved; and those with rows of their own, with the value that was used.
+_LEFT_OUT = {"checkpoints", *RECORD_KEYS, "steps", "precision"}
 # Keys that matter only with certain values of another key: left out of tables otherwise.
 _ONLY_WITH = {
     "rope_theta": ("positions", {"rope"}),
@@ -31,8 +29,6 @@ _ONLY_WITH = {
     "competence_start": ("pacing", {"competence"}),
     "competence_share": ("pacing", {"competence"}),
 }
-# Roles of other runs (`Run.depends`), whose training FLOPs have a row each.
-_DEPENDENCIES = {"start": "of the run it starts from"}
 # Defaults that mean that a technique is not used; a technique that no variant uses has no row.
 _OFF = (None, False, 0, 0.0, "none", "constant", "auto")
 _LABELS = {
@@ -75,61 +71,67 @@ _NAMES = {
 }
 
 
-def table1(study: Study, results: Mapping[str, RunResult]) -> Table:
+def _settings_by_variant(results: Results) -> dict[str, dict[str, dict[str, str]]]:
+    return settings_of({name: [run.train for run in runs] for name, runs in results.variants.items()})
+
+
+def table1(results: Results) -> Table:
     """Rows are hyper-parameters, columns are variants; the seeds of a variant share a column."""
-    variants = _variants(results)
-    columns = _columns(results)
+    settings = _settings_by_variant(results)
+    labels = {name: runs[0].train.label for name, runs in results.variants.items()}
     sections: dict[str, dict[str, None]] = {}
-    for column in columns.values():
-        for section, values in column.items():
+    for of_variant in settings.values():
+        for section, values in of_variant.items():
             sections.setdefault(section, {}).update(dict.fromkeys(values))
-    rows: list[list[Cell] | Section] = []
-    records = []
+
+    def columns(section: str, key: str) -> Iterator[tuple]:
+        yield "", key, {"section": section, "hyper_parameter": key}
+        values = {name: of_variant.get(section, {}).get(key, "–") for name, of_variant in settings.items()}
+        base, *others = values.items()
+        yield labels[base[0]], base[1], dict([base])
+        for name, value in others:
+            yield labels[name], "" if value == base[1] else Cell(value, bold=True), {name: value}
+
+    rows: list[Section | Iterator[tuple]] = []
     for section, keys in sections.items():
-        rows.append(Section(section))
-        for key in keys:
-            values = [column.get(section, {}).get(key, "–") for column in columns.values()]
-            others = [Cell("") if value == values[0] else Cell(value, bold=True) for value in values[1:]]
-            rows.append([Cell(key), Cell(values[0]), *others])
-            records.append(
-                {"section": section, "hyper_parameter": key} | dict(zip(columns, values, strict=True))
-            )
-    return Table(
-        name="table1",
-        title=f"Table 1. Hyper-parameters as run, study {study.name}",
-        header=["", *(train.label for train in variants.values())],
-        rows=rows,
-        notes=[
-            f"First column: {next(iter(variants.values())).label}, the baseline. Bold: what differs from it; "
+        rows += [Section(section), *(columns(section, key) for key in keys)]
+    return Table.of_columns(
+        "table1",
+        f"Table 1. Hyper-parameters as run, study {results.study.name}",
+        rows,
+        [
+            f"First column: {results.base.train.label}, the baseline. Bold: what differs from it; "
             "an empty cell is the baseline's value; techniques that no variant uses have no row. Embedding "
             "parameters include learned positions and an untied head; FLOPs are estimates for the whole "
             "training."
         ],
-        records=records,
     )
 
 
-def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | None:
+def variants_table(results: Results) -> Table | None:
     """A row per variant: the settings in which it differs from the baseline; None for a single variant."""
-    variants, columns = _variants(results), _columns(results)
-    if len(variants) < 2:
+    if len(results.variants) < 2:
         return None
-    base_name, base = next(iter(columns.items()))
+    settings = _settings_by_variant(results)
+    base_name, base = next(iter(settings.items()))
     rows, records = [], []
-    for name, column in columns.items():
-        differs = []
-        for section in ("Model", "Data", "Recipe", "Techniques"):
-            for key, value in column.get(section, {}).items():  # a missing key is of an unused part
-                reference = base.get(section, {}).get(key)
-                if value != reference:
-                    differs.append(f"{key}: {value}" + (f" (baseline: {reference})" if reference else ""))
-                    records.append(
-                        {"variant": name, "hyper_parameter": key, "baseline": reference, "value": value}
-                    )
-        rows.append([Cell(variants[name].label), Cell("\n".join(differs) or _same(name == base_name))])
+    for name, of_variant in settings.items():
+        differing = [
+            (key, value, base.get(section, {}).get(key))
+            for section in ("Model", "Data", "Recipe", "Techniques")
+            for key, value in of_variant.get(section, {}).items()  # a missing key is of an unused part
+            if value != base.get(section, {}).get(key)
+        ]
+        lines = [f"{key}: {value}" + (f" (baseline: {old})" if old else "") for key, value, old in differing]
+        lines = lines or ["the baseline" if name == base_name else "nothing"]
+        rows.append([results.variants[name][0].train.label, "\n".join(lines)])
+        records += [
+            {"variant": name, "hyper_parameter": key, "baseline": old, "value": value}
+            for key, value, old in differing
+        ]
     return Table(
         name="variants",
-        title=f"What differs from {variants[base_name].label}, study {study.name}",
+        title=f"What differs from {results.base.train.label}, study {results.study.name}",
         header=["", "settings that differ"],
         rows=rows,
         texts=2,
@@ -138,48 +140,24 @@ def variants_table(study: Study, results: Mapping[str, RunResult]) -> Table | No
     )
 
 
-def _same(baseline: bool) -> str:
-    return "the baseline" if baseline else "nothing"
+def settings_of(runs: Mapping[str, Sequence[TrainRecord]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Settings as in Table 1, of all keys that any variant uses; `runs`: variant -> its seeds' records.
 
-
-def _variants(results: Mapping[str, RunResult]) -> dict[str, TrainRecord]:
-    """The first run's record of each variant, the baseline first."""
-    variants: dict[str, TrainRecord] = {}
-    for result in results.values():
-        variants.setdefault(result.train.variant, result.train)
-    return variants
-
-
-def _columns(results: Mapping[str, RunResult]) -> dict[str, dict[str, dict[str, str]]]:
-    """Variant -> section -> label -> value, of all keys that any variant uses."""
-    variants = _variants(results)
-    seeds: dict[str, list[int]] = {name: [] for name in variants}
-    for result in results.values():
-        seeds[result.train.variant].append(result.train.seed)
-    used = _used_by(list(variants.values()))
-    return {name: _settings(train, seeds[name], used) for name, train in variants.items()}
-
-
-def settings(train: TrainRecord) -> dict[str, dict[str, str]]:
-    """A run's own settings, as in Table 1: section (Size, Model, Data, Recipe) -> label -> value."""
-    return _settings(train, [train.seed], _used_by([train]))
-
-
-def _used_by(trains: Sequence[TrainRecord]) -> dict[str, list[str]]:
-    """Section of a record -> the keys that say what was trained."""
-    return {
+    Variant -> section (Size, Model, Data, Recipe, ...) -> label -> value.
+    """
+    trains = [records[0] for records in runs.values()]
+    used = {
         "model": _used([train.model for train in trains], ModelConfig),
         "training": _used([train.training for train in trains], TrainingConfig),
         "data": [key for key, value in DataConfig() if any(getattr(t.data, key) != value for t in trains)],
     }
+    return {name: _settings(records, used) for name, records in runs.items()}
 
 
 def _used(settings: Sequence[Mapping[str, Any]], schema: type[BaseModel]) -> list[str]:
     """The keys that say what was trained: all but those of techniques that no variant uses."""
     used = []
-    for key in dict.fromkeys(key for section in settings for key in section):
-        if key in _HOUSEKEEPING | _ELSEWHERE:
-            continue
+    for key in dict.fromkeys(key for section in settings for key in section if key not in _LEFT_OUT):
         field = schema.model_fields.get(key)
         values = [section[key] for section in settings if key in section]
         if field is None or field.default not in _OFF or any(value != field.default for value in values):
@@ -187,64 +165,58 @@ def _used(settings: Sequence[Mapping[str, Any]], schema: type[BaseModel]) -> lis
     return used
 
 
-def _settings(
-    train: TrainRecord, seeds: list[int], used: Mapping[str, list[str]]
-) -> dict[str, dict[str, str]]:
-    """Section -> label -> value, as a reader sees them."""
-    return {
-        "Size": {
-            "parameters": f"{train.parameters.total:,}",
-            "of these embedding": f"{train.parameters.embedding:,}",
-            "of these the rest": f"{train.parameters.non_embedding:,}",
-            "training FLOPs": f"{train.flops:.2e}",
-            **{
-                _DEPENDENCIES.get(role, f"of the run that is its {role}"): f"{sum(one.costs.values()):.2e}"
-                for role, one in train.depends.items()
-            },
-        },
-        "Model": _labelled(train.model, used["model"]),
-        "Data": {
-            "corpus": train.corpus,
-            "tokenizer": _NAMES.get(train.tokenizer, train.tokenizer),
-            "steps": f"{train.steps:,}",
-            "tokens a step": f"{round(train.tokens / max(train.steps, 1)):,}",
-            "tokens": count(train.tokens),
-            **_labelled(train.data.model_dump(), used["data"]),
-        },
-        "Recipe": {
-            **_labelled(train.training, used["training"]),
-            "precision": train.precision,
-            "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
-        },
-        **({"Techniques": techniques} if (techniques := _techniques(train)) else {}),
-        **({"Recorded": recorded} if (recorded := _recorded(train.further)) else {}),
+def _settings(records: Sequence[TrainRecord], used: Mapping[str, list[str]]) -> dict[str, dict[str, str]]:
+    train, seeds = records[0], [str(record.seed) for record in records]
+    size = {
+        "parameters": f"{train.parameters.total:,}",
+        "of these embedding": f"{train.parameters.embedding:,}",
+        "of these the rest": f"{train.parameters.non_embedding:,}",
+        "training FLOPs": f"{train.flops:.2e}",
     }
+    for role, dependency in train.depends.items():
+        label = "of the run it starts from" if role == "start" else f"of the run that is its {role}"
+        size[label] = f"{sum(dependency.costs.values()):.2e}"
+    data = {
+        "corpus": train.corpus,
+        "tokenizer": _NAMES.get(train.tokenizer, train.tokenizer),
+        "steps": f"{train.steps:,}",
+        "tokens a step": f"{round(train.tokens / max(train.steps, 1)):,}",
+        "tokens": count(train.tokens),
+    }
+    sections = {
+        "Size": size,
+        "Model": _labelled(train.model, used["model"]),
+        "Data": data | _labelled(train.data.model_dump(), used["data"]),
+        "Recipe": _labelled(train.training, used["training"])
+        | {"precision": train.precision, "seeds" if len(seeds) > 1 else "seed": ", ".join(seeds)},
+        "Techniques": _values(train.techniques),
+        "Recorded": _recorded(train.further),
+    }
+    return {section: values for section, values in sections.items() if values}
 
 
-def _techniques(train: TrainRecord) -> dict[str, str]:
-    return {name.replace("_", " "): _value(keys) for name, keys in train.techniques.items()}
+def _values(content: Mapping[str, object]) -> dict[str, str]:
+    return {_LABELS.get(key, key.replace("_", " ")): _value(value) for key, value in content.items()}
 
 
 def _recorded(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Further facts of a record, a row each, nested keys joined; lists are left to the record."""
-    found: dict[str, str] = {}
+    rows: dict[str, str] = {}
     for key, value in content.items():
         label = f"{prefix}{key.replace('_', ' ')}"
         if isinstance(value, Mapping):
-            found |= _recorded(value, f"{label}, ")
+            rows |= _recorded(value, f"{label}, ")
         elif value is not None and not isinstance(value, list):
-            found[label] = _value(value)
-    return found
+            rows[label] = _value(value)
+    return rows
 
 
 def _labelled(settings: Mapping[str, object], used: Sequence[str]) -> dict[str, str]:
-    shown = {}
-    for key in used:
-        needs = _ONLY_WITH.get(key)
-        idle = needs is not None and settings.get(needs[0]) not in needs[1]
-        if key in settings and not idle:
-            shown[_LABELS.get(key, key.replace("_", " "))] = _value(settings[key])
-    return shown
+    def matters(key: str) -> bool:
+        other, values = _ONLY_WITH.get(key, (key, None))
+        return key in settings and (values is None or settings.get(other) in values)
+
+    return _values({key: settings[key] for key in used if matters(key)})
 
 
 def _value(value: object) -> str:
@@ -256,8 +228,6 @@ def _value(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_value(v)}" for key, v in value.items() if v is not None) or "–"
-    if isinstance(value, list | tuple) and not value:
-        return "–"
     if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value)
+        return ", ".join(map(_value, value)) or "–"
     return "–" if value is None else str(value)

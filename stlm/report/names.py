@@ -38,16 +38,17 @@ def bounds(low: float, high: float, signed: bool = False) -> str:
     return f"[{percent(low, signed=signed)}, {percent(high, signed=signed)}]"
 
 
+def rounded(value: float | None, digits: int | None) -> float | None:
+    """A figure for programs; None where there is none. All digits are kept where `digits` is None."""
+    return value if value is None or digits is None else round(value, digits)
+
+
 def bounds_record(
-    interval: tuple[float, float] | None,
-    prefix: str = "",
-    digits: int | None = None,
-    scale: float = 1.0,
+    interval: tuple[float, float] | None, prefix: str = "", digits: int | None = None, scale: float = 1.0
 ) -> dict[str, float | None]:
     """An interval for programs: `prefix`low and `prefix`high, times `scale`; None where there is none."""
-    bounds = (None, None) if interval is None else [scale * bound for bound in interval]
-    rounded = [bound if digits is None or bound is None else round(bound, digits) for bound in bounds]
-    return {f"{prefix}low": rounded[0], f"{prefix}high": rounded[1]}
+    low, high = (None, None) if interval is None else (rounded(scale * bound, digits) for bound in interval)
+    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def p_record(p: float | None) -> float | None:
@@ -65,6 +66,11 @@ def cost_text(cost: str, value: float) -> str:
     if cost == "seconds":
         return duration(value)
     return f"{count(value)} tokens" if cost == "tokens" else f"{value:.2e} FLOPs"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1 document, 1,200 documents."""
+    return f"{number:,} {noun}{'s'[: number != 1]}"
 
 
 def seeds_label(label: str, seeds: int) -> str:
@@ -85,3 +91,8 @@ def some(labels: Sequence[str], most: int = 3) -> str:
         return " and ".join(filter(None, [between.join(labels[:-1]), labels[-1]]))
     left = len(labels) - most
     return f"{between.join(labels[:most])} and {left} other{'s'[: left > 1]}"
+
+
+def listing(sentence: str, items: Sequence[str]) -> str | None:
+    """A sentence that ends with a list; None where there is nothing to list."""
+    return f"{sentence}: {'; '.join(items)}." if items else None

@@ -2,166 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from stlm.evaluation.benchmarks import LAST_WORD
 from stlm.evaluation.statistics import SeedNoise
-from stlm.report.comparison import FEWEST_SEEDS, SIGN, SIGN_ITEMS, Comparisons
-from stlm.report.names import benchmark_label, percent, some
-from stlm.report.results import PublishedResult, RunResult, run_label
-from stlm.study.runs import Study
+from stlm.report.curves import Variant
+from stlm.report.documents import amount_note
+from stlm.report.names import benchmark_label, listing, plural, some
+from stlm.report.results import Results
+from stlm.report.schema import TrainRecord
 
 _LARGEST_SHARES = 2
-# Notes mention clustered intervals that are this many times as wide as Wilson's.
-_MUCH_WIDER = 1.25
-_METRICS = {
-    "acc": "acc: the option of highest log-probability is the answer",
-    "acc_norm": "acc_norm: log-probabilities are divided by the option's length in characters",
-}
-_MODES = {
-    "harness": "harness mode: prompts and scored continuations of the reference evaluation harness",
-    "paper": "paper mode: the summed log-probability of the whole string, context and option, not normalized",
-}
 
 
-def items_scored(results: Mapping[str, RunResult], benchmark: str) -> str:
-    """The numbers of items of the benchmark that the runs were scored on, fewest to most."""
-    found = [r.last.benchmarks[benchmark] for r in results.values() if benchmark in r.last.benchmarks]
-    sizes = sorted({b.items for b in found})
-    return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
-
-
-def accuracy_notes(
-    study: Study,
-    results: Mapping[str, RunResult],
-    comparisons: Comparisons,
-    benchmarks: list[str],
-    mode: str,
-    metric: str,
-    references: bool,
-) -> list[str]:
-    """The notes below a table of accuracies; `references`: it includes rows from the literature."""
-    several = len({result.train.variant for result in results.values()}) < len(results)
-    baseline = results[study.baseline].train.label + (" of the same seed" if several else "")
-    tests = comparisons.tests.get((mode, metric), 0)
-    notes = [
-        f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(metric, metric)}; k options tied for the best "
-        "count 1/k. After each accuracy: its 95% Wilson interval."
-    ]
-    if tests:
-        notes[0] += (
-            f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
-            f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
-            f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
-            "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
-            "resampled: a difference on these groups, not shown for others like them. This is over "
-            "items: it does not say how much another seed would change a run."
-        )
-    if several:
-        notes.append(
-            "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
-            f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
-            "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
-            "adjusted alike; the variant's single runs then have no test of their own."
-        )
-    notes += _group_notes(results[study.baseline], comparisons, benchmarks, mode, metric)
-    notes.append(
-        "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
-        "one corpus, whatever their tokenizers."
+def last_word_note(results: Results, mode: str) -> str | None:
+    """How to read last_word, with each run's perplexity of the word; None where no run was scored on it."""
+    words = [(run.label, run.word_perplexity(LAST_WORD.name, mode)) for run in results.values()]
+    shown = [f"{label} {value:,.{0 if value > 100 else 1}f}" for label, value in words if value is not None]
+    return listing(
+        f"{benchmark_label(LAST_WORD.name)}: passages of the test split of each run's own corpus; right "
+        "where every token of the word is the model's first choice, so that chance is 0. Other corpora give "
+        "other passages: compare runs of one corpus only. Perplexity of the word",
+        shown,
     )
-    labels = {run: run_label(result, results) for run, result in results.items()}
-    notes += filter(None, [last_word_note(results, labels, mode)])
-    notes += _subset_notes(study, results, benchmarks, mode)
-    if comparisons.disturbing:
-        notes.append(f"Not scored alike: {'; '.join(comparisons.disturbing)}.")
-    if references:
-        notes.append(
-            "The paper's and the literature's rows are whole percents as printed in the paper, which "
-            "scores whole strings without length normalization: compare them with acc, first in paper "
-            f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
-        )
-    return notes
 
 
-def prefix_notes(published: Mapping[str, PublishedResult]) -> list[str]:
-    """The start token of each published model, which can change its scores by points."""
-    named = {model.label: model.prefix for model in published.values() if model.prefix is not None}
-    if not named:
-        return []
-    listed = "; ".join(f"{label} {prefix}" for label, prefix in named.items())
-    return [f"published models: a text starts with a token, as params/ or else lm_eval has it: {listed}"]
-
-
-def _group_notes(
-    baseline: RunResult, comparisons: Comparisons, benchmarks: list[str], mode: str, metric: str
-) -> list[str]:
-    """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
-    wider = []
-    for benchmark in benchmarks:
-        point = comparisons.last(baseline.name, (benchmark, mode, metric))
-        if point is None or point.accuracy.clustered is None:
-            continue
-        accuracy = point.accuracy
-        if accuracy.clustered.half_width > _MUCH_WIDER * accuracy.interval.half_width:
-            wider.append(
-                f"{benchmark_label(benchmark)} ±{percent(accuracy.clustered.half_width)} over "
-                f"{accuracy.groups} groups instead of ±{percent(accuracy.interval.half_width)}"
-            )
-    if not wider:
-        return []
-    label = baseline.train.label
-    return [
-        "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
-        f"interval (statistics.csv) is much wider, for {label}: {'; '.join(wider)}."
-    ]
-
-
-def _subset_notes(
-    study: Study, results: Mapping[str, RunResult], benchmarks: list[str], mode: str
-) -> list[str]:
-    """Notes about limits on items, and items that do not fit the context."""
-    limited, truncated = [], []
-    for benchmark in benchmarks:
-        found = [r.last.benchmarks[benchmark] for r in results.values() if benchmark in r.last.benchmarks]
-        total = max(b.items_total for b in found)
-        if any(b.items < b.items_total for b in found):
-            limited.append(f"{benchmark_label(benchmark)} {items_scored(results, benchmark)} of {total:,}")
-        cut = max((b.modes[mode].truncated for b in found if mode in b.modes), default=0)
-        if cut:
-            truncated.append(f"{benchmark_label(benchmark)} {cut:,}")
-    notes = []
-    if limited:
-        seed = study.evaluation.limit_seed
-        notes.append(f"Limited to a random subset of the items (seed {seed}): {'; '.join(limited)}.")
-    elif benchmarks:
-        notes.append("All items of every benchmark are scored (no limit on those that there are).")
-    if truncated:
-        notes.append(
-            "Items with an option longer than the context, cut from the left (most of any run): "
-            f"{'; '.join(truncated)}."
-        )
-    return notes
-
-
-def last_word_note(results: Mapping[str, RunResult], labels: Mapping[str, str], mode: str) -> str | None:
-    """How to read last_word, with each run's perplexity of the word; None where no run was scored on it.
-
-    `labels`: the runs' names in the table.
-    """
-    name = LAST_WORD.name
-    found = {run: result.word_perplexity(name, mode) for run, result in results.items()}
-    shown = [
-        f"{labels[run]} {perplexity:,.{0 if perplexity > 100 else 1}f}"
-        for run, perplexity in found.items()
-        if perplexity is not None
-    ]
-    if not shown:
-        return None
-    return (
-        f"{benchmark_label(name)}: passages of the test split of each run's own corpus; right where every "
-        "token of the word is the model's first choice, so that chance is 0. Other corpora give other "
-        f"passages: compare runs of one corpus only. Perplexity of the word: {'; '.join(shown)}."
-    )
+def noise_in_words(noise: SeedNoise) -> str:
+    """The standard deviation and the degrees of freedom of seed noise."""
+    return f"standard deviation {noise.sd:.4f}, {plural(noise.dof, 'degree')} of freedom"
 
 
 def noise_note(noise: SeedNoise, labels: Mapping[str, str], of: str = "") -> str:
@@ -182,3 +50,52 @@ def noise_note(noise: SeedNoise, labels: Mapping[str, str], of: str = "") -> str
         f"{some([labels[name] for name in noise.unequal])} have the wider of the pooled interval and the "
         "paired t interval of their own seeds; all others assume equal noise."
     )
+
+
+def curve_notes(variants: Sequence[Variant]) -> list[str]:
+    """Limits of comparing these validation curves, of which the first is the baseline's."""
+    base, trains = variants[0].train, [variant.train for variant in variants]
+    aligned = [variant for variant in variants if variant.aligned is not None]
+    elsewhere = [variant.train for variant in variants if not variant.same_machine]
+    notes = []
+    if base.validation is not None:
+        texts = [(train.label, train.validation) for train in trains if train.validation is not None]
+        notes.append(amount_note(texts, "Validation bits per byte"))
+    if any(variant.seeds > 1 for variant in variants):
+        notes.append("Where a variant has several seeds: the mean of their curves.")
+    named = {
+        "Of another tokenizer, or in chunks of bytes, and compared at the tokens of the baseline's tokenizer "
+        "that hold as much text": [v.train for v in aligned if not v.same_tokens],
+        "Validated on other text than the baseline, and compared by test text: both curves are shifted to "
+        "end at their values on it": [v.train for v in aligned if v.shifted],
+        "Costs include those of the run whose weights it started from": [t for t in trains if t.start],
+        "Costs include the training of other runs that it depends on": [
+            train for train in trains if train.depends.keys() - {"start"}
+        ],
+        "On other text than the baseline (another corpus, or another part of it), and not compared": [
+            variant.train for variant in variants if variant.aligned is None
+        ],
+        "Trained with attention within documents, but validated, as all are, on rows that run across them, "
+        "which they never saw; compare these by test text": [
+            variant.train for variant in aligned if variant.train.data.attention == "within"
+        ],
+    }
+    notes += [f"{text}: {', '.join(t.label for t in chosen)}." for text, chosen in named.items() if chosen]
+    notes.append(
+        "FLOPs are counted from the shapes, and for chunks of bytes with their mean length; times are of "
+        "training alone, without validation, and compare where nothing else kept the machine busy."
+    )
+    if elsewhere:
+        notes.append(
+            f"Times do not compare with those of the baseline ({_machine(base)}), the device, the processor, "
+            "the number of threads or processes or the kernels being others: "
+            f"{'; '.join(f'{train.label} ({_machine(train)})' for train in elsewhere)}."
+        )
+    return notes
+
+
+def _machine(train: TrainRecord) -> str:
+    """What trained it, in words."""
+    words = [train.device, train.processor, train.threads and plural(train.threads, "thread")]
+    words.append(f"{train.processes} processes" if train.processes > 1 else None)
+    return ", ".join(filter(None, [*words, "kernels in C" if train.kernels else None]))

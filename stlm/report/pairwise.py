@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from stlm.errors import UserError, nearest
 from stlm.evaluation.predictions import Facts, read_facts, unlike
-from stlm.evaluation.statistics import Interval, holm
+from stlm.evaluation.statistics import Interval
 from stlm.integrity import check_listed
 from stlm.project import folder_hint
-from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, by_mode, mark, paired
-from stlm.report.documents import (
-    FEW,
-    FEW_NOTE,
-    Difference,
-    Documents,
-    interval_text,
-    read_documents,
-)
+from stlm.report.comparison import SIGN, SIGN_ITEMS, Accuracy, Paired, accuracy, adjust, by_mode, paired
+from stlm.report.documents import FEW_NOTE, Difference, Documents, interval_text, read_documents
 from stlm.report.documents import compare as compare_documents
-from stlm.report.names import bounds_record, difference_text, percent
+from stlm.report.names import bounds_record, difference_text, percent, plural
 from stlm.report.run_files import read_checkpoints, read_outcomes
 from stlm.text_table import text_table
 from stlm.training.checkpoint_names import RESULTS, is_file, is_folder, split_step
@@ -34,8 +26,7 @@ from stlm.units import byte_size
 _ITEMS, _DOCUMENTS = "items.parquet", "documents.parquet"
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """One checkpoint of an items.parquet; `facts` are its metadata, None where it has none."""
 
     path: Path
@@ -49,16 +40,15 @@ class Predictions:
 
     def outcomes(self) -> dict[tuple[str, str], pd.DataFrame]:
         """The items of each (benchmark, mode)."""
-        found = by_mode(read_outcomes(self.path, self.checkpoint))
-        if self.facts is not None:
-            said = {(name, mode) for name, scored in self.facts.benchmarks.items() for mode in scored.metrics}
-            for benchmark, mode in found:
-                if (benchmark, mode) not in said:
-                    raise UserError(
-                        f"{self.path}: has rows of {benchmark} in {mode} mode, which its metadata "
-                        "does not name; evaluate again"
-                    )
-        return found
+        outcomes = by_mode(read_outcomes(self.path, self.checkpoint))
+        for benchmark, mode in outcomes if self.facts is not None else ():
+            described = self.facts.benchmarks.get(benchmark)
+            if described is None or mode not in described.metrics:
+                raise UserError(
+                    f"{self.path}: has rows of {benchmark} in {mode} mode, which its metadata "
+                    "does not name; evaluate again"
+                )
+        return outcomes
 
     def metrics(self, benchmark: str, mode: str) -> list[str]:
         """The metrics of the benchmark in the mode; acc alone where the file does not say."""
@@ -67,8 +57,7 @@ class Predictions:
         return self.facts.benchmarks[benchmark].metrics.get(mode, [])
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One score of two models: the accuracy of each on the common items, and B compared with A."""
 
     benchmark: str
@@ -80,8 +69,7 @@ class Row:
     paired: Paired
 
 
-@dataclass(frozen=True)
-class TextComparison:
+class TextComparison(NamedTuple):
     """Two models on the same documents, and the difference of B from A."""
 
     a: Documents
@@ -89,8 +77,7 @@ class TextComparison:
     difference: Difference
 
 
-@dataclass(frozen=True)
-class PairwiseComparison:
+class PairwiseComparison(NamedTuple):
     """The result of `stlm compare`; `text`: bits per byte, if of the same documents; `warnings`: caveats."""
 
     a: Predictions
@@ -112,11 +99,19 @@ def find_predictions(name: str) -> Predictions:
     checkpoints = read_checkpoints(path)
     if not checkpoints:
         raise UserError(f"{path}: holds no item: no benchmark was scored")
-    chosen = max(checkpoints) if step is None else step
-    if chosen not in checkpoints:
+    step = max(checkpoints) if step is None else step
+    if step not in checkpoints:
         listed = ", ".join(map(str, checkpoints))
         raise UserError(f"{name}: {path} has no checkpoint of step {step} (found: {listed})")
-    return Predictions(path, checkpoints[chosen], chosen, _facts(path, checkpoints))
+    facts, described = read_facts(path), checkpoints
+    if facts is not None:
+        described = {checkpoint.step: key for key, checkpoint in facts.checkpoints.items()}
+    if described != checkpoints:
+        raise UserError(
+            f"{path}: its rows are of {', '.join(checkpoints.values())}, its metadata speaks of "
+            f"{', '.join(described.values()) or 'no checkpoint'}; evaluate again"
+        )
+    return Predictions(path, checkpoints[step], step, facts)
 
 
 def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComparison:
@@ -125,7 +120,11 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
     Raises UserError where they were scored by different or unknown rules or files (with `force` only a
     warning), and where they share no item.
     """
-    refusals, warnings = _unlike(a, b)
+    silent = dict.fromkeys(side.path for side in (a, b) if side.facts is None)
+    reason = "does not say how it was scored (written by an earlier version of STLM)"
+    refusals, warnings = [f"{path}: {reason}" for path in silent], []
+    if not silent:
+        refusals, warnings = unlike(a.facts, b.facts)
     if refusals and not force:
         listed = "".join(f"\n  {reason}" for reason in refusals)
         raise UserError(
@@ -142,20 +141,16 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
                 f"{benchmark}: {len(items):,} against {len(others):,} items were scored; the {len(common):,} "
                 "that both have are compared"
             )
-        if not len(common):
-            continue
         items, others = items.loc[common], others.loc[common]
         version = a.facts.benchmarks[benchmark].version if a.facts else None
-        for metric in [m for m in a.metrics(benchmark, mode) if m in b.metrics(benchmark, mode)]:
+        shared = [metric for metric in a.metrics(benchmark, mode) if metric in b.metrics(benchmark, mode)]
+        for metric in shared if len(common) else ():
             measured = accuracy(items, metric), accuracy(others, metric)
             rows.append(Row(benchmark, version, mode, metric, *measured, paired(items, others, metric)))
     if not rows:
         have = [", ".join(dict.fromkeys(b for b, _ in scored)) for scored in (first, other)]
         raise UserError(f"{a} and {b} have no item in common: scored were {have[0]} against {have[1]}")
-    adjusted = holm([row.paired.p for row in rows])
-    rows = [
-        replace(row, paired=replace(row.paired, adjusted=p)) for row, p in zip(rows, adjusted, strict=True)
-    ]
+    adjust(row.paired for row in rows)
     forced = [f"{reason} (--force)" for reason in refusals]
     text = compare_text((a.path, a.step), (b.path, b.step))
     if isinstance(text, str):
@@ -163,66 +158,98 @@ def compare(a: Predictions, b: Predictions, force: bool = False) -> PairwiseComp
     return PairwiseComparison(a, b, rows, list(dict.fromkeys([*forced, *warnings])), text)
 
 
-def as_json(found: PairwiseComparison) -> str:
+def as_json(comparison: PairwiseComparison) -> str:
     """The comparison for programs, in ASCII; accuracies, differences and bounds are fractions."""
-    sides = {
+
+    def bounds(measured: Accuracy | Paired) -> dict[str, float | None]:
+        return bounds_record(measured.interval) | bounds_record(measured.clustered, "clustered_")
+
+    content: dict[str, Any] = {
         name: {
             "items": str(side.path),
             "checkpoint": side.checkpoint,
             "step": side.step,
             "facts": side.facts and side.facts.model_dump(mode="json"),
         }
-        for name, side in (("a", found.a), ("b", found.b))
+        for name, side in (("a", comparison.a), ("b", comparison.b))
     }
-    rows = [
+    content["warnings"] = comparison.warnings
+    content["comparisons"] = [
         {"benchmark": row.benchmark, "version": row.version, "mode": row.mode, "metric": row.metric}
-        | {"n": row.paired.n, "a": _accuracy(row.a), "b": _accuracy(row.b)}
-        | {"difference": row.paired.difference, **_bounds(row.paired)}
+        | {"n": row.paired.n}
+        | {
+            name: {"accuracy": side.value, **bounds(side), "groups": side.groups or None}
+            for name, side in (("a", row.a), ("b", row.b))
+        }
+        | {"difference": row.paired.difference, **bounds(row.paired)}
         | {"better": row.paired.better, "worse": row.paired.worse}
         | {"p": row.paired.p, "p_holm": row.paired.adjusted}
-        for row in found.rows
+        for row in comparison.rows
     ]
-    text = {"bits_per_byte": None if found.text is None else _text_json(found.text)}
-    return json.dumps(sides | {"warnings": found.warnings, "comparisons": rows} | text, indent=2)
+    content["bits_per_byte"] = None
+    if (text := comparison.text) is not None:
+        content["bits_per_byte"] = {
+            "documents": len(text.a),
+            "bytes": int(text.a.n_bytes.sum()),
+            "few_documents": text.difference.few,
+            "a": {"bits_per_byte": text.a.bits_per_byte, **bounds_record(text.a.interval)},
+            "b": {"bits_per_byte": text.b.bits_per_byte, **bounds_record(text.b.interval)},
+            "difference": text.difference.value,
+            **bounds_record(text.difference.interval),
+        }
+    return json.dumps(content, indent=2)
 
 
-def as_text(found: PairwiseComparison) -> str:
+def as_text(comparison: PairwiseComparison) -> str:
     """The comparison for the terminal, in at most 100 columns: a block a mode and metric."""
-    lines = [f"{letter}  {_description(side)}" for letter, side in (("A", found.a), ("B", found.b))]
-    versions = {row.benchmark: row.version for row in found.rows if row.version is not None}
+    lines = [f"A  {_description(comparison.a)}", f"B  {_description(comparison.b)}"]
+    versions = {row.benchmark: row.version for row in comparison.rows if row.version is not None}
     if versions:
         lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     blocks: dict[tuple[str, str], list[Row]] = {}
-    for row in found.rows:
+    for row in comparison.rows:
         blocks.setdefault((row.mode, row.metric), []).append(row)
     head = ["", "items", "A", "B", "B - A", "B>A", "A>B", "p", "Holm"]
-    shown = text_table([head, *(_cells(row) for rows in blocks.values() for row in rows)], gap=" ")
-    body = iter(shown[1:])
+    cells = [_cells(row) for rows in blocks.values() for row in rows]
+    head, *body = text_table([head, *cells], gap=" ")
+    shown = iter(body)
     for (mode, metric), rows in blocks.items():
-        lines += ["", f"{mode} mode, {metric}", shown[0]]
+        lines += ["", f"{mode} mode, {metric}", head]
         for row in rows:
-            lines.append(next(body))
+            lines.append(next(shown))
             if row.paired.clustered is not None:
-                lines.append(f"  over {row.a.groups} groups{_over_groups(row)}")
+                sides = (("A", row.a.clustered), ("B", row.b.clustered), ("B - A", row.paired.clustered))
+                intervals = [f"{name} {_short(interval)}" for name, interval in sides if interval is not None]
+                lines.append("; ".join([f"  over {row.a.groups} groups", *intervals]))
     lines += [
         "",
         "In percent and points, with 95% intervals: Wilson for A and B, bootstrap over items for B - A;",
         "over groups: cluster-robust for A and B, whole groups resampled for B - A.",
         "B>A, A>B: items on which B's credit is higher, lower; p: exact McNemar test of these counts;",
-        f"Holm: p adjusted for the {len(found.rows)} tests shown; {SIGN} where it is below 0.05,",
+        f"Holm: p adjusted for the {len(comparison.rows)} tests shown; {SIGN} where it is below 0.05,",
         f"{SIGN_ITEMS} where it is but the interval over groups includes zero.",
-        *([] if found.text is None else _text_lines(found.text)),
-        *(f"warning: {warning}" for warning in found.warnings),
     ]
-    return "\n".join(lines)
+    if comparison.text is not None:
+        a, b, (value, interval, few) = comparison.text
+        documents, size = plural(len(a), "document"), byte_size(int(a.n_bytes.sum()), digits=4)
+        first, other = (f"{x.bits_per_byte:.4f} {interval_text(x.interval, x.few)}" for x in (a, b))
+        difference = f"{difference_text(value, 4)} {interval_text(interval, few, signed=True)}"
+        lines += [
+            "",
+            f"bits per byte of test text ({documents}, {size})",
+            f"A {first}; B {other}; B - A {difference}",
+            "with 95% intervals over documents, of B - A paired: not over seeds.",
+            *([FEW_NOTE] if interval is not None and few else []),
+        ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in comparison.warnings)])
 
 
 def print_comparison(a: str, b: str, force: bool = False, machine_readable: bool = False) -> None:
     """Print the comparison of two names (see `find_predictions`); warnings go to stderr with JSON."""
-    found = compare(find_predictions(a), find_predictions(b), force)
-    print(as_json(found) if machine_readable else as_text(found))
+    comparison = compare(find_predictions(a), find_predictions(b), force)
+    print(as_json(comparison) if machine_readable else as_text(comparison))
     if machine_readable:
-        for warning in found.warnings:
+        for warning in comparison.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -231,11 +258,11 @@ def _items_file(name: str) -> Path:
     if is_file(path):
         return path
     study, _, run = name.partition("/")
-    folders = [path, RESULTS / study / "runs" / run, RESULTS / study / "published" / run]
-    for folder in folders if run else folders[:1]:
+    folders = [path, *(RESULTS / study / kind / run for kind in ("runs", "published") if run)]
+    for folder in folders:
         if is_file(folder / _ITEMS):
             return folder / _ITEMS
-    for folder in folders if run else folders[:1]:
+    for folder in folders:
         if is_folder(folder):
             raise UserError(f"{folder}: has no {_ITEMS}; `stlm evaluate` writes it")
     known = [f"{p.parts[-4]}/{p.parts[-2]}" for p in RESULTS.glob(f"*/*/*/{_ITEMS}")]
@@ -243,29 +270,6 @@ def _items_file(name: str) -> Path:
         f"{name!r} is no run's folder, no {_ITEMS} and no STUDY/RUN in {RESULTS}/"
         f"{nearest(name, known) if RESULTS.is_dir() else folder_hint()}"
     )
-
-
-def _facts(path: Path, checkpoints: dict[int, str]) -> Facts | None:
-    """The file's metadata; UserError where it lists other checkpoints than the rows have."""
-    facts = read_facts(path)
-    if facts is not None:
-        said = {checkpoint.step: name for name, checkpoint in facts.checkpoints.items()}
-        if said != checkpoints:
-            raise UserError(
-                f"{path}: its rows are of {', '.join(checkpoints.values())}, its metadata speaks of "
-                f"{', '.join(said.values()) or 'no checkpoint'}; evaluate again"
-            )
-    return facts
-
-
-def _unlike(a: Predictions, b: Predictions) -> tuple[list[str], list[str]]:
-    silent = [side.path for side in (a, b) if side.facts is None]
-    if silent:
-        return [
-            f"{path}: does not say how it was scored (written by an earlier version of STLM)"
-            for path in dict.fromkeys(silent)
-        ], []
-    return unlike(a.facts, b.facts)
 
 
 def _description(side: Predictions) -> str:
@@ -279,24 +283,15 @@ def _description(side: Predictions) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    comparison = row.paired
-    sign = mark(comparison) or " "
+    test = row.paired
     return [
         row.benchmark,
-        str(comparison.n),
+        str(test.n),
         f"{percent(row.a.value)} {_short(row.a.interval)}",
         f"{percent(row.b.value)} {_short(row.b.interval)}",
-        f"{percent(comparison.difference, signed=True)}{sign} {_short(comparison.interval)}",
-        str(comparison.better),
-        str(comparison.worse),
-        _p(comparison.p),
-        _p(comparison.adjusted),
+        f"{percent(test.difference, signed=True)}{test.sign or ' '} {_short(test.interval)}",
+        *(str(test.better), str(test.worse), _p(test.p), _p(test.adjusted)),
     ]
-
-
-def _over_groups(row: Row) -> str:
-    parts = (("A", row.a.clustered), ("B", row.b.clustered), ("B - A", row.paired.clustered))
-    return "".join(f"; {name} {_short(interval)}" for name, interval in parts if interval is not None)
 
 
 def _short(interval: Interval) -> str:
@@ -305,14 +300,6 @@ def _short(interval: Interval) -> str:
 
 def _p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _accuracy(found: Accuracy) -> dict[str, Any]:
-    return {"accuracy": found.value, **_bounds(found), "groups": found.groups or None}
-
-
-def _bounds(found: Accuracy | Paired) -> dict[str, float | None]:
-    return bounds_record(found.interval) | bounds_record(found.clustered, "clustered_")
 
 
 def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | str | None:
@@ -330,40 +317,7 @@ def compare_text(a: tuple[Path, int], b: tuple[Path, int]) -> TextComparison | s
     for file in files:
         check_listed(file.with_name("evaluation.json"), _DOCUMENTS)
     first, other = (read_documents(file, step) for file, (_, step) in zip(files, (a, b), strict=True))
-    found = compare_documents(other, first)
-    if found is None:
+    if (difference := compare_documents(other, first)) is None:
         sizes = f"{len(first):,} against {len(other):,}"
         return f"bits per byte are not compared: measured on other documents ({sizes})"
-    return TextComparison(first, other, found)
-
-
-def _text_lines(found: TextComparison) -> list[str]:
-    """The comparison for the terminal."""
-    documents, size = len(found.a), byte_size(int(found.a.n_bytes.sum()), digits=4)
-    parts = [
-        f"{name} {side.bits_per_byte:.4f} {interval_text(side.interval, side.few)}"
-        for name, side in (("A", found.a), ("B", found.b))
-    ]
-    difference = found.difference
-    shown = interval_text(difference.interval, difference.few, signed=True)
-    lines = [
-        "",
-        f"bits per byte of test text ({documents:,} document{'s'[: documents > 1]}, {size})",
-        f"{'; '.join(parts)}; B - A {difference_text(difference.value, 4)} {shown}",
-        "with 95% intervals over documents, of B - A paired: not over seeds.",
-    ]
-    return [*lines, FEW_NOTE] if any(FEW in line for line in lines) else lines
-
-
-def _text_json(found: TextComparison) -> dict[str, Any]:
-    """The comparison for programs."""
-    difference = found.difference
-    return {
-        "documents": len(found.a),
-        "bytes": int(found.a.n_bytes.sum()),
-        "few_documents": difference.few,
-        "a": {"bits_per_byte": found.a.bits_per_byte, **bounds_record(found.a.interval)},
-        "b": {"bits_per_byte": found.b.bits_per_byte, **bounds_record(found.b.interval)},
-        "difference": difference.value,
-        **bounds_record(difference.interval),
-    }
+    return TextComparison(first, other, difference)

@@ -13,15 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from stlm.files import write_text
 from stlm.report.curves import spent, token_length
 from stlm.report.documents import amount, comparable
 from stlm.report.equal_cost import SAME_COST, SAME_SIZE
 from stlm.report.names import count
-from stlm.report.results import RunResult
-from stlm.report.style import figure, heading, sign, styles
-from stlm.report.table import csv_text
-from stlm.study.runs import Study
+from stlm.report.results import Results
+from stlm.report.style import figure, legend, legend_entry, styles, write_data
 
 _FRONT = {"color": "#999999", "linewidth": 1.3, "zorder": 1}
 _HOLLOW = {"markerfacecolor": "white"}
@@ -42,45 +39,43 @@ class _Point(NamedTuple):
         return mean(self.bits)
 
     @property
-    def same_tokens(self) -> bool:
-        """Whether it was trained on as many tokens as the baseline, so that sizes compare."""
-        return bool(self.record["same_tokens"])
+    def fill(self) -> dict[str, object]:
+        """Hollow where it was trained on other numbers of tokens than the baseline: sizes do not compare."""
+        return {} if self.record["same_tokens"] else _HOLLOW
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """The indices, by size, of the `points` (size, bits) that no other equals or beats in both."""
-    best, found = float("inf"), []
+    best, indices = float("inf"), []
     for index in sorted(range(len(points)), key=lambda index: points[index]):
         if points[index][1] < best:
             best = points[index][1]
-            found.append(index)
-    return found
+            indices.append(index)
+    return indices
 
 
-def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def write_pareto(folder: Path, results: Results) -> None:
     """Write `folder`/pareto.svg and data/pareto.csv; nothing where all variants have the same size."""
-    points = _points(study, results)
+    points = _points(results)
     sizes = [point.record["parameters"] for point in points]
     if len(points) < 2 or max(sizes) <= (1 + SAME_SIZE) * min(sizes):
         return
-    equal = [point for point in points if point.same_tokens]
-    places = [(point.record["parameters"], point.mean) for point in equal]
-    best = [equal[index] for index in front(places)]
+    equal = [point for point in points if point.record["same_tokens"]]
+    best = [equal[index] for index in front([(point.record["parameters"], point.mean) for point in equal])]
     records = [
         point.record | {"seeds": len(point.bits), "front": point in best, "value": round(point.mean, 5)}
         for point in points
     ]
-    write_text(folder / "data" / "pareto.csv", csv_text(records))
-    text = amount(results[study.baseline].last.perplexity)
-    title = f"Parameters and bits per byte (test: {text}), study {study.name}"
+    write_data(folder, "pareto", records)
+    text = amount(results.base.perplexity)
+    title = f"Parameters and bits per byte (test: {text}), study {results.study.name}"
     with figure(folder, "pareto", title, 11, 4.4 + 0.16 * len(points)) as drawing:
         panels = drawing.subplots(1, 2, sharey=True)
         for axes, (size, name) in zip(panels, _PANELS.items(), strict=True):
             axes.set_title(name, loc="left")
             _draw(axes, [(point.record[size], point) for point in points])
         panels[0].set_ylabel("bits per byte: lower is better")
-        heading(drawing, title)
-        drawing.legend(handles=_legend(points), loc="outside lower center", ncols=3)
+        legend(drawing, _legend(points), 3)
         for axes, size in zip(panels, _PANELS, strict=True):
             seeds = [(point.record[size], value) for point in points for value in point.bits]
             places = [(point.record[size], point.mean) for point in points]
@@ -88,25 +83,23 @@ def write_pareto(folder: Path, study: Study, results: Mapping[str, RunResult]) -
             label_points(axes, places, names, colours, seeds)
 
 
-def _points(study: Study, results: Mapping[str, RunResult]) -> list[_Point]:
+def _points(results: Results) -> list[_Point]:
     """A point for each variant measured on the baseline's text: bits per byte compare on one text only."""
-    looks, base = styles(results), results[study.baseline]
-    points: dict[str, _Point] = {}
-    for name, result in results.items():
-        train = result.train
-        alike = comparable(result.last.perplexity, base.last.perplexity)
-        if train.corpus != base.train.corpus or not alike:
+    looks, base = styles(results), results.base
+    points = []
+    for runs in results.variants.values():
+        runs = [run for run in runs if comparable(run.perplexity, base.perplexity)]
+        if not runs or runs[0].train.corpus != base.train.corpus:
             continue
-        if train.variant not in points:
-            cost, token = spent(result, results), token_length(result, base)
-            share = None if token is None else token * cost["tokens"] / spent(base, results)["tokens"]
-            record = {"variant": train.variant, "parameters": train.parameters.total}
-            record |= {"non_embedding": train.parameters.non_embedding}
-            record |= {"tokens": round(cost["tokens"]), "flops": round(cost["flops"])}
-            record |= {"same_tokens": share is not None and abs(share - 1) <= SAME_COST}
-            points[train.variant] = _Point(train.label, looks[name], record, [])
-        points[train.variant].bits.append(result.last.perplexity.bits_per_byte)
-    return list(points.values())
+        train, cost, token = runs[0].train, spent(runs[0], results), token_length(runs[0], base)
+        share = None if token is None else token * cost["tokens"] / spent(base, results)["tokens"]
+        record = {"variant": train.variant, "parameters": train.parameters.total}
+        record |= {"non_embedding": train.parameters.non_embedding}
+        record |= {"tokens": round(cost["tokens"]), "flops": round(cost["flops"])}
+        record |= {"same_tokens": share is not None and abs(share - 1) <= SAME_COST}
+        bits = [run.perplexity.bits_per_byte for run in runs]
+        points.append(_Point(train.label, looks[runs[0].name], record, bits))
+    return points
 
 
 def label_points(
@@ -145,7 +138,7 @@ def label_points(
 
 
 def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
-    equal = [(size, point.mean) for size, point in points if point.same_tokens]
+    equal = [(size, point.mean) for size, point in points if point.record["same_tokens"]]
     edge = [equal[place] for place in front(equal)]
     axes.step([size for size, _ in edge], [bits for _, bits in edge], where="post", **_FRONT)
     for size, point in points:
@@ -153,8 +146,8 @@ def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
         if len(point.bits) > 1:
             axes.plot([size] * len(point.bits), point.bits, "_", color=colour, markersize=9, zorder=2)
             axes.plot([size] * 2, [min(point.bits), max(point.bits)], color=colour, linewidth=1, zorder=2)
-        fill = {} if point.same_tokens else _HOLLOW
-        axes.plot([size], [point.mean], point.look["marker"], color=colour, markersize=7, zorder=3, **fill)
+        look = {"color": colour, "markersize": 7, "zorder": 3, **point.fill}
+        axes.plot([size], [point.mean], point.look["marker"], **look)
     sizes, bits = [size for size, _ in points], [value for _, point in points for value in point.bits]
     axes.set_xscale("log")
     stretch = (max(sizes) / min(sizes)) ** 0.28
@@ -169,12 +162,13 @@ def _draw(axes: Axes, points: Sequence[tuple[int, _Point]]) -> None:
 
 
 def _legend(points: Sequence[_Point]) -> list[Line2D]:
-    others = not all(point.same_tokens for point in points)
+    others = any(point.fill for point in points)
     text = "front: none on as many training tokens" if others else "front: none"
-    handles = [sign(f"{text} is smaller and as good", **_FRONT, linestyle="-")]
+    handles = [legend_entry(f"{text} is smaller and as good", **_FRONT, linestyle="-")]
     if others:
         text = "trained on more or fewer tokens than the baseline: not on the front"
-        handles.append(sign(text, marker="o", **_HOLLOW))
+        handles.append(legend_entry(text, marker="o", **_HOLLOW))
     if any(len(point.bits) > 1 for point in points):
-        handles += [sign("mean of the seeds", marker="o"), sign("a seed", marker="_", markersize=9)]
+        handles.append(legend_entry("mean of the seeds", marker="o"))
+        handles.append(legend_entry("a seed", marker="_", markersize=9))
     return handles

@@ -1,9 +1,8 @@
-"""The study's plots of perplexity, accuracy and phenomena, each with its numbers as tidy CSV."""
+"""The study's plots of perplexity, accuracy, phenomena and differences, each with its numbers as CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +11,49 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stlm.files import write_text
-from stlm.report.accuracies import main_mode, score
-from stlm.report.comparison import Comparisons
-from stlm.report.differences import write_differences
-from stlm.report.names import benchmark_label
+from stlm.report.comparison import SIGN, SIGN_ITEMS, Comparisons, Paired
+from stlm.report.names import benchmark_label, bounds_record, p_record
 from stlm.report.phenomena import HUMANS, by_difficulty, human_agreement, phenomena
-from stlm.report.results import Proportion, RunResult, run_label
+from stlm.report.results import Results
+from stlm.report.schema import Proportion, Score
 from stlm.report.style import (
     CHANCE,
     HUMAN,
     Dot,
     count_axis,
+    draw_differences,
     figure,
-    heading,
+    legend,
+    legend_entry,
     plain_log_ticks,
     styles,
     variant_rows,
+    write_data,
 )
-from stlm.report.table import csv_text
-from stlm.study.runs import Study
+from stlm.report.unlike import rows_of, unlike_variants
 
 # More intervals than these on one plot hide each other: then only the baseline's are drawn.
 _MOST_INTERVALS = 6
-_LAST_VALUE = "run and its last value"
+# Follows the label of a row that was not made as the baseline was; table2 says how.
+_UNLIKE = "§"
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """A benchmark's accuracies as a plot shows them. `chance`: what guessing scores, as a fraction."""
-
-    folder: Path
-    study: Study
-    results: Mapping[str, RunResult]
-    benchmark: str
-    mode: str
-    chance: float | None
-
-    def title(self, what: str) -> str:
-        name = benchmark_label(self.benchmark)
-        return f"{name} {what} ({self.mode} mode, acc, 95% intervals), study {self.study.name}"
-
-
-def write_plots(
-    folder: Path, study: Study, results: Mapping[str, RunResult], comparisons: Comparisons
-) -> None:
+def write_plots(folder: Path, results: Results, comparisons: Comparisons) -> None:
     """Write every plot as SVG into `folder` and its numbers into `folder`/data."""
-    (folder / "data").mkdir()
-    _figure1(folder, study, results)
-    mode = main_mode(results)
-    write_differences(folder, study, results, comparisons, mode)
-    checkpoints = [checkpoint for result in results.values() for checkpoint in result.checkpoints.values()]
+    _figure1(folder, results)
+    _differences(folder, results, comparisons)
+    checkpoints = [checkpoint for run in results.values() for checkpoint in run.checkpoints.values()]
     for benchmark in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.benchmarks):
-        scores = _Scores(folder, study, results, benchmark, mode, comparisons.chance.get(benchmark))
-        _accuracy(scores)
-        _phenomena(scores)
+        chance = comparisons.chance.get(benchmark)
+        _accuracy(folder, results, benchmark, chance)
+        _phenomena(folder, results, benchmark, chance)
 
 
-def _write_data(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
-    """`value` must be the last column: the one that DVC plots unless told otherwise."""
-    write_text(folder / "data" / f"{name}.csv", csv_text(records))
-
-
-def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def _figure1(folder: Path, results: Results) -> None:
     """Validation perplexity per character against tokens; to the right its second half, enlarged."""
     curves = {}
-    for name, result in results.items():
-        rows = result.curve[["tokens", "val_char_perplexity"]].dropna()
+    for name, run in results.items():
+        rows = run.curve[["tokens", "val_char_perplexity"]].dropna()
         rows = rows[np.isfinite(rows["val_char_perplexity"]) & (rows["tokens"] > 0)]
         if len(rows):
             curves[name] = (rows["tokens"].to_numpy(), rows["val_char_perplexity"].to_numpy())
@@ -87,18 +62,18 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
         for name, curve in curves.items()
         for tokens, value in zip(*curve, strict=True)
     ]
-    _write_data(folder, "figure1", records)
+    write_data(folder, "figure1", records)
     half = max((tokens[-1] for tokens, _ in curves.values()), default=0) / 2
     late = {name: values[tokens >= half] for name, (tokens, values) in curves.items()}
     zoom = bool(late) and all(3 <= len(late[name]) < len(values) for name, (_, values) in curves.items())
     looks = styles(results)
-    title = f"Validation perplexity during training, study {study.name}"
+    title = f"Validation perplexity during training, study {results.study.name}"
     with figure(folder, "figure1", title, 9, 4.4 + _legend_height(results)) as drawing:
         panels = drawing.subplots(1, 1 + zoom, squeeze=False)[0]
         for axes in panels:
             for name, (tokens, values) in reversed(curves.items()):  # the baseline last, on top
-                marked = len(tokens) == 1 or axes is not panels[0]
-                axes.plot(tokens, values, **(looks[name] | ({} if marked else {"marker": ""})))
+                markers = len(tokens) == 1 or axes is not panels[0]
+                axes.plot(tokens, values, **(looks[name] | ({} if markers else {"marker": ""})))
             axes.set_xlabel("training tokens")
             count_axis(axes.xaxis)
         panels[0].set_yscale("log")
@@ -111,99 +86,94 @@ def _figure1(folder: Path, study: Study, results: Mapping[str, RunResult]) -> No
             shown = np.concatenate(list(late.values()))
             margin = 0.06 * (np.ptp(shown) or shown[0] or 1)
             panels[1].set_ylim(shown.min() - margin, shown.max() + margin)
-        heading(drawing, title)
-        final = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
-        _legend(drawing, results, final, _LAST_VALUE, line=True)
+        last = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
+        _curve_legend(drawing, results, last)
 
 
-def _accuracy(scores: _Scores) -> None:
+def _title(results: Results, benchmark: str, what: str) -> str:
+    name, study = benchmark_label(benchmark), results.study.name
+    return f"{name} {what} ({results.mode} mode, acc, 95% intervals), study {study}"
+
+
+def _accuracy(folder: Path, results: Results, benchmark: str, chance: float | None) -> None:
     """Accuracy against training tokens with 95% intervals; a dot plot where each run has one checkpoint."""
     points: dict[str, list[tuple[int, Proportion]]] = {}
-    for run, result in scores.results.items():
-        for checkpoint in result.checkpoints.values():
-            accuracy = score(checkpoint.benchmarks.get(scores.benchmark), scores.mode, "acc")
-            if accuracy is not None:
-                points.setdefault(run, []).append((checkpoint.tokens, accuracy))
+    for name, run in results.items():
+        for checkpoint in run.checkpoints.values():
+            if accuracy := checkpoint.accuracy(benchmark, results.mode):
+                points.setdefault(name, []).append((checkpoint.tokens, accuracy))
     if not points:
         return
-    name, title = f"accuracy-{scores.benchmark}", scores.title("accuracy")
-    chance = None if scores.chance is None else round(scores.chance, 5)
+    name, title = f"accuracy-{benchmark}", _title(results, benchmark, "accuracy")
+    level = None if chance is None else round(chance, 5)
     records = [
-        {"run": run, "tokens": tokens, "n": accuracy.n, "chance": chance, **_rounded(accuracy)}
+        {"run": run, "tokens": tokens, "n": accuracy.n, "chance": level, **_rounded(accuracy)}
         for run, reached in points.items()
         for tokens, accuracy in reached
     ]
-    _write_data(scores.folder, name, records)
-    if max(map(len, points.values())) > 1:
-        _accuracy_curves(scores, name, title, points)
-    else:
-        labels = {run: run_label(scores.results[run], scores.results) for run in points}
-        _dots(scores, name, title, {labels[run]: {run: reached[0][1]} for run, reached in points.items()})
-
-
-def _accuracy_curves(
-    scores: _Scores, name: str, title: str, points: Mapping[str, list[tuple[int, Proportion]]]
-) -> None:
-    looks = styles(scores.results)
-    with figure(scores.folder, name, title, 8, 4.6 + _legend_height(scores.results)) as drawing:
+    write_data(folder, name, records)
+    if max(map(len, points.values())) == 1:
+        rows = {results[run].label: {run: reached[0][1]} for run, reached in points.items()}
+        _dots(folder, name, title, results, rows, chance, people={})
+        return
+    looks = styles(results)
+    with figure(folder, name, title, 8, 4.6 + _legend_height(results)) as drawing:
         axes = drawing.subplots()
         # Runs are drawn slightly apart, so that none hides another's interval.
         apart = 0.006 * max(tokens for reached in points.values() for tokens, _ in reached)
         for place, (run, reached) in reversed(list(enumerate(points.items()))):
             tokens = [t + apart * (place - (len(points) - 1) / 2) for t, _ in reached]
             axes.plot(tokens, [100 * accuracy.value for _, accuracy in reached], **looks[run])
-            if len(points) <= _MOST_INTERVALS or run == scores.study.baseline:
+            if len(points) <= _MOST_INTERVALS or run == results.base.name:
                 low, high = ([100 * getattr(one, side) for _, one in reached] for side in ("low", "high"))
                 axes.vlines(tokens, low, high, color=looks[run]["color"], linewidth=1.2, alpha=0.7)
-        if scores.chance is not None:
-            place = 100 * scores.chance
-            axes.axhline(place, zorder=1, **CHANCE)
-            _name_chance(axes, (1.01, place), axes.get_yaxis_transform(), ha="left", va="center")
+        if chance is not None:
+            axes.axhline(100 * chance, zorder=1, **CHANCE)
+            _name_chance(axes, (1.01, 100 * chance), axes.get_yaxis_transform(), ha="left", va="center")
         axes.set_xlabel("training tokens")
         axes.set_ylabel("accuracy (%)")
         count_axis(axes.xaxis, 6)
-        heading(drawing, title)
-        final = {run: f"  {100 * reached[-1][1].value:.1f}" for run, reached in points.items()}
-        _legend(drawing, scores.results, final, _LAST_VALUE, line=True)
+        last = {run: f"  {100 * reached[-1][1].value:.1f}" for run, reached in points.items()}
+        _curve_legend(drawing, results, last)
 
 
-def _phenomena(scores: _Scores) -> None:
+def _phenomena(folder: Path, results: Results, benchmark: str, chance: float | None) -> None:
     """A row a phenomenon, the baseline's worst at the bottom, with a dot a run and a bar for people."""
-    groups = phenomena(scores.results, scores.benchmark, scores.mode)
+    groups = phenomena(results, benchmark)
     if not groups:
         return
-    name, order = f"{scores.benchmark}-phenomena", by_difficulty(groups, scores.study.baseline)
-    people = {group: value for group, value in human_agreement(scores.benchmark).items() if group in order}
+    order, agreement = by_difficulty(groups, results.base.name), human_agreement(benchmark)
+    people = {group: agreement[group] for group in order if group in agreement}
     records = [
         {"run": run, "phenomenon": group, "n": scored[group].n, **_rounded(scored[group])}
         for run, scored in groups.items()
         for group in order
         if group in scored
     ]
-    records += [
-        {"run": HUMANS, "phenomenon": group, "value": people[group]} for group in order if group in people
-    ]
-    _write_data(scores.folder, name, records)
-    rows = {group: {run: found[group] for run, found in groups.items() if group in found} for group in order}
-    _dots(scores, name, scores.title("by phenomenon"), rows, people)
+    records += [{"run": HUMANS, "phenomenon": group, "value": value} for group, value in people.items()]
+    write_data(folder, f"{benchmark}-phenomena", records)
+    rows = {name: {run: one[name] for run, one in groups.items() if name in one} for name in order}
+    title = _title(results, benchmark, "by phenomenon")
+    _dots(folder, f"{benchmark}-phenomena", title, results, rows, chance, people)
 
 
 def _dots(
-    scores: _Scores,
+    folder: Path,
     name: str,
     title: str,
+    results: Results,
     rows: Mapping[str, Mapping[str, Proportion]],
-    people: Mapping[str, float] | None = None,
+    chance: float | None,
+    people: Mapping[str, float],
 ) -> None:
     """A horizontal dot plot with intervals: `rows` maps a row's label to its runs' accuracies.
 
     `people`: their agreement with the labels, as a fraction, by row.
     """
-    people, results, looks = people or {}, scores.results, styles(scores.results)
+    looks, most = styles(results), max(map(len, rows.values()))
     runs = [run for run in results if any(run in scored for scored in rows.values())]
-    most = max(map(len, rows.values()))
     height = 1.3 + (0.13 * most + 0.18) * len(rows) + _legend_height(results, others=bool(people))
-    with figure(scores.folder, name, title, 8.5, height) as drawing:
+    with figure(folder, name, title, 8.5, height) as drawing:
         axes = drawing.subplots()
         for row, (label, scored) in enumerate(rows.items()):
             for place, run in enumerate(scored if most == 1 else runs):
@@ -214,15 +184,15 @@ def _dots(
                     Dot(row + offset, value, looks[run] | {"markersize": 5}, [interval]).draw(axes)
             if label in people:
                 axes.plot([100 * people[label]] * 2, [row - 0.4, row + 0.4], zorder=1, **HUMAN)
-        if scores.chance is not None:
-            place = 100 * scores.chance
-            axes.axvline(place, zorder=1, **CHANCE)
-            _name_chance(axes, (place, 1), axes.get_xaxis_transform(), ha="center", va="bottom")
+        if chance is not None:
+            axes.axvline(100 * chance, zorder=1, **CHANCE)
+            _name_chance(axes, (100 * chance, 1), axes.get_xaxis_transform(), ha="center", va="bottom")
         variant_rows(axes, [label.replace("_", " ") for label in rows], bands=most > 1)
         axes.set_xlabel("accuracy (%)")
-        heading(drawing, title)
-        extra = [Line2D([], [], label=HUMANS, **HUMAN)] if people else []
-        _legend(drawing, results, dict.fromkeys(runs, "") if most > 1 else {}, extra=extra)
+        handles = _handles(results, dict.fromkeys(runs, "") if most > 1 else {}, linestyle="none")
+        handles += [Line2D([], [], label=HUMANS, **HUMAN)] if people else []
+        if handles:
+            legend(drawing, handles, min(_legend_columns(results), len(handles)))
 
 
 def _name_chance(axes: Axes, place: tuple[float, float], transform: Any, **align: str) -> None:
@@ -233,36 +203,122 @@ def _rounded(accuracy: Proportion) -> dict[str, float]:
     return {key: round(getattr(accuracy, key), 5) for key in ("low", "high", "value")}
 
 
-def _legend(
-    drawing: Figure,
-    results: Mapping[str, RunResult],
-    shown: Mapping[str, str],
-    title: str | None = None,
-    line: bool = False,
-    extra: list[Line2D] | None = None,
-) -> None:
-    """An entry for each run, or for each variant with several; `shown`: run -> what follows its label."""
-    looks, by_variant, handles = styles(results), {}, []
-    for run in shown:
-        by_variant.setdefault(results[run].train.variant, []).append(run)
-    for first, *others in by_variant.values():
-        detail = f" ({1 + len(others)} seeds)" if others else shown[first]
-        look = looks[first] if line else looks[first] | {"linestyle": "none"}
-        handles.append(Line2D([], [], label=results[first].train.label + detail, **look))
-    if handles := handles + (extra or []):
+def _handles(results: Results, details: Mapping[str, str], **look: str) -> list[Line2D]:
+    """A legend's entry for each run, or variant with several; `details`: run -> what follows its label."""
+    looks, handles = styles(results), []
+    for variant in results.variants.values():
+        runs = [run.name for run in variant if run.name in details]
+        if runs:
+            detail = f" ({len(runs)} seeds)" if len(runs) > 1 else details[runs[0]]
+            label = variant[0].train.label + detail
+            handles.append(Line2D([], [], label=label, **(looks[runs[0]] | look)))
+    return handles
+
+
+def _curve_legend(drawing: Figure, results: Results, last: Mapping[str, str]) -> None:
+    """The legend of curves; `last`: run -> its last value, shown where a variant has a single run."""
+    single = any(sum(run.name in last for run in runs) == 1 for runs in results.variants.values())
+    if handles := _handles(results, last):
         columns = min(_legend_columns(results), len(handles))
-        single = any(len(runs) == 1 for runs in by_variant.values())
-        drawing.legend(
-            handles=handles, loc="outside lower center", ncols=columns, title=title if single else None
-        )
+        legend(drawing, handles, columns, title="run and its last value" if single else None)
 
 
-def _legend_columns(results: Mapping[str, RunResult]) -> int:
-    longest = max(len(result.train.label) for result in results.values())
+def _legend_columns(results: Results) -> int:
+    longest = max(len(run.train.label) for run in results.values())
     return max(1, min(3, 90 // (longest + 14)))
 
 
-def _legend_height(results: Mapping[str, RunResult], others: int = 0) -> float:
+def _legend_height(results: Results, others: int = 0) -> float:
     """Inches of a legend with an entry for each variant and `others` more."""
-    entries = len({result.train.variant for result in results.values()}) + others
-    return 0.25 * -(-entries // _legend_columns(results))
+    return 0.25 * -(-(len(results.variants) + others) // _legend_columns(results))
+
+
+def _differences(folder: Path, results: Results, comparisons: Comparisons) -> None:
+    """Write `folder`/differences.svg and data/differences.csv, of `acc` in the main mode.
+
+    Nothing is written where no run is compared with another.
+    """
+    mode = results.mode
+    panels = {b: _compared(results, comparisons, (b, mode, "acc")) for b in results.benchmarks}
+    panels = {benchmark: rows for benchmark, rows in panels.items() if rows}
+    if not panels:
+        return
+    shown = [(benchmark, run, paired) for benchmark, rows in panels.items() for run, paired in rows.items()]
+    write_data(folder, "differences", [_difference_record(*one) for one in shown])
+    names = list(dict.fromkeys(run for _, run, _ in shown))
+    unlike = unlike_variants(rows_of(results)) & {results[run].train.variant for run in names}
+    labels = [
+        _tested_label(run, results, comparisons) + f" {_UNLIKE}" * (results[run].train.variant in unlike)
+        for run in names
+    ]
+    columns, looks = min(3, len(panels)), styles(results)
+    baseline, study = results.base.train.label, results.study.name
+    title = f"Differences from {baseline} ({mode} mode, acc, 95% intervals), study {study}"
+    height = 1.5 - (-len(panels) // columns) * (0.75 + 0.3 * len(names))
+    width = max(8.5, 3.6 + 2.5 * columns)  # room for the title above a single panel
+    with figure(folder, "differences", title, width, height) as drawing:
+        dots = {
+            benchmark_label(benchmark): [
+                _difference_dot(names.index(run), paired, looks[run]) for run, paired in rows.items()
+            ]
+            for benchmark, rows in panels.items()
+        }
+        draw_differences(drawing, dots, labels, "difference (points)", columns)
+        handles = _difference_legend([paired for *_, paired in shown], bool(unlike))
+        legend(drawing, handles, 2 if columns > 1 else 1)
+
+
+def _compared(results: Results, comparisons: Comparisons, score: Score) -> dict[str, Paired]:
+    """By run, or by a variant's first run where the variant is tested over its seeds."""
+    rows = {}
+    for variant, runs in results.variants.items():
+        if test := comparisons.over_seeds(variant, score):
+            rows[runs[0].name] = test
+        else:
+            points = {run.name: comparisons.last(run.name, score) for run in runs}
+            rows |= {run: point.paired for run, point in points.items() if point and point.paired}
+    return rows
+
+
+def _tested_label(run: str, results: Results, comparisons: Comparisons) -> str:
+    train = results[run].train
+    for score in comparisons.seeds.get(train.variant, {}):
+        if score[1] == results.mode and (test := comparisons.over_seeds(train.variant, score)):
+            return f"{train.label} ({test.n} seeds)"
+    return results[run].label
+
+
+def _difference_record(benchmark: str, run: str, paired: Paired) -> dict[str, Any]:
+    record: dict[str, Any] = {"run": run, "benchmark": benchmark}
+    record |= bounds_record(paired.interval, digits=5) | bounds_record(paired.clustered, "clustered_", 5)
+    return record | {"p_holm": p_record(paired.adjusted), "value": round(paired.difference, 5)}
+
+
+def _difference_dot(row: int, paired: Paired, look: Mapping[str, Any]) -> Dot:
+    intervals = [
+        ((100 * interval.low, 100 * interval.high), {"linewidth": width})
+        for interval, width in ((paired.clustered, 1.0), (paired.interval, 3.2))
+        if interval is not None
+    ]
+    return Dot(row, 100 * paired.difference, {**look, **_fill(paired.sign)}, intervals)
+
+
+def _fill(sign: str) -> dict[str, Any]:
+    if not sign:
+        return {"markerfacecolor": "white"}
+    return {"fillstyle": "full" if sign == SIGN else "left", "markerfacecoloralt": "white"}
+
+
+def _difference_legend(shown: Iterable[Paired], unlike: bool) -> list[Line2D]:
+    texts = {SIGN: "p < 0.05 after Holm's correction"}
+    if any(paired.sign == SIGN_ITEMS for paired in shown):
+        texts[SIGN_ITEMS] = "the same, but not over groups of items"
+    texts[""] = "not significant"
+    handles = [legend_entry(text, marker="o", **_fill(sign)) for sign, text in texts.items()]
+    handles.append(legend_entry("interval over items (or over seeds)", linestyle="-", linewidth=3.2))
+    if any(paired.clustered is not None for paired in shown):
+        handles.append(legend_entry("interval over groups of items", linestyle="-", linewidth=1.0))
+    if unlike:
+        text = "made with another precision, code or processor than the baseline"
+        handles.append(legend_entry(text, marker=f"${_UNLIKE}$"))
+    return handles

@@ -9,24 +9,23 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from stlm.evaluation.statistics import Interval
-from stlm.files import write_text
 from stlm.model.counts import build_on_meta
 from stlm.model.flops import forward_flops
-from stlm.report.accuracies import main_mode, score
 from stlm.report.documents import FEW_NOTE, amount_note, interval_text
-from stlm.report.names import benchmark_label, bounds, count, percent
-from stlm.report.results import CheckpointResult, Perplexity, Proportion, RunResult, run_label
-from stlm.report.style import figure, heading, styles
-from stlm.report.table import Cell, Section, Table, csv_text
-from stlm.study.runs import Run, Study
+from stlm.report.names import benchmark_label, bounds, bounds_record, count, percent
+from stlm.report.results import Results
+from stlm.report.schema import CheckpointResult
+from stlm.report.style import figure, legend, panels_of, styles, write_data
+from stlm.report.table import Cell, Section, Table
+from stlm.study.runs import Run
 
 MODEL = "model"  # the row of the model itself
 # More of them than this and their names overlap below a panel.
 _MOST_NAMES = 10
+_BITS = "bits_per_byte"
 
 
-class _Point(NamedTuple):
+class _Model(NamedTuple):
     """A readout of a run's last checkpoint, or its model: the scores, and FLOPs of a forward pass a token."""
 
     name: str
@@ -34,20 +33,24 @@ class _Point(NamedTuple):
     flops: float
     scored: CheckpointResult
 
+    def value(self, measure: str, mode: str) -> tuple[float, float, float] | None:
+        """Bits per byte, or the accuracy of a benchmark in percent, with its bounds; None: not scored."""
+        if measure == _BITS:
+            bits = self.scored.perplexity.bits_per_byte
+            return (bits, *(self.scored.perplexity.bounds or (bits, bits)))
+        accuracy = self.scored.accuracy(measure, mode)
+        return accuracy and (100 * accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
 
-def _points(study: Study, results: Mapping[str, RunResult]) -> dict[str, list[_Point]]:
+
+def _models(results: Results) -> dict[str, list[_Model]]:
     """Run -> its readouts and, at the end, its model; of the runs that have any."""
-    return {
-        name: [
-            *(
-                _Point(readout, own.parameters, own.flops_per_token, own)
-                for readout, own in result.evaluation.readouts.items()
-            ),
-            _Point(MODEL, result.train.parameters.total, _flops_per_token(study.runs[name]), result.last),
-        ]
-        for name, result in results.items()
-        if result.evaluation.readouts
-    }
+    by_run = {}
+    for name, run in results.items():
+        if readouts := run.evaluation.readouts:
+            models = [_Model(key, one.parameters, one.flops_per_token, one) for key, one in readouts.items()]
+            size, flops = run.train.parameters.total, _flops_per_token(results.study.runs[name])
+            by_run[name] = [*models, _Model(MODEL, size, flops, run.last)]
+    return by_run
 
 
 def _flops_per_token(run: Run) -> float:
@@ -55,165 +58,122 @@ def _flops_per_token(run: Run) -> float:
     return forward_flops(model, run.model.context) / run.model.context
 
 
-def _benchmarks(points: Mapping[str, Sequence[_Point]]) -> list[str]:
-    every = (point for own in points.values() for point in own)
-    return list(dict.fromkeys(name for point in every for name in point.scored.benchmarks))
+def _benchmarks(models: Mapping[str, Sequence[_Model]]) -> list[str]:
+    every = [model.scored for of_run in models.values() for model in of_run]
+    return list(dict.fromkeys(name for scored in every for name in scored.benchmarks))
 
 
-def readouts_table(study: Study, results: Mapping[str, RunResult]) -> Table | None:
+def readouts_table(results: Results) -> Table | None:
     """A row a readout and, below, the model, of each run that has readouts; None: no run has any."""
-    points = _points(study, results)
-    if not points:
+    models, mode = _models(results), results.mode
+    if not models:
         return None
-    mode, benchmarks = main_mode(results), _benchmarks(points)
-    rows: list[list[Cell] | Section] = []
-    records = []
-    for run, own in points.items():
-        rows.append(Section(run_label(results[run], results)))
-        for point in own:
-            measured = point.scored.perplexity
-            record: dict[str, object] = {"run": run, "readout": point.name, "parameters": point.parameters}
-            record |= {"flops_per_token": round(point.flops, 1)}
-            record |= {"bits_per_byte": round(measured.bits_per_byte, 5)}
-            cells = [point.name, count(point.parameters), count(point.flops), _bits(measured)]
-            for benchmark in benchmarks:
-                accuracy = score(point.scored.benchmarks.get(benchmark), mode, "acc")
-                cells.append(_shown(accuracy))
-                if accuracy is not None:
-                    values = (("", accuracy.value), ("_low", accuracy.low), ("_high", accuracy.high))
-                    record |= {f"{benchmark}{end}": round(value, 5) for end, value in values}
-            rows.append([Cell(text, bold=point.name == MODEL) for text in cells])
-            records.append(record)
-    return Table(
-        name="readouts",
-        title=f"Language models within the models, study {study.name}",
-        header=["", "parameters", "FLOPs\nper token", "bits per byte", *map(benchmark_label, benchmarks)],
-        rows=rows,
-        notes=[
+    benchmarks = _benchmarks(models)
+
+    def columns(run: str, model: _Model) -> Iterator[tuple]:
+        def cell(text: str) -> Cell:
+            return Cell(text, bold=model.name == MODEL)
+
+        measured = model.scored.perplexity
+        bits = f"{measured.bits_per_byte:.3f}"
+        if measured.bounds is not None:
+            bits += f" {interval_text(measured.bounds, measured.few_documents)}"
+        yield "", cell(model.name), {"run": run, "readout": model.name}
+        yield "parameters", cell(count(model.parameters)), {"parameters": model.parameters}
+        yield "FLOPs\nper token", cell(count(model.flops)), {"flops_per_token": round(model.flops, 1)}
+        yield "bits per byte", cell(bits), {_BITS: round(measured.bits_per_byte, 5)}
+        for benchmark in benchmarks:
+            text, record = "–", {}
+            if accuracy := model.scored.accuracy(benchmark, mode):
+                text = f"{percent(accuracy.value)} {bounds(*accuracy.interval)}"
+                record = {benchmark: round(accuracy.value, 5)}
+                record |= bounds_record(accuracy.interval, f"{benchmark}_", 5)
+            yield benchmark_label(benchmark), cell(text), record
+
+    rows: list[Section | Iterator[tuple]] = []
+    for run, of_run in models.items():
+        rows += [Section(results[run].label), *(columns(run, model) for model in of_run)]
+    few = any(model.scored.perplexity.few_documents for of_run in models.values() for model in of_run)
+    return Table.of_columns(
+        "readouts",
+        f"Language models within the models, study {results.study.name}",
+        rows,
+        [
             f"Of each run's last checkpoint; {MODEL}: the model itself. FLOPs: of a forward pass, in a text "
             "as long as the context. Parameters: those that the row's model uses.",
-            amount_note((run_label(results[run], results), results[run].last.perplexity) for run in points),
+            amount_note((results[run].label, results[run].perplexity) for run in models),
             f"Accuracies in percent ({mode} mode, acc). In brackets: 95% intervals, of bits per byte over "
             "documents, of accuracies over items. Rows are scored on the same text and items.",
-            *([FEW_NOTE] if any(_few(point) for own in points.values() for point in own) else []),
+            FEW_NOTE if few else None,
         ],
-        records=records,
     )
 
 
-def _few(point: _Point) -> bool:
-    interval = point.scored.perplexity.interval
-    return interval is not None and interval.few_documents
-
-
-def _bits(measured: Perplexity) -> str:
-    text, own = f"{measured.bits_per_byte:.3f}", measured.interval
-    return text if own is None else f"{text} {interval_text(Interval(own.low, own.high), own.few_documents)}"
-
-
-def _shown(accuracy: Proportion | None) -> str:
-    return "–" if accuracy is None else f"{percent(accuracy.value)} {bounds(accuracy.low, accuracy.high)}"
-
-
-class _Panel(NamedTuple):
-    """What is drawn in one panel: run -> value, low and high of each point, None where it was not scored."""
-
-    key: str
-    label: str
-    values: dict[str, list[tuple[float, float, float] | None]]
-
-
-def _panels(points: Mapping[str, Sequence[_Point]], mode: str) -> Iterator[_Panel]:
-    bits: dict[str, list[tuple[float, float, float] | None]] = {}
-    for run, own in points.items():
-        bits[run] = []
-        for point in own:
-            value, interval = point.scored.perplexity.bits_per_byte, point.scored.perplexity.interval
-            bits[run].append(
-                (value, value, value) if interval is None else (value, interval.low, interval.high)
-            )
-    yield _Panel("bits_per_byte", "bits per byte: lower is better", bits)
-    for benchmark in _benchmarks(points):
-        values = {}
-        for run, own in points.items():
-            found = [score(point.scored.benchmarks.get(benchmark), mode, "acc") for point in own]
-            values[run] = [
-                None if one is None else (100 * one.value, 100 * one.low, 100 * one.high) for one in found
-            ]
-        if any(one is not None for own in values.values() for one in own):
-            yield _Panel(benchmark, f"{benchmark_label(benchmark)} accuracy (%)", values)
-
-
-def write_readouts(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def write_readouts(folder: Path, results: Results) -> None:
     """Write the plot `folder`/readouts and `folder`/data/readouts.csv; nothing where no run has readouts."""
-    points = _points(study, results)
-    if not points:
+    models, mode = _models(results), results.mode
+    if not models:
         return
-    mode = main_mode(results)
-    panels = list(_panels(points, mode))
+    panels = {_BITS: "bits per byte: lower is better"}
+    for benchmark in _benchmarks(models):
+        if any(_scored(of_run, benchmark, mode) for of_run in models.values()):
+            panels[benchmark] = f"{benchmark_label(benchmark)} accuracy (%)"
     records = [
-        {"run": run, "readout": point.name, "flops_per_token": round(point.flops, 1), "measure": panel.key}
+        {"run": run, "readout": model.name, "flops_per_token": round(model.flops, 1), "measure": measure}
         | {"low": round(low, 5), "high": round(high, 5), "value": round(value, 5)}
-        for panel in panels
-        for run, own in points.items()
-        for point, (value, low, high) in _scored(own, panel.values[run])
+        for measure in panels
+        for run, of_run in models.items()
+        for model, (value, low, high) in _scored(of_run, measure, mode)
     ]
-    write_text(folder / "data" / "readouts.csv", csv_text(records))
+    write_data(folder, "readouts", records)
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    title = f"Language models within the models against their cost (95% intervals), study {study.name}"
+    study = results.study.name
+    title = f"Language models within the models against their cost (95% intervals), study {study}"
+    every = [model for of_run in models.values() for model in of_run]
+    flops = [model.flops for model in every]
     with figure(folder, "readouts", title, 1 + 4 * columns, 0.9 + 3.4 * lines) as drawing:
-        grid = drawing.subplots(lines, columns, squeeze=False).flatten()
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw(axes, panel, points, results)
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        handles, labels = grid[0].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-        heading(drawing, title)
+        grid = panels_of(drawing, len(panels), columns)
+        for axes, (measure, label) in zip(grid, panels.items(), strict=True):
+            axes.set_title(label, loc="left")
+            scored = {run: _scored(of_run, measure, mode) for run, of_run in models.items()}
+            _draw(axes, scored, 0.01 * (max(flops) - min(flops)), results)
+            _name_ticks(axes, every)
+        handles, _ = grid[0].get_legend_handles_labels()
+        legend(drawing, handles, min(3, len(handles)))
 
 
 def _scored(
-    points: Sequence[_Point], values: Sequence[tuple[float, float, float] | None]
-) -> Iterator[tuple[_Point, tuple[float, float, float]]]:
-    """The points of one run that have a value, cheapest first."""
-    pairs = zip(points, values, strict=True)
-    yield from sorted(
-        ((point, one) for point, one in pairs if one is not None), key=lambda pair: pair[0].flops
-    )
+    models: Sequence[_Model], measure: str, mode: str
+) -> list[tuple[_Model, tuple[float, float, float]]]:
+    """The models of one run that have a value, cheapest first, with the value and its bounds."""
+    values = [(model, model.value(measure, mode)) for model in models]
+    return sorted((pair for pair in values if pair[1] is not None), key=lambda pair: pair[0].flops)
 
 
-def _draw(
-    axes: Axes, panel: _Panel, points: Mapping[str, Sequence[_Point]], results: Mapping[str, RunResult]
-) -> None:
-    looks, seen = styles(results), set()
-    # Runs stand a little side by side, so that none hides another's interval.
-    flops = [point.flops for own in points.values() for point in own]
-    aside = 0.01 * (max(flops) - min(flops))
-    for place, (run, own) in enumerate(points.items()):
-        drawn = list(_scored(own, panel.values[run]))
-        if not drawn:
+def _draw(axes: Axes, scored: Mapping[str, list], apart: float, results: Results) -> None:
+    """Runs stand `apart` side by side (FLOPs), so that none hides another's interval."""
+    looks, labelled = styles(results), set()
+    for place, (run, of_run) in enumerate(scored.items()):
+        if not of_run:
             continue
-        label = results[run].train.label
-        look, shift = looks[run], aside * (place - (len(points) - 1) / 2)
-        x = [point.flops + shift for point, _ in drawn]
-        values, low, high = zip(*(one for _, one in drawn), strict=True)
-        axes.plot(x, values, label=None if label in seen else label, **look, markerfacecolor="white")
-        seen.add(label)
+        label, look, shift = results[run].train.label, looks[run], apart * (place - (len(scored) - 1) / 2)
+        x = [model.flops + shift for model, _ in of_run]
+        values, low, high = zip(*(bounded for _, bounded in of_run), strict=True)
+        axes.plot(x, values, label=None if label in labelled else label, **look, markerfacecolor="white")
+        labelled.add(label)
         axes.vlines(x, low, high, color=look["color"], linewidth=1.2, alpha=0.6, zorder=1)
-        for point, (value, _, _) in drawn:
-            if point.name == MODEL:
-                axes.plot([point.flops + shift], [value], look["marker"], color=look["color"], markersize=8)
-    axes.set_title(panel.label, loc="left")
+        for model, (value, _, _) in of_run:
+            if model.name == MODEL:
+                axes.plot([model.flops + shift], [value], look["marker"], color=look["color"], markersize=8)
     axes.set_xlabel("FLOPs per token (filled: the model itself)")
-    _name_ticks(axes, [point for own in points.values() for point in own])
 
 
-def _name_ticks(axes: Axes, points: Sequence[_Point]) -> None:
+def _name_ticks(axes: Axes, models: Sequence[_Model]) -> None:
     """The readouts' names at their FLOPs where there is room, else numbers alone."""
     names: dict[float, list[str]] = {}
-    for point in points:
-        names.setdefault(point.flops, []).append(point.name)
+    for model in models:
+        names.setdefault(model.flops, []).append(model.name)
     if len(names) > _MOST_NAMES:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,25 +52,15 @@ def write_records(folder: Path, runs: Mapping[str, Path]) -> None:
     records, tables = {}, [_SCHEMA.empty_table()]
     for run, path in runs.items():
         evaluation = read_json(path / "evaluation.json")
-        records[run] = {"train": read_json(path / "train.json"), "evaluation": _without_groups(evaluation)}
+        last = max(checkpoint["step"] for checkpoint in evaluation["checkpoints"].values())
+        for scored in (*evaluation["checkpoints"].values(), *evaluation.get("readouts", {}).values()):
+            for benchmark in scored["benchmarks"].values():
+                for mode in benchmark["modes"].values():
+                    mode.pop("groups", None)  # most of the record's size
+        records[run] = {"train": read_json(path / "train.json"), "evaluation": evaluation}
         if (path / DOCUMENTS).is_file():
-            tables.append(_documents(run, path / DOCUMENTS, evaluation))
+            rows = pq.read_table(path / DOCUMENTS, columns=_SCHEMA.names[1:], filters=[("step", "==", last)])
+            tables.append(rows.add_column(0, "run", pa.array([run] * len(rows))).cast(_SCHEMA))
     with atomic_path(folder / DOCUMENTS) as temporary:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), temporary, compression="zstd")
     write_record(folder / RUNS, {"runs": records}, lists=[DOCUMENTS])
-
-
-def _without_groups(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """evaluation.json without the accuracies of each mode by group, most of its size."""
-    for scored in (*evaluation["checkpoints"].values(), *evaluation.get("readouts", {}).values()):
-        for benchmark in scored["benchmarks"].values():
-            for mode in benchmark["modes"].values():
-                mode.pop("groups", None)
-    return evaluation
-
-
-def _documents(run: str, path: Path, evaluation: Mapping[str, Any]) -> pa.Table:
-    """The rows of a run's last checkpoint, in the order of the text."""
-    last = max(checkpoint["step"] for checkpoint in evaluation["checkpoints"].values())
-    table = pq.read_table(path, columns=_SCHEMA.names[1:], filters=[("step", "==", last)])
-    return table.add_column(0, "run", pa.array([run] * len(table))).cast(_SCHEMA)

@@ -57,8 +57,7 @@ def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
         rows = pd.read_csv(path)
     except (ValueError, OSError, OverflowError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
-    missing = [column for column in columns if column not in rows]
-    if missing:
+    if missing := [column for column in columns if column not in rows]:
         raise UserError(f"{path} has no column {', '.join(missing)} (found: {', '.join(rows.columns)})")
     return rows
 
@@ -67,16 +66,13 @@ def _check_numbers(path: Path, rows: pd.DataFrame, columns: list[str], every_row
     """Refuse `columns` that hold text or infinity, and a blank or NaN in one of `every_row`."""
     if not len(rows):
         return
-    kinds = pd.api.types
-    text = [
-        name for name in columns if not kinds.is_numeric_dtype(rows[name]) or kinds.is_bool_dtype(rows[name])
-    ]
-    if text:
+    numeric, boolean = pd.api.types.is_numeric_dtype, pd.api.types.is_bool_dtype
+    if text := [name for name in columns if not numeric(rows[name]) or boolean(rows[name])]:
         raise UserError(f"{path} has values that are not numbers in column {', '.join(text)}")
-    endless = [column for column in columns if np.isinf(rows[column].to_numpy(float)).any()]
-    blank = [column for column in every_row if rows[column].isna().any()]
-    if endless or blank:
-        named = ", ".join(dict.fromkeys([*endless, *blank]))
+    wrong = [column for column in columns if np.isinf(rows[column].to_numpy(float)).any()]
+    wrong += [column for column in every_row if rows[column].isna().any()]
+    if wrong:
+        named = ", ".join(dict.fromkeys(wrong))
         raise UserError(f"{path} has values that are NaN, infinite or missing in column {named}")
 
 
@@ -100,10 +96,10 @@ _OPTIONAL = "greedy"
 def read_checkpoints(path: Path) -> dict[int, str]:
     """The checkpoints of an items.parquet, sorted by step: step -> name."""
     _check_columns(path)
-    found = _read_parquet(path, ["checkpoint", "step"])
-    if any(found[column].null_count for column in found.column_names):
+    rows = _read_parquet(path, ["checkpoint", "step"])
+    if any(rows[column].null_count for column in rows.column_names):
         raise UserError(f"{path} has rows without a checkpoint or a step")
-    pairs = found.group_by(["checkpoint", "step"]).aggregate([]).to_pylist()
+    pairs = rows.group_by(["checkpoint", "step"]).aggregate([]).to_pylist()
     steps = dict(sorted((row["step"], row["checkpoint"]) for row in pairs))
     if len({row["checkpoint"] for row in pairs}) != len(pairs) or len(steps) != len(pairs):
         listed = ", ".join(sorted(f"{row['checkpoint']} of step {row['step']}" for row in pairs))
@@ -135,29 +131,27 @@ def _read_parquet(path: Path, columns: list[str], filters: list[tuple] | None = 
 
 def _check_columns(path: Path) -> list[str]:
     """The names of the file's columns; refused where one is missing or holds another type."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     try:
         schema = pq.read_schema(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     for name, (expected, fits) in _COLUMNS.items():
-        if name not in schema.names:
-            if name != _OPTIONAL:
-                raise UserError(f"{path} has no column {name} (found: {', '.join(schema.names)})")
-        elif schema.names.count(name) > 1 or not fits(schema.field(name).type):
-            kinds = ", ".join(str(field.type) for field in schema if field.name == name)
-            raise UserError(f"{path} has a column {name} of {kinds}; expected one of {expected}")
+        kinds = [field.type for field in schema if field.name == name]
+        if not kinds and name != _OPTIONAL:
+            raise UserError(f"{path} has no column {name} (found: {', '.join(schema.names)})")
+        if len(kinds) > 1 or not all(map(fits, kinds)):
+            listed = ", ".join(map(str, kinds))
+            raise UserError(f"{path} has a column {name} of {listed}; expected one of {expected}")
     return schema.names
 
 
 def _check_values(table: pa.Table, source: str) -> None:
     for name in table.column_names:
-        missing = table[name].null_count
-        if missing and name != _OPTIONAL:
+        if (missing := table[name].null_count) and name != _OPTIONAL:
             raise UserError(f"{source}: {missing:,} rows have no {name}")
-    wrong = pc.sum(pc.invert(pc.is_finite(table["logprob"]))).as_py()
-    if wrong:
+    if wrong := pc.sum(pc.invert(pc.is_finite(table["logprob"]))).as_py():
         raise UserError(f"{source}: {wrong:,} rows have a logprob that is NaN or infinite")
     least = pc.min(table["n_chars"]).as_py()
     if least is not None and least < 0:
@@ -187,21 +181,15 @@ def score_items(options: pd.DataFrame) -> pd.DataFrame:
     scored = options[KEYS].copy()
     gold = options["gold"].to_numpy(bool)
     scores = {"acc": options["logprob"], "acc_norm": options["logprob"] / options["n_chars"].clip(lower=1)}
-    by_item = scored.groupby(KEYS, sort=False, observed=True)
-    item = by_item.ngroup().to_numpy()
+    item = scored.groupby(KEYS, sort=False, observed=True).ngroup().to_numpy()
     best = {name: score.groupby(item).transform("max") == score for name, score in scores.items()}
     columns = {"chance": gold.astype(float)}
     columns |= {f"{name}_best": is_best.astype(float) for name, is_best in best.items()}
     columns |= {f"{name}_right": (is_best & gold).astype(float) for name, is_best in best.items()}
     columns["greedy"] = options["greedy"].eq(True).astype(float) if "greedy" in options else 0.0
     sums = scored.assign(**columns, options=1.0).groupby(KEYS, sort=False, observed=True).sum()
-    outcomes = pd.DataFrame(
-        {
-            "acc": sums["acc_right"] / sums["acc_best"],
-            "acc_norm": sums["acc_norm_right"] / sums["acc_norm_best"],
-            "chance": sums["chance"] / sums["options"],
-        }
-    )
+    outcomes = pd.DataFrame({name: sums[f"{name}_right"] / sums[f"{name}_best"] for name in scores})
+    outcomes["chance"] = sums["chance"] / sums["options"]
     # With one option there is no choice: it counts if the model's greedy continuation is that option.
     alone = sums["options"] == 1
     outcomes.loc[alone, ["acc", "acc_norm"]] = sums.loc[alone, ["greedy", "greedy"]].to_numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,13 +13,12 @@ from stlm.tokens.config import DataConfig
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+# (benchmark, mode, metric): metric is "acc" or "acc_norm".
+Score = tuple[str, str, str]
 
 
 class Strict(BaseModel):
-    """A part of a record: no text for a number, no NaN, no infinity.
-
-    Keys that are not known here are kept (`model_extra`): a newer stage may write more.
-    """
+    """A part of a record: no text for a number, no NaN, no infinity. Keys of newer stages are kept."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
@@ -37,17 +36,14 @@ class CheckpointReference(Strict):
 
 
 class LossSpike(Strict):
-    """A loss (nats) far above the `level` of the steps before; `rise`: its height at the worst step.
-
-    `recovered_after`: steps until the loss was back at the level; None where it never was.
-    """
+    """A loss (nats) far above the `level` of the steps before; `rise`: its height at the worst step."""
 
     step: int
     loss: float
     level: float
     rise: float
     grad_norm: float
-    recovered_after: int | None
+    recovered_after: int | None  # steps until the loss was back at the level; None where it never was
 
 
 class Truncation(Strict):
@@ -57,17 +53,14 @@ class Truncation(Strict):
 
 
 class DependencyRecord(Strict):
-    """A run whose last weights another needed, and what its training had cost.
-
-    `depends`: role -> what it depended on itself. `truncation`: of weights that a run started from.
-    """
+    """A run whose last weights another needed, and what its training had cost."""
 
     run: str
     weights_sha256: str | None = None
     tokens: int
     flops: float
-    truncation: Truncation | None = None
-    depends: dict[str, DependencyRecord] = {}
+    truncation: Truncation | None = None  # of weights that a run started from
+    depends: dict[str, DependencyRecord] = {}  # role -> what it depended on itself
 
     @property
     def costs(self) -> dict[str, float]:
@@ -76,21 +69,18 @@ class DependencyRecord(Strict):
 
 
 def _costs(depends: Mapping[str, DependencyRecord]) -> dict[str, float]:
-    return {run: flops for one in depends.values() for run, flops in one.costs.items()}
+    return {run: flops for dependency in depends.values() for run, flops in dependency.costs.items()}
 
 
 class TextRecord(Strict):
-    """The amount of held-out text behind a figure, and in all; `text_sha256` is equal for equal text.
-
-    Keys that earlier versions did not write are None.
-    """
+    """The amount of held-out text behind a figure, and in all; None where an earlier version wrote none."""
 
     documents: Count | None = None
     documents_total: Count | None = None
     bytes: Count | None = None
     bytes_total: Count | None = None
     tokens: Count | None = None
-    text_sha256: str | None = None
+    text_sha256: str | None = None  # equal for equal text
 
     def same_text(self, other: TextRecord) -> bool:
         """Whether both are of the same text of one corpus; without digests, as far as sizes tell."""
@@ -100,13 +90,7 @@ class TextRecord(Strict):
 
 
 class TrainRecord(Strict):
-    """train.json: what was trained, with which settings, and how long it took.
-
-    `loss_spikes` is None for runs of earlier versions, which did not look for any. `parts`: the machines and
-    code versions that computed it, in order, where there were several. `validation`: the text behind the
-    curve, None for earlier versions. `techniques`: the settings of each that was used. `depends`: role -> the
-    run that the training depended on.
-    """
+    """train.json: what was trained, with which settings, and how long it took."""
 
     run: str
     variant: str
@@ -119,7 +103,7 @@ class TrainRecord(Strict):
     flops: Positive
     device: str
     processor: str | None = None
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []  # the machines and code that computed it in order, if several
     precision: str
     compiled: bool = False
     kernels: bool = False
@@ -128,10 +112,10 @@ class TrainRecord(Strict):
     model: dict[str, Any]
     training: dict[str, Any]
     data: DataConfig = DataConfig()
-    techniques: dict[str, dict[str, Any]] = {}
-    validation: TextRecord | None = None
-    loss_spikes: list[LossSpike] | None = None
-    depends: dict[str, DependencyRecord] = {}
+    techniques: dict[str, dict[str, Any]] = {}  # the settings of each that was used
+    validation: TextRecord | None = None  # the text behind the curve; None for earlier versions
+    loss_spikes: list[LossSpike] | None = None  # None for earlier versions
+    depends: dict[str, DependencyRecord] = {}  # role -> the run that the training depended on
     corpus: str
     tokenizer: str
     checkpoints: list[CheckpointReference]
@@ -158,11 +142,8 @@ class TrainRecord(Strict):
     @property
     def further(self) -> dict[str, Any]:
         """What else the record holds, from a newer version or a technique."""
-        return {key: value for key, value in (self.model_extra or {}).items() if key not in _NOT_READ}
-
-
-# Keys of train.json that nothing here reads.
-_NOT_READ = frozenset({"study", "tokens_per_second", "final", "versions", "checksum", "start"})
+        unread = {"study", "tokens_per_second", "final", "versions", "checksum", "start"}
+        return {key: value for key, value in (self.model_extra or {}).items() if key not in unread}
 
 
 class Proportion(Strict):
@@ -191,7 +172,6 @@ class BenchmarkResult(Strict):
     version: str | int | float
     items: Count
     items_total: Count
-    limit: int | None = None
     modes: dict[str, ModeResult]
 
 
@@ -211,6 +191,16 @@ class Perplexity(TextRecord):
     interval: DocumentInterval | None = None
     components: dict[str, Perplexity] = {}
 
+    @property
+    def bounds(self) -> Interval | None:
+        """The bounds of its interval."""
+        return None if self.interval is None else Interval(self.interval.low, self.interval.high)
+
+    @property
+    def few_documents(self) -> bool:
+        """Whether it has an interval that is too narrow, of too few documents."""
+        return self.interval is not None and self.interval.few_documents
+
 
 class CheckpointResult(Strict):
     step: Count
@@ -218,6 +208,20 @@ class CheckpointResult(Strict):
     weights_sha256: str
     perplexity: Perplexity
     benchmarks: dict[str, BenchmarkResult]
+
+    @property
+    def scores(self) -> Iterator[Score]:
+        """The accuracies that there are."""
+        for benchmark, scored in self.benchmarks.items():
+            for mode, result in scored.modes.items():
+                yield benchmark, mode, "acc"
+                if result.acc_norm is not None:
+                    yield benchmark, mode, "acc_norm"
+
+    def accuracy(self, benchmark: str, mode: str, metric: str = "acc") -> Proportion | None:
+        """The accuracy in `mode` by `metric` (acc or acc_norm); None where it was not scored."""
+        modes = self.benchmarks[benchmark].modes if benchmark in self.benchmarks else {}
+        return getattr(modes[mode], metric) if mode in modes else None
 
 
 class ReadoutResult(CheckpointResult):
@@ -228,10 +232,7 @@ class ReadoutResult(CheckpointResult):
 
 
 class EvaluationRecord(Strict):
-    """evaluation.json: every evaluated checkpoint by name; on what machine, by what code and settings.
-
-    Earlier versions wrote the checkpoints alone. `readouts`: of the last checkpoint, by name.
-    """
+    """evaluation.json: every evaluated checkpoint and the last one's readouts, by name, and their origin."""
 
     device: str | None = None
     processor: str | None = None
@@ -243,10 +244,7 @@ class EvaluationRecord(Strict):
 
 
 class PublishedRecord(EvaluationRecord):
-    """evaluation.json of a published model: its size, the token that starts texts, how it was loaded.
-
-    Earlier versions wrote neither of the last two.
-    """
+    """evaluation.json of a published model: its size, the token that starts texts, how it was loaded."""
 
     parameters: Count
     prefix: str | None = None

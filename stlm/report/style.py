@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,8 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from stlm.files import write_text
 from stlm.report.names import count
-from stlm.report.results import RunResult
+from stlm.report.results import Results
+from stlm.report.table import csv_text
 
 # The palette of Okabe & Ito for colour-blind readers, without its yellow, too faint on white.
 _COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -74,17 +77,14 @@ _RC = {
 }
 
 
-def styles(results: Mapping[str, RunResult]) -> dict[str, dict[str, object]]:
+def styles(results: Results) -> dict[str, dict[str, object]]:
     """Colour, linestyle and marker by run: a variant's seeds share them, the baseline is black."""
-    variants = list(dict.fromkeys(result.train.variant for result in results.values()))
-    by_variant = {}
-    for index, variant in enumerate(variants):
-        by_variant[variant] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "linestyle": _LINES[index // len(_COLOURS) % len(_LINES)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-        }
-    return {name: by_variant[result.train.variant] for name, result in results.items()}
+    looks = {}
+    for index, runs in enumerate(results.variants.values()):
+        line, marker = _LINES[index // len(_COLOURS) % len(_LINES)], _MARKERS[index % len(_MARKERS)]
+        look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": line, "marker": marker}
+        looks |= {run.name: look for run in runs}
+    return looks
 
 
 def tint(colour: str, strength: float) -> str:
@@ -98,7 +98,7 @@ def group_colours(groups: Iterable[str], strength: float = 0.6) -> dict[str, str
     return {group: tint(_GROUPS.get(group) or next(others), strength) for group in dict.fromkeys(groups)}
 
 
-def sign(label: str, **look: object) -> Line2D:
+def legend_entry(label: str, **look: object) -> Line2D:
     """A legend's entry for a marker; with a `linestyle`, for a line."""
     return Line2D([], [], label=label, **({"color": GREY, "linestyle": "none", "markersize": 7} | look))
 
@@ -106,9 +106,8 @@ def sign(label: str, **look: object) -> Line2D:
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers as people write them on a logarithmic axis of values, not powers of ten."""
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
-    )
+    steps = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -142,39 +141,50 @@ class Dot(NamedTuple):
         for bounds, look in self.intervals:
             line = {"color": self.look["color"], "solid_capstyle": "butt", "zorder": 2} | look
             axes.plot(bounds, [self.row, self.row], **line)
-        axes.plot(
-            [self.value], [self.row], **({"markersize": 7, "zorder": 4} | self.look | {"linestyle": "none"})
-        )
+        look = {"markersize": 7, "zorder": 4} | self.look | {"linestyle": "none"}
+        axes.plot([self.value], [self.row], **look)
+
+
+def panels_of(drawing: Figure, number: int, columns: int, **shared: bool) -> list[Axes]:
+    """A grid of `number` panels; places that are left in its last row stay empty."""
+    grid = drawing.subplots(-(-number // columns), columns, squeeze=False, **shared)
+    for axes in grid.flat[number:]:
+        axes.set_axis_off()
+    return list(grid.flat[:number])
 
 
 def draw_differences(
     drawing: Figure, panels: Mapping[str, Sequence[Dot]], labels: Sequence[str], unit: str, columns: int
 ) -> None:
     """A panel of differences from zero for each title of `panels`, with a row for each label."""
-    grid = drawing.subplots(-(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False)
-    for place, (axes, (title, dots)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+    grid = panels_of(drawing, len(panels), columns, sharex=True, sharey=True)
+    for place, (axes, (title, dots)) in enumerate(zip(grid, panels.items(), strict=True)):
         axes.set_title(title, loc="left")
         axes.axvline(0, zorder=1, **CHANCE)
         for dot in dots:
             dot.draw(axes)
         variant_rows(axes, labels)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if x else "0")
-        )
+        signed = FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if x else "0")
+        axes.xaxis.set_major_formatter(signed)
         if place + columns >= len(panels):  # the lowest of its column
             axes.tick_params(axis="x", labelbottom=True)
             axes.set_xlabel(unit)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
 
 
 @contextmanager
-def figure(folder: Path, name: str, title: str, width: float, height: float) -> Iterator[Figure]:
-    """A figure (inches) to draw on, saved as `folder`/`name`.svg when the block ends without an error."""
+def figure(
+    folder: Path, name: str, title: str, width: float, height: float, heading: str | None = None
+) -> Iterator[Figure]:
+    """A figure (inches) to draw on, saved as `folder`/`name`.svg when the block ends without an error.
+
+    `heading` (default: `title`) is shown above it, on as many lines as its width requires; "": nothing is.
+    """
     with matplotlib.rc_context(_RC):
         drawing = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawing)
+        if shown := title if heading is None else heading:
+            drawing.suptitle(textwrap.fill(shown, int(9.5 * width)), fontsize=13, x=0.01, ha="left")
         yield drawing
         # Once: savefig would lay the figure out twice more, to the same places.
         drawing.get_layout_engine().execute(drawing)
@@ -183,7 +193,14 @@ def figure(folder: Path, name: str, title: str, width: float, height: float) -> 
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
 
 
-def heading(drawing: Figure, title: str) -> None:
-    """The figure's title, left-aligned, on as many lines as the figure's width requires."""
-    characters = int(9.5 * drawing.get_figwidth())  # of 13 points
-    drawing.suptitle(textwrap.fill(title, characters), fontsize=13, x=0.01, ha="left")
+def legend(drawing: Figure, handles: Sequence[Artist], columns: int = 1, **more: object) -> None:
+    """A legend below the figure."""
+    drawing.legend(handles=handles, loc="outside lower center", ncols=columns, **more)
+
+
+def write_data(folder: Path, name: str, records: Sequence[Mapping[str, object]]) -> None:
+    """Write `folder`/data/`name`.csv, the numbers of a plot.
+
+    `value` must be the last key: it is the column that DVC plots unless told otherwise.
+    """
+    write_text(folder / "data" / f"{name}.csv", csv_text(records))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from stlm.files import content_sha256, write_record, write_text
 from stlm.integrity import check_listed
@@ -19,14 +19,11 @@ CHECKSUMS = "checksum.json"  # of the tables that pages of committed results sho
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees; a newline in `text` starts a second line in the cell.
-
-    `bold`: the whole cell; `bold_line`: the number of a single line that is (None: no line).
-    """
+    """What a reader sees; a newline in `text` starts a second line in the cell."""
 
     text: str
     bold: bool = False
-    bold_line: int | None = None
+    bold_line: int | None = None  # the number of a single line that is bold
 
     def lines(self, escape: Callable[[str], str], bold: str) -> list[str]:
         """Each line, escaped, those that are bold put into the format `bold`."""
@@ -43,20 +40,60 @@ class Section:
     title: str
 
 
-@dataclass(frozen=True)
+class Column(NamedTuple):
+    """A column in one row: its header, what a reader sees, and the same for programs (`record`)."""
+
+    header: str | None  # None: only programs see it
+    cell: Cell | str
+    record: Mapping[str, object] = {}
+
+
+Row = Sequence[Cell | str]
+
+
+@dataclass
 class Table:
     """Rows for people (`header`, `rows`, `notes`) and the same content for programs (`records`).
 
     The first `texts` columns are words, and begin at the left; the others are figures, and end at the right.
+    Notes that are None are left out.
     """
 
     name: str
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[Cell] | Section]
-    notes: Sequence[str] = ()
-    records: Sequence[Mapping[str, object]] = field(default_factory=list)
+    rows: Sequence[Row | Section]
+    notes: Sequence[str | None] = ()
+    records: Sequence[Mapping[str, object]] = ()
     texts: int = 1
+
+    def __post_init__(self) -> None:
+        self.notes = [note for note in self.notes if note]
+        self.rows = [
+            row
+            if isinstance(row, Section)
+            else [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+            for row in self.rows
+        ]
+
+    @classmethod
+    def of_columns(
+        cls,
+        name: str,
+        title: str,
+        rows: Iterable[Iterable[Column | tuple] | Section],
+        notes: Sequence[str | None] = (),
+    ) -> Table:
+        """A table whose rows are given as columns, the same in all rows; each row is one record."""
+        rows = [row if isinstance(row, Section) else [Column(*column) for column in row] for row in rows]
+        filled = [row for row in rows if not isinstance(row, Section)]
+        header = [column.header for column in filled[0] if column.header is not None]
+        cells = [
+            row if isinstance(row, Section) else [column.cell for column in row if column.header is not None]
+            for row in rows
+        ]
+        records = [{key: value for column in row for key, value in column.record.items()} for row in filled]
+        return cls(name, title, header, cells, notes, records)
 
 
 def write_table(folder: Path, typeset: Path, table: Table) -> None:
@@ -93,12 +130,13 @@ def markdown(table: Table) -> str:
     def line(cells: Sequence[Cell]) -> str:
         return "| " + " | ".join("<br>".join(cell.lines(escape, "**{}**")) for cell in cells) + " |"
 
-    width = len(table.header)
-    ruler = "|" + " --- |" * table.texts + " ---: |" * (width - table.texts)
-    lines = [f"**{escape(table.title)}**", "", line([Cell(text) for text in table.header]), ruler]
+    figures = len(table.header) - table.texts
+    header = line([Cell(text) for text in table.header])
+    lines = [f"**{escape(table.title)}**", "", header, "|" + " --- |" * table.texts + " ---: |" * figures]
     for row in table.rows:
-        blank = [Cell("")] * (width - 1)
-        lines.append(line([Cell(row.title, bold=True), *blank] if isinstance(row, Section) else row))
+        if isinstance(row, Section):
+            row = [Cell(row.title, bold=True), *[Cell("")] * (len(table.header) - 1)]
+        lines.append(line(row))
     for note in table.notes:
         lines += ["", escape(note)]
     return "\n".join(lines) + "\n"
@@ -131,53 +169,46 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _styled(table: Table, cell: Callable[[Cell, int], str], section: Callable[[str, bool], str]) -> Styler:
-    """The table's texts, already escaped, for pandas to write; `section` is told whether it is the first row.
-
-    Columns are numbered, as pandas wants their names to differ.
-    """
-    blank = [""] * (len(table.header) - 1)
-    body = [
-        [section(row.title, place == 0), *blank]
-        if isinstance(row, Section)
-        else [cell(content, column) for column, content in enumerate(row)]
-        for place, row in enumerate(table.rows)
-    ]
-    names = [cell(Cell(text), column) for column, text in enumerate(table.header)]
-    frame = pd.DataFrame(body, columns=range(len(names)))
-    return frame.style.hide(axis="index").format_index(names.__getitem__, axis="columns")
-
-
 def latex(table: Table) -> str:
     """A `table` environment; it needs the packages booktabs and graphicx (wide tables shrink to the line)."""
     width = len(table.header)
 
-    def cell(content: Cell, column: int) -> str:
-        lines = content.lines(escape_latex, r"\textbf{{{}}}")
-        stacked = r" \\ ".join(lines)
-        side = "l" if column < table.texts else "r"
-        return stacked if len(lines) == 1 else rf"\shortstack[{side}]{{{stacked}}}"
+    def line(cells: Row) -> str:
+        texts = []
+        for column, cell in enumerate(cells):
+            lines = cell.lines(escape_latex, r"\textbf{{{}}}")
+            stack = rf"\shortstack[{'l' if column < table.texts else 'r'}]{{"
+            texts.append(stack + r" \\ ".join(lines) + "}" if len(lines) > 1 else lines[0])
+        return " & ".join(texts) + r" \\"
 
-    def section(title: str, first: bool) -> str:
-        rule = "" if first else "\\midrule\n"
-        return rf"{rule}\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(title)}}}}}"
-
+    body = []
+    for row in table.rows:
+        if isinstance(row, Section):
+            title = rf"\multicolumn{{{width}}}{{l}}{{\textit{{{escape_latex(row.title)}}}}} \\"
+            body += [r"\midrule", title] if body else [title]
+        else:
+            body.append(line(row))
     caption = re.sub(r"^Table \d+[^.]*\. ", "", table.title)  # LaTeX numbers its tables itself
-    text = _styled(table, cell, section).to_latex(
-        column_format="l" * table.texts + "r" * (width - table.texts),
-        caption=escape_latex(caption),
-        label=f"tab:{table.name}",
-        position_float="centering",
-        hrules=True,
-    )
-    # The cells that a section's title spans, which pandas writes all the same.
-    text = re.sub(r"(?m)^(\\multicolumn.*?)(?: & )+ \\\\$", r"\1 \\\\", text)
-    notes = r" \\ ".join(escape_latex(note) for note in table.notes)
+    notes = r" \\ ".join(map(escape_latex, table.notes))
     below = rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"
-    resize = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-    text = text.replace(r"\begin{tabular}", f"{resize}\n\\begin{{tabular}}")
-    text = text.replace(r"\end{tabular}", r"\end{tabular}}" + (f"\n{below}" if notes else ""))
-    return "% needs \\usepackage{booktabs,graphicx}\n" + text
+    lines = [
+        r"% needs \usepackage{booktabs,graphicx}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{'l' * table.texts + 'r' * (width - table.texts)}}}",
+        r"\toprule",
+        line([Cell(text) for text in table.header]),
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}}",
+        below if notes else "",
+        r"\end{table}",
+    ]
+    return "\n".join(filter(None, lines)) + "\n"
 
 
 _CSS = (
@@ -201,15 +232,22 @@ def html_document(title: str, body: Sequence[str], style: str = "") -> str:
 def html_table(table: Table) -> list[str]:
     """The lines of a table and of the notes below it, for a page."""
 
-    def cell(content: Cell, _: int) -> str:
-        return "<br>".join(content.lines(html.escape, "<strong>{}</strong>"))
+    def line(cells: Iterable[Cell], tag: str, end: str) -> str:
+        texts = ("<br>".join(cell.lines(html.escape, "<strong>{}</strong>")) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{text}</{end}>" for text in texts) + "</tr>"
 
-    styled = _styled(table, cell, lambda title, _: f"<i>{html.escape(title)}</i>")
-    styled = styled.set_caption(html.escape(table.title)).set_table_attributes(f'class="texts-{table.texts}"')
-    # One row per line; a section's title takes the place of the empty cells after it.
-    text = re.sub(r" ?>\n\s*(?=<)", ">", styled.to_html(exclude_styles=True)).replace("<tr>", "\n<tr>")
-    text = re.sub(
-        r"<td ?><i>(.*?)</i></td>(<td ?></td>)*", rf'<td colspan="{len(table.header)}">\1</td>', text
-    )
-    text = text.replace("<td >", "<td>").replace("<th >", '<th scope="col">')
-    return [*text.strip().splitlines(), *(f"<p>{html.escape(note)}</p>" for note in table.notes)]
+    head = line([Cell(text) for text in table.header], 'th scope="col"', "th")
+    body = [
+        line([Cell(row.title)], f'td colspan="{len(table.header)}"', "td")
+        if isinstance(row, Section)
+        else line(row, "td", "td")
+        for row in table.rows
+    ]
+    caption = html.escape(table.title)
+    return [
+        f'<table class="texts-{table.texts}"><caption>{caption}</caption><thead>',
+        f"{head}</thead><tbody>",
+        *body[:-1],
+        f"{body[-1]}</tbody></table>",
+        *(f"<p>{html.escape(note)}</p>" for note in table.notes),
+    ]

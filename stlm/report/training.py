@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
 from stlm.report.documents import amount
-from stlm.report.names import count
-from stlm.report.results import LossSpike, RunResult, run_label
-from stlm.report.style import CHANCE, count_axis, figure, heading, plain_log_ticks
-from stlm.report.table import Cell, Table, html_document, html_table
-from stlm.study.runs import Study
+from stlm.report.names import count, plural
+from stlm.report.results import Results, RunResult
+from stlm.report.schema import LossSpike
+from stlm.report.style import CHANCE, count_axis, figure, panels_of, plain_log_ticks
+from stlm.report.table import Table, html_document, html_table
 
 # Points of a line at most: more do not show, and a page has many lines.
 _MOST_POINTS = 250
@@ -49,25 +49,24 @@ _CURVE = {"step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm
 _CSS = "img{max-width:100%;height:auto;display:block;margin:1em 0}h1{font-size:20px}table{margin:1em 0}"
 
 
-def write_training_pages(folder: Path, study: Study, results: Mapping[str, RunResult]) -> None:
+def write_training_pages(folder: Path, results: Results) -> None:
     """Write `folder`/<run>.html for each run, with its plots within."""
-    for name, result in results.items():
-        label = run_label(result, results)
-        title = f"{label}: how it trained, study {study.name}"
-        body = [f"<h1>{html.escape(title)}</h1>", *html_table(_facts(result))]
-        _curve(folder, f"{name}-curve", f"{label}: training, study {study.name}", result)
+    for name, run in results.items():
+        study = f"study {results.study.name}"
+        title = f"{run.label}: how it trained, {study}"
+        body = [f"<h1>{html.escape(title)}</h1>", *html_table(_summary(run))]
+        _curve(folder, f"{name}-curve", f"{run.label}: training, {study}", run)
         text = "Loss, learning rate, gradient norm and speed against optimizer steps"
         body.append(_embedded(folder / f"{name}-curve.svg", text))
-        if result.watch is None:
-            body.append(
-                "<p>No layer was watched (training.watch_every), or an earlier version trained it.</p>"
-            )
-        else:
-            _layers(folder, f"{name}-layers", f"{label}: layers, study {study.name}", result.watch)
+        if run.watch is not None:
+            _layers(folder, f"{name}-layers", f"{run.label}: layers, {study}", run.watch)
             text = "Activations, weights and gradients by layer against optimizer steps"
             body.append(_embedded(folder / f"{name}-layers.svg", text))
-        if result.train.loss_spikes:
-            body += html_table(_spikes(result.train.loss_spikes))
+        else:
+            text = "No layer was watched (training.watch_every), or an earlier version trained it."
+            body.append(f"<p>{text}</p>")
+        if run.train.loss_spikes:
+            body += html_table(_spikes(run.train.loss_spikes))
         write_text(folder / f"{name}.html", html_document(title, body, _CSS))
 
 
@@ -78,21 +77,20 @@ def _embedded(svg: Path, text: str) -> str:
     return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _facts(result: RunResult) -> Table:
-    train, curve, norms = result.train, result.curve, result.curve["grad_norm"]
+def _summary(run: RunResult) -> Table:
+    train, curve, norms = run.train, run.curve, run.curve["grad_norm"]
     validated, spikes = curve.dropna(subset="val_loss"), train.loss_spikes
-    computed = [train.device, train.precision]
-    computed += ["compiled"] * train.compiled + ["kernels in C"] * train.kernels
-    computed += [f"{train.threads} thread{'s'[: train.threads > 1]}"] if train.threads else []
-    computed += [f"{train.processes} processes"] if train.processes > 1 else []
-    facts = {
+    computed = [train.device, train.precision, "compiled" if train.compiled else None]
+    computed += ["kernels in C" if train.kernels else None, train.threads and plural(train.threads, "thread")]
+    computed += [f"{train.processes} processes" if train.processes > 1 else None]
+    rows = {
         "run": train.run,
         "seed": str(train.seed),
         "text": f"{train.corpus}, {train.tokenizer}",
         "parameters": f"{train.parameters.total:,}",
         "training": f"{train.steps:,} steps, {count(train.tokens)} tokens, {train.seconds:,.0f} s",
         "speed": f"{train.tokens / train.seconds:,.0f} tokens/s" if train.seconds else "–",
-        "on": ", ".join(computed),
+        "on": ", ".join(filter(None, computed)),
         "last training loss": _last(curve["train_loss"], " nats a token"),
         "last validation loss": _last(validated["val_loss"], " nats a token"),
         "last validation bits per byte": _last(validated["val_bits_per_byte"]),
@@ -100,8 +98,7 @@ def _facts(result: RunResult) -> Table:
         "gradient norm": f"{norms.median():.3g} (median), {norms.max():.3g} (largest)",
         "loss spikes": "not looked for" if spikes is None else str(len(spikes)),
     }
-    rows = [[Cell(key), Cell(value)] for key, value in facts.items()]
-    return Table("facts", "Summary", ["", ""], rows, texts=2)
+    return Table("facts", "Summary", ["", ""], list(rows.items()), texts=2)
 
 
 def _last(values: pd.Series, unit: str = "") -> str:
@@ -112,9 +109,8 @@ def _spikes(spikes: Sequence[LossSpike]) -> Table:
     rows = []
     for spike in spikes:
         recovered = "never" if spike.recovered_after is None else f"{spike.recovered_after:,}"
-        level, rise = f"{spike.level:.3f}", f"+{spike.rise:.3f}"
-        texts = (f"{spike.step:,}", f"{spike.loss:.3f}", level, rise, f"{spike.grad_norm:.3g}", recovered)
-        rows.append([Cell(text) for text in texts])
+        figures = (f"{spike.loss:.3f}", f"{spike.level:.3f}", f"+{spike.rise:.3f}", f"{spike.grad_norm:.3g}")
+        rows.append([f"{spike.step:,}", *figures, recovered])
     header = ["step", "loss", "level before", "largest rise", "gradient norm", "steps until it was back"]
     note = (
         "A spike begins where a step's loss is above the median of the last 10 steps by more than 7 standard "
@@ -138,9 +134,9 @@ def _finish(axes: Axes, title: str, unit: str, legend: Sequence[Line2D] = ()) ->
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
     axes.set_xlim(left=0)
     if handles := legend or axes.get_legend_handles_labels()[0]:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "ncols": len(handles)}
+        position = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "ncols": len(handles)}
         spacing = {"borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0, "handletextpad": 0.5}
-        axes.legend(handles=handles, **place, **spacing)
+        axes.legend(handles=handles, **position, **spacing)
 
 
 def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
@@ -150,10 +146,10 @@ def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
     others = [name for name in others if curve[name].notna().any()]
     lines = 2 - (-len(others) // 2)
     rows, validated = _thinned(curve), curve.dropna(subset="val_loss")
+    thin = {"color": _BLUE, "linewidth": 1.2}
     with figure(folder, name, title, 9.5, 0.6 + 2.9 * lines) as drawing:
-        panels = drawing.subplots(lines, 2, sharex=True)
-        loss, rate, gradient, speed, *rest = panels.flat
-        thin = {"color": _BLUE, "linewidth": 1.2}
+        panels = panels_of(drawing, 4 + len(others), 2, sharex=True)
+        loss, rate, gradient, speed, *rest = panels
         loss.plot(rows["step"], rows["train_loss"], label="training", **thin)
         marker = {"marker": "o" if len(validated) <= 60 else "", "markersize": 4}
         loss.plot(validated["step"], validated["val_loss"], color=_RED, label="validation", **marker)
@@ -178,14 +174,11 @@ def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
         _finish(rate, "learning rate", "")
         _finish(gradient, "gradient norm", "Euclidean norm")
         _finish(speed, "speed", "tokens a second")
-        for axes, column in zip(rest, others, strict=False):
+        for axes, column in zip(rest, others, strict=True):
             axes.plot(rows["step"], rows[column], **thin)
             _finish(axes, column.replace("_", " "), "")
-        for axes in rest[len(others) :]:
-            axes.set_axis_off()
-        for axes in panels[-1]:
+        for axes in panels[2 * (lines - 1) :]:
             axes.set_xlabel("optimizer step")
-        heading(drawing, title)
 
 
 def _logarithmic_if_wide(axes: Axes) -> None:
@@ -205,11 +198,9 @@ def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
     looks = {layer: {"color": c} for layer, c in zip(blocks, colours, strict=False)} | _OUTER
     lines = -(-len(columns) // 2)
     with figure(folder, name, title, 9.5, 1.1 + 2.45 * lines) as drawing:
-        grid = drawing.subplots(lines, 2, sharex=True, squeeze=False)
-        for axes in grid.flat[len(columns) :]:
-            axes.set_axis_off()
+        panels = panels_of(drawing, len(columns), 2, sharex=True)
         outer = [Line2D([], [], linewidth=1.5, **look) for look in _OUTER.values()]
-        for place, (axes, column) in enumerate(zip(grid.flat, columns, strict=False)):
+        for place, (axes, column) in enumerate(zip(panels, columns, strict=True)):
             text, unit, logarithmic = _PANELS.get(column, (column.replace("_", " "), "", False))
             for layer, rows in watch.dropna(subset=column).groupby("layer", sort=False):
                 shown = _thinned(rows)
@@ -221,18 +212,17 @@ def _layers(folder: Path, name: str, title: str, watch: pd.DataFrame) -> None:
             elif watch[column].min() >= 0:
                 axes.set_ylim(bottom=0)
             _finish(axes, text, unit, outer if place == 1 else ())
-        for axes in grid.flat[len(columns) - 2 : len(columns)]:
+        for axes in panels[-2:]:
             axes.set_xlabel("optimizer step")
             axes.tick_params(axis="x", labelbottom=True)
-        _depth_bar(drawing, grid, blocks, colours)
-        heading(drawing, title)
+        _depth_bar(drawing, blocks, colours)
 
 
-def _depth_bar(drawing: Figure, grid: np.ndarray, blocks: Sequence[str], colours: Sequence[tuple]) -> None:
+def _depth_bar(drawing: Figure, blocks: Sequence[str], colours: Sequence[tuple]) -> None:
     """A bar of the blocks' colours, numbered."""
     edges = np.arange(len(blocks) + 1) + 0.5
     scale = ScalarMappable(BoundaryNorm(edges, len(blocks)), ListedColormap(colours))
-    bar = drawing.colorbar(scale, ax=grid, location="bottom", shrink=0.55, aspect=40, pad=0.02)
+    bar = drawing.colorbar(scale, ax=drawing.axes, location="bottom", shrink=0.55, aspect=40, pad=0.02)
     numbers = [block.rpartition(" ")[2] for block in blocks]
     every = -(-len(blocks) // 16)
     bar.set_ticks(range(1, len(blocks) + 1, every), labels=numbers[::every])

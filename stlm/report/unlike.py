@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stlm.report.names import some
-from stlm.report.results import EvaluationRecord, PublishedResult, RunResult, TrainRecord
-
-# Property of a row -> its value, as words after "trained" or "scored".
-_Values = Mapping[str, str]
+from stlm.report.results import Results
+from stlm.report.schema import EvaluationRecord, TrainRecord
 
 
 @dataclass(frozen=True)
@@ -22,37 +20,54 @@ class Row:
     scored: EvaluationRecord
 
     @property
-    def values(self) -> _Values:
-        """The properties that should be equal in all rows."""
-        own = {f"scored {key}": value for key, value in _scored(self.scored).items()}
-        return own if self.train is None else _trained(self.train) | own
+    def properties(self) -> dict[tuple[str, str], str]:
+        """What should be equal in all rows, in words: ("trained" or "scored", property) -> in float32."""
+        words = {}
+        if self.train is not None:
+            words["trained", "precision"] = f"in {self.train.precision}"
+            words["trained", "compiled"] = f"{'with' if self.train.compiled else 'without'} torch.compile"
+            words["trained", "kernels"] = f"{'with' if self.train.kernels else 'without'} kernels in C"
+            words |= _provenance("trained", self.train)
+        if self.scored.precision is not None:
+            words["scored", "precision"] = f"in {self.scored.precision}"
+        return words | _provenance("scored", self.scored)
 
     @property
-    def codes(self) -> list[Mapping[str, str | None]]:
-        """The versions of the code that trained and scored it."""
-        trained = [] if self.train is None else [*_parts(self.train)]
-        return [self.scored.code, *(part["code"] for part in trained)]
+    def dirty(self) -> bool:
+        """Whether code with uncommitted changes trained or scored it."""
+        trained = [] if self.train is None else self.train.parts or [{"code": self.train.code}]
+        codes = [self.scored.code, *(part["code"] for part in trained)]
+        return any((code.get("git") or "").endswith("-dirty") for code in codes)
 
 
-def rows_of(
-    results: Mapping[str, RunResult], published: Mapping[str, PublishedResult] | None = None
-) -> list[Row]:
-    """A row a run, the baseline's first, then published models."""
-    rows = [
-        Row(result.train.variant, result.train.label, result.train, result.evaluation)
-        for result in results.values()
-    ]
-    for name, model in (published or {}).items():
-        rows.append(Row(name, model.label, None, model.evaluation))
-    return rows
+def _provenance(verb: str, record: TrainRecord | EvaluationRecord) -> dict[tuple[str, str], str]:
+    """Processor and code in words, as far as the record has them."""
+    processor, code = _processor(record), record.code
+    words = {} if processor is None else {(verb, "processor"): f"on {processor}"}
+    if code:
+        words[verb, "code"] = f"by STLM {code.get('stlm')} ({code.get('git') or 'no commit'})"
+        words[verb, "torch"] = f"by torch {code.get('torch')}"
+    return words
+
+
+def _processor(record: TrainRecord | EvaluationRecord) -> str | None:
+    """The GPU, or the CPU's model; None where it is not recorded."""
+    on_cpu = record.device is None or record.device.startswith("cpu")
+    return record.processor if on_cpu else record.device
+
+
+def rows_of(results: Results, published: bool = False) -> list[Row]:
+    """A row a run, the baseline's first, then, if asked for, the published models."""
+    rows = [Row(run.train.variant, run.train.label, run.train, run.evaluation) for run in results.values()]
+    models = results.published.items() if published else ()
+    return rows + [Row(name, model.label, None, model.evaluation) for name, model in models]
 
 
 def unlike_variants(rows: Sequence[Row]) -> set[str]:
     """The variants with a row whose properties differ from those of the first row."""
-    base = rows[0].values
-    return {
-        row.variant for row in rows if any(base.get(key, value) != value for key, value in row.values.items())
-    }
+    base = rows[0].properties
+    differing = [row for row in rows if any(base.get(k, text) != text for k, text in row.properties.items())]
+    return {row.variant for row in differing}
 
 
 def unlike_note(rows: Sequence[Row], scored: bool = True) -> str | None:
@@ -61,85 +76,44 @@ def unlike_note(rows: Sequence[Row], scored: bool = True) -> str | None:
     `scored`: the table has scores; without them only training matters. It also names rows trained in parts
     by different code or processors, code with uncommitted changes, and processors that are not recorded.
     """
-    base = rows[0].values
-    # What holds for both training and scoring is said once.
-    verbs: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for row in rows for key in row.values):
-        if key.startswith("scored ") and not scored:
+    base = rows[0].properties
+    verbs: dict[str, list[str]] = {}  # what holds for both training and scoring is said once
+    for key in dict.fromkeys(key for row in rows for key in row.properties):
+        if key not in base or (key[0] == "scored" and not scored):
             continue
-        have = [row for row in rows if key in row.values]
-        for value in dict.fromkeys(row.values[key] for row in have):
-            if key in base and value != base[key]:
-                named = _named(have, lambda row, key=key, value=value: row.values[key] == value)
-                verb, _, what = value.partition(" ")
-                verbs.setdefault(f"{what}, not {base[key].partition(' ')[2]}: {named}", []).append(verb)
-    parts = [f"{' and '.join(done)} {what}" for what, done in verbs.items()]
-    pieces = [row for row in rows if row.train is not None and len(row.train.parts) > 1]
-    if pieces:
-        named = _named(rows, lambda row: row in pieces)
-        parts.append(f"trained in parts, by other code or on another machine: {named}")
-    dirty = [row for row in rows if any((code.get("git") or "").endswith("-dirty") for code in row.codes)]
-    if dirty:
-        named = _named(rows, lambda row: row in dirty)
-        parts.append(f"by code with uncommitted changes, which may differ from row to row: {named}")
-    unknown = [row for row in rows if _place(row.scored) is None or (row.train and _place(row.train) is None)]
-    if unknown:
-        parts.append(f"on a processor that is not recorded: {_named(rows, lambda row: row in unknown)}")
-    return f"Not known to be made alike: {'; '.join(parts)}." if parts else None
+        having = [(row, row.properties[key]) for row in rows if key in row.properties]
+        for text in dict.fromkeys(text for _, text in having if text != base[key]):
+            named = _named([row for row, _ in having], [row for row, words in having if words == text])
+            verbs.setdefault(f"{text}, not {base[key]}: {named}", []).append(key[0])
+    sentences = [f"{' and '.join(together)} {text}" for text, together in verbs.items()]
+    for sentence, chosen in (
+        (
+            "trained in parts, by other code or on another machine",
+            [row for row in rows if row.train is not None and len(row.train.parts) > 1],
+        ),
+        (
+            "by code with uncommitted changes, which may differ from row to row",
+            [row for row in rows if row.dirty],
+        ),
+        (
+            "on a processor that is not recorded",
+            [row for row in rows if any(_processor(one) is None for one in (row.scored, row.train) if one)],
+        ),
+    ):
+        if chosen:
+            sentences.append(f"{sentence}: {_named(rows, chosen)}")
+    return f"Not known to be made alike: {'; '.join(sentences)}." if sentences else None
 
 
-def _trained(train: TrainRecord) -> dict[str, str]:
-    return {
-        "precision": f"trained in {train.precision}",
-        "compiled": f"trained {'with' if train.compiled else 'without'} torch.compile",
-        "kernels": f"trained {'with' if train.kernels else 'without'} kernels in C",
-        **_made("trained", _place(train), train.code),
-    }
-
-
-def _scored(record: EvaluationRecord) -> dict[str, str]:
-    precision = {} if record.precision is None else {"precision": f"scored in {record.precision}"}
-    return precision | _made("scored", _place(record), record.code)
-
-
-def _made(done: str, place: str | None, code: Mapping[str, str | None]) -> dict[str, str]:
-    """Processor and code in words, as far as the record has them."""
-    found = {} if place is None else {"place": f"{done} on {place}"}
-    if code:
-        commit = code.get("git") or "no commit"
-        found["code"] = f"{done} by STLM {code.get('stlm')} ({commit})"
-        found["torch"] = f"{done} by torch {code.get('torch')}"
-    return found
-
-
-def _place(record: TrainRecord | EvaluationRecord) -> str | None:
-    """The GPU, or the CPU's model; None where it is not recorded."""
-    device = record.device
-    if device is not None and not device.startswith("cpu"):
-        return device
-    return record.processor
-
-
-def _parts(train: TrainRecord) -> Iterable[Mapping[str, Mapping[str, str | None]]]:
-    return train.parts or [{"code": train.code}]
-
-
-def _named(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
+def _named(rows: Sequence[Row], chosen: Sequence[Row]) -> str:
     """The labels of the chosen rows, the seeds of a variant as one; or all rows, or all but a few."""
-    inside = [row for row in rows if chosen(row)]
-    if len(inside) == len(rows):
+    if len(chosen) == len(rows):
         return "all rows"
-    outside = [row for row in rows if not chosen(row)]
-    if len(outside) * 2 < len(rows):
-        return f"all rows but {_listed(rows, outside)}"
-    return _listed(rows, inside)
-
-
-def _listed(rows: Sequence[Row], chosen: Sequence[Row]) -> str:
-    names = []
-    for row in chosen:
-        whole = all(other in chosen for other in rows if other.variant == row.variant)
-        seed = "" if whole or row.train is None else f" (seed {row.train.seed})"
-        names.append(row.label + seed)
+    others = [row for row in rows if row not in chosen]
+    few = len(others) * 2 < len(rows)
+    listed, names = others if few else chosen, []
+    for row in listed:
+        complete = all(other in listed for other in rows if other.variant == row.variant)
+        names.append(row.label if complete or row.train is None else f"{row.label} (seed {row.train.seed})")
     names = list(dict.fromkeys(names))
-    return some(names, most=len(names))
+    return ("all rows but " if few else "") + some(names, most=len(names))

@@ -142,11 +142,11 @@ def test_differences_are_paired_by_document_where_their_scores_are_kept(project,
     write_results(project)
     sizes = np.arange(100, 160)
 
-    def documents(folder, run, last) -> Documents:
+    def documents(record, path, last, command, run) -> Documents:
         rates = np.linspace(1.5, 2.5, 60) + (0.2 if run.startswith("words") else 0.0)
         return Documents(np.array(["toy"] * 60), np.arange(60, dtype=np.uint64), rates * sizes, sizes)
 
-    monkeypatch.setattr(committed, "committed_documents", documents)
+    monkeypatch.setattr(committed, "documents_of", documents)
     table = cost_table()
     assert cells(table)["variant"][-1] == "over documents"
     assert cells(table)["Bytes, words"][-1] == "[+0.200, +0.200]"

@@ -107,7 +107,7 @@ def test_unknown_modules_are_drawn_by_their_class_name(tmp_path):
 
 def test_variants_of_one_architecture_share_a_diagram(make_study, tmp_path):
     study = make_study(benchmarks={})
-    write_architectures(tmp_path, study, read_results(study))
+    write_architectures(tmp_path, read_results(study))
     names = {path.stem.removeprefix("architecture-") for path in tmp_path.glob("*.svg")}
     assert names == {"baseline", "sincos", "learned", "simple-ffn"}
     assert "Baseline and DropoutFree" in (tmp_path / "architecture-baseline.svg").read_text()

@@ -24,8 +24,8 @@ TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinu
 def cards(study) -> dict[str, str]:
     """The cards of a study by run."""
     results = read_results(study)
-    comparisons = compare_all(results, study.baseline)
-    write_cards(Path("cards"), study, results, comparisons, read_contamination(study))
+    comparisons = compare_all(results)
+    write_cards(Path("cards"), results, comparisons, read_contamination(study))
     return {path.stem: path.read_text(encoding="utf-8") for path in Path("cards").iterdir()}
 
 

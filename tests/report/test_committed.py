@@ -57,7 +57,7 @@ def test_tables_are_read_as_they_were_written(folder):
 
 def test_no_run_is_lost_from_metrics(folder):
     path = folder / "metrics.json"
-    assert [name for name, *_ in read_committed(folder)] == ["baseline", "sincos"]
+    assert [train.run for train, *_ in read_committed(folder)] == ["baseline", "sincos"]
     path.write_text(path.read_text().replace('"sincos"', '"baseline"'))
     with pytest.raises(UserError, match=r"metrics\.json: damaged.* the runs baseline, expected baseline, s"):
         list(read_committed(folder))

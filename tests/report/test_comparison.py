@@ -18,7 +18,6 @@ from stlm.report.comparison import (
     accuracy,
     by_mode,
     compare_all,
-    mark,
     paired,
 )
 from stlm.report.results import read_results
@@ -96,13 +95,13 @@ def test_accuracies_leave_no_interval_beyond_0_and_1():
 )
 def test_sign_in_tables(adjusted, over_groups, sign):
     over_groups = over_groups and Interval(*over_groups)
-    assert mark(Paired(9, 0.1, Interval(0.05, 0.15), over_groups, 5, 1, 0.001, adjusted)) == sign
+    assert Paired(9, 0.1, Interval(0.05, 0.15), 0.001, over_groups, 5, 1, adjusted).sign == sign
 
 
 def test_every_checkpoint_is_compared_and_the_last_ones_are_adjusted(make_study):
     study = make_study(THREE, benchmarks={"blimp": 60, "hellaswag": 40})
     results = read_results(study)
-    comparisons = compare_all(results, "baseline")
+    comparisons = compare_all(results)
     assert comparisons.chance == pytest.approx({"blimp": 0.5, "hellaswag": 0.25})
     for name, result in results.items():
         assert list(comparisons.points[name]) == list(result.checkpoints)
@@ -133,7 +132,7 @@ def test_runs_are_compared_with_the_baseline_of_their_own_seed(make_study):
     skills = {"baseline-s0": 0.9, "baseline-s1": 0.5, "sincos-s0": 0.6, "sincos-s1": 0.8}
     study = make_study(TWO, seeds=(0, 1), benchmarks={"blimp": 100}, skills=skills)
     results = read_results(study)
-    comparisons = compare_all(results, study.baseline)
+    comparisons = compare_all(results)
     for seed in (0, 1):
         own, base = (
             results[f"{variant}-s{seed}"].last.benchmarks["blimp"].modes["paper"].acc.value
@@ -150,7 +149,7 @@ def test_runs_are_compared_with_the_baseline_of_their_own_seed(make_study):
 def test_with_three_seeds_the_test_is_over_them(make_study):
     study = make_study(THREE, seeds=(3, 4, 5), benchmarks={"blimp": 100, "hellaswag": 60})
     results = read_results(study)
-    comparisons = compare_all(results, study.baseline)
+    comparisons = compare_all(results)
     p = []
     for variant in ("sincos", "learned"):
         for benchmark in ("blimp", "hellaswag"):
@@ -163,7 +162,7 @@ def test_with_three_seeds_the_test_is_over_them(make_study):
             )
             found = comparisons.seeds[variant][benchmark, "harness", "acc"]
             expected = ttest_rel(own, base)
-            assert (found.seeds, found.shared) == ([3, 4, 5], [3, 4, 5])
+            assert (found.seeds, found.test.n) == ([3, 4, 5], 3)
             assert (found.mean, found.sd) == pytest.approx((np.mean(own), np.std(own, ddof=1)))
             assert found.test.p == pytest.approx(expected.pvalue)
             assert found.test.interval == pytest.approx(expected.confidence_interval(0.95))
@@ -171,7 +170,7 @@ def test_with_three_seeds_the_test_is_over_them(make_study):
             p.append(found.test.p)
     assert comparisons.tests["harness", "acc"] == 4
     adjusted = [
-        comparisons.seeds[v][b, "harness", "acc"].adjusted
+        comparisons.seeds[v][b, "harness", "acc"].test.adjusted
         for v in ("sincos", "learned")
         for b in ("blimp", "hellaswag")
     ]
@@ -188,7 +187,7 @@ def test_last_checkpoints_are_compared_whatever_their_steps(make_study):
         last = content[key][-1] if file == "train.json" else content[key][LAST]
         last["step"] = 400
         path.write_text(json.dumps(content))
-    comparisons = compare_all(read_results(study), "baseline")
+    comparisons = compare_all(read_results(study))
     steps = comparisons.points["sincos"]
     assert all(point.baseline == "baseline" for scores in steps.values() for point in scores.values())
 
@@ -199,7 +198,7 @@ def test_checkpoint_without_a_partner_has_accuracies_alone(make_study):
     content = json.loads(path.read_text())
     del content["checkpoints"]["step-000050"]
     path.write_text(json.dumps(content))
-    points = compare_all(read_results(study), "baseline").points["sincos"]
+    points = compare_all(read_results(study)).points["sincos"]
     assert [own["blimp", "paper", "acc"].paired is None for own in points.values()] == [True, False, False]
 
 
@@ -207,26 +206,26 @@ def test_runs_scored_by_other_rules_are_refused(make_study, change_facts):
     study = make_study(TWO, benchmarks={"blimp": 50})
     change_facts(study.runs["sincos"].folder / "items.parquet", scoring_version=1)
     with pytest.raises(UserError, match=r"scoring version 2 against 1.*stlm evaluate toy sincos"):
-        compare_all(read_results(study), "baseline")
+        compare_all(read_results(study))
 
 
 def test_files_that_say_nothing_of_themselves_are_still_reported(make_study, change_facts):
     study = make_study(TWO, benchmarks={"blimp": 50})
     change_facts(study.runs["sincos"].folder / "items.parquet")
-    comparisons = compare_all(read_results(study), "baseline")
+    comparisons = compare_all(read_results(study))
     assert comparisons.last("sincos", ("blimp", "paper", "acc")).paired.n == 50
     assert [text.split(":")[0] for text in comparisons.disturbing] == ["sincos"]
 
 
 def test_another_harness_is_told(make_study, change_facts):
     study = make_study(TWO, benchmarks={"blimp": 50})
-    assert compare_all(read_results(study), "baseline").disturbing == []
+    assert compare_all(read_results(study)).disturbing == []
     harness = {"package": "lm_eval", "version": "0.5"}
     change_facts(study.runs["sincos"].folder / "items.parquet", harness=harness)
-    comparisons = compare_all(read_results(study), "baseline")
+    comparisons = compare_all(read_results(study))
     told = "baseline and sincos: harness lm_eval 0.4.13 against lm_eval 0.5"
     assert comparisons.disturbing == [told]
-    (table, *_) = accuracy_tables(study, read_results(study), comparisons)
+    (table, *_) = accuracy_tables(read_results(study), comparisons)
     assert f"Not scored alike: {told}." in table.notes
 
 
@@ -237,7 +236,7 @@ def test_items_that_disagree_with_the_record_are_refused(make_study):
     content["checkpoints"][LAST]["benchmarks"]["blimp"]["modes"]["paper"]["acc"]["value"] += 0.02
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"items\.parquet gives blimp \(paper mode, acc\).*toy sincos"):
-        compare_all(read_results(study), "baseline")
+        compare_all(read_results(study))
 
 
 def test_benchmark_missing_from_the_items_is_named(make_study):
@@ -248,7 +247,7 @@ def test_benchmark_missing_from_the_items_is_named(make_study):
     scored["mmlu"] = scored["blimp"]
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"no items of mmlu in harness mode at step-000200: run"):
-        compare_all(read_results(study), "baseline")
+        compare_all(read_results(study))
 
 
 def test_outcomes_are_split_by_benchmark_and_mode(make_study):

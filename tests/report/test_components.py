@@ -21,7 +21,7 @@ def test_each_component_with_the_difference_from_the_baseline(make_study):
     study = make_study(THREE, benchmarks={})
     set_components(study, "baseline", 2.0, childrens_books=1.9, speech=2.1)
     set_components(study, "books", 2.2, childrens_books=1.8, speech=2.75)
-    table = component_table(study, read_results(study))
+    table = component_table(read_results(study))
     assert table.header == ["", "all", "childrens books", "speech"]
     rows = {row[0].text: row[1:] for row in table.rows}
     assert [cell.text for cell in rows["Mix"]] == ["2.000", "1.900", "2.100"]
@@ -40,4 +40,4 @@ def test_each_component_with_the_difference_from_the_baseline(make_study):
 
 def test_a_corpus_of_one_component_has_no_such_table(make_study):
     study = make_study(THREE, benchmarks={})
-    assert component_table(study, read_results(study)) is None
+    assert component_table(read_results(study)) is None

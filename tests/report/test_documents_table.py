@@ -19,13 +19,14 @@ from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
 from stlm.report.curves import read_variants
-from stlm.report.documents import amount, compare, documents_of
-from stlm.report.efficiency import comparison_notes
+from stlm.report.documents import amount, compare
+from stlm.report.notes import curve_notes
 from stlm.report.pairwise import as_json, as_text, find_predictions
 from stlm.report.pairwise import compare as compare_models
 from stlm.report.pareto import write_pareto
 from stlm.report.records import write_records
-from stlm.report.results import TextRecord, read_results
+from stlm.report.results import read_results
+from stlm.report.schema import TextRecord
 from stlm.report.statistics import statistics_records
 from stlm.report.table import csv_text
 
@@ -62,14 +63,14 @@ def shown(interval, sign="") -> str:
 
 def test_differences_are_paired_by_document(study):
     results = read_results(study)
-    base, better, elsewhere = map(documents_of, results.values())
+    base, better, elsewhere = (run.documents() for run in results.values())
     found = compare(better, base)
     assert found.value == pytest.approx(better.bits_per_byte - base.bits_per_byte)
     assert found.interval == pytest.approx(ratio_bootstrap((CLOSER - RATES) * SIZES, SIZES))
     assert found.interval.half_width < base.interval.half_width / 50 and not found.few
     assert compare(elsewhere, base) is None
 
-    table = bits_table(study, results)
+    table = bits_table(results)
     rows = cells(table)
     assert rows["Baseline"][:3] == ["12", f"{base.bits_per_byte:.3f}", shown(base.interval)]
     assert rows["Better"][3:] == ["−0.020", shown(found.interval, "+"), "–"]
@@ -89,7 +90,7 @@ def test_over_seeds_the_mean_differences_of_documents_are_resampled(make_study):
         rates = (RATES if variant == "baseline" else CLOSER) + shift
         set_documents(study, f"{variant}-s{seed}", rates * SIZES, SIZES)
     set_documents(study, "else-s0", RATES * SIZES, SIZES)
-    table = bits_table(study, read_results(study))
+    table = bits_table(read_results(study))
     rows = cells(table)
     assert rows["Better, mean of 2 seeds"][4] == shown(ratio_bootstrap((CLOSER - RATES) * SIZES, SIZES), "+")
     assert re.fullmatch(r"\[−[\d.]+, \+[\d.]+\]", rows["Better, mean of 2 seeds"][5]), "seeds differ more"
@@ -100,7 +101,7 @@ def test_over_seeds_the_mean_differences_of_documents_are_resampled(make_study):
 def test_few_documents_are_marked_and_one_has_no_interval(study):
     for run, few in (("baseline", RATES[:9]), ("better", CLOSER[:9]), ("else", RATES[:1])):
         set_documents(study, run, few * SIZES[: len(few)], SIZES[: len(few)])
-    table = bits_table(study, read_results(study))
+    table = bits_table(read_results(study))
     rows = cells(table)
     assert rows["Baseline"][2].endswith("]‡") and rows["Better"][4].endswith("]‡")
     assert rows["Elsewhere"][:1] == ["1"] and rows["Elsewhere"][2] == "–"
@@ -111,11 +112,11 @@ def test_results_of_earlier_versions_have_no_intervals_and_say_so(make_study):
     study = make_study(THREE, benchmarks={})
     for run in study.runs:
         set_test(study, run, documents=22, bytes=365_331, tokens=102_178)
-    table = bits_table(study, read_results(study))
+    table = bits_table(read_results(study))
     assert "of 22 documents, 365.3 kB." in table.notes[0] and "earlier version" in table.notes[1]
     assert {row[3].text for row in table.rows} == {"–"}
     set_test(study, "better", bytes=90_000)
-    assert cells(bits_table(study, read_results(study)))["Better"][3] == "other text"
+    assert cells(bits_table(read_results(study)))["Better"][3] == "other text"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_results_of_earlier_versions_have_no_intervals_and_say_so(make_study):
 def test_what_is_not_as_evaluation_json_says_is_refused(study, spoil, expected):
     spoil(study.runs["better"].folder / "documents.parquet")
     with pytest.raises(UserError) as error:
-        bits_table(study, read_results(study))
+        bits_table(read_results(study))
     assert expected in str(error.value)
 
 
@@ -147,21 +148,21 @@ def change(path, column, how) -> None:
 def test_every_table_says_how_much_text_it_is_of(study, tmp_path):
     results = read_results(study)
     amounts = "12 of 40 documents, 13.6 kB of 136 kB"
-    comparisons = compare_all(results, study.baseline)
-    main = accuracy_tables(study, results, comparisons)[0]
-    base = documents_of(results["baseline"])
+    comparisons = compare_all(results)
+    main = accuracy_tables(results, comparisons)[0]
+    base = results["baseline"].documents()
     assert main.rows[1][2].text == f"{base.bits_per_byte:.3f}\n{shown(base.interval)}"
     assert any(amounts in note and "Elsewhere" in note for note in main.notes)
-    write_cards(tmp_path, study, results, comparisons, read_contamination(study))
+    write_cards(tmp_path, results, comparisons, read_contamination(study))
     assert (
         f"{amounts}: **{base.bits_per_byte:.4f} bits per byte** (95% interval"
         in (tmp_path / "baseline.md").read_text()
     )
     (tmp_path / "data").mkdir()
-    write_pareto(tmp_path, study, results)
+    write_pareto(tmp_path, results)
     assert "else," not in (tmp_path / "data" / "pareto.csv").read_text(), "of other text"
     set_documents(study, "else", RATES * SIZES, SIZES)
-    write_pareto(tmp_path, study, read_results(study))
+    write_pareto(tmp_path, read_results(study))
     assert "else," in (tmp_path / "data" / "pareto.csv").read_text()
     assert amounts in (tmp_path / "pareto.svg").read_text()
 
@@ -170,16 +171,16 @@ def test_tables_of_validation_say_how_much_text_they_are_of(study):
     for run, text in (("baseline", "a"), ("better", "a"), ("else", "b")):
         validation = {"documents": 11, "documents_total": 178, "bytes": 182_983, "bytes_total": 2_843_373}
         set_train(study, run, validation=validation | {"text_sha256": text})
-    variants = read_variants(study, read_results(study))
-    assert [own.beside is not None for own in variants] == [True, True, False]
-    notes = comparison_notes(variants)
+    variants = read_variants(read_results(study))
+    assert [own.aligned is not None for own in variants] == [True, True, False]
+    notes = curve_notes(variants)
     assert notes[0].startswith("Validation bits per byte: of 11 of 178 documents, 183 kB of 2.843 MB.")
     assert "not comparable with it: Elsewhere" in notes[0]
 
 
 def test_committed_results_are_compared_over_documents(study):
     results = read_results(study)
-    records = statistics_records(results, compare_all(results, study.baseline))
+    records = statistics_records(results, compare_all(results))
     (study.folder / "tables").mkdir()
     write_records(study.folder / "records", {run: study.runs[run].folder for run in results})
     for run in study.runs.values():
@@ -201,7 +202,7 @@ def test_each_component_has_its_own_interval(study):
     components = ["books"] * 10 + ["speech"] * 2
     set_documents(study, "baseline", RATES * SIZES, SIZES, components)
     set_documents(study, "better", CLOSER * SIZES, SIZES, components)
-    table = component_table(study, read_results(study))
+    table = component_table(read_results(study))
     assert table.header == ["", "all\n12 documents", "books\n10 documents", "speech\n2 documents"]
     own = ratio_bootstrap(((CLOSER - RATES) * SIZES)[:10], SIZES[:10])
     books, speech = cells(table)["Better"][1:]

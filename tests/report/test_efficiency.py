@@ -1,6 +1,7 @@
 """Tokens, FLOPs and time to the baseline's loss, on curves made by hand."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hand_made import set_curve, set_train
 
 from stlm.report.build import report
 from stlm.report.curves import read_variants
-from stlm.report.efficiency import crossing, efficiencies, efficiency_table
+from stlm.report.efficiency import crossing, efficiency_table, needed
 from stlm.report.results import read_results
 from stlm.techniques.distillation import Distillation
 from stlm.tokens.config import DataConfig
@@ -28,11 +29,14 @@ def study(make_study):
 
 
 def compared(study) -> list:
-    return efficiencies(read_variants(study, read_results(study)))
+    return read_variants(read_results(study))
 
 
 def found(study) -> dict:
-    return {own.variant.train.variant: own for own in compared(study)}
+    variants = compared(study)
+    return {
+        one.train.variant: SimpleNamespace(variant=one, needed=needed(one, variants[0])) for one in variants
+    }
 
 
 def test_where_a_curve_is_at_a_value():
@@ -94,7 +98,7 @@ def test_other_text_is_not_compared(study):
     changed = study.model_copy(update={"runs": study.runs | {"fast": other}})
     set_train(study, "fast", corpus="other")
     own = found(changed)["fast"]
-    assert own.variant.beside is None
+    assert own.variant.aligned is None
     assert set(own.needed.values()) == {None}
     table = efficiency_table(changed, compared(changed))
     assert any("On other text" in note and note.endswith("Fast.") for note in table.notes)
@@ -130,7 +134,7 @@ def test_seeds_are_averaged(make_study):
 
 def test_nothing_to_compare(make_study):
     alone = make_study({"baseline": ("Baseline", {})}, benchmarks={})
-    assert read_variants(alone, read_results(alone)) == []
+    assert read_variants(read_results(alone)) == []
 
 
 def test_a_variant_never_validated_is_left_out(study):

@@ -8,8 +8,7 @@ import pytest
 from hand_made import begin_from, set_curve, set_test, set_train
 
 from stlm.report.curves import read_variants
-from stlm.report.equal_cost import equal_costs
-from stlm.report.equal_cost_views import equal_cost_table, write_equal_cost
+from stlm.report.equal_cost import equal_cost_table, equal_costs, write_equal_cost
 from stlm.report.results import read_results
 from stlm.report.table import markdown
 
@@ -29,7 +28,7 @@ def study(make_study):
 
 
 def costs(study):
-    return equal_costs(read_variants(study, read_results(study)))
+    return equal_costs(read_variants(read_results(study)))
 
 
 def rows(study) -> dict:
@@ -37,19 +36,19 @@ def rows(study) -> dict:
 
 
 def test_a_training_of_the_same_cost_is_compared_at_its_end(study):
-    pair = rows(study)["fast"].at["tokens"]
+    pair = rows(study)["fast"].pairs["tokens"]
     assert (pair.kind, pair.share) == ("finished", 1.0)
     assert pair.difference == pytest.approx(1.75 - 2.25)
 
 
 def test_a_cheaper_one_is_compared_where_it_ends_with_the_baseline_on_its_way(study):
-    pair = rows(study)["fast"].at["seconds"]
+    pair = rows(study)["fast"].pairs["seconds"]
     assert (pair.kind, pair.share) == ("ended sooner", 0.8)
     assert pair.difference == pytest.approx(1.75 - (2.5 - 0.2 * 0.25)), "the baseline after 32 of 40 seconds"
 
 
 def test_a_dearer_one_is_compared_on_its_way(study):
-    pair = rows(study)["slow"].at["seconds"]
+    pair = rows(study)["slow"].pairs["seconds"]
     assert pair.kind == "on the way"
     assert pair.value == pytest.approx(4.5 - 2 * 20 / 64), "after 40 of its 84 seconds"
     assert pair.difference == pytest.approx(4.5 - 2 * 20 / 64 - 2.25)
@@ -61,8 +60,8 @@ def test_a_dearer_one_is_compared_on_its_way(study):
 def test_times_that_differ_by_noise_alone_are_equal(study, seconds, kind):
     set_curve(study, "fast", [100, 400], [10, seconds], [3.5, 1.75])
     own = rows(study)["fast"]
-    assert own.at["seconds"].kind == kind
-    assert own.at["tokens"].kind == "finished"
+    assert own.pairs["seconds"].kind == kind
+    assert own.pairs["tokens"].kind == "finished"
     assert any("at most 5%" in note for note in equal_cost_table(study, costs(study)).notes)
 
 
@@ -70,14 +69,14 @@ def test_times_that_differ_by_noise_alone_are_equal(study, seconds, kind):
 def test_tokens_and_flops_have_no_noise(study, tokens, kind):
     set_curve(study, "fast", [100, tokens], [10, 40], [3.5, 1.75])
     own = rows(study)["fast"]
-    assert own.at["tokens"].kind == own.at["flops"].kind == kind
+    assert own.pairs["tokens"].kind == own.pairs["flops"].kind == kind
 
 
 def test_flops_are_counted_by_the_token(study):
     per_token = {name: run.flops / run.tokens for name, run in study.runs.items()}
     whole, own = 400 * per_token["baseline"], 320 * per_token["slow"]
     assert own > whole, "three layers for two"
-    pair = rows(study)["slow"].at["flops"]
+    pair = rows(study)["slow"].pairs["flops"]
     tokens = whole / per_token["slow"]
     assert pair.kind == "on the way"
     assert pair.value == pytest.approx(4.5 - 2 * (tokens - 100) / 220)
@@ -87,19 +86,19 @@ def test_nothing_is_extrapolated(study):
     """Slow's first validation is after 20 seconds, the baseline's only one after 15."""
     set_curve(study, "baseline", [150], [15], [3.5])
     own = rows(study)
-    assert own["slow"].at["seconds"] is None
+    assert own["slow"].pairs["seconds"] is None
     cells = {row[0].text: row for row in equal_cost_table(study, costs(study)).rows}
     assert cells["Slow"][6].text == "before its first\nvalidation"
-    assert own["fast"].at["seconds"].kind == "on the way"
+    assert own["fast"].pairs["seconds"].kind == "on the way"
 
 
 def test_a_model_of_the_baselines_size_is_compared_at_equal_parameters(study):
     own = rows(study)
     assert study.runs["fast"].parameters == study.runs["baseline"].parameters
-    assert own["fast"].parameters.kind == "matched"
-    assert own["fast"].parameters.difference == pytest.approx(-0.5)
-    assert own["slow"].family and own["slow"].parameters is None
-    assert not own["fast"].family
+    assert own["fast"].pairs["parameters"].kind == "matched"
+    assert own["fast"].pairs["parameters"].difference == pytest.approx(-0.5)
+    assert "parameters" in own["slow"].sizes and own["slow"].pairs["parameters"] is None
+    assert "parameters" not in own["fast"].sizes
 
 
 FAMILY = {
@@ -121,12 +120,12 @@ def test_sizes_of_the_baseline_say_what_parameters_are_worth(make_study):
     assert size["baseline"] < size["between"] < size["large"] < size["huge"]
     share = math.log(size["between"] / size["baseline"]) / math.log(size["large"] / size["baseline"])
     expected = [2.0 ** (1 - share) * 1.6**share, 2.1 ** (1 - share) * 1.7**share]
-    pair = own["between"].parameters
+    pair = own["between"].pairs["parameters"]
     assert pair.kind == "between sizes"
     assert list(pair.references.values()) == pytest.approx(expected)
     assert pair.difference == pytest.approx(np.mean([1.9 - expected[0], 2.0 - expected[1]]))
-    assert own["huge"].parameters is None, "beyond the largest size"
-    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
+    assert own["huge"].pairs["parameters"] is None, "beyond the largest size"
+    assert [name for name, row in own.items() if "parameters" in row.sizes] == ["baseline", "large"]
 
 
 def test_the_line_between_sizes_is_said_to_favour_the_variant(make_study):
@@ -135,7 +134,7 @@ def test_the_line_between_sizes_is_said_to_favour_the_variant(make_study):
     true = {name: 1.5 + 50 * run.parameters.total**-0.4 for name, run in study.runs.items()}
     for name in FAMILY:
         set_curve(study, name, [100, 400], [10, 40], [4.0, true[name]])
-    assert rows(study)["between"].parameters.difference < 0, "though it is as good as its size"
+    assert rows(study)["between"].pairs["parameters"].difference < 0, "though it is as good as its size"
     assert any("favours the variant" in note for note in equal_cost_table(study, costs(study)).notes)
 
 
@@ -155,14 +154,14 @@ def retrain(study, name: str, **keys):
 @pytest.mark.parametrize("keys", [{"weight_decay": 0.2}, {"steps": 100}])
 def test_another_recipe_is_no_size_of_the_baseline(study, keys):
     """Slow differs in a size alone; with another recipe the difference is not one of parameters."""
-    assert not rows(retrain(study, "slow", **keys))["slow"].family
+    assert "parameters" not in rows(retrain(study, "slow", **keys))["slow"].sizes
 
 
 @pytest.mark.parametrize(
     "keys", [{"learning_rate": 1e-5, "min_learning_rate": 1e-6}, {"steps": 100, "batch_size": 16}]
 )
 def test_a_recipe_of_its_own_on_as_many_tokens_is_still_the_baseline_in_another_size(study, keys):
-    assert rows(retrain(study, "slow", **keys))["slow"].family
+    assert "parameters" in rows(retrain(study, "slow", **keys))["slow"].sizes
 
 
 def test_a_size_with_more_steps_is_beside_the_family_and_no_part_of_it(make_study):
@@ -172,8 +171,8 @@ def test_a_size_with_more_steps_is_beside_the_family_and_no_part_of_it(make_stud
     study = retrain(study, "longer", steps=400)
     set_curve(study, "longer", [100, 800], [10, 80], [4.0, 1.0])
     own = rows(study)
-    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
-    pair = own["longer"].parameters
+    assert [name for name, row in own.items() if "parameters" in row.sizes] == ["baseline", "large"]
+    pair = own["longer"].pairs["parameters"]
     assert (pair.kind, pair.flops, pair.same_budget) == ("matched", 2.0, False)
     assert pair.references == {0: 1.6}
 
@@ -191,15 +190,15 @@ def test_at_equal_parameters_and_flops_sizes_are_those_that_cost_as_much(make_st
     for name, end in (("short", 1.9), ("equal", 1.8)):
         set_curve(study, name, [10, 400 * per_token["baseline"] / per_token[name]], [10, 40], [4.0, end])
     own = rows(study)
-    assert [name for name, row in own.items() if row.family] == ["baseline", "large"]
-    assert [name for name, row in own.items() if row.equal_flops] == ["baseline", "short"]
-    pair = own["equal"].both
+    assert [name for name, row in own.items() if "parameters" in row.sizes] == ["baseline", "large"]
+    assert [name for name, row in own.items() if "both" in row.sizes] == ["baseline", "short"]
+    pair = own["equal"].pairs["both"]
     assert (pair.kind, pair.references, pair.same_budget) == ("matched", {0: 1.9}, True)
     assert pair.difference == pytest.approx(-0.1)
-    assert own["equal"].parameters.flops == pytest.approx(
+    assert own["equal"].pairs["parameters"].flops == pytest.approx(
         per_token["baseline"] / per_token["large"], rel=0.02
     )
-    assert own["large"].both is None, "its training cost more"
+    assert own["large"].pairs["both"] is None, "its training cost more"
     table = equal_cost_table(study, costs(study))
     assert "parameters and FLOPs" in table.header[4]
     cells = {row[0].text: row[4].text for row in table.rows}
@@ -225,7 +224,7 @@ def two_seeds(make_study, tokens: int):
 def test_equal_parameters_with_another_training_budget_are_never_bold(make_study, tokens, bold):
     study = two_seeds(make_study, tokens)
     found = costs(study)
-    pair = found.rows[1].parameters
+    pair = found.rows[1].pairs["parameters"]
     table = equal_cost_table(study, found)
     (cell,) = [row[3] for row in table.rows if row[0].text == "Better"]
     assert abs(pair.difference) > found.half_width(pair)
@@ -243,17 +242,17 @@ def test_equal_parameters_with_another_training_budget_are_never_bold(make_study
 def test_equal_flops_are_an_equal_budget_at_equal_parameters(make_study):
     """Half of the tokens, at twice the FLOPs each."""
     study = two_seeds(make_study, 200)
-    assert not costs(study).rows[1].parameters.same_budget
+    assert not costs(study).rows[1].pairs["parameters"].same_budget
     for seed in (0, 1):
         set_train(study, f"better-s{seed}", flops=2 * study.runs[f"better-s{seed}"].flops)
-    assert costs(study).rows[1].parameters.same_budget
+    assert costs(study).rows[1].pairs["parameters"].same_budget
 
 
 def test_between_sizes_another_training_budget_is_marked(make_study):
     study = make_study(FAMILY, benchmarks={})
     for name in FAMILY:
         set_curve(study, name, [100, 800 if name == "between" else 400], [10, 40], [4.0, ENDS[name]])
-    pair = rows(study)["between"].parameters
+    pair = rows(study)["between"].pairs["parameters"]
     per_token = {name: study.runs[name].flops / study.runs[name].tokens for name in FAMILY}
     low, high = (2 * per_token["between"] / per_token[name] for name in ("large", "baseline"))
     assert pair.kind == "between sizes" and low < pair.flops < high
@@ -270,7 +269,7 @@ def test_differences_are_paired_by_seed(make_study):
         set_curve(study, f"baseline-s{seed}", [100, 400], [10, 40], [4.0, level])
         set_curve(study, f"better-s{seed}", [100, 400], [10, 40], [4.0, level - 0.3 - 0.002 * seed])
     found = costs(study)
-    pair = found.rows[1].at["tokens"]
+    pair = found.rows[1].pairs["tokens"]
     assert pair.differences == pytest.approx([-0.3, -0.302])
     # Two models and seeds: a residual of a quarter of 0.002 in each cell, one degree of freedom.
     assert (found.noise.sd, found.noise.dof) == pytest.approx((0.001, 1))
@@ -284,14 +283,14 @@ def test_a_run_that_starts_from_anothers_weights_has_cost_what_they_have(study):
     whole = study.runs["baseline"]
     set_train(study, "baseline", tokens=400, seconds=40, flops=400 * whole.flops / whole.tokens)
     study = begin_from(study, "fast", "baseline", 400, 1e9)
-    pair = rows(study)["fast"].at["tokens"]
+    pair = rows(study)["fast"].pairs["tokens"]
     assert pair is None, "its first validation is after 500 tokens"
     set_curve(study, "baseline", [100, 600], [10, 60], [4.0, 2.0])
     own = rows(study)["fast"]
-    assert own.at["tokens"].kind == own.at["flops"].kind == "on the way"
-    assert own.at["tokens"].value == own.at["flops"].value == pytest.approx(2.5), "200 tokens of its own"
-    assert own.at["seconds"].value == pytest.approx(1.75 + 0.25 * 12 / 16), "20 of its own 32 seconds"
-    assert own.parameters.flops == pytest.approx(800 / 600), "all of the start counts"
+    assert own.pairs["tokens"].kind == own.pairs["flops"].kind == "on the way"
+    assert own.pairs["tokens"].value == own.pairs["flops"].value == pytest.approx(2.5), "200 tokens"
+    assert own.pairs["seconds"].value == pytest.approx(1.75 + 0.25 * 12 / 16), "20 of its own 32 seconds"
+    assert own.pairs["parameters"].flops == pytest.approx(800 / 600), "all of the start counts"
 
 
 def test_another_tokenizer_is_compared_by_the_test_text(study):
@@ -303,13 +302,13 @@ def test_another_tokenizer_is_compared_by_the_test_text(study):
     for run, bits, tokens in (("baseline", 2.5, 400), ("fast", 2.4, 200)):
         set_test(study, run, bits_per_byte=bits, tokens=tokens, bytes=1000)
     row = rows(changed)["fast"]
-    pair = row.at["tokens"]
+    pair = row.pairs["tokens"]
     assert pair.kind == "finished", "200 tokens, each of which holds as much as two"
     assert pair.difference == pytest.approx(2.4 - 2.5)
-    assert row.at["seconds"].difference == pytest.approx(2.4 + (10 / 30) * 1.0 - 2.5), (
+    assert row.pairs["seconds"].difference == pytest.approx(2.4 + (10 / 30) * 1.0 - 2.5), (
         "after 40 of 50 seconds"
     )
-    assert row.parameters.difference == pytest.approx(2.4 - 2.5)
+    assert row.pairs["parameters"].difference == pytest.approx(2.4 - 2.5)
     table = equal_cost_table(changed, costs(changed))
     assert any("compared by test text" in note and note.endswith("Fast.") for note in table.notes)
 
@@ -330,7 +329,7 @@ def test_bytes_in_chunks_are_compared_on_the_same_validation_text(study, former)
     set_test(study, "fast", tokens=200, bytes=1000, bits_per_byte=9.0)
     set_curve(study, "fast", [100, 300], [20, 50], [3.0, 2.0])
     changed = study.model_copy(update={"runs": runs})
-    pair = rows(changed)["fast"].at["tokens"]
+    pair = rows(changed)["fast"].pairs["tokens"]
     assert (pair.kind, pair.value) == ("on the way", 2.5), "200 tokens of it, on validation text"
     table = equal_cost_table(changed, costs(changed))
     assert any("tokenizer that hold as much text" in note and note.endswith("Fast.") for note in table.notes)

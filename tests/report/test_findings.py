@@ -46,7 +46,7 @@ def page(tmp_path):
 def report(study) -> None:
     """What the page reads of a report."""
     results = read_results(study)
-    records = statistics_records(results, compare_all(results, study.baseline))
+    records = statistics_records(results, compare_all(results))
     (study.folder / "tables").mkdir()
     write_records(study.folder / "records", {run: study.runs[run].folder for run in results})
     write_text(study.folder / "tables" / "statistics.csv", csv_text(records))

@@ -82,7 +82,7 @@ def test_findings_are_those_of_the_table_of_bits_per_byte(make_study, seeds):
         bits = [2000 + 1000 * shift + (-1) ** place * (run.variant == "equal") for place in range(40)]
         set_documents(study, name, [value + run.seed for value in bits], n_bytes)
     results = read_results(study)
-    records = bits_table(study, results).records
+    records = bits_table(results).records
     front = front_page(headline_table(study, findings(results, records)))
     assert "Better has the fewest bits per byte of test text of the 4 models compared: 1.9" in front
     assert "Worse &amp; &lt;b&gt; has the most: 2.2" in front and "<b>" not in front

@@ -10,7 +10,7 @@ from stlm.tokens.config import DataConfig
 
 
 def cells(study) -> dict[str, list]:
-    table = table1(study, read_results(study))
+    table = table1(read_results(study))
     return {row[0].text: row[1:] for row in table.rows if not isinstance(row, Section)}
 
 
@@ -50,11 +50,11 @@ def test_any_key_that_differs_has_a_row(make_study):
     results["baseline"].train.training.update(some_new_option=None)
     results["new"].train.training.update(compile=True, some_new_option={"kind": "ramp", "ends": [0.5, 0]})
     results["new"].train.model.update(another=3)
-    rows = {row[0].text: row[1:] for row in table1(study, results).rows if not isinstance(row, Section)}
+    rows = {row[0].text: row[1:] for row in table1(results).rows if not isinstance(row, Section)}
     assert [cell.text for cell in rows["some new option"]] == ["–", "kind ramp, ends 0.5, 0"]
     assert [cell.text for cell in rows["compile"]] == ["auto", "yes"]
     assert [cell.text for cell in rows["another"]] == ["–", "3"]
-    assert variants_table(study, results).rows[1][1].text.split("\n") == [
+    assert variants_table(results).rows[1][1].text.split("\n") == [
         "another: 3",
         "compile: yes (baseline: auto)",
         "some new option: kind ramp, ends 0.5, 0 (baseline: –)",
@@ -74,7 +74,7 @@ def test_how_a_run_was_recorded_is_no_hyper_parameter(make_study):
 
 def test_variants_are_listed_by_what_differs(make_study):
     study = make_study(benchmarks={})
-    table = variants_table(study, read_results(study))
+    table = variants_table(read_results(study))
     rows = {row[0].text: row[1].text for row in table.rows}
     assert rows["Baseline"] == "the baseline"
     assert rows["SinCos PE"].split("\n") == [
@@ -90,13 +90,13 @@ def test_sections_of_the_model_show_what_is_set(make_study):
     sharing, lora = SharingConfig(what="all", order="groups", group=2), LoraConfig(rank=4)
     variants = {"baseline": ("Baseline", {}), "shared": ("Shared", {"sharing": sharing, "lora": lora})}
     study = make_study(variants, benchmarks={})
-    shared = variants_table(study, read_results(study)).rows[1][1].text.split("\n")
+    shared = variants_table(read_results(study)).rows[1][1].text.split("\n")
     assert shared == ["sharing: what all, order groups, group 2", "LoRA: rank 4, what all"]
 
 
 def test_one_variant_differs_from_nothing(make_study):
     study = make_study({"baseline": ("Baseline", {})}, benchmarks={})
-    assert variants_table(study, read_results(study)) is None
+    assert variants_table(read_results(study)) is None
 
 
 def test_data_keys_are_shown_where_a_variant_sets_them(make_study):
@@ -119,9 +119,9 @@ def test_settings_of_techniques_have_rows(make_study):
     study = make_study({"baseline": ("Baseline", {}), "new": ("New", {})}, benchmarks={})
     results = read_results(study)
     results["new"].train.techniques["some_new_one"] = {"share": 0.5, "blocks": [1, 3]}
-    rows = {row[0].text: row[1:] for row in table1(study, results).rows if not isinstance(row, Section)}
+    rows = {row[0].text: row[1:] for row in table1(results).rows if not isinstance(row, Section)}
     assert [cell.text for cell in rows["some new one"]] == ["–", "share 0.5, blocks 1, 3"]
-    assert variants_table(study, results).rows[1][1].text == "some new one: share 0.5, blocks 1, 3"
+    assert variants_table(results).rows[1][1].text == "some new one: share 0.5, blocks 1, 3"
 
 
 def test_what_else_a_record_holds_has_rows(make_study):
@@ -129,6 +129,6 @@ def test_what_else_a_record_holds_has_rows(make_study):
     path = study.runs["sincos"].folder / "train.json"
     added = {"distillation": {"teacher": "baseline", "flops": 1.5e9}, "kept_tokens": 0.25, "losses": [1, 2]}
     path.write_text(json.dumps(json.loads(path.read_text()) | added))
-    found = {r["hyper_parameter"]: r["sincos"] for r in table1(study, read_results(study)).records}
+    found = {r["hyper_parameter"]: r["sincos"] for r in table1(read_results(study)).records}
     assert found["distillation, teacher"] == "baseline" and found["distillation, flops"] == "1.5e+09"
     assert found["kept tokens"] == "0.25" and "losses" not in found

@@ -17,7 +17,6 @@ from stlm.report.results import read_results
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 PERPLEXITY = {"baseline": 12.5, "sincos": 1234.56}
-LABELS = {"baseline": "Baseline", "sincos": "SinCos PE"}
 
 
 @pytest.fixture
@@ -64,9 +63,9 @@ def test_the_report_has_accuracy_chance_and_perplexity(study):
 
 def test_there_is_no_note_where_nobody_was_asked(study, make_study):
     results = read_results(study)
-    assert last_word_note(results, LABELS, "paper") is None
-    assert last_word_note({}, {}, "harness") is None
-    assert last_word_note({"sincos": results["sincos"]}, LABELS, "harness").endswith(": SinCos PE 1,235.")
+    assert last_word_note(results, "paper") is None
+    assert last_word_note({}, "harness") is None
+    assert last_word_note({"sincos": results["sincos"]}, "harness").endswith(": SinCos PE 1,235.")
 
 
 def test_items_written_before_the_column_was_there_are_read(make_study):

@@ -31,7 +31,7 @@ def items(study, run: str) -> Path:
 
 def test_finds_what_the_report_finds(study):
     found = compare(find_predictions("toy/baseline"), find_predictions("toy/sincos"))
-    reported = compare_all(read_results(study), "baseline").points["sincos"]["step-000200"]
+    reported = compare_all(read_results(study)).points["sincos"]["step-000200"]
     assert {(row.benchmark, row.mode, row.metric) for row in found.rows} == set(reported)
     for row in found.rows:
         own = reported[row.benchmark, row.mode, row.metric]

@@ -16,7 +16,7 @@ SIZES = {
 def test_bars_sum_to_the_models(make_study, tmp_path):
     study = make_study(SIZES, benchmarks={})
     (tmp_path / "data").mkdir()
-    write_parameters(tmp_path, study, read_results(study))
+    write_parameters(tmp_path, read_results(study))
     found = list(csv.DictReader((tmp_path / "data" / "parameters.csv").open()))
     for run in study.runs.values():
         own = {row["group"]: int(row["value"]) for row in found if row["variant"] == run.variant}

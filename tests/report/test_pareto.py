@@ -40,7 +40,7 @@ def test_the_front_is_what_nothing_smaller_is_as_good_as():
 def test_the_pareto_plot_has_a_point_a_variant(make_study, tmp_path):
     study = make_study(SIZES, seeds=(0, 1), benchmarks={})
     (tmp_path / "data").mkdir()
-    write_pareto(tmp_path, study, read_results(study))
+    write_pareto(tmp_path, read_results(study))
     found = {row["variant"]: row for row in rows(tmp_path / "data" / "pareto.csv")}
     assert list(found) == list(SIZES)
     assert int(found["poor"]["parameters"]) == study.runs["poor-s0"].parameters.total
@@ -55,7 +55,7 @@ def test_the_pareto_plot_has_a_point_a_variant(make_study, tmp_path):
 
 def front_of(study, folder) -> dict[str, dict[str, str]]:
     (folder / "data").mkdir(exist_ok=True)
-    write_pareto(folder, study, read_results(study))
+    write_pareto(folder, read_results(study))
     return {row["variant"]: row for row in rows(folder / "data" / "pareto.csv")}
 
 
@@ -106,7 +106,7 @@ def test_chunks_of_bytes_count_for_the_text_that_they_hold(make_study, tmp_path)
 
 def test_variants_of_one_size_have_no_pareto_plot(make_study, tmp_path):
     study = make_study({"baseline": ("Baseline", {}), "copy": ("Copy", {"dropout": 0.0})}, benchmarks={})
-    write_pareto(tmp_path, study, read_results(study))
+    write_pareto(tmp_path, read_results(study))
     assert not list(tmp_path.glob("pareto*"))
 
 

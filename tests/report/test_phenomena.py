@@ -8,8 +8,9 @@ import io
 import pytest
 
 from stlm.report.build import report
-from stlm.report.phenomena import HUMANS, by_difficulty, human_agreement, phenomena, phenomena_tables
-from stlm.report.results import Proportion, read_results
+from stlm.report.phenomena import HUMANS, by_difficulty, human_agreement, phenomena, phenomena_table
+from stlm.report.results import read_results
+from stlm.report.schema import Proportion
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 PHENOMENA = [
@@ -42,8 +43,8 @@ def test_the_hardest_for_the_baseline_is_last():
 def test_the_table_has_a_row_a_phenomenon_and_a_column_a_run(make_study):
     study = make_study(TWO)
     results = read_results(study)
-    (table,) = phenomena_tables(study, results)
-    groups = phenomena(results, "blimp", "harness")
+    table = phenomena_table(results)
+    groups = phenomena(results, "blimp")
     order = by_difficulty(groups, "baseline")
     assert table.header == ["", "n", "Baseline", "SinCos PE", "human"]
     assert [row[0].text for row in table.rows] == [name.replace("_", " ") for name in [*order, "all"]]
@@ -63,7 +64,7 @@ def test_the_table_has_a_row_a_phenomenon_and_a_column_a_run(make_study):
 
 def test_without_blimp_there_is_no_table(make_study):
     study = make_study(TWO, benchmarks={"synthetic_pairs": 50})
-    assert phenomena_tables(study, read_results(study)) == []
+    assert phenomena_table(read_results(study)) is None
 
 
 def test_table_and_plot_are_written_and_people_are_in_the_plot_of_blimp_alone(make_study):

@@ -8,7 +8,7 @@ import pytest
 
 from stlm.errors import UserError
 from stlm.report.build import report
-from stlm.report.results import read_published
+from stlm.report.results import read_results
 from stlm.study.runs import PublishedModel
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
@@ -49,7 +49,7 @@ def test_rows_of_table_2(study):
     assert own < other < paper and paper - other == 3
     first, second = lines[other + 1], lines[other + 2]
     assert first.startswith("| Model tiny-a | 1.1B |") and second.startswith("| Model tiny-b | 4.066M |")
-    scores = read_published(study)["tiny-a"].checkpoint.benchmarks["blimp"].modes["harness"].acc
+    scores = read_results(study).published["tiny-a"].last.benchmarks["blimp"].modes["harness"].acc
     assert f"| {100 * scores.value:.1f} \\[" in first and "p " not in first
     text = (study.folder / "tables" / "table2.csv").read_text()
     assert text.count("\npublished,") == 2
@@ -91,7 +91,7 @@ def test_scores_made_after_another_token_are_refused(study, asked, recorded, mes
         update={"published": {**study.published, "tiny-a": model.model_copy(update=asked)}}
     )
     with pytest.raises(UserError, match=rf"{message}: run `stlm evaluate toy tiny-a`"):
-        read_published(other)
+        read_results(other)
 
 
 def test_a_study_without_published_models_has_no_such_rows(study):
@@ -104,11 +104,11 @@ def test_all_that_is_missing_is_named(study):
     path = study.published["tiny-b"].results_folder / "evaluation.json"
     path.write_text((study.runs["baseline"].folder / "evaluation.json").read_text())
     with pytest.raises(UserError) as error:
-        read_published(study)
+        read_results(study)
     assert "tiny-a/items.parquet is missing: run `stlm evaluate toy tiny-a`" in str(error.value)
     assert "tiny-b/evaluation.json: not what its stage writes (parameters" in str(error.value)
     path.unlink()
     with pytest.raises(
         UserError, match=r"tiny-b/evaluation\.json is missing: run `stlm evaluate toy tiny-b`"
     ):
-        read_published(study)
+        read_results(study)

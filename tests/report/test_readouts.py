@@ -45,7 +45,7 @@ def test_each_readout_has_a_row_and_the_model_is_the_last(make_study):
     study = make_study(VARIANTS)
     add_readouts(study, "sincos")
     results = read_results(study)
-    table = readouts_table(study, results)
+    table = readouts_table(results)
     assert [record["readout"] for record in table.records] == [*NAMES, MODEL]
     assert {record["run"] for record in table.records} == {"sincos"}
     last = table.records[-1]
@@ -81,8 +81,8 @@ def test_a_report_has_them_where_a_run_has(make_study):
 def test_a_study_without_readouts_has_neither(make_study, tmp_path):
     study = make_study(VARIANTS)
     results = read_results(study)
-    assert readouts_table(study, results) is None
-    write_readouts(tmp_path, study, results)
+    assert readouts_table(results) is None
+    write_readouts(tmp_path, results)
     assert not (tmp_path / "readouts.svg").exists()
 
 
@@ -90,5 +90,5 @@ def test_many_readouts_have_no_names_below_the_panels(make_study, tmp_path):
     study = make_study(VARIANTS)
     add_readouts(study, "sincos", [f"exit-{number}" for number in range(1, 16)])
     (tmp_path / "plots" / "data").mkdir(parents=True)
-    write_readouts(tmp_path / "plots", study, read_results(study))
+    write_readouts(tmp_path / "plots", read_results(study))
     assert "exit-9" not in (tmp_path / "plots" / "readouts.svg").read_text()

@@ -230,7 +230,7 @@ def test_items_of_another_evaluation_than_the_record_beside_them_are_refused(mak
     with pytest.raises(
         UserError, match=r"items\.parquet says precision: bfloat16, evaluation\.json beside it"
     ):
-        compare_all(read_results(study), "baseline")
+        compare_all(read_results(study))
 
 
 def test_a_published_model_loaded_otherwise_is_refused():

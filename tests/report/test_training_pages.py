@@ -25,7 +25,7 @@ def change(path, **keys) -> None:
 
 def pages(study, folder) -> dict[str, str]:
     folder.mkdir()
-    write_training_pages(folder, study, read_results(study))
+    write_training_pages(folder, read_results(study))
     return {path.stem: path.read_text().replace(' class="text"', "") for path in folder.glob("*.html")}
 
 

@@ -11,7 +11,8 @@ import pytest
 from stlm.evaluation.statistics import SeedNoise
 from stlm.report.build import report
 from stlm.report.notes import noise_note
-from stlm.report.results import EvaluationRecord, TrainRecord, read_results
+from stlm.report.results import read_results
+from stlm.report.schema import EvaluationRecord, TrainRecord
 from stlm.report.unlike import Row, rows_of, unlike_note, unlike_variants
 
 CODE = {"stlm": "0.1.0", "torch": "2.13.0", "git": "aaa"}

@@ -19,7 +19,7 @@ from stlm.files import read_json
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
-from stlm.report.results import TrainRecord
+from stlm.report.schema import TrainRecord
 from stlm.study.load import load_study
 from stlm.study.runs import Run
 from stlm.techniques import distillation as module

@@ -7,7 +7,7 @@ from technique_runs import with_techniques
 
 from stlm.errors import UserError
 from stlm.files import read_json, write_record
-from stlm.report.results import TrainRecord
+from stlm.report.schema import TrainRecord
 from stlm.report.settings_check import check_trained
 from stlm.study.checks import check_cycles, check_dependencies
 from stlm.techniques.base import Technique
