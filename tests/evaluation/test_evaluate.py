@@ -27,8 +27,8 @@ from stlm.evaluation.evaluate import evaluate_run
 from stlm.evaluation.predictions import read_facts
 from stlm.evaluation.statistics import ratio_bootstrap
 from stlm.files import read_json, sha256
-from stlm.report.schema import EvaluationRecord
 from stlm.report.run_files import score_items
+from stlm.report.schema import EvaluationRecord
 from stlm.tokens.shards import read_split
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer
