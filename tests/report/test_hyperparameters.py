@@ -39,7 +39,7 @@ def test_seeds_share_a_column(make_study):
 
 
 def test_records_are_complete_in_every_column(make_study):
-    table = table1(study := make_study(), read_results(study))
+    table = table1(read_results(make_study()))
     dropout = next(record for record in table.records if record["hyper_parameter"] == "dropout")
     assert (dropout["baseline"], dropout["simple-ffn"], dropout["dropout-free"]) == ("0.1", "0.1", "0")
 
