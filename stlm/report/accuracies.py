@@ -96,14 +96,15 @@ class _Table2:
     def __post_init__(self) -> None:
         # The main table keeps the paper's columns even where no run has them: they are listed with ours.
         paper, self.literature = read_references()
-        last, first = [run.last for run in self.results.values()], self.results.study.benchmarks
-        scored = {b for one in last for b, mode, metric in one.scores if (mode, metric) == self.score}
-        self.scored = [b for b in first if b in scored] + sorted(scored - set(first))
+        ordered = self.results.study.benchmarks
+        scores = [score for run in self.results.values() for score in run.last.scores]
+        scored = {b for b, mode, metric in scores if (mode, metric) == self.mode_and_metric}
+        self.scored = [b for b in ordered if b in scored] + sorted(scored - set(ordered))
         first = paper if self.references else [b for b in paper if b in self.scored]
         self.benchmarks = first + [b for b in self.scored if b not in first]
 
     @property
-    def score(self) -> tuple[str, str]:
+    def mode_and_metric(self) -> tuple[str, str]:
         """Mode and metric."""
         return self.mode, self.metric
 
@@ -159,7 +160,7 @@ class _Table2:
             perplexity = run.word_perplexity(benchmark, self.mode)
             if perplexity is not None:
                 record["perplexity"] = round(perplexity, 4)
-            point = self.comparisons.last(run.name, (benchmark, *self.score))
+            point = self.comparisons.last(run.name, (benchmark, *self.mode_and_metric))
             return _with_difference(text, record, point and point.paired)
 
         named = self._named("run", run=run.name, label=run.label, seed=run.train.seed)
@@ -171,7 +172,7 @@ class _Table2:
         train, by_score = runs[0].train, self.comparisons.seeds.get(runs[0].train.variant, {})
 
         def score(benchmark: str) -> _Shown:
-            scored = by_score.get((benchmark, *self.score))
+            scored = by_score.get((benchmark, *self.mode_and_metric))
             if scored is None:
                 return "–", {}
             record = {"percent": round(100 * scored.mean, 3), "sd": round(100 * scored.sd, 3)}
@@ -205,7 +206,7 @@ class _Table2:
 
     def _accuracy(self, model: ScoredModel, benchmark: str) -> _Shown:
         """An accuracy with its interval; a dash for none."""
-        accuracy = model.last.accuracy(benchmark, *self.score)
+        accuracy = model.last.accuracy(benchmark, *self.mode_and_metric)
         if accuracy is None:
             return "–", {}
         record = {"percent": round(100 * accuracy.value, 3), **_bounds(accuracy.interval), "n": accuracy.n}
@@ -235,7 +236,7 @@ class _Table2:
             f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(self.metric, self.metric)}; k options tied "
             "for the best count 1/k. After each accuracy: its 95% Wilson interval."
         )
-        if tests := self.comparisons.tests.get(self.score, 0):
+        if tests := self.comparisons.tests.get(self.mode_and_metric, 0):
             reading += (
                 f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
                 f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
@@ -284,7 +285,7 @@ class _Table2:
         """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
         wider = []
         for benchmark in self.scored:
-            point = self.comparisons.last(self.results.base.name, (benchmark, *self.score))
+            point = self.comparisons.last(self.results.base.name, (benchmark, *self.mode_and_metric))
             if point is None or point.accuracy.clustered is None:
                 continue
             clustered, wilson = point.accuracy.clustered.half_width, point.accuracy.interval.half_width
@@ -338,7 +339,7 @@ def _perplexity(measured: Perplexity) -> tuple[str, str, dict[str, Any]]:
     """Bits per byte and character perplexity of the test text, and both for programs."""
     record = {f"test_{key}": round(getattr(measured, key), 4) for key in ("bits_per_byte", "char_perplexity")}
     bits = f"{measured.bits_per_byte:.3f}"
-    if measured.bounds is not None:
-        record |= bounds_record(measured.bounds, "test_bits_per_byte_", 4)
-        bits += f"\n{interval_text(measured.bounds, measured.few_documents)}"
+    if measured.over_documents is not None:
+        record |= bounds_record(measured.over_documents, "test_bits_per_byte_", 4)
+        bits += f"\n{interval_text(measured.over_documents, measured.few_documents)}"
     return bits, f"{measured.char_perplexity:.3f}", record

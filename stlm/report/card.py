@@ -39,7 +39,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_TEMPLATES.filters |= {"n": "{:,}".format, "e": "{:.2e}".format}
+_TEMPLATES.filters |= {"thousands": "{:,}".format, "scientific": "{:.2e}".format}
 
 
 @dataclass(frozen=True)

@@ -220,8 +220,8 @@ def _broken(result: RunResult, problem: str) -> UserError:
 
 
 def _point(items: Items, base_items: Items, base: str | None, score: Score) -> Point:
-    *key, metric = score
-    outcomes, base_outcomes = items[*key], base_items.get((*key,))
+    benchmark, mode, metric = score
+    outcomes, base_outcomes = items[benchmark, mode], base_items.get((benchmark, mode))
     difference = None if base_outcomes is None else paired(base_outcomes, outcomes, metric)
     return Point(accuracy(outcomes, metric), difference, None if difference is None else base)
 
@@ -302,9 +302,9 @@ def _adjust(results: Results, points: Mapping, seeds: Mapping) -> dict[tuple[str
     """Adjust the p-values of each table's tests for their number, which is returned."""
     families: dict[tuple[str, str], list[Paired]] = {}
     for over_seeds in seeds.values():
-        for (_, *family), scored in over_seeds.items():
+        for score, scored in over_seeds.items():
             if scored.test is not None:
-                families.setdefault((*family,), []).append(scored.test)
+                families.setdefault(score[1:], []).append(scored.test)
     for name, of_run in points.items():
         over_seeds = seeds.get(results[name].train.variant, {})
         for score, point in list(of_run.values())[-1].items():

@@ -189,7 +189,7 @@ def _settings(records: Sequence[TrainRecord], used: Mapping[str, list[str]]) -> 
         "Data": data | _labelled(train.data.model_dump(), used["data"]),
         "Recipe": _labelled(train.training, used["training"])
         | {"precision": train.precision, "seeds" if len(seeds) > 1 else "seed": ", ".join(seeds)},
-        "Techniques": _values(train.techniques),
+        "Techniques": {name.replace("_", " "): _value(keys) for name, keys in train.techniques.items()},
         "Recorded": _recorded(train.further),
     }
     return {section: values for section, values in sections.items() if values}

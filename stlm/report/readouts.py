@@ -37,7 +37,7 @@ class _Model(NamedTuple):
         """Bits per byte, or the accuracy of a benchmark in percent, with its bounds; None: not scored."""
         if measure == _BITS:
             bits = self.scored.perplexity.bits_per_byte
-            return (bits, *(self.scored.perplexity.bounds or (bits, bits)))
+            return (bits, *(self.scored.perplexity.over_documents or (bits, bits)))
         accuracy = self.scored.accuracy(measure, mode)
         return accuracy and (100 * accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
 
@@ -76,8 +76,8 @@ def readouts_table(results: Results) -> Table | None:
 
         measured = model.scored.perplexity
         bits = f"{measured.bits_per_byte:.3f}"
-        if measured.bounds is not None:
-            bits += f" {interval_text(measured.bounds, measured.few_documents)}"
+        if measured.over_documents is not None:
+            bits += f" {interval_text(measured.over_documents, measured.few_documents)}"
         yield "", cell(model.name), {"run": run, "readout": model.name}
         yield "parameters", cell(count(model.parameters)), {"parameters": model.parameters}
         yield "FLOPs\nper token", cell(count(model.flops)), {"flops_per_token": round(model.flops, 1)}

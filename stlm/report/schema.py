@@ -172,6 +172,7 @@ class BenchmarkResult(Strict):
     version: str | int | float
     items: Count
     items_total: Count
+    limit: int | None = None
     modes: dict[str, ModeResult]
 
 
@@ -192,8 +193,8 @@ class Perplexity(TextRecord):
     components: dict[str, Perplexity] = {}
 
     @property
-    def bounds(self) -> Interval | None:
-        """The bounds of its interval."""
+    def over_documents(self) -> Interval | None:
+        """The interval of bits per byte over documents."""
         return None if self.interval is None else Interval(self.interval.low, self.interval.high)
 
     @property

@@ -87,7 +87,10 @@ class Table:
         """A table whose rows are given as columns, the same in all rows; each row is one record."""
         rows = [row if isinstance(row, Section) else [Column(*column) for column in row] for row in rows]
         filled = [row for row in rows if not isinstance(row, Section)]
-        header = [column.header for column in filled[0] if column.header is not None]
+        headers = [[column.header for column in row if column.header is not None] for row in filled]
+        header = headers[0] if headers else []
+        if any(other != header for other in headers):
+            raise ValueError(f"{name}: the rows have different columns")
         cells = [
             row if isinstance(row, Section) else [column.cell for column in row if column.header is not None]
             for row in rows
@@ -247,7 +250,7 @@ def html_table(table: Table) -> list[str]:
     return [
         f'<table class="texts-{table.texts}"><caption>{caption}</caption><thead>',
         f"{head}</thead><tbody>",
-        *body[:-1],
-        f"{body[-1]}</tbody></table>",
+        *body,
+        "</tbody></table>",
         *(f"<p>{html.escape(note)}</p>" for note in table.notes),
     ]

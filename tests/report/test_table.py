@@ -5,6 +5,8 @@ import io
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from stlm.report.table import Cell, Section, Table, csv_text, escape_latex, html_table, latex, markdown
 
 NASTY = r"a|b & 50% of $x_1$ #2 {c} ~d^e\f <g>"
@@ -79,6 +81,7 @@ def test_html_shows_the_text_itself():
 
     reader = Reader()
     reader.cells = []
+    assert html_table(TABLE)[0].startswith(f'<table class="texts-{TABLE.texts}">')
     reader.feed("".join(html_table(TABLE)))
     assert NASTY in reader.cells
 
@@ -89,3 +92,12 @@ def test_columns_of_words_begin_at_the_left():
     assert r"\begin{tabular}{llr}" in latex(table)
     assert r"\shortstack[l]{y \\ z} & \shortstack[r]{1 \\ 2}" in latex(table)
     assert "<td>x</td><td>y<br>z</td><td>1<br>2</td>" in "".join(html_table(table))
+
+
+def test_rows_of_columns_have_the_same_columns():
+    rows = [[("", "a", {"x": 1}), ("b", "c", {"y": 2})], Section("more"), [("", "d"), ("b", "e")]]
+    table = Table.of_columns("name", "title", rows)
+    assert (table.header, len(table.rows), table.records) == (["", "b"], 3, [{"x": 1, "y": 2}, {}])
+    with pytest.raises(ValueError, match="different columns"):
+        Table.of_columns("name", "title", [*rows, [("", "f"), ("other", "g")]])
+    assert Table.of_columns("name", "title", []).rows == []
