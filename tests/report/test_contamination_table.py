@@ -51,6 +51,14 @@ def test_the_table_has_the_numbers_of_the_stage(study, write_contamination):
     assert shown.count("the hen ran") < 10 * len(BENCHMARKS), "long examples are shortened"
 
 
+def test_a_study_without_benchmarks_has_no_such_table(make_study, write_contamination):
+    study = make_study(ONE, benchmarks={})
+    write_contamination(study, {}, found=0)
+    report(study)
+    assert (study.folder / "tables/leaks.md").exists()
+    assert not (study.folder / "tables/contamination.md").exists()
+
+
 def test_every_table_of_accuracies_says_what_is_contaminated(study, write_contamination):
     write_contamination(study, BENCHMARKS, found=6)
     report(study)
