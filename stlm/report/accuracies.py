@@ -112,7 +112,7 @@ class _Table2:
         """All rows: runs by variant, published models, references, guessing."""
         study = self.results.study.name
         title = f"{title}. Zero-shot accuracy (%), {self.mode} mode, {self.metric}; study {study}"
-        return Table.of_columns(name, title, list(self._rows()), self._notes())
+        return Table.of_columns(name, title, list(self._rows()), _notes(self))
 
     def _rows(self) -> Iterator[Section | Iterator[tuple]]:
         yield Section(f"This study ({self.results.study.name})")
@@ -199,7 +199,9 @@ class _Table2:
             if benchmark not in levels:
                 return "–", {}
             level = levels[benchmark]
-            return f"{level:.1f}".removesuffix(".0"), {"percent": round(level, 3)}
+            # Printed figures as they were printed.
+            text = f"{level:.1f}".removesuffix(".0") if row.kind == "chance" else f"{level:g}"
+            return text, {"percent": round(level, 3)}
 
         size = row.parameters or "–", {"parameters": row.parameters or None}
         return self._row(row.label, {"kind": row.kind, "label": row.label}, size, ("–", "–", {}), score)
@@ -212,114 +214,117 @@ class _Table2:
         record = {"percent": round(100 * accuracy.value, 3), **_bounds(accuracy.interval), "n": accuracy.n}
         return f"{percent(accuracy.value)} {bounds(*accuracy.interval)}", record
 
-    def _scored_on(self, benchmark: str) -> list[BenchmarkResult]:
+    def scored_on(self, benchmark: str) -> list[BenchmarkResult]:
         """What each run last scored on the benchmark, of the runs that were."""
         last = [run.last.benchmarks for run in self.results.values()]
         return [benchmarks[benchmark] for benchmarks in last if benchmark in benchmarks]
 
-    def _items(self, benchmark: str) -> str:
+    def items_scored(self, benchmark: str) -> str:
         """The numbers of items that the runs were scored on, fewest to most."""
-        sizes = sorted({scored.items for scored in self._scored_on(benchmark)})
+        sizes = sorted({scored.items for scored in self.scored_on(benchmark)})
         return "–".join(f"{size:,}" for size in (sizes if len(sizes) < 3 else [sizes[0], sizes[-1]]))
 
     def _heading(self, benchmark: str) -> str:
-        versions = "/".join(dict.fromkeys(str(scored.version) for scored in self._scored_on(benchmark)))
+        versions = "/".join(dict.fromkeys(str(scored.version) for scored in self.scored_on(benchmark)))
         label = benchmark_label(benchmark)
-        return f"{label}\nv{versions}, n = {self._items(benchmark)}" if versions else label
+        return f"{label}\nv{versions}, n = {self.items_scored(benchmark)}" if versions else label
 
-    def _notes(self) -> list[str | None]:
-        """How the figures are to be read, and what they assume."""
-        results, mode = self.results, self.mode
-        several = len(results.variants) < len(results)
-        baseline = results.base.train.label + (" of the same seed" if several else "")
-        reading = (
-            f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(self.metric, self.metric)}; k options tied "
-            "for the best count 1/k. After each accuracy: its 95% Wilson interval."
+
+def _notes(table: _Table2) -> list[str | None]:
+    """How the figures are to be read, and what they assume."""
+    results, mode = table.results, table.mode
+    several = len(results.variants) < len(results)
+    baseline = results.base.train.label + (" of the same seed" if several else "")
+    reading = (
+        f"{_MODES.get(mode, f'{mode} mode')}; {_METRICS.get(table.metric, table.metric)}; k options tied "
+        "for the best count 1/k. After each accuracy: its 95% Wilson interval."
+    )
+    if tests := table.comparisons.tests.get(table.mode_and_metric, 0):
+        reading += (
+            f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
+            f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
+            f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
+            "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
+            "resampled: a difference on these groups, not shown for others like them. This is over "
+            "items: it does not say how much another seed would change a run."
         )
-        if tests := self.comparisons.tests.get(self.mode_and_metric, 0):
-            reading += (
-                f" Below it: the difference in points from {baseline} on the same items, its 95% bootstrap "
-                f"interval, and the exact McNemar p-value, adjusted by Holm's method for the {tests} tests "
-                f"of this table. Bold and {SIGN}: p < 0.05 after the adjustment. {SIGN_ITEMS}: so too, but "
-                "with an interval that includes zero when whole groups of items (paradigms, subjects) are "
-                "resampled: a difference on these groups, not shown for others like them. This is over "
-                "items: it does not say how much another seed would change a run."
+    mean_rows = (
+        "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
+        f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
+        "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
+        "adjusted alike; the variant's single runs then have no test of their own."
+    )
+    literature = (
+        "The paper's and the literature's rows are whole percents as printed in the paper, which "
+        "scores whole strings without length normalization: compare them with acc, first in paper "
+        f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
+    )
+    published = results.published.values()
+    prefixes = [f"{model.label} {model.prefix}" for model in published if model.prefix is not None]
+    starts = "published models: a text starts with a token, as params/ or else lm_eval has it"
+    texts = [*results.texts, *((model.label, model.perplexity) for model in published)]
+    amount = amount_note(texts, "Bits per byte and character perplexity")
+    if any(text.interval is not None for _, text in texts):
+        amount += (
+            " Below bits per byte: its 95% interval over documents; models of the same documents differ "
+            "more surely than these overlap (table bits-per-byte)."
+        )
+    return [
+        reading,
+        mean_rows if several else None,
+        _group_note(table),
+        "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
+        "one corpus, whatever their tokenizers.",
+        last_word_note(results, mode),
+        *_subset_notes(table),
+        listing("Not scored alike", table.comparisons.disturbing),
+        literature if table.references else None,
+        amount,
+        FEW_NOTE if any(text.few_documents for _, text in texts) else None,
+        f"{starts}: {'; '.join(prefixes)}" if prefixes else None,
+    ]
+
+
+def _group_note(table: _Table2) -> str | None:
+    """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
+    wider = []
+    for benchmark in table.scored:
+        point = table.comparisons.last(table.results.base.name, (benchmark, *table.mode_and_metric))
+        if point is None or point.accuracy.clustered is None:
+            continue
+        clustered, wilson = point.accuracy.clustered.half_width, point.accuracy.interval.half_width
+        if clustered > _MUCH_WIDER * wilson:
+            wider.append(
+                f"{benchmark_label(benchmark)} ±{percent(clustered)} over {point.accuracy.groups} groups "
+                f"instead of ±{percent(wilson)}"
             )
-        mean_rows = (
-            "Mean rows: mean ± standard deviation over seeds. Where a variant shares "
-            f"{FEWEST_SEEDS} seeds or more with the baseline, below it: the mean difference over those "
-            "seeds, its 95% t interval, and the p-value of the paired t-test with seeds as units, "
-            "adjusted alike; the variant's single runs then have no test of their own."
-        )
-        literature = (
-            "The paper's and the literature's rows are whole percents as printed in the paper, which "
-            "scores whole strings without length normalization: compare them with acc, first in paper "
-            f"mode ({'table2-paper-mode' if mode == 'harness' else 'this table'})."
-        )
-        published = results.published.values()
-        prefixes = [f"{model.label} {model.prefix}" for model in published if model.prefix is not None]
-        starts = "published models: a text starts with a token, as params/ or else lm_eval has it"
-        texts = [*results.texts, *((model.label, model.perplexity) for model in published)]
-        amount = amount_note(texts, "Bits per byte and character perplexity")
-        if any(text.interval is not None for _, text in texts):
-            amount += (
-                " Below bits per byte: its 95% interval over documents; models of the same documents differ "
-                "more surely than these overlap (table bits-per-byte)."
-            )
-        return [
-            reading,
-            mean_rows if several else None,
-            self._group_note(),
-            "Bits per byte and character perplexity: test split of the run's corpus; they compare runs on "
-            "one corpus, whatever their tokenizers.",
-            last_word_note(results, mode),
-            *self._subset_notes(),
-            listing("Not scored alike", self.comparisons.disturbing),
-            literature if self.references else None,
-            amount,
-            FEW_NOTE if any(text.few_documents for _, text in texts) else None,
-            f"{starts}: {'; '.join(prefixes)}" if prefixes else None,
-        ]
+    return listing(
+        "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
+        f"interval (statistics.csv) is much wider, for {table.results.base.train.label}",
+        wider,
+    )
 
-    def _group_note(self) -> str | None:
-        """Benchmarks for which the Wilson interval is much too narrow for other groups of items."""
-        wider = []
-        for benchmark in self.scored:
-            point = self.comparisons.last(self.results.base.name, (benchmark, *self.mode_and_metric))
-            if point is None or point.accuracy.clustered is None:
-                continue
-            clustered, wilson = point.accuracy.clustered.half_width, point.accuracy.interval.half_width
-            if clustered > _MUCH_WIDER * wilson:
-                wider.append(
-                    f"{benchmark_label(benchmark)} ±{percent(clustered)} over {point.accuracy.groups} groups "
-                    f"instead of ±{percent(wilson)}"
-                )
-        return listing(
-            "Wilson's interval is right for these groups of items; for others like them the cluster-robust "
-            f"interval (statistics.csv) is much wider, for {self.results.base.train.label}",
-            wider,
-        )
 
-    def _subset_notes(self) -> list[str | None]:
-        """Notes about limits on items, and items that do not fit the context."""
-        limited, truncated = [], []
-        for benchmark in self.scored:
-            label, scores = benchmark_label(benchmark), self._scored_on(benchmark)
-            if any(scored.items < scored.items_total for scored in scores):
-                total = max(scored.items_total for scored in scores)
-                limited.append(f"{label} {self._items(benchmark)} of {total:,}")
-            modes = [scored.modes[self.mode] for scored in scores if self.mode in scored.modes]
-            if cut := max((scored.truncated for scored in modes), default=0):
-                truncated.append(f"{label} {cut:,}")
-        seed = self.results.study.evaluation.limit_seed
-        complete = "All items of every benchmark are scored (no limit on those that there are)."
-        return [
-            listing(f"Limited to a random subset of the items (seed {seed})", limited)
-            or (complete if self.scored else None),
-            listing(
-                "Items with an option longer than the context, cut from the left (most of any run)", truncated
-            ),
-        ]
+def _subset_notes(table: _Table2) -> list[str | None]:
+    """Notes about limits on items, and items that do not fit the context."""
+    limited, truncated = [], []
+    for benchmark in table.scored:
+        label, scores = benchmark_label(benchmark), table.scored_on(benchmark)
+        if any(scored.items < scored.items_total for scored in scores):
+            total = max(scored.items_total for scored in scores)
+            limited.append(f"{label} {table.items_scored(benchmark)} of {total:,}")
+        modes = [scored.modes[table.mode] for scored in scores if table.mode in scored.modes]
+        if cut := max((scored.truncated for scored in modes), default=0):
+            truncated.append(f"{label} {cut:,}")
+    seed = table.results.study.evaluation.limit_seed
+    complete = "All items of every benchmark are scored (no limit on those that there are)."
+    return [
+        listing(f"Limited to a random subset of the items (seed {seed})", limited)
+        or (complete if table.scored else None),
+        listing(
+            "Items with an option longer than the context, cut from the left (most of any run)", truncated
+        ),
+    ]
 
 
 def _with_difference(text: str, record: dict[str, Any], test: Paired | None) -> _Shown:
