@@ -100,7 +100,7 @@ def test_counts_are_those_of_all_committed_records():
     assert with_techniques
     for path, record in runs.items():
         config = ModelConfig.model_validate(record["model"])
-        assert parameter_counts(config)._asdict() == record["parameters"], path
+        assert parameter_counts(config).record() == record["parameters"], path
         if config.bytes is None:
             assert record["tokens"] * training_flops_per_token(config) == record["flops"], path
         else:
