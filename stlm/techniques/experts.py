@@ -270,11 +270,11 @@ def switch_loss(load_XE: Tensor, probability_XE: Tensor) -> Tensor:
 
 class Routed(NamedTuple):
     """What a router did in a forward pass of training: choices of each expert, its mean probability, and the
-    mean square of the log-sum-exp of its logits."""
+    mean square of the log-sum-exp of its logits, if it has a weight."""
 
     load_E: Tensor
     probability_E: Tensor
-    z_loss: Tensor
+    z_loss: Tensor | None
 
 
 class Mixture(nn.Module):
@@ -300,7 +300,7 @@ class Mixture(nn.Module):
         if technique.balance == "bias":
             self.bias = nn.Parameter(torch.zeros(count), requires_grad=False)
         self.top, self.normalized = technique.top, technique.normalized
-        self.sigmoid = technique.router == "sigmoid"
+        self.sigmoid, self.with_z_loss = technique.router == "sigmoid", technique.z_weight > 0
         # The choices of each expert in this step's training; float32, as it is summed with the gradients.
         self.register_buffer("load_E", torch.zeros(count), persistent=False)
         # Of the last forward pass: in training what the losses need, in evaluation the chosen experts.
@@ -362,7 +362,7 @@ class Mixture(nn.Module):
         self.load_E += load_E
         # The sigmoid's scores are probabilities once they are divided by their sum (DeepSeek-V3, eq. 19).
         probability_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True) if self.sigmoid else scores_NE
-        z_loss = logits_NE.logsumexp(dim=1).square().mean()
+        z_loss = logits_NE.logsumexp(dim=1).square().mean() if self.with_z_loss else None
         self.routed = Routed(load_E, probability_NE.mean(dim=0), z_loss)
 
     def _mix(self, x_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor, load: list[int]) -> Tensor:
@@ -420,22 +420,25 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted sums [N, D] of rows [R, D], each token's K, in the dtype of the rows."""
+    """Weighted sums [N, D] of rows [R, D], each token's K.
+
+    The weights are rounded to the dtype of the rows: products of two dtypes take several times as long.
+    """
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weight_NK: Tensor, rows: _Rows) -> Tensor:
-        ctx.save_for_backward(y_RD, weight_NK)
+        y_NKD, weight_NK = _choices(y_RD, rows), weight_NK.to(y_RD.dtype)
+        ctx.save_for_backward(y_NKD, weight_NK)
         ctx.rows = rows
-        return _sum_over_choices(_choices(y_RD, rows) * weight_NK[..., None]).to(y_RD.dtype)
+        return _sum_over_choices(y_NKD * weight_NK[..., None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None]:
-        (y_RD, weight_NK), rows = ctx.saved_tensors, ctx.rows
+        (y_NKD, weight_NK), rows = ctx.saved_tensors, ctx.rows
         weight_R1 = weight_NK.flatten()[rows.order_R][:, None]
-        dy_RD = (dy_ND.index_select(0, rows.token_R) * weight_R1).to(y_RD.dtype)
-        dweight_NK = (_choices(y_RD, rows).float() * dy_ND[:, None].float()).sum(dim=-1)
-        return dy_RD, dweight_NK, None
+        dweight_NK = (y_NKD * dy_ND[:, None]).sum(dim=-1, dtype=torch.float32)
+        return dy_ND.index_select(0, rows.token_R) * weight_R1, dweight_NK, None
 
 
 def _choices(y_RD: Tensor, rows: _Rows) -> Tensor:
