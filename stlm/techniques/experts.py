@@ -189,6 +189,19 @@ class Experts(Technique):
                 found |= {f"{prefix}experts.{expert}.{rest}": weight for expert in range(self.experts)}
         return found
 
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: each choice keeps its expert's input, hidden units and
+        output, and the router its input in float32."""
+        if self.neutral():
+            return 0.0
+        model, width = run.model, self.hidden_units(run.model)
+        kept = 3 if model.ffn == "swiglu" else 2
+        added = kept * narrow * (width * (self.top + self.shared) - model.ffn_width)
+        added += 2 * narrow * self.top * model.width
+        if narrow == 2:  # a copy, beside the plain network's input if there is a shared network
+            added += (4 if self.shared else 2) * model.width
+        return len(range(self.first - 1, model.layers, self.every)) * added
+
     # Training
 
     def before_step(self, model: Transformer, step: int, steps: int) -> None:

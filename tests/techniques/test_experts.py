@@ -484,6 +484,33 @@ def test_counts_on_meta_are_the_models_and_those_of_a_token_the_dense_ones_and_t
         )
 
 
+@each_keys
+@pytest.mark.parametrize("narrow", [2, 4])
+def test_the_memory_of_the_backward_pass_is_estimated(make_run, keys, narrow):
+    """Against the tensors that autograd keeps, by storage, without parameters and their copies."""
+    shape = {"layers": 2, "width": 64, "ffn_width": 96, "context": 128}
+    run = with_experts(make_run(model=TINY | shape), **keys)
+    tokens_BL, kept = torch.randint(257, (8, 128)), []
+    for techniques in ((), (run.techniques["experts"],)):
+        model, storages = new_model(*techniques, **shape).train(), {}
+        sizes = {p.numel() for p in model.parameters()}
+
+        def keep(tensor, sizes=sizes, storages=storages):
+            if tensor.numel() not in sizes:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=narrow == 2),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            hidden = model.hidden(tokens_BL)
+        kept.append(sum(storages.values()) / tokens_BL.numel())
+        assert hidden.requires_grad
+    extra = run.techniques["experts"].extra_bytes_per_token(run, narrow)
+    assert extra == pytest.approx(kept[1] - kept[0], abs=0.1 * kept[0])
+
+
 def test_every_experts_matrix_is_orthogonalized_by_itself_and_the_bias_has_no_optimizer(make_run):
     training = make_run(optimizer="muon", weight_decay=0.0, learning_rate=0.1).training
     model = new_model(Experts(balance="bias"))
