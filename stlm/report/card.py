@@ -129,8 +129,9 @@ class Card:
     def _summary(self) -> str:
         counts = self.train.parameters
         return (
-            f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings), "
-            f"trained on {self.tokens:,} {self._unit} of {self.train.corpus}"
+            f"A language model of {counts.total:,} parameters ({counts.embedding:,} of them in embeddings"
+            + (f"; a token uses {counts.active:,}" if counts.active else "")
+            + f"), trained on {self.tokens:,} {self._unit} of {self.train.corpus}"
             + (f" after those of {self.train.start.run}" if self.train.start else "")
             + f"; step {self.step:,} of {self.train.steps:,}. "
             "Made with STLM, reference software for research on super tiny language models."
@@ -177,7 +178,8 @@ class Card:
         notes = ["What layers share is counted once, where it is first used."]
         table = Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
         kinds = ("Size", "Model", "Techniques") if techniques else ("Size", "Model")
-        return f"{self._settings(*kinds)}\n{markdown(table)}"
+        remarks = "".join(f"\n\nAt the end of training: {remark}." for remark in self.train.remarks)
+        return f"{self._settings(*kinds)}\n{markdown(table)}{remarks}"
 
     def _settings(self, *sections: str) -> str:
         found = settings(self.train)

@@ -16,6 +16,7 @@ from stlm.report.curves import COSTS, Cost, Variant
 from stlm.report.documents import amount_note
 from stlm.report.names import cost_text, count, seeds_label
 from stlm.report.results import TrainRecord
+from stlm.report.schema import ParameterCounts
 from stlm.report.style import CHANCE, COST_LOOKS, figure, heading, variant_rows
 from stlm.report.table import Cell, Table, csv_text
 from stlm.study.runs import Study
@@ -60,6 +61,12 @@ def _needed(variant: Variant, cost: Cost, is_base: bool) -> float | None:
     return crossing(variant.beside.cost(cost), variant.beside.bits, float(variant.reference.bits[-1]))
 
 
+def _size(parameters: ParameterCounts) -> str:
+    """The number of parameters, and of those that a token uses where these are fewer."""
+    active = f"\n{count(parameters.active)} for a token" if parameters.active else ""
+    return count(parameters.total) + active
+
+
 def efficiency_table(study: Study, found: Sequence[Efficiency]) -> Table:
     """A row per variant: the cost of its training, and the cost until it reached the baseline's last loss."""
     base = found[0]
@@ -69,7 +76,7 @@ def efficiency_table(study: Study, found: Sequence[Efficiency]) -> Table:
         rows.append(
             [
                 Cell(seeds_label(train.label, result.variant.seeds)),
-                Cell(count(train.parameters.total)),
+                Cell(_size(train.parameters)),
                 Cell("\n".join(cost_text(cost, curve.end(cost)) for cost in COSTS)),
                 Cell(f"{curve.bits[-1]:.3f}"),
                 *(_reached(result, base, cost) for cost in COSTS),

@@ -25,9 +25,12 @@ class Strict(BaseModel):
 
 
 class ParameterCounts(Strict):
+    """`active`: those that a token uses; None: all."""
+
     total: Count
     embedding: Count
     non_embedding: Count
+    active: Count | None = None
 
 
 class CheckpointReference(Strict):
@@ -105,7 +108,7 @@ class TrainRecord(Strict):
     `loss_spikes` is None for runs of earlier versions, which did not look for any. `parts`: the machines and
     code versions that computed it, in order, where there were several. `validation`: the text behind the
     curve, None for earlier versions. `techniques`: the settings of each that was used. `depends`: role -> the
-    run that the training depended on.
+    run that the training depended on. `remarks`: sentences about the trained model, such as parts never used.
     """
 
     run: str
@@ -131,6 +134,7 @@ class TrainRecord(Strict):
     techniques: dict[str, dict[str, Any]] = {}
     validation: TextRecord | None = None
     loss_spikes: list[LossSpike] | None = None
+    remarks: list[str] = []
     depends: dict[str, DependencyRecord] = {}
     corpus: str
     tokenizer: str
