@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # An expert is dead if its share of the load is below the uniform share divided by this.
 DEAD = 10
+# The least sum that scores are divided by: sigmoids may all be 0.
+LEAST = 1e-20
 
 
 class Experts(Technique):
@@ -97,7 +99,7 @@ class Experts(Technique):
         if self.top > self.experts:
             raise ValueError(f"top: {self.top} is more than experts: {self.experts}")
         if self.experts == 1:
-            for key, plain in (("shared", 0), ("width", None), ("upcycle", None)):
+            for key, plain in (("shared", 0), ("width", None), ("z_weight", 0.0), ("upcycle", None)):
                 if getattr(self, key) != plain:
                     raise ValueError(
                         f"{key}: {getattr(self, key)}: with experts: 1 the network is the plain one"
@@ -360,7 +362,7 @@ class Mixture(nn.Module):
             chosen_NK = ranked_NE.topk(self.top, dim=1).indices
             weight_NK = scores_NE.gather(1, chosen_NK)
             if self.normalized:
-                total_N1 = weight_NK.sum(dim=1, keepdim=True)
+                total_N1 = weight_NK.sum(dim=1, keepdim=True).clamp(min=LEAST)
                 # With one expert its gradient would vanish, and the text would not train the router.
                 weight_NK = weight_NK / (total_N1.detach() if self.top == 1 else total_N1)
             load_E = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts))
@@ -374,7 +376,9 @@ class Mixture(nn.Module):
         """Keep what the losses and the bias need."""
         self.load_E += load_E
         # The sigmoid's scores are probabilities once they are divided by their sum (DeepSeek-V3, eq. 19).
-        probability_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True) if self.sigmoid else scores_NE
+        probability_NE = scores_NE
+        if self.sigmoid:
+            probability_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True).clamp(min=LEAST)
         z_loss = logits_NE.logsumexp(dim=1).square().mean() if self.with_z_loss else None
         self.routed = Routed(load_E, probability_NE.mean(dim=0), z_loss)
 

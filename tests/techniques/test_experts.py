@@ -362,6 +362,20 @@ def test_with_one_choice_of_weight_1_the_text_trains_the_router():
     torch.testing.assert_close(mixture.router.grad, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_sigmoids_that_are_all_zero_give_no_nan(make_run):
+    technique = Experts(router="sigmoid", top=2)
+    model = random_model(technique)
+    inputs = model.blocks[0].ffn.register_forward_pre_hook(lambda _, given: (given[0].abs() + 1,))
+    with torch.no_grad():
+        model.blocks[0].ffn.router.fill_(-10.0)
+    tokens_BM = torch.cat([some_tokens(), some_tokens()[:, :1]], dim=1)
+    loss = total(parts_of(with_experts(make_run(model=TINY), router="sigmoid", top=2), model, tokens_BM))
+    inputs.remove()
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 # What it works with
 
 
@@ -848,6 +862,7 @@ def test_upcycling_is_a_dependency_of_the_study(project):
         ({"top": 5}, {}, r"top: 5 is more than experts: 4"),
         ({"top": 0}, {}, r"experts\.top: .*found 0"),
         ({"experts": 1, "width": 9}, {}, r"width: 9: with experts: 1"),
+        ({"experts": 1, "z_weight": 0.1}, {}, r"z_weight: 0\.1: with experts: 1"),
         ({"first": 3}, {}, r"experts\.first: found 3, expected at most the 2"),
         ({"top": 2, "shared": 3}, {}, r"experts\.width: model\.ffn_width: 48 cannot be divided by the 5"),
         ({"upcycle": "plain", "shared": 1}, {}, r"shared: 1: with upcycle there is none"),
