@@ -252,8 +252,16 @@ def _check_saves(key: str, rank: int, name: str, shape: tuple[int, int]) -> None
 
 
 class ParameterCounts(NamedTuple):
-    """Trainable parameters, shared ones counted once: all, embeddings with an untied head, the rest."""
+    """Parameters, shared ones counted once: all, embeddings with an untied head, the rest.
+
+    `active`: those that a token uses, on average; None: all.
+    """
 
     total: int
     embedding: int
     non_embedding: int
+    active: int | None = None
+
+    def record(self) -> dict[str, int]:
+        """The counts by name, `active` only where it is not all."""
+        return {name: count for name, count in self._asdict().items() if count is not None}

@@ -8,6 +8,8 @@ of it is needed. Each module says which group its parameters belong to:
 - A child's ``parameter_group`` overrides its parent's ``parameter_groups``, and these override the parent's
   ``parameter_group``. With ``one_group = True`` a module overrides all modules within it, except for the
   entries of its own ``parameter_groups``.
+- ``active_shares``, a mapping, gives the shares, from 0 to 1, of the parameters or child modules that a token
+  uses, by their names in a module. A token uses all of what is not named.
 
 FLOPs are in `stlm.model.flops`. Needs torch.
 """
@@ -130,6 +132,25 @@ def grouped_parameters(
             yield from grouped_parameters(child, stated or group or name, overruled and stated is None)
 
 
+def active_parameters(model: nn.Module) -> int:
+    """The number of parameters that a token uses: each times the share that its modules state.
+
+    The shares of a parameter with several places add up, to 1 at most.
+    """
+    shares: dict[nn.Parameter, float] = {}
+
+    def visit(module: nn.Module, share: float) -> None:
+        stated = getattr(module, "active_shares", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            shares[parameter] = shares.get(parameter, 0.0) + share * stated.get(name, 1.0)
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, share * stated.get(name, 1.0))
+
+    visit(model, 1.0)
+    return round(sum(parameter.numel() * min(1.0, share) for parameter, share in shares.items()))
+
+
 def total_counts(groups: dict[str, int]) -> ParameterCounts:
     """Sum up `parameter_groups`: all parameters, embeddings with an untied head, and the rest."""
     embedding = sum(groups.get(name, 0) for name in EMBEDDING_GROUPS)
@@ -140,7 +161,9 @@ def total_counts(groups: dict[str, int]) -> ParameterCounts:
 @lru_cache(maxsize=1024)
 def parameter_counts(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> ParameterCounts:
     """The parameters of the model of `config`, which has its `vocab_size`, with its `techniques`."""
-    return total_counts(parameter_groups(build_on_meta(config, techniques)))
+    model = build_on_meta(config, techniques)
+    counts, active = total_counts(parameter_groups(model)), active_parameters(model)
+    return counts if active == counts.total else counts._replace(active=active)
 
 
 def training_flops(

@@ -21,12 +21,14 @@ class Truncation(NamedTuple):
 
 @torch.no_grad()
 def inherit(model: Transformer, source: Transformer) -> Truncation:
-    """Give `model` the weights of `source`; the models may differ in ranks and adapters only.
+    """Give `model` the weights of `source`; the models may differ in ranks, adapters and techniques only.
 
     Where only `model` has low rank, its factors come from the truncated singular value decomposition, the
     nearest product of that rank (Eckart and Young 1936). Weights that `source` lacks are left as they are.
     """
     given, parameters = source.state_dict(), dict(model.named_parameters())
+    for technique in model.techniques:
+        given = technique.inherited(model, given)
     squares: dict[str, tuple[float, float]] = {}
 
     def cut(name: str, weight_YX: Tensor, left_YR: Tensor, right_RX: Tensor) -> None:
@@ -47,7 +49,7 @@ def inherit(model: Transformer, source: Transformer) -> Truncation:
         if model.output_down is not None:
             cut("output", head_VD, model.output.weight, model.output_down.T)
     unknown = model.load_state_dict(given, strict=False).unexpected_keys
-    assert not unknown, f"the models differ in more than ranks and adapters: {unknown}"
+    assert not unknown, f"the models differ in more than ranks, adapters and techniques: {unknown}"
     lost, whole = (sum(column) for column in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
     return Truncation(
         math.sqrt(lost / whole), {name: math.sqrt(part / all_) for name, (part, all_) in squares.items()}

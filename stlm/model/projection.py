@@ -18,6 +18,11 @@ from stlm.model.config import ModelConfig
 INITIAL_STD = 0.02
 
 
+def output_scale(config: ModelConfig) -> float:
+    """Factor of the initial standard deviation of projections into the residual stream (GPT-2)."""
+    return 0.0 if config.zero_init else 1 / math.sqrt(2 * config.layers)
+
+
 class _UninitializedLinear(nn.Linear):
     """A linear layer that is created without drawing random numbers; its weights are set afterwards."""
 
@@ -114,7 +119,8 @@ def block_matrices(blocks: nn.Module) -> dict[tuple[int, ...], list[nn.Parameter
     """The matrices of all blocks, grouped by the rows of the matrices that one parameter joins.
 
     A module that joins matrices says so in `joint_rows`: the name of a projection -> the rows of each. The
-    key is empty for a parameter that is a single matrix. Shared parameters appear once.
+    key is empty for a parameter that is a single matrix. Shared parameters appear once, and those that no
+    gradient trains do not appear.
     """
     rows_of = {
         parameter: rows
@@ -126,7 +132,7 @@ def block_matrices(blocks: nn.Module) -> dict[tuple[int, ...], list[nn.Parameter
     }
     parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for parameter in blocks.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and parameter.requires_grad:
             parts.setdefault(rows_of.get(parameter, ()), []).append(parameter)
     return parts
 

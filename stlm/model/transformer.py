@@ -24,7 +24,14 @@ from stlm.model.fused import RMSNorm
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout
-from stlm.model.projection import INITIAL_STD, block_matrices, projection, projections, share
+from stlm.model.projection import (
+    INITIAL_STD,
+    block_matrices,
+    output_scale,
+    projection,
+    projections,
+    share,
+)
 from stlm.model.rotary import Rotary, rope_tables, rotate
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
@@ -251,7 +258,7 @@ class Transformer(nn.Module):
                 started.add(owner)
                 scale = 1.0
                 if owner.endswith(("attention.out", "ffn.down")):
-                    scale = 0.0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.layers)
+                    scale = output_scale(self.config)
                 matrices[owner].initialize(INITIAL_STD * scale)
             elif name in ("embedding_up", "output_down"):
                 nn.init.normal_(parameter, std=1 / math.sqrt(self.config.embedding_rank))

@@ -69,7 +69,8 @@ def _columns(variant: Variant, base: Variant) -> Iterator[tuple]:
     train, curve = variant.train, variant.curve
     named = {"variant": train.variant, "label": train.label, "seeds": variant.seeds}
     yield "", seeds_label(train.label, variant.seeds), named
-    yield "parameters", count(train.parameters.total), {}
+    active = f"\n{count(train.parameters.active)} for a token" if train.parameters.active else ""
+    yield "parameters", count(train.parameters.total) + active, {}
     costs = {cost: round(curve.end(cost), _DIGITS[cost]) for cost in COSTS}
     yield "trained for", "\n".join(cost_text(cost, curve.end(cost)) for cost in COSTS), costs
     last = float(curve.bits[-1])

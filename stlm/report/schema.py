@@ -24,9 +24,12 @@ class Strict(BaseModel):
 
 
 class ParameterCounts(Strict):
+    """`active`: those that a token uses; None: all."""
+
     total: Count
     embedding: Count
     non_embedding: Count
+    active: Count | None = None
 
 
 class CheckpointReference(Strict):
@@ -115,6 +118,7 @@ class TrainRecord(Strict):
     techniques: dict[str, dict[str, Any]] = {}  # the settings of each that was used
     validation: TextRecord | None = None  # the text behind the curve; None for earlier versions
     loss_spikes: list[LossSpike] | None = None  # None for earlier versions
+    remarks: list[str] = []  # sentences about the trained model, such as parts never used
     depends: dict[str, DependencyRecord] = {}  # role -> the run that the training depended on
     corpus: str
     tokenizer: str

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stlm.files import write_text
 from stlm.report.documents import amount
+from stlm.report.heat_maps import draw_heat_maps, numbered_columns
 from stlm.report.names import count, plural
 from stlm.report.results import Results, RunResult
 from stlm.report.schema import LossSpike
@@ -59,15 +60,29 @@ def write_training_pages(folder: Path, results: Results) -> None:
         text = "Loss, learning rate, gradient norm and speed against optimizer steps"
         body.append(_embedded(folder / f"{name}-curve.svg", text))
         if run.watch is not None:
-            _layers(folder, f"{name}-layers", f"{run.label}: layers, {study}", run.watch)
-            text = "Activations, weights and gradients by layer against optimizer steps"
-            body.append(_embedded(folder / f"{name}-layers.svg", text))
+            body += _watched(folder, name, f"{run.label}: layers, {study}", run.watch)
         else:
             text = "No layer was watched (training.watch_every), or an earlier version trained it."
             body.append(f"<p>{text}</p>")
+        body += [f"<p>{html.escape(remark)}.</p>" for remark in run.train.remarks]
         if run.train.loss_spikes:
             body += html_table(_spikes(run.train.loss_spikes))
         write_text(folder / f"{name}.html", html_document(title, body, _CSS))
+
+
+def _watched(folder: Path, name: str, title: str, watch: pd.DataFrame) -> list[str]:
+    """The images of watch.csv: lines by layer, and a heat map of the figures that a layer has several of."""
+    images, groups = [], numbered_columns(watch)
+    lines = watch.drop(columns=[column for columns in groups.values() for column in columns])
+    if lines.drop(columns=["step", "layer"]).notna().any(axis=None):
+        _layers(folder, f"{name}-layers", title, lines)
+        text = "Activations, weights and gradients by layer against optimizer steps"
+        images.append(_embedded(folder / f"{name}-layers.svg", text))
+    if groups:
+        draw_heat_maps(folder, f"{name}-heat", title, watch, groups)
+        text = f"By layer and number: {', '.join(groups).replace('_', ' ')}"
+        images.append(_embedded(folder / f"{name}-heat.svg", text))
+    return images
 
 
 def _embedded(svg: Path, text: str) -> str:
@@ -87,7 +102,8 @@ def _summary(run: RunResult) -> Table:
         "run": train.run,
         "seed": str(train.seed),
         "text": f"{train.corpus}, {train.tokenizer}",
-        "parameters": f"{train.parameters.total:,}",
+        "parameters": f"{train.parameters.total:,}"
+        + (f", of which a token uses {train.parameters.active:,}" if train.parameters.active else ""),
         "training": f"{train.steps:,} steps, {count(train.tokens)} tokens, {train.seconds:,.0f} s",
         "speed": f"{train.tokens / train.seconds:,.0f} tokens/s" if train.seconds else "–",
         "on": ", ".join(filter(None, computed)),

@@ -131,12 +131,13 @@ def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
     """The run that a run starts from must be a variant whose weights fit and whose text continues."""
     if "start" not in run.depends:
         return
-    key = f"{file}: run {run.name}: training.start_from: {run.training.start_from!r}"
+    named = run.dependencies["start"]
+    key = f"{file}: run {run.name}: {named.key}: {named.variant!r}"
     first = {other.variant for other in runs.values() if not other.depends.keys() & {"start", "reference"}}
-    if run.training.start_from not in first:
+    if named.variant not in first:
         raise UserError(
             f"{key} is no variant that itself begins with new weights and no reference"
-            f"{nearest(run.training.start_from, first)}"
+            f"{nearest(named.variant, first)}"
         )
     origin = runs[run.depends["start"]]
     for name in ("corpus", "tokenizer"):

@@ -11,12 +11,14 @@ from stlm.text_table import text_table
 from stlm.units import count
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _row(run: Run, active: bool) -> tuple[str, ...]:
+    parameters = run.parameters
     return (
         run.name,
         run.label,
-        f"{run.parameters.total:,}",
-        f"{run.parameters.non_embedding:,}",
+        f"{parameters.total:,}",
+        *([f"{parameters.active or parameters.total:,}"] if active else []),
+        f"{parameters.non_embedding:,}",
         f"{run.training.steps:,}",
         count(run.tokens, digits=3),
         f"{run.flops:.2e}",
@@ -26,17 +28,20 @@ def _row(run: Run) -> tuple[str, ...]:
 
 def runs_table(study: Study) -> str:
     """The runs of ``study``: parameters, tokens, and estimated floating-point operations of training."""
+    active = any(run.parameters.active is not None for run in study.runs.values())
     header = (
         "run",
         "label",
         "parameters",
+        *(["active for a token"] if active else []),
         "without embeddings",
         "steps",
         "tokens",
         "FLOPs",
         "corpus, tokenizer",
     )
-    lines = text_table([header, *map(_row, study.runs.values())], left={0, 1, 7})
+    rows = [_row(run, active) for run in study.runs.values()]
+    lines = text_table([header, *rows], left={0, 1, len(header) - 1})
     total = sum(run.flops for run in study.runs.values())
     return "\n".join(
         [

@@ -86,7 +86,7 @@ class Run(BaseModel):
             found["start"] = NamedVariant("training.start_from", self.training.start_from)
         for name, technique in self.techniques.items():
             for role, variant in technique.depends().items():
-                key = f"techniques.{name}.{role}"
+                key = f"techniques.{name}.{technique.role_keys.get(role, role)}"
                 if role in found:
                     raise UserError(
                         f"params/{self.study}.yaml: run {self.name}: {key}: {found[role].key} has the role "

@@ -38,7 +38,8 @@ class Technique(BaseModel):
     """A technique as configured for one run; frozen, unknown keys are refused.
 
     Methods that a subclass does not override have no effect. Anything that changes during training must be a
-    parameter or buffer of the model, or a function of the step, so that a resumed run continues unchanged.
+    parameter of the model, or a function of the step, so that a resumed run continues unchanged. What a rule
+    of the technique changes, and no gradient, is a parameter with `requires_grad=False` (see `after_step`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -51,6 +52,8 @@ class Technique(BaseModel):
     replaces_next_token: ClassVar[bool] = False
     # The names of the metrics of `validated`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
+    # Role of `depends` -> the key that names the variant, where the key is not named like the role.
+    role_keys: ClassVar[Mapping[str, str]] = {}
 
     # Maps roles to the runs that this one depends on; set when the study is loaded.
     _others: dict[str, Run] = PrivateAttr(default_factory=dict)
@@ -86,7 +89,11 @@ class Technique(BaseModel):
         `run` (one of the study's `runs`)."""
 
     def depends(self) -> dict[str, str]:
-        """Map roles to variants whose last checkpoints this run reads; they are trained first."""
+        """Map roles to variants whose last checkpoints this run reads; they are trained first.
+
+        Training begins with the weights of the role `start` (see `inherited`) and goes on in its text, as
+        with `training.start_from`.
+        """
         return {}
 
     def build(self, model: Transformer) -> None:
@@ -101,11 +108,28 @@ class Technique(BaseModel):
         (stlm.model.flops).
         """
 
+    def inherited(self, model: Transformer, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights `given` by a model without this technique, under the names that they have in `model`.
+
+        Names that are left out keep the weights that they have.
+        """
+        return dict(given)
+
     def prepare(self, run: Run, device: Any, group: Group) -> None:
         """Load what training needs in addition to the model (a teacher), in every process of the group."""
 
     def before_step(self, model: Transformer, step: int, steps: int) -> None:
         """Apply schedules before step `step`, from 1, of `steps`."""
+
+    def step_sums(self, model: Transformer) -> list[Tensor]:
+        """float32 tensors to which the training forward passes of a step have added.
+
+        Between the last backward pass and `after_step` they are summed over the processes, in place.
+        """
+        return []
+
+    def after_step(self, model: Transformer, step: int, steps: int) -> None:
+        """Update the parameters that no gradient trains, once a step, after the optimizer's update."""
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
         """Named, weighted parts of a micro-batch's loss, whose sum is minimized.
@@ -118,9 +142,26 @@ class Technique(BaseModel):
         """Metrics on the validation batch that the model has just read: name -> [sum, count], float64.
 
         Each is averaged over the validation text. `counted_BL` marks the tokens that count; the rest is
-        padding.
+        padding. Metrics by layer (`layer_figures`) are [2, layers, X]: sums, then counts, which are 0 where a
+        layer has none.
         """
         return {}
+
+    def layer_figures(self, model: Transformer) -> dict[str, int]:
+        """The metrics of `validated` that have X numbers for each block: name -> X.
+
+        They are the columns NAME_1 to NAME_X of watch.csv, in rows of the validated steps. The run's page in
+        the report draws each metric as a heat map.
+        """
+        return {}
+
+    def remarks(self, layers: Mapping[str, Mapping[str, float]]) -> list[str]:
+        """Sentences about a trained model that its user should read, such as a part that is never used.
+
+        `layers`: the rows of watch.csv of the last step, by layer. The sentences are printed at the end of
+        training, and are `remarks` of train.json.
+        """
+        return []
 
     def extra_flops_per_token(self, run: Run) -> float:
         """Training FLOPs per token, averaged over training, beyond three times the model's forward pass.

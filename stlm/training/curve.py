@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from stlm.tokens.batches import ValidationSet
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.resume import TrainingState
 from stlm.training.schedules import learning_rate
 from stlm.training.setup import Setup
+from stlm.training.watch import block_name
 
 
 class Curve:
@@ -65,7 +67,9 @@ class Curve:
             "grad_norm": round(state.norm.item(), 6),
         }
         if last or step % config.validate_every == 0:
-            row |= {key: round(value, 6) for key, value in validate(self.setup, self.validation).items()}
+            found = validate(self.setup, self.validation)
+            row |= {key: round(value, 6) for key, value in found.row.items()}
+            state.watch.add(step, found.layers)
         progress.rows.append(row)
         keeps = step in config.checkpoint_steps
         if keeps and self.setup.group.leads:
@@ -75,8 +79,15 @@ class Curve:
         return row
 
 
+class Validated(NamedTuple):
+    """Metrics of the validation text: columns of the curve, and by layer columns of watch.csv."""
+
+    row: dict[str, float]
+    layers: dict[str, dict[str, float]]
+
+
 @torch.no_grad()
-def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
+def validate(setup: Setup, validation: ValidationSet) -> Validated:
     """Loss (nats per token), bits per byte, character and token perplexity on the validation documents, and
     the techniques' own metrics.
 
@@ -87,6 +98,10 @@ def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
     nats = torch.zeros((), device=device, dtype=torch.float64)
     techniques = setup.run.techniques.values()
     figures = {name: nats.new_zeros(2) for technique in techniques for name in technique.figures}
+    by_layer: dict[str, Tensor] = {}
+    for technique in techniques:
+        for name, numbers in technique.layer_figures(setup.model).items():
+            figures[name] = by_layer[name] = nats.new_zeros(2, len(setup.model.blocks), numbers)
     for number, batch in enumerate(validation.batches(setup.config.batch_size)):
         if number % setup.group.size != setup.group.rank:
             continue
@@ -99,13 +114,29 @@ def validate(setup: Setup, validation: ValidationSet) -> dict[str, float]:
     setup.model.train()
     setup.group.sum([nats, *figures.values()])
     nats = nats.item()
-    return {
+    row = {
         "val_loss": nats / validation.n_tokens,
         "val_bits_per_byte": nats / math.log(2) / validation.n_bytes,
         "val_char_perplexity": math.exp(nats / validation.n_chars),
         "val_token_perplexity": math.exp(min(nats / validation.n_tokens, 700.0)),
-        **{f"val_{name}": (total / count).item() for name, (total, count) in figures.items() if count},
+        **{
+            f"val_{name}": (total / count).item()
+            for name, (total, count) in figures.items()
+            if name not in by_layer and count
+        },
     }
+    return Validated(row, _of_layers(by_layer))
+
+
+def _of_layers(figures: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Block -> column -> mean, given sums and counts [2, layers, X] by name."""
+    found: dict[str, dict[str, float]] = {}
+    for name, (sums, counts) in figures.items():
+        for layer, (totals, amounts) in enumerate(zip(sums.tolist(), counts.tolist(), strict=True)):
+            for number, (total, count) in enumerate(zip(totals, amounts, strict=True), start=1):
+                if count:
+                    found.setdefault(block_name(layer), {})[f"{name}_{number}"] = total / count
+    return found
 
 
 def keep_checkpoint(state: TrainingState) -> None:
@@ -139,10 +170,12 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
     setup, progress = state.setup, state.progress
     run, depends = setup.run, {role: one.record for role, one in setup.dependencies.items()}
     validated = next(row for row in reversed(progress.rows) if "val_loss" in row)
+    layers = {row["layer"]: row for row in state.watch.rows if row["step"] == validated["step"]}
+    remarks = [remark for one in run.techniques.values() for remark in one.remarks(layers)]
     return {
         **run.model_dump(include={"study", "variant", "label", "seed", "corpus", "tokenizer"}),
         "run": run.name,
-        "parameters": run.parameters._asdict(),
+        "parameters": run.parameters.record(),
         **({"depends": depends} if depends else {}),
         "steps": run.training.steps,
         "tokens": run.tokens,
@@ -165,4 +198,5 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "final": {key: value for key, value in validated.items() if key.startswith(("train_", "val_"))},
         "checkpoints": progress.checkpoints,
         "loss_spikes": state.watch.spikes.found,
+        **({"remarks": remarks} if remarks else {}),
     }

@@ -87,6 +87,20 @@ class Group:
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def sum_over_rows(self, tensor: Tensor, share: Share) -> Tensor:
+        """The sum of `tensor` over the processes that work on rows of the same micro-batch.
+
+        All processes must call it equally often. `share` is this process's.
+        """
+        if share.parts == 1:
+            return tensor
+        # Processes with other micro-batches take part in the exchange, each group in a place of its own.
+        turn, turns = share.micros.start, share.micros.step
+        sums = tensor.new_zeros(turns, *tensor.shape)
+        sums[turn] = tensor
+        self.sum([sums])
+        return sums[turn]
+
     def largest(self, value: int) -> int:
         """The largest of the processes' values. Waits for the processes, not for a GPU."""
         if self.size == 1:

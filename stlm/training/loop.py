@@ -46,7 +46,8 @@ class Trainer:
         setup.objective.before_step(setup.model, step)
         tokens, mean, parts = self._backward(step)
         parameters = [parameter for parameter in setup.model.parameters() if parameter.grad is not None]
-        setup.group.sum([*(parameter.grad for parameter in parameters), mean, *parts.values()])
+        sums = setup.objective.step_sums(setup.model)
+        setup.group.sum([*(parameter.grad for parameter in parameters), mean, *parts.values(), *sums])
         watch.before_update(step, tokens)
         norm = nn.utils.clip_grad_norm_(parameters, setup.config.clip or math.inf)
         state.add(mean, parts, norm)
@@ -55,6 +56,7 @@ class Trainer:
             # On a GPU this check would wait for the device at every step; there, a row that is due checks.
             check_finite(state, step, self.step)
         setup.optimizer.step()
+        setup.objective.after_step(setup.model, step)
         watch.after_update(step)
         setup.optimizer.zero_grad(set_to_none=True)
         state.progress.step = step
@@ -82,7 +84,7 @@ class Trainer:
         if setup.run.techniques:
             # A parameter that a technique skipped in this step gets a zero gradient, in every process.
             for parameter in setup.model.parameters():
-                if parameter.grad is None:
+                if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         return tokens, mean, means
 
@@ -163,6 +165,8 @@ def _train(run: Run, group: Group, signals: StopSignals) -> None:
             record = summary(state, trainer.curve.validation)
             publish(run, state.output, state.path, state.progress.rows, state.watch.rows, record)
     if group.leads:
+        for remark in record.get("remarks", ()):
+            print(f"{run.name}: {remark}", file=sys.stderr)
         print(
             f"{run.name}: {state.progress.rows[-1]['val_bits_per_byte']:.4f} bits per byte on validation "
             f"text after {state.progress.seconds:,.0f} s of training; {run.folder}",

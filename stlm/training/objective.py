@@ -29,7 +29,8 @@ class Forward:
 
     `layout`: how sequences lie in the rows; None: one in each row. `step`: from 1, of `steps`.
     `loss`: computes the whole next-token loss of (tokens, targets, layout), as `Transformer.loss` does; used
-    if nothing else needs the hidden states. `hidden`: the model's method, possibly compiled.
+    if nothing else needs the hidden states. `hidden`: the model's method, possibly compiled. `sum_over_rows`:
+    sums a tensor over the processes that have other rows of the micro-batch.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Forward:
         steps: int,
         loss: Callable[..., Tensor] | None = None,
         hidden: Callable[..., Tensor] | None = None,
+        sum_over_rows: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.model, self.tokens_BL, self.targets_BL, self.layout = model, tokens_BL, targets_BL, layout
         self.step, self.steps = step, steps
         self._loss, self._hidden = loss, hidden or model.hidden
+        self.sum_over_rows = sum_over_rows
 
     @cached_property
     def hidden_ND(self) -> Tensor:  # noqa: N802, as it is a tensor
@@ -80,6 +83,7 @@ class Objective:
         self._techniques = list(run.techniques.values())
         self._extra = [one for one in self._techniques if type(one).objective is not Technique.objective]
         self._compiled: Callable[..., Tensor] | None = None
+        self._group = Group()
 
     @property
     def plain(self) -> bool:
@@ -87,7 +91,8 @@ class Objective:
         return not self._extra
 
     def prepare(self, device: torch.device, group: Group) -> None:
-        """Let techniques load what they need."""
+        """Let techniques load what they need. `group`: the processes that share the steps."""
+        self._group = group
         for technique in self._techniques:
             technique.prepare(self._run, device, group)
 
@@ -107,6 +112,15 @@ class Objective:
         for technique in self._techniques:
             technique.before_step(model, step, config.steps)
 
+    def step_sums(self, model: Transformer) -> list[Tensor]:
+        """The techniques' sums over a step, of this process."""
+        return [tensor for technique in self._techniques for tensor in technique.step_sums(model)]
+
+    def after_step(self, model: Transformer, step: int) -> None:
+        """Let techniques update what no gradient trains, after step `step`, from 1."""
+        for technique in self._techniques:
+            technique.after_step(model, step, self._run.training.steps)
+
     def forward(
         self,
         model: Transformer,
@@ -118,8 +132,17 @@ class Objective:
         """The micro-batch of tokens [B, L + 1]. `eager`: not compiled, as graphs hold no hooks."""
         compiled = None if eager else self._compiled
         loss, hidden = (compiled or model.loss, None) if self.plain else (None, compiled)
-        steps = self._run.training.steps
-        return Forward(model, tokens_BM[:, :-1], tokens_BM[:, 1:], layout, step, steps, loss, hidden)
+        inputs_BL, targets_BL, steps = tokens_BM[:, :-1], tokens_BM[:, 1:], self._run.training.steps
+        return Forward(
+            model, inputs_BL, targets_BL, layout, step, steps, loss, hidden, self._sum_over_rows(tokens_BM)
+        )
+
+    def _sum_over_rows(self, tokens_BM: Tensor) -> Callable[[Tensor], Tensor]:
+        share = self._group.share(self._run.training)
+        if len(tokens_BM) == self._run.training.batch_size:
+            # All rows are here. So they are where one process repeats a step, and no other takes part.
+            return lambda tensor: tensor
+        return lambda tensor: self._group.sum_over_rows(tensor, share)
 
     def __call__(self, forward: Forward) -> Parts:
         parts: Parts = {}

@@ -12,7 +12,7 @@ from stlm.outputs import TRAINING, names
 from stlm.study.runs import Run
 from stlm.tokens.tokenizer import check_tokenizer
 from stlm.training.checkpoints import check_checkpoints
-from stlm.training.records import curve_columns, write_rows
+from stlm.training.records import CURVE_COLUMNS, columns_of, write_rows
 from stlm.training.watch import WATCH_COLUMNS
 
 
@@ -41,8 +41,8 @@ def publish(
     check_checkpoints(output / "checkpoints", summary["checkpoints"])
     with atomic_directory(folder / "checkpoints") as temporary:
         shutil.copytree(output / "checkpoints", temporary, copy_function=_link, dirs_exist_ok=True)
-    write_rows(folder / "curve.csv", curve_columns(curve), curve)
-    write_rows(folder / "watch.csv", WATCH_COLUMNS, watch)
+    write_rows(folder / "curve.csv", columns_of(curve, CURVE_COLUMNS), curve)
+    write_rows(folder / "watch.csv", columns_of(watch, WATCH_COLUMNS), watch)
     write_record(folder / "train.json", summary, lists=["curve.csv", "watch.csv"])
     state.unlink()
     shutil.rmtree(run.state_folder, ignore_errors=True)

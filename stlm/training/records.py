@@ -55,9 +55,9 @@ def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
         writer.writerows(rows)
 
 
-def curve_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The columns of curve.csv: those of every run, then any others of its rows."""
-    return list(dict.fromkeys([*CURVE_COLUMNS, *(name for row in rows for name in row)]))
+def columns_of(rows: Iterable[dict[str, Any]], first: Iterable[str]) -> list[str]:
+    """The columns of a CSV file: those that all runs have, `first`, then any others of its rows."""
+    return list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
 
 
 class Records:

@@ -8,7 +8,7 @@ without dropout, so it draws no random numbers, and without torch.compile, whose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -233,6 +233,16 @@ class Watch:
         return next(
             (entry for entry in self._steps if not (entry[1].isfinite() and entry[2].isfinite())), None
         )
+
+    def add(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> None:
+        """Add metrics by layer that were measured elsewhere to the rows of `step`, the latest; call `drain`
+        first."""
+        latest = {row["layer"]: row for row in self.rows[-len(self._layers) :] if row["step"] == step}
+        for layer, figures in layers.items():
+            if layer not in latest:
+                latest[layer] = {"step": step, "layer": layer}
+                self.rows.append(latest[layer])
+            latest[layer].update({name: float(f"{value:.5g}") for name, value in figures.items()})
 
     def drain(self) -> None:
         """Copy the values that are still on the device into the rows and the spikes."""

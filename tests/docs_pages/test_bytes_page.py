@@ -46,7 +46,7 @@ def write_results(project, seeds=(0, 1), slow: str = "") -> None:
     runs = [run for run in load_study("bytes").runs.values() if run.seed in seeds]
     for run in runs:
         bits = 2.0 + 0.1 * run.seed + 0.01 * len(run.variant) + 0.02 * (run.name == "bytes-s1")
-        record = run.model_dump(mode="json") | {"run": run.name, "parameters": run.parameters._asdict()}
+        record = run.model_dump(mode="json") | {"run": run.name, "parameters": run.parameters.record()}
         record |= {"steps": run.training.steps, "tokens": run.tokens, "flops": run.flops, "checkpoints": []}
         record |= {
             "seconds": 100 if run.variant == "baseline" else 160 + 20 * run.seed,

@@ -21,6 +21,7 @@ from stlm.model.build import build_model
 from stlm.model.config import CHUNK_BYTES, ModelConfig
 from stlm.model.counts import (
     GROUPS,
+    active_parameters,
     build_on_meta,
     parameter_counts,
     parameter_groups,
@@ -95,12 +96,12 @@ def test_counts_are_those_of_all_committed_records():
     with_techniques = [path for path, record in runs.items() if record.get("techniques")]
     for study, name in with_techniques:  # their FLOPs may be those of other runs, too
         run, record = load_study(study, root=ROOT).runs[name], runs.pop((study, name))
-        assert run.parameters._asdict() == record["parameters"], name
+        assert run.parameters.record() == record["parameters"], name
         assert run.flops == record["flops"], name
     assert with_techniques
     for path, record in runs.items():
         config = ModelConfig.model_validate(record["model"])
-        assert parameter_counts(config)._asdict() == record["parameters"], path
+        assert parameter_counts(config).record() == record["parameters"], path
         if config.bytes is None:
             assert record["tokens"] * training_flops_per_token(config) == record["flops"], path
         else:
@@ -300,3 +301,25 @@ def test_the_groups_are_all_there():
     """Together the options have a model in which each of the known groups has parameters."""
     found = {name for options in OPTIONS for name in parameter_groups(build_on_meta(tiny(**options)))}
     assert found == set(GROUPS)
+
+
+class Sometimes(nn.Module):
+    """Half of a layer is used by a token, of which a quarter by another use, and all of the bias."""
+
+    active_shares = {"layer": 0.5, "inner": 0.25}  # noqa: RUF012
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(4, 5, bias=False), inner
+        self.bias = nn.Parameter(torch.zeros(3))
+
+
+def test_active_parameters_are_the_shares_that_modules_state():
+    plain = nn.Linear(6, 2, bias=False)
+    assert active_parameters(plain) == 12
+    one = Sometimes(plain)
+    assert active_parameters(one) == 20 / 2 + 12 / 4 + 3
+    assert active_parameters(Sometimes(one)) == 20 / 2 + (20 / 2 + 12 / 4 + 3) / 4 + 3
+    # Several uses of a weight add up, to all of it at most.
+    assert active_parameters(nn.ModuleList([one, Sometimes(plain)])) == 20 + 12 / 2 + 6
+    assert active_parameters(nn.ModuleList([Sometimes(plain) for _ in range(6)])) == 6 * (10 + 3) + 12

@@ -118,7 +118,7 @@ def write_run(
     ]
     train = {
         "study": run.study, "run": run.name, "variant": run.variant, "label": run.label, "seed": run.seed,
-        "parameters": parameters._asdict(), "steps": steps[-1], "tokens": run.tokens, "seconds": 60.5,
+        "parameters": parameters.record(), "steps": steps[-1], "tokens": run.tokens, "seconds": 60.5,
         "tokens_per_second": 9000.0, "flops": run.flops, "device": "cpu", "precision": "float32",
         "compiled": False, "threads": 2, "model": run.model.model_dump(mode="json"),
         "training": run.training.model_dump(mode="json"), "corpus": run.corpus, "tokenizer": run.tokenizer,

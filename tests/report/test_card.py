@@ -145,3 +145,15 @@ def test_a_mix_has_the_languages_of_its_components(make_study) -> None:
     text = cards(study)["baseline"]
     assert "Languages: a: Thai (th); b: English (en)." in text
     assert ModelCard(text).data.language == ["th", "en"]
+
+
+def test_a_card_tells_the_parameters_of_a_token_and_remarks(make_study) -> None:
+    study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
+    path = study.runs["baseline"].folder / "train.json"
+    record = json.loads(path.read_text())
+    assert "a token uses" not in cards(study)["baseline"]
+    parameters = record["parameters"] | {"active": 4321}
+    path.write_text(json.dumps(record | {"parameters": parameters, "remarks": ["block 2: expert 1 is dead"]}))
+    text = cards(study)["baseline"]
+    assert "of them in embeddings; a token uses 4,321), trained on" in text
+    assert "At the end of training: block 2: expert 1 is dead." in text

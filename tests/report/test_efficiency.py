@@ -80,6 +80,14 @@ def test_the_table_says_what_was_reached(study):
     assert records["slow"]["tokens_ratio"] is None
 
 
+def test_the_parameters_of_a_token_are_shown_where_they_are_fewer(study):
+    counts = {"total": 9_400_000, "embedding": 1, "non_embedding": 9_399_999}
+    set_train(study, "fast", parameters={**counts, "active": 3_100_000})
+    set_train(study, "slow", parameters=counts)
+    sizes = {row[0].text: row[1].text for row in efficiency_table(study, compared(study)).rows}
+    assert sizes["Fast"] == "9.4M\n3.1M for a token" and sizes["Slow"] == "9.4M"
+
+
 @pytest.mark.parametrize("keys", [{"device": "NVIDIA"}, {"threads": 1}, {"processes": 2}, {"kernels": True}])
 def test_times_of_another_machine_are_not_compared(study, keys):
     set_train(study, "fast", **keys)

@@ -194,6 +194,6 @@ def test_attention_within_documents_is_another_training_on_the_same_rows(make):
     one, other = Trainer(across), Trainer(within)
     rows = [trainer.setup.micro_batches.rows.batch(3) for trainer in (one, other)]
     np.testing.assert_array_equal(*rows)
-    assert len({tuple(validate(t.setup, t.curve.validation).values()) for t in (one, other)}) == 1
+    assert len({tuple(validate(t.setup, t.curve.validation).row.values()) for t in (one, other)}) == 1
     one.step(), other.step()
     assert not torch.equal(one.setup.model.norm.weight, other.setup.model.norm.weight)

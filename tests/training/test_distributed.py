@@ -193,6 +193,24 @@ def test_an_error_in_one_process_ends_all_and_is_told_once(rank, action, message
         assert sorted(re.findall(r"exitcode +: (-?\d+)", said)) == ["-9", "2"], said
 
 
+def test_rows_of_one_micro_batch_are_summed_and_not_those_of_another(make_run, monkeypatch):
+    """Four processes and two micro-batches: two share the rows of each."""
+    training = make_run(accumulation=2, batch_size=4).training
+    groups = [Group(rank, 4) for rank in range(4)]
+    shares = [group.share(training) for group in groups]
+    assert [share.micros.start for share in shares] == [0, 0, 1, 1]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(Group, "sum", lambda _, tensors: sent.append(tensors[0].clone()))
+    own = [torch.tensor([10.0**rank, 1.0]) for rank in range(4)]
+    for group, share, tensor in zip(groups, shares, own, strict=True):
+        group.sum_over_rows(tensor, share)
+    monkeypatch.setattr(Group, "sum", lambda _, tensors: tensors[0].copy_(sum(sent)))
+    found = [g.sum_over_rows(t, s).tolist() for g, s, t in zip(groups, shares, own, strict=True)]
+    assert found == [[11, 2], [11, 2], [1100, 2], [1100, 2]]
+    alone = Group().share(training)
+    assert Group().sum_over_rows(own[0], alone) is own[0]
+
+
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(make_run):
     process = torchrun(make_run(model={"vocab_size": 300}), 2)

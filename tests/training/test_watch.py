@@ -211,6 +211,17 @@ def test_the_first_step_that_is_not_finite_is_known_when_a_row_is_due():
     assert (step, loss.item(), norm.item()) == (8, 1.0, math.inf)
 
 
+def test_figures_that_were_measured_elsewhere_join_the_rows_of_their_step():
+    watch = Watch(small_model(), 1, None, {})
+    watch.rows += [{"step": 3, "layer": "block 1", "rms": 1.0}, {"step": 4, "layer": "block 1", "rms": 2.0}]
+    watch.add(4, {"block 1": {"load_1": 1 / 3}, "block 2": {"load_1": 0.5}})
+    assert watch.rows == [
+        {"step": 3, "layer": "block 1", "rms": 1.0},
+        {"step": 4, "layer": "block 1", "rms": 2.0, "load_1": 0.33333},
+        {"step": 4, "layer": "block 2", "load_1": 0.5},
+    ]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_blocks_that_a_technique_wraps_are_watched_as_the_others(make_run, optimizer):
     keys = {"model": {"layers": 2}, "watch_every": 4, "optimizer": optimizer}
