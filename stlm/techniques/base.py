@@ -26,6 +26,7 @@ CAPABILITIES = {
     "attention_within": "attention within documents (data.attention: within)",
     "bytes": "byte-level models (model.bytes)",
     "cache": "generation with a cache of keys and values",
+    "drafts": "speculative decoding (stlm generate --draft)",
     "compile": "torch.compile (training.compile)",
     "export": "export to the format of transformers",
     "packing": "scoring several sequences in a row",

@@ -16,7 +16,8 @@ import torch
 from tiny_model import save_run
 
 from stlm.cli import main
-from stlm.generation.generate import continuation, load_generator
+from stlm.generation.find import load_generator
+from stlm.generation.generate import continuation
 from stlm.generation.sampling import Sampling
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import END
