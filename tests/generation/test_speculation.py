@@ -287,7 +287,7 @@ def test_greedy_text_that_keeps_near_tokens_is_another() -> None:
     # What is not the model's own surprises it by two nats at most.
     assert surprises and max(surprises) <= 2
     # At 0 nats only certainty is near enough, at a great many everything is.
-    assert written(chain(), Drafting(4, rollback=0.0), GREEDY, 50)[0] == greedy_text(speculator, 50)
+    assert written(chain(), Drafting(4, rollback=0.0), GREEDY, 50)[0] == greedy_text(chain(), 50)
     assert written(chain(), Drafting(4, rollback=1e9), GREEDY, 50)[1].acceptance == 1
 
 
