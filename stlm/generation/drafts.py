@@ -110,7 +110,8 @@ def drafts(
     weights, where = find_weights(run), choose_device(device)
     if weights is None:
         raise UserError(f"{run}: a published model; expected a run, whose table is found by its weights")
-    names = list(names) or readout_names(run)
+    readouts = readout_names(run)
+    names = list(names) or readouts
     if not names:
         raise UserError(f"{run} has no readouts to draft with; name other models as drafts")
     ways = {"alone": Way(find_generator(run, where))}
@@ -123,7 +124,7 @@ def drafts(
     rows = []
     for way, (seconds, statistics) in measure(ways, [prompt], tokens, sampling, rounds).items():
         name, length = keys.get(way, (None, None))
-        other = name is not None and name not in readout_names(run)
+        other = name is not None and name not in readouts
         rows.append(
             Row(
                 draft=name,
