@@ -74,6 +74,16 @@ def test_samples_with_a_draft_have_seeds_and_streams_of_their_own(said) -> None:
     assert "its first 47 tokens are not read" in told
 
 
+def test_a_run_and_its_export_draft_for_each_other(said, tmp_path: Path) -> None:
+    folder = str(tmp_path / "exported")
+    assert said("export", "toy/exits", folder)[2] == 0
+    text = said(*GREEDY)[0]
+    for name, draft in (("toy/exits", folder), (folder, "toy/exits"), (folder, "toy/small")):
+        found, told, status = said(GREEDY[0], name, *GREEDY[2:], "--draft", draft)
+        assert (found, status) == (text, 0)
+        assert ("100.0% of" in told) == (draft != "toy/small")
+
+
 def test_a_text_that_is_not_the_models_is_said_to_be_none(said) -> None:
     told = said(*GREEDY, "--draft", "toy/small", "--rollback", "50", "--fallback", "0.1")[1]
     assert told.startswith("--rollback 50: the text is not toy/exits's own: tokens of toy/small stay where")
