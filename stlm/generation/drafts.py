@@ -55,14 +55,15 @@ class Way:
     generator: TextGenerator | Speculator
     drafting: Drafting | None = None
 
-    def symbols(self, prompt: str, sampling: Sampling, seed: int, statistics: Statistics) -> Iterator[int]:
-        """The tokens of one text, up to its end."""
+    def symbols(
+        self, prompt: str, most: int, sampling: Sampling, seed: int, statistics: Statistics
+    ) -> Iterator[int]:
+        """The tokens of one text, up to its end; `most` of them are wanted, more may come."""
         logits_V, numbers = self.generator.start(prompt), torch.Generator().manual_seed(seed)
         if self.drafting is None:
             return one_by_one(self.generator, logits_V, sampling, numbers)
-        # It is cut by whoever reads it.
         speculation = Speculation(self.generator, self.drafting, sampling, numbers, statistics)
-        return speculation.symbols(logits_V, 1 << 60)
+        return speculation.symbols(logits_V, most)
 
     def write(self, prompts: Sequence[str], tokens: int, sampling: Sampling) -> Statistics:
         """Draw so many tokens after each prompt, or after several, one text after the other, where texts end.
@@ -73,9 +74,8 @@ class Way:
         for prompt in prompts:
             left = tokens
             while left:
-                left -= sum(
-                    1 for _ in itertools.islice(self.symbols(prompt, sampling, next(seeds), statistics), left)
-                )
+                symbols = self.symbols(prompt, left, sampling, next(seeds), statistics)
+                left -= sum(1 for _ in itertools.islice(symbols, left))
         return statistics
 
 
