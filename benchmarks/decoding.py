@@ -5,9 +5,9 @@
 
 Without --run it trains a model with early exits and a smaller one for `--steps` steps on generated stories,
 with one tokenizer. Drafts are all exits of the model and the smaller model, or those named, each at several
-lengths. All ways continue the same beginnings of stories, one text at a time, in float32, in turns; of several
-rounds the fastest counts. Greedy text is the same in all ways, which is checked; sampled text has the same
-distribution. Memory is what weights and caches take, of the draft, too.
+lengths. All ways continue the same beginnings of stories, one text at a time, in float32, in turns; of
+several rounds the fastest counts. Greedy text is the same in all ways, which is checked; sampled text has the
+same distribution. Memory is what weights and caches take, of the draft, too.
 
 Writes results/benchmarks/decoding.json, but not with --quick, which only tries everything out.
 """

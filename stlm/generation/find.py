@@ -97,8 +97,14 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
     """
     model = find_generator(name, device)
     _check_drafts(model, name)
+    readouts = _readouts(model)
+    if draft in readouts:
+        return ExitSpeculator(model.transformer, model.tokenizer, readouts[draft])
     if "/" not in draft and not is_folder(Path(draft)):
-        return _with_readout(model, name, draft)
+        has = (
+            f"of {name}{nearest(draft, readouts)}" if readouts else f"of {name}, which has none to draft with"
+        )
+        raise UserError(f"--draft {draft}: neither a readout {has}, nor the STUDY/RUN or folder of a model")
     sibling = find_generator(draft, device)
     _check_drafts(sibling, draft)
     try:
@@ -109,8 +115,7 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
 
 def readout_names(name: str) -> list[str]:
     """The readouts of a model with which it can draft; none of a published model."""
-    model = find_generator(name, torch.device("cpu"))
-    return list(_readouts(model)) if isinstance(model, TokenGenerator) else []
+    return list(_readouts(find_generator(name, torch.device("cpu"))))
 
 
 def _check_drafts(generator: TextGenerator, name: str) -> None:
@@ -126,8 +131,10 @@ def _check_drafts(generator: TextGenerator, name: str) -> None:
         raise UserError(f"--draft: {name}: {reason}: drafts that are rejected could not be taken out of it")
 
 
-def _readouts(model: TokenGenerator) -> dict[str, Transformer]:
-    """The readouts that are a model's first blocks, with its norm and its head."""
+def _readouts(model: TextGenerator) -> dict[str, Transformer]:
+    """The readouts that are a model's first blocks, with its norm and its head; none of other models."""
+    if not isinstance(model, TokenGenerator):
+        return {}
     whole = model.transformer
     return {
         name: readout
@@ -137,13 +144,3 @@ def _readouts(model: TokenGenerator) -> dict[str, Transformer]:
         and readout.norm is whole.norm
         and readout.output is whole.output
     }
-
-
-def _with_readout(model: TextGenerator, name: str, draft: str) -> ExitSpeculator:
-    readouts = _readouts(model) if isinstance(model, TokenGenerator) else {}
-    if draft not in readouts:
-        has = (
-            f"of {name}{nearest(draft, readouts)}" if readouts else f"of {name}, which has none to draft with"
-        )
-        raise UserError(f"--draft {draft}: neither a readout {has}, nor the STUDY/RUN or folder of a model")
-    return ExitSpeculator(model.transformer, model.tokenizer, readouts[draft])

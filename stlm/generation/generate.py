@@ -37,10 +37,10 @@ class Draft:
     rollback: float | None = None
 
     def __post_init__(self) -> None:
-        given = [flag for flag in ("length", "fallback", "rollback") if getattr(self, flag) is not None]
-        flag = given and (f"--draft-{given[0]}" if given[0] == "length" else f"--{given[0]}")
+        flags = {"--draft-length": self.length, "--fallback": self.fallback, "--rollback": self.rollback}
+        given = [flag for flag, value in flags.items() if value is not None]
         if given and self.name is None:
-            raise UserError(f"{flag}: expected together with --draft")
+            raise UserError(f"{given[0]}: expected together with --draft")
         if self.name == AUTO and self.length is not None:
             raise UserError(f"--draft-length: --draft {AUTO} chooses the length, too; name a draft")
 

@@ -92,7 +92,9 @@ class HfGenerator:
         """See `TokenReader`."""
         del self._tokens[len(self._tokens) - count :]
         kept = max(0, min(self._read, len(self._tokens) - self._begin))
-        if self._past is not None:
+        if not kept:
+            self._past = None
+        elif self._past is not None:
             self._past.crop(kept - self._read)
         self._read = kept
 

@@ -63,7 +63,7 @@ class Drafting:
     least this probability; the text's distribution stays the model's. `rollback`: a drafted token is accepted
     if the model's surprise, -ln p(token), is at most this, in nats; the text is then not the model's. None:
     accepted with probability min(1, p/q). Both thresholds see the models' own probabilities, before
-    temperature, top-k, top-p and min-p, as Kim et al. do.
+    temperature, top-k, top-p and min-p: Kim et al. write greedily, where all but one would be 0.
     """
 
     length: int = LENGTH
@@ -164,8 +164,8 @@ class Speculation:
             self.statistics.drafted += len(drafted)
             self.statistics.accepted += count
             self.statistics.passes += 1
-            if count < len(drafted):
-                speculator.reject(len(logits_LV) - 1 - count)
+            if rejected := max(0, len(logits_LV) - 1 - count):
+                speculator.reject(rejected)
             group = drafted[:count] if following is None else [*drafted[:count], following]
             self.statistics.tokens += len(group)
             yield from group
