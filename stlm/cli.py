@@ -143,6 +143,8 @@ def compare(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained or published model, printing the text as it is sampled."""
     prompt = options.prompt
+    if (prompt is None) == (options.prompts is None):
+        raise UserError("generate: expected either a PROMPT or --prompts FILE")
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode()
@@ -150,7 +152,7 @@ def generate(options: argparse.Namespace) -> None:
             raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
     with suppress(UnicodeError):  # of what is not UTF-8 the model's tokenizer tells the place
         # Bytes that the locale has no characters for may be UTF-8 all the same.
-        prompt = prompt.encode(errors="surrogateescape").decode()
+        prompt = prompt and prompt.encode(errors="surrogateescape").decode()
     from stlm.generation.generate import Draft
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
@@ -158,17 +160,14 @@ def generate(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     # Texts of any alphabet, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
-    generate_text(
-        options.run,
-        prompt,
-        sampling,
-        options.tokens,
-        options.seed,
-        options.samples,
-        not options.no_cache,
-        options.device,
-        Draft(options.draft, options.draft_length, options.fallback, options.rollback),
-    )
+    draft = Draft(options.draft, options.draft_length, options.fallback, options.rollback)
+    how = options.tokens, options.seed, options.samples, not options.no_cache, options.device, draft
+    if options.prompts is not None:
+        from stlm.generation.prompts import generate_all
+
+        generate_all(options.run, Path(options.prompts), sampling, *how, options.batch)
+        return
+    generate_text(options.run, prompt, sampling, *how)
 
 
 def drafts(options: argparse.Namespace) -> None:
@@ -350,7 +349,12 @@ def parser() -> argparse.ArgumentParser:
     generator = verb(
         generate,
         ("run", f"{of_checkpoint}; or a published model's STUDY/NAME or folder"),
-        ("prompt", "the beginning of a document, may be empty; - reads it from stdin"),
+    )
+    generator.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="the beginning of a document, may be empty; - reads it from stdin",
     )
     add_generate_options(generator)
     drafter = verb(drafts, ("run", of_checkpoint))

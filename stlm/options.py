@@ -95,6 +95,14 @@ def add_generate_options(verb: argparse.ArgumentParser) -> None:
         "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
     )
     _add_sampling_options(verb)
+    option(
+        "--prompts",
+        str,
+        None,
+        "continue many prompts, and print JSON lines: a file with a prompt a line; .jsonl: a JSON text each",
+        "FILE",
+    )
+    option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
     option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
     option(

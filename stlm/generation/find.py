@@ -101,10 +101,10 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
     if draft in readouts:
         return ExitSpeculator(model.transformer, model.tokenizer, readouts[draft])
     if "/" not in draft and not is_folder(Path(draft)):
-        has = (
-            f"of {name}{nearest(draft, readouts)}" if readouts else f"of {name}, which has none to draft with"
+        has = nearest(draft, readouts) if readouts else ", which has none to draft with"
+        raise UserError(
+            f"--draft {draft}: neither a readout of {name}{has}, nor the STUDY/RUN or folder of a model"
         )
-        raise UserError(f"--draft {draft}: neither a readout {has}, nor the STUDY/RUN or folder of a model")
     sibling = find_generator(draft, device)
     _check_drafts(sibling, draft)
     try:

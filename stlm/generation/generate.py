@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -99,6 +100,48 @@ def _measured(run: str, draft: Draft) -> tuple[Draft, Drafting]:
     return replace(draft, name=best.draft), replace(draft.drafting(), length=best.length or LENGTH)
 
 
+class Opened(NamedTuple):
+    """A model that was found, and how it drafts: None and no name if it does not."""
+
+    generator: TextGenerator | Speculator
+    drafting: Drafting | None
+    draft: str | None
+
+    def report(self, statistics: Statistics) -> None:
+        """Say on stderr what became of the drafts, if there were any."""
+        if self.drafting is not None:
+            tell(f"draft {self.draft}, {self.drafting.length} tokens: {statistics}")
+
+
+def open_model(run: str, cached: bool, device: str | None, draft: Draft) -> Opened:
+    """Find the model `run` and its draft; stderr says which `AUTO` is, and if texts are not the model's own.
+
+    Raises UserError as `find_generator` and `find_speculator` do.
+    """
+    if draft.name is not None and not cached:
+        raise UserError("--no-cache: expected without --draft, which needs the cache")
+    drafting = draft.drafting()
+    if draft.name == AUTO:
+        draft, drafting = _measured(run, draft)
+    if draft.name is None:
+        return Opened(find_generator(run, choose_device(device), cached), None, None)
+    speculator = find_speculator(run, draft.name, choose_device(device))
+    if not drafting.exact:
+        tell(
+            f"--rollback {drafting.rollback:g}: the text is not {run}'s own: tokens of {draft.name} stay "
+            f"where they surprise {run} by at most {drafting.rollback:g} nats"
+        )
+    return Opened(speculator, drafting, draft.name)
+
+
+def check_seeds(seed: int, samples: int) -> None:
+    """Raise UserError if a sample's seed would be too large."""
+    if samples > _SEEDS:
+        raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")
+    if seed + samples > _SEEDS:
+        raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
+
+
 def generate(
     run: str,
     prompt: str,
@@ -116,28 +159,15 @@ def generate(
     what became of the drafts. Raises UserError for a seed that is too large, for a missing checkpoint or
     device, and for a draft that does not fit; Interrupted at ctrl-C.
     """
-    if samples > _SEEDS:
-        raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")
-    if seed + samples > _SEEDS:
-        raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
-    if draft.name is not None and not cached:
-        raise UserError("--no-cache: expected without --draft, which needs the cache")
-    drafting, statistics = draft.drafting(), Statistics()
+    check_seeds(seed, samples)
+    statistics = Statistics()
     try:
-        if draft.name == AUTO:
-            draft, drafting = _measured(run, draft)
-        if draft.name is None:
-            drafting = None
-            generator = find_generator(run, choose_device(device), cached)
-        else:
-            generator = find_speculator(run, draft.name, choose_device(device))
-            if not drafting.exact:
-                tell(
-                    f"--rollback {drafting.rollback:g}: the text is not {run}'s own: tokens of {draft.name} "
-                    f"stay where it gives them a surprise of at most {drafting.rollback:g} nats"
-                )
+        opened = open_model(run, cached, device, draft)
+        generator = opened.generator
         for number in range(samples):
-            pieces = continuation(generator, prompt, length, sampling, seed + number, drafting, statistics)
+            pieces = continuation(
+                generator, prompt, length, sampling, seed + number, opened.drafting, statistics
+            )
             if number:
                 print(_RULE)
             elif generator.dropped:
@@ -150,7 +180,6 @@ def generate(
             for piece in pieces:
                 print(piece, end="", flush=True)
             print(flush=True)
-        if drafting is not None:
-            tell(f"draft {draft.name}, {drafting.length} tokens: {statistics}")
+        opened.report(statistics)
     except KeyboardInterrupt:
         raise Interrupted("\ninterrupted", signal.SIGINT) from None

@@ -92,11 +92,15 @@ class Sampling:
         return self.logits(logits_V.double()).softmax(dim=-1)
 
 
-def draw(weights_V: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Symbols [...] for their weights [..., V], which need not sum to 1; see `Sampling.choose`."""
+def draw(weights_V: Tensor, numbers: torch.Generator | Tensor | None = None) -> Tensor:
+    """Symbols [...] for their weights [..., V], which need not sum to 1; see `Sampling.choose`.
+
+    `numbers`: uniform numbers [..., 1], or the generator that draws them.
+    """
     cumulative_V = weights_V.cumsum(dim=-1)
     total_1 = cumulative_V[..., -1:]
-    even_1 = uniform(total_1.shape, generator).to(total_1)
+    even_1 = numbers if isinstance(numbers, Tensor) else uniform(total_1.shape, numbers)
+    even_1 = even_1.to(total_1)
     # The first symbol above the number: never a symbol of probability 0.
     return torch.searchsorted(cumulative_V, even_1 * total_1, right=True).squeeze(-1)
 

@@ -37,7 +37,7 @@ class Distillation(Technique):
     """
 
     supports = frozenset(
-        {"attention_within", "cache", "drafts", "export", "packing", "sharing", "start_from"}
+        {"attention_within", "batches", "cache", "drafts", "export", "packing", "sharing", "start_from"}
     )
     replaces_next_token: ClassVar[bool] = True
 

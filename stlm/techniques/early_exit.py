@@ -33,7 +33,7 @@ class EarlyExit(Technique):
     `exit-2` and so on (LayerSkip, Elhoushi et al. 2024)."""
 
     supports = frozenset(
-        {"attention_within", "cache", "drafts", "export", "packing", "sharing", "start_from"}
+        {"attention_within", "batches", "cache", "drafts", "export", "packing", "sharing", "start_from"}
     )
     replaces_next_token = True
 
