@@ -44,8 +44,9 @@ class RowPass(Layout):
         self.positions = begin_R[:, None] + torch.arange(tokens, device=begin_R.device)
         self.rows_R1 = rows_R[:, None]
         self.begin_R11 = begin_R[:, None, None]
-        # All of them at once: then keys need not be copied.
-        self.all_rows = len(rows_R) == cache.kv.shape[2]
+        # All of them at once, in order: then keys need not be copied.
+        B = cache.kv.shape[2]
+        self.all_rows = len(rows_R) == B and bool((rows_R == torch.arange(B, device=rows_R.device)).all())
         self.from_start = not bool(begin_R.any())
         end = int(begin_R.max()) + tokens
         self.sees_R1LC = (torch.arange(end, device=begin_R.device) <= self.positions[..., None])[:, None]

@@ -40,6 +40,7 @@ def test_rows_of_different_lengths_are_the_rows_alone(options: dict) -> None:
             ((0, 1, 2), (1, 1, 1)),
             ((2,), (1,)),
             ((2, 0), (1, 1)),
+            ((2, 0, 1), (1, 1, 1)),
             ((0, 1, 2), (4, 5, 3)),
         ):
             L = max(counts)
