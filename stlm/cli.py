@@ -143,8 +143,8 @@ def compare(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained or published model, printing the text as it is sampled."""
     prompt = options.prompt
-    if (prompt is None) == (options.prompts is None):
-        raise UserError("generate: expected either a PROMPT or --prompts FILE")
+    if prompt is not None and options.prompts is not None:
+        raise UserError("--prompts: expected without a PROMPT")
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode()
@@ -350,13 +350,10 @@ def parser() -> argparse.ArgumentParser:
         generate,
         ("run", f"{of_checkpoint}; or a published model's STUDY/NAME or folder"),
     )
-    generator.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="?",
-        help="the beginning of a document, may be empty; - reads it from stdin",
+    prompt = generator.add_argument(
+        "prompt", metavar="PROMPT", help="the beginning of a document, may be empty; - reads it from stdin"
     )
-    add_generate_options(generator)
+    add_generate_options(generator, prompt)
     drafter = verb(drafts, ("run", of_checkpoint))
     drafter.add_argument(
         "drafts", metavar="DRAFT", nargs="*", help="as for `stlm generate --draft`; default: all readouts"

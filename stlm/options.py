@@ -84,8 +84,22 @@ def _add_sampling_options(verb: argparse.ArgumentParser) -> None:
     option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
 
 
-def add_generate_options(verb: argparse.ArgumentParser) -> None:
-    """The options of `stlm generate`."""
+def _replaces(argument: argparse.Action) -> type[argparse.Action]:
+    """The action of an option with which `argument` is not expected.
+
+    An argument that were optional from the start could not follow an option.
+    """
+
+    class Replaces(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            setattr(namespace, self.dest, values)
+            argument.nargs, argument.required = "?", False
+
+    return Replaces
+
+
+def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action) -> None:
+    """The options of `stlm generate`, whose argument `prompt` --prompts replaces."""
 
     def option(name: str, kind, default, text: str, metavar: str) -> None:
         verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
@@ -95,12 +109,11 @@ def add_generate_options(verb: argparse.ArgumentParser) -> None:
         "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
     )
     _add_sampling_options(verb)
-    option(
+    verb.add_argument(
         "--prompts",
-        str,
-        None,
-        "continue many prompts, and print JSON lines: a file with a prompt a line; .jsonl: a JSON text each",
-        "FILE",
+        action=_replaces(prompt),
+        metavar="FILE",
+        help="in place of PROMPT, a file with a prompt a line (.jsonl: a JSON text a line); prints JSON lines",
     )
     option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")

@@ -146,8 +146,9 @@ def test_each_line_is_what_the_prompt_alone_gives(said, run: str, more: tuple[st
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (b"a", ("a prompt", "--prompts", "some.txt"), "expected either a PROMPT or --prompts FILE"),
-        (b"a", (), "expected either a PROMPT or --prompts FILE"),
+        (b"a", ("a prompt", "--prompts", "some.txt"), "--prompts: expected without a PROMPT"),
+        (b"a", ("--prompts", "some.txt", "a prompt"), "--prompts: expected without a PROMPT"),
+        (b"a", (), "required: PROMPT"),
         (b"a", ("--prompts", "none.txt"), "none.txt: cannot be read: "),
         (b" \n\n", ("--prompts", "some.txt"), "some.txt has no prompts; expected one a line"),
         (b"a\xff", ("--prompts", "some.txt"), "some.txt is not UTF-8"),
