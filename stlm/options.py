@@ -113,7 +113,7 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         "--prompts",
         action=_replaces(prompt),
         metavar="FILE",
-        help="in place of PROMPT, a file with a prompt a line (.jsonl: a JSON text a line); prints JSON lines",
+        help="in place of PROMPT, a file with a prompt a line (.jsonl: a JSON text); prints JSON lines",
     )
     option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
