@@ -17,7 +17,7 @@ import stlm
 from stlm.cpu_runtime import tune_process
 from stlm.errors import Interrupted, UserError
 from stlm.files import of_the_machine
-from stlm.options import add_generate_options, add_new_options, whole_number
+from stlm.options import add_drafts_options, add_generate_options, add_new_options, whole_number
 from stlm.terminal import flush_output, tell, tune_streams
 
 RAW = Path("data/raw")
@@ -143,6 +143,8 @@ def compare(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained or published model, printing the text as it is sampled."""
     prompt = options.prompt
+    if prompt is not None and options.prompts is not None:
+        raise UserError("--prompts: expected without a PROMPT")
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode()
@@ -150,22 +152,41 @@ def generate(options: argparse.Namespace) -> None:
             raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
     with suppress(UnicodeError):  # of what is not UTF-8 the model's tokenizer tells the place
         # Bytes that the locale has no characters for may be UTF-8 all the same.
-        prompt = prompt.encode(errors="surrogateescape").decode()
+        prompt = prompt and prompt.encode(errors="surrogateescape").decode()
+    from stlm.generation.generate import Draft
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     # Texts of any alphabet, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
-    generate_text(
-        options.run,
-        prompt,
-        sampling,
-        options.tokens,
-        options.seed,
-        options.samples,
-        not options.no_cache,
-        options.device,
+    draft = Draft(options.draft, options.draft_length, options.fallback, options.rollback)
+    how = options.tokens, options.seed, options.samples, not options.no_cache, options.device, draft
+    if options.prompts is not None:
+        from stlm.generation.prompts import generate_all
+
+        generate_all(options.run, Path(options.prompts), sampling, *how, options.batch)
+        return
+    generate_text(options.run, prompt, sampling, *how)
+
+
+def drafts(options: argparse.Namespace) -> None:
+    """Measure which drafts make a model write faster; `stlm generate --draft auto` takes the fastest."""
+    from stlm.generation.drafts import drafts as measure_drafts
+    from stlm.generation.sampling import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    print(
+        measure_drafts(
+            options.run,
+            options.drafts,
+            options.lengths,
+            options.prompt,
+            options.tokens,
+            options.rounds,
+            sampling,
+            options.device,
+        )
     )
 
 
@@ -328,9 +349,16 @@ def parser() -> argparse.ArgumentParser:
     generator = verb(
         generate,
         ("run", f"{of_checkpoint}; or a published model's STUDY/NAME or folder"),
-        ("prompt", "the beginning of a document, may be empty; - reads it from stdin"),
     )
-    add_generate_options(generator)
+    prompt = generator.add_argument(
+        "prompt", metavar="PROMPT", help="the beginning of a document, may be empty; - reads it from stdin"
+    )
+    add_generate_options(generator, prompt)
+    drafter = verb(drafts, ("run", of_checkpoint))
+    drafter.add_argument(
+        "drafts", metavar="DRAFT", nargs="*", help="as for `stlm generate --draft`; default: all readouts"
+    )
+    add_drafts_options(drafter)
     exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
     exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
     add_new_options(verb(new, ("name", "of the corpus and study: lower-case letters, digits, _, -")))

@@ -55,8 +55,51 @@ def add_new_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--force", action="store_true", help="replace a corpus and study of this name")
 
 
-def add_generate_options(verb: argparse.ArgumentParser) -> None:
-    """The options of `stlm generate`."""
+def add_drafts_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `stlm drafts`."""
+    at_least_1 = whole_number(1, 10**18)
+    verb.add_argument(
+        "--lengths", type=at_least_1, nargs="+", default=[2, 4, 8], metavar="N", help="default: 2 4 8"
+    )
+    verb.add_argument("--prompt", default="", help="the beginning of each text; default: none")
+    verb.add_argument(
+        "--tokens", type=at_least_1, default=256, metavar="N", help="to draw in each round; default: 256"
+    )
+    verb.add_argument(
+        "--rounds", type=at_least_1, default=3, metavar="N", help="of which the fastest counts; default: 3"
+    )
+    _add_sampling_options(verb)
+
+
+def _add_sampling_options(verb: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, and on which device."""
+
+    def option(name: str, kind, default, text: str, metavar: str) -> None:
+        verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+
+    option("--temperature", float, 0.8, "0: always the most probable token; 1: as trained; default: 0.8", "T")
+    option("--top-k", whole_number(1, 10**18), None, "draw from the K most probable tokens", "K")
+    option("--top-p", float, 1.0, "draw from the most probable tokens that sum to P", "P")
+    option("--min-p", float, 0.0, "draw from tokens of at least M times the best one's probability", "M")
+    option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
+
+
+def _replaces(argument: argparse.Action) -> type[argparse.Action]:
+    """The action of an option with which `argument` is not expected.
+
+    An argument that were optional from the start could not follow an option.
+    """
+
+    class Replaces(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            setattr(namespace, self.dest, values)
+            argument.nargs, argument.required = "?", False
+
+    return Replaces
+
+
+def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action) -> None:
+    """The options of `stlm generate`, whose argument `prompt` --prompts replaces."""
 
     def option(name: str, kind, default, text: str, metavar: str) -> None:
         verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
@@ -65,13 +108,34 @@ def add_generate_options(verb: argparse.ArgumentParser) -> None:
     option(
         "--tokens", at_least_1, 100, "most tokens to add (of a byte-level model: bytes; default: 100)", "N"
     )
-    option("--temperature", float, 0.8, "0: always the most probable token; 1: as trained; default: 0.8", "T")
-    option("--top-k", at_least_1, None, "draw from the K most probable tokens", "K")
-    option("--top-p", float, 1.0, "draw from the most probable tokens that sum to P", "P")
-    option("--min-p", float, 0.0, "draw from tokens of at least M times the best one's probability", "M")
+    _add_sampling_options(verb)
+    verb.add_argument(
+        "--prompts",
+        action=_replaces(prompt),
+        metavar="FILE",
+        help="in place of PROMPT, a file with a prompt a line (.jsonl: a JSON text); prints JSON lines",
+    )
+    option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
     option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
-    option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
+    option(
+        "--draft",
+        str,
+        None,
+        "who drafts tokens, which the model verifies several at once: a readout of the model, such as "
+        "exit-2; another model with the same tokenizer, named like RUN; auto: the fastest that `stlm drafts` "
+        "measured",
+        "DRAFT",
+    )
+    option("--draft-length", at_least_1, None, "most tokens of a draft; default: 4", "N")
+    option("--fallback", float, None, "end a draft where its best token has a probability below P", "P")
+    option(
+        "--rollback",
+        float,
+        None,
+        "accept drafted tokens with a surprise of at most D nats: faster, but no longer the model's text",
+        "D",
+    )
     verb.add_argument(
         "--no-cache",
         action="store_true",

@@ -55,6 +55,12 @@ class ByteGenerator:
             self._open += bytes([symbol])
         return self._logits()
 
+    @torch.inference_mode()
+    def afresh(self) -> Tensor:
+        """See `TextGenerator`."""
+        rule = self._chunker.rule_after(self._chunks[-1], self._open)
+        return self._transformer.next_logits(self._hidden(self._begin, None), self._open, rule)
+
     def piece(self, symbol: int) -> bytes:
         """See `TextGenerator`."""
         return b"" if symbol == END else bytes([symbol])
@@ -80,7 +86,11 @@ class ByteGenerator:
         if begin > self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        new = self._chunks[begin + (cache.length if cache is not None else 0) :]
+        return self._hidden(begin + (cache.length if cache is not None else 0), cache)
+
+    def _hidden(self, begin: int, cache: Cache | None) -> Tensor:
+        """The core's output [D] for the last closed chunk, read from chunk `begin` on."""
+        new = self._chunks[begin:]
         self._transformer.use(chunk_table(self._chunker, new))
         chunks_1L = torch.arange(len(new), device=self._device)[None]
         held = None if cache is None else cache.extend(len(new))

@@ -5,24 +5,19 @@ from __future__ import annotations
 import codecs
 import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from stlm.errors import Interrupted, UserError
-from stlm.generation.bytes import ByteGenerator
+from stlm.generation.drafts import AUTO, best_draft
+from stlm.generation.find import choose_device, find_generator, find_speculator
 from stlm.generation.interface import TextGenerator
-from stlm.generation.sampling import Sampling
-from stlm.generation.tokens import TokenGenerator
-from stlm.study.load import load_study
-from stlm.study.names import study_names
-from stlm.study.runs import PublishedModel
-from stlm.techniques.base import refuse
-from stlm.tokens.tokenizer import load_tokenizer
-from stlm.training.checkpoint_names import RESULTS, find_checkpoint, is_folder, split_step
-from stlm.training.checkpoints import check_fits, load_checkpoint
+from stlm.generation.sampling import Sampling, one_by_one
+from stlm.generation.speculation import LENGTH, Drafting, Speculation, Speculator, Statistics
+from stlm.terminal import tell
 
 # Printed between samples.
 _RULE = "---"
@@ -30,88 +25,121 @@ _RULE = "---"
 _SEEDS = 2**64
 
 
-def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
-    """The generator for a checkpoint folder, with the tokenizer next to it; in float32.
+@dataclass(frozen=True)
+class Draft:
+    """The options of `stlm generate` about drafts. `name`: a readout, a model or `AUTO`; None: no drafts.
 
-    Raises UserError if a file is missing or damaged.
+    The others, None where they are not given, are those of `Drafting`.
     """
-    model, _ = load_checkpoint(checkpoint, device)
-    if cached:
-        refuse(
-            model.techniques, "cache", lambda message: UserError(f"{checkpoint}: {message}; give --no-cache")
-        )
-    kind = TokenGenerator if model.config.bytes is None else ByteGenerator
-    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
-    check_fits(model, tokenizer, checkpoint)
-    return kind(model, tokenizer, cached)
 
+    name: str | None = None
+    length: int | None = None
+    fallback: float | None = None
+    rollback: float | None = None
 
-def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
-    """The generator for a checkpoint (see `find_checkpoint`) or a published model, by name.
+    def __post_init__(self) -> None:
+        flags = {"--draft-length": self.length, "--fallback": self.fallback, "--rollback": self.rollback}
+        given = [flag for flag, value in flags.items() if value is not None]
+        if given and self.name is None:
+            raise UserError(f"{given[0]}: expected together with --draft")
+        if self.name == AUTO and self.length is not None:
+            raise UserError(f"--draft-length: --draft {AUTO} chooses the length, too; name a draft")
 
-    A published model is named by its folder's path or by STUDY/NAME, as in params/STUDY.yaml, unless a run
-    has that name. Raises UserError if it does not exist or is damaged.
-    """
-    from stlm.generation.published import is_published, load_published
-
-    if is_published(Path(name)):
-        return load_published(Path(name), device, cached)
-    published = _published(name)
-    if name in published:
-        model = published[name]
-        return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
-    return load_generator(find_checkpoint(name, published), device, cached)
-
-
-def _published(name: str) -> dict[str, PublishedModel]:
-    """The published models of the study in `name`, by STUDY/NAME; none if `name` is a run's."""
-    study, _, run = name.partition("/")
-    if is_folder(RESULTS / study / "runs" / split_step(run)[0]) or study not in study_names():
-        return {}
-    return {f"{study}/{key}": model for key, model in load_study(study).published.items()}
+    def drafting(self) -> Drafting:
+        """How tokens are drafted; raises UserError for a value out of its range."""
+        length = LENGTH if self.length is None else self.length
+        return Drafting(length, self.fallback or 0.0, self.rollback)
 
 
 def continuation(
-    generator: TextGenerator, prompt: str, length: int, sampling: Sampling, seed: int
+    generator: TextGenerator | Speculator,
+    prompt: str,
+    length: int,
+    sampling: Sampling,
+    seed: int,
+    drafting: Drafting | None = None,
+    statistics: Statistics | None = None,
 ) -> Iterator[str]:
     """Yield the text after `prompt` in pieces as they are drawn, up to the end of text or `length` symbols.
 
     Symbols without text do not count. The bytes of a character come together, once all are drawn; invalid
     UTF-8 becomes U+FFFD. The seed determines the text. The prompt has been read when this function returns;
-    raises UserError as `TextGenerator.start` does.
+    raises UserError as `TextGenerator.start` does. With `drafting`, which needs a `Speculator`, the pieces
+    come in groups, and what becomes of the drafts is added to `statistics`.
     """
-    return _pieces(generator, generator.start(prompt), length, sampling, torch.Generator().manual_seed(seed))
+    logits_V = generator.start(prompt)
+    numbers = torch.Generator().manual_seed(seed)
+    if drafting is None:
+        symbols = one_by_one(generator, logits_V, sampling, numbers)
+    else:
+        speculation = Speculation(generator, drafting, sampling, numbers, statistics or Statistics())
+        symbols = speculation.symbols(logits_V, length)
+    return _pieces(generator, symbols, length)
 
 
-def _pieces(
-    generator: TextGenerator, logits_V: Tensor, length: int, sampling: Sampling, numbers: torch.Generator
-) -> Iterator[str]:
+def _pieces(generator: TextGenerator, symbols: Iterable[int], length: int) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    while length:
-        symbol = int(sampling.choose(logits_V, numbers))
+    for symbol in symbols:
         if symbol == generator.eot:
             break
         piece = generator.piece(symbol)
         length -= bool(piece)
         yield decoder.decode(piece)
-        if length:
-            logits_V = generator.next(symbol)
+        if not length:
+            break
     yield decoder.decode(b"", final=True)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device `name`; None: CUDA if available. Raises UserError if the device is missing."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
-    return device
+def _measured(run: str, draft: Draft) -> tuple[Draft, Drafting]:
+    """The draft that is fastest by the run's measured table, and its length; says so on stderr."""
+    best = best_draft(run)
+    if best.draft is None:
+        tell(f"--draft {AUTO}: none, as no draft that was measured is faster than the model alone")
+    else:
+        tell(f"--draft {AUTO}: {best.draft}, {best.length} tokens")
+    return replace(draft, name=best.draft), replace(draft.drafting(), length=best.length or LENGTH)
+
+
+class Opened(NamedTuple):
+    """A model that was found, and how it drafts: None and no name if it does not."""
+
+    generator: TextGenerator | Speculator
+    drafting: Drafting | None
+    draft: str | None
+
+    def report(self, statistics: Statistics) -> None:
+        """Say on stderr what became of the drafts, if there were any."""
+        if self.drafting is not None:
+            tell(f"draft {self.draft}, {self.drafting.length} tokens: {statistics}")
+
+
+def open_model(run: str, cached: bool, device: str | None, draft: Draft) -> Opened:
+    """Find the model `run` and its draft; stderr says which `AUTO` is, and if texts are not the model's own.
+
+    Raises UserError as `find_generator` and `find_speculator` do.
+    """
+    if draft.name is not None and not cached:
+        raise UserError("--no-cache: expected without --draft, which needs the cache")
+    drafting = draft.drafting()
+    if draft.name == AUTO:
+        draft, drafting = _measured(run, draft)
+    if draft.name is None:
+        return Opened(find_generator(run, choose_device(device), cached), None, None)
+    speculator = find_speculator(run, draft.name, choose_device(device))
+    if not drafting.exact:
+        tell(
+            f"--rollback {drafting.rollback:g}: the text is not {run}'s own: tokens of {draft.name} stay "
+            f"where they surprise {run} by at most {drafting.rollback:g} nats"
+        )
+    return Opened(speculator, drafting, draft.name)
+
+
+def check_seeds(seed: int, samples: int) -> None:
+    """Raise UserError if a sample's seed would be too large."""
+    if samples > _SEEDS:
+        raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")
+    if seed + samples > _SEEDS:
+        raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
 
 
 def generate(
@@ -123,21 +151,23 @@ def generate(
     samples: int = 1,
     cached: bool = True,
     device: str | None = None,
+    draft: Draft = Draft(),
 ) -> None:
     """Print `prompt` and its continuations by a model (see `find_generator`) while they are drawn.
 
-    Sample i uses the seed `seed` + i. A message on stderr says how much of the prompt exceeds the context.
-    Raises UserError for a seed that is too large and for a missing checkpoint or device; Interrupted at
-    ctrl-C.
+    Sample i uses the seed `seed` + i. Messages on stderr say how much of the prompt exceeds the context, and
+    what became of the drafts. Raises UserError for a seed that is too large, for a missing checkpoint or
+    device, and for a draft that does not fit; Interrupted at ctrl-C.
     """
-    if samples > _SEEDS:
-        raise UserError(f"--samples: {samples}: expected at most {_SEEDS}, each with a seed of its own")
-    if seed + samples > _SEEDS:
-        raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
+    check_seeds(seed, samples)
+    statistics = Statistics()
     try:
-        generator = find_generator(run, choose_device(device), cached)
+        opened = open_model(run, cached, device, draft)
+        generator = opened.generator
         for number in range(samples):
-            pieces = continuation(generator, prompt, length, sampling, seed + number)
+            pieces = continuation(
+                generator, prompt, length, sampling, seed + number, opened.drafting, statistics
+            )
             if number:
                 print(_RULE)
             elif generator.dropped:
@@ -150,5 +180,6 @@ def generate(
             for piece in pieces:
                 print(piece, end="", flush=True)
             print(flush=True)
+        opened.report(statistics)
     except KeyboardInterrupt:
         raise Interrupted("\ninterrupted", signal.SIGINT) from None

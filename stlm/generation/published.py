@@ -1,10 +1,14 @@
-"""A published model of `transformers` that continues a text, with or without the model's cache."""
+"""A published model of `transformers` that continues a text, with or without the model's cache.
+
+Shapes: L new tokens, N of them whose logits are asked for, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ _SAMPLE = "A text, né on  two lines:\n\u6c34 \U0001f642!"
 
 
 class HfGenerator:
-    """A :class:`~stlm.generation.interface.TextGenerator` for a published model; its symbols are tokens.
+    """A :class:`~stlm.generation.interface.TokenReader` for a published model.
 
     The text follows the token that starts texts, as in scoring, and ends with the tokenizer's eos. If it
     outgrows the context, the window moves on as in `TokenGenerator`. Rows of the model without a token are
@@ -44,7 +48,7 @@ class HfGenerator:
         empty_V[list(tokenizer.ids.values())] = False
         self._empty_V = empty_V.to(self._device)
         takes = inspect.signature(model.model.forward).parameters
-        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._chooses_logits = "logits_to_keep" in takes
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
         self._read, self._past = 0, None  # the number of the window's tokens that the cache holds
@@ -57,34 +61,87 @@ class HfGenerator:
     def start(self, prompt: str) -> Tensor:
         """See `TextGenerator`."""
         utf8(prompt)  # raises UserError if the prompt cannot be encoded
-        self._tokens = [self._tokenizer.eot, *self._tokenizer.encode(prompt)]
-        self._begin, self._read, self._past = 0, 0, None
-        return self._logits()
+        self.restart([self._tokenizer.eot, *self._tokenizer.encode(prompt)])
+        return self._logits(1)[0]
 
     def next(self, symbol: int) -> Tensor:
         """See `TextGenerator`."""
-        self._tokens.append(symbol)
-        return self._logits()
+        return self.read([symbol])[0]
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """See `TokenReader`."""
+        return self._tokens
+
+    @property
+    def room(self) -> int:
+        """See `TokenReader`."""
+        return self._context - len(self._tokens) + window_begin(len(self._tokens), self._context)
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """See `TokenReader`."""
+        self._tokens = list(tokens)
+        self._begin, self._read, self._past = 0, 0, None
+
+    def read(self, symbols: Sequence[int], last: int | None = None) -> Tensor:
+        """See `TokenReader`."""
+        self._tokens += symbols
+        return self._logits(len(symbols) if last is None else last)
+
+    def forget(self, count: int) -> None:
+        """See `TokenReader`."""
+        del self._tokens[len(self._tokens) - count :]
+        kept = max(0, min(self._read, len(self._tokens) - self._begin))
+        if not kept:
+            self._past = None
+        elif self._past is not None:
+            self._past.crop(kept - self._read)
+        self._read = kept
+
+    @torch.inference_mode()
+    def afresh(self, back: int = 0) -> Tensor:
+        """See `TokenReader`."""
+        return self._pass(self._tokens[self._begin : len(self._tokens) - back], 1, None, False)[0][0]
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """See `TokenReader`."""
+        return {id_: self._pieces[id_] for id_ in self._tokenizer.ids.values() if id_ != self.eot}
+
+    def cannot_crop(self) -> str | None:
+        """Why the last tokens cannot be taken out of the model's cache; None if they can."""
+        self.start("")
+        if self._past is None:
+            return f"{self._model.config.model_type} keeps no cache"
+        if not getattr(self._past, "is_croppable", False) or any(self._past.is_sliding):
+            return f"the cache of {self._model.config.model_type} does not keep all tokens"
+        return None
 
     def piece(self, symbol: int) -> bytes:
         """See `TextGenerator`."""
         return self._pieces[symbol]
 
     @torch.inference_mode()
-    def _logits(self) -> Tensor:
+    def _logits(self, last: int) -> Tensor:
+        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold."""
         begin = window_begin(len(self._tokens), self._context)
-        if begin > self._begin or not self._cached:
+        # It moves back where symbols are forgotten at which it had moved on.
+        if begin != self._begin or not self._cached:
             self._read, self._past = 0, None
         self._begin = begin
-        tokens_1L = torch.tensor([self._tokens[begin + self._read :]], device=self._device)
-        found = self._model(
-            input_ids=tokens_1L, past_key_values=self._past, use_cache=self._cached, **self._last_alone
-        )
+        logits_NV, past = self._pass(self._tokens[begin + self._read :], last, self._past, self._cached)
         if self._cached:
-            self._past = getattr(found, "past_key_values", None)
-            self._cached = self._past is not None  # a recurrent model has another kind of state
+            self._past = past
+            self._cached = past is not None  # a recurrent model has another kind of state
             self._read = len(self._tokens) - begin
-        return found.logits[0, -1].float().masked_fill(self._empty_V, -torch.inf)
+        return logits_NV
+
+    def _pass(self, tokens: Sequence[int], last: int, past: Any, cached: bool) -> tuple[Tensor, Any]:
+        """The logits [N, V] after each of the `last` N of `tokens`, which follow `past`, and a cache."""
+        tokens_1L = torch.tensor([tokens], device=self._device)
+        chosen = {"logits_to_keep": last} if self._chooses_logits else {}
+        found = self._model(input_ids=tokens_1L, past_key_values=past, use_cache=cached, **chosen)
+        logits_NV = found.logits[0, -last:].float().masked_fill(self._empty_V, -torch.inf)
+        return logits_NV, getattr(found, "past_key_values", None)
 
 
 class _Pieces:

@@ -5,15 +5,23 @@ Shapes: ... any, V symbols.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stlm.errors import UserError
 
+if TYPE_CHECKING:
+    from stlm.generation.interface import TextGenerator
+
 # A uniform number below 1 is drawn as an integer below this, divided by it: rounding cannot make it 1.
 _STEPS = 2**32
+# Logits that differ by less than this share of the largest one may change places by rounding: with the cache,
+# without it and several at once, sums of float32 are added in other orders.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,59 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits_V.argmax(dim=-1)
-        # In float64: in float32 the rounding of the sum would exceed the smallest probabilities.
-        cumulative_V = self.logits(logits_V.double()).softmax(dim=-1).cumsum(dim=-1)
-        total_1 = cumulative_V[..., -1:]
-        even_1 = torch.randint(_STEPS, total_1.shape, generator=generator).to(total_1) / _STEPS
-        # The first symbol above the number: never a symbol of probability 0.
-        return torch.searchsorted(cumulative_V, even_1 * total_1, right=True).squeeze(-1)
+        return draw(self.probabilities(logits_V), generator)
+
+    def probabilities(self, logits_V: Tensor) -> Tensor:
+        """The distribution [..., V] to draw from, float64, for a temperature above 0."""
+        # In float32 the rounding of the sum would exceed the smallest probabilities.
+        return self.logits(logits_V.double()).softmax(dim=-1)
+
+
+def draw(weights_V: Tensor, numbers: torch.Generator | Tensor | None = None) -> Tensor:
+    """Symbols [...] for their weights [..., V], which need not sum to 1; see `Sampling.choose`.
+
+    `numbers`: uniform numbers [..., 1], or the generator that draws them.
+    """
+    cumulative_V = weights_V.cumsum(dim=-1)
+    total_1 = cumulative_V[..., -1:]
+    even_1 = numbers if isinstance(numbers, Tensor) else uniform(total_1.shape, numbers)
+    even_1 = even_1.to(total_1)
+    # The first symbol above the number: never a symbol of probability 0.
+    return torch.searchsorted(cumulative_V, even_1 * total_1, right=True).squeeze(-1)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Uniform random numbers from 0 to below 1, float64, on the CPU."""
+    return torch.randint(_STEPS, shape, generator=generator).double() / _STEPS
+
+
+def one_by_one(
+    generator: TextGenerator, logits_V: Tensor, sampling: Sampling, numbers: torch.Generator
+) -> Iterator[int]:
+    """Yield the symbols after a text whose next has the logits `logits_V`, up to the end of text.
+
+    A symbol is read when the one after it is asked for.
+    """
+    while True:
+        if sampling.temperature == 0:
+            (symbol,) = most_probable(logits_V[None], lambda _: generator.afresh())
+        else:
+            symbol = int(sampling.choose(logits_V, numbers))
+        yield symbol
+        if symbol == generator.eot:
+            return
+        logits_V = generator.next(symbol)
+
+
+def most_probable(logits_LV: Tensor, afresh: Callable[[int], Tensor]) -> Iterator[int]:
+    """Yield the most probable symbol for each row of logits, the same however they were computed.
+
+    Where rounding could decide which of two logits is the larger, `afresh(row)` gives the row's logits [V] by
+    a computation that is always the same, to the bit.
+    """
+    first_L, second_L = logits_LV.topk(2).values.unbind(dim=-1)
+    largest_L = logits_LV.nan_to_num(neginf=0.0).abs().amax(dim=-1)
+    tied_L = first_L - second_L <= _ROUNDING * largest_L
+    best_L = logits_LV.argmax(dim=-1)
+    for row, (best, tied) in enumerate(zip(best_L.tolist(), tied_L.tolist(), strict=True)):
+        yield int(afresh(row).argmax()) if tied else best

@@ -1,6 +1,11 @@
-"""A transformer over tokens that continues a text, with or without a cache of keys and values."""
+"""A transformer over tokens that continues a text, with or without a cache of keys and values.
+
+Shapes: L new tokens, N of them whose logits are asked for, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +16,7 @@ from stlm.tokens.tokenizer import Tokenizer
 
 
 class TokenGenerator:
-    """A :class:`~stlm.generation.interface.TextGenerator` whose symbols are tokens.
+    """A :class:`~stlm.generation.interface.TokenReader` for a transformer of ours.
 
     The text follows the end-of-text token, like a document in training. If it outgrows the context, the
     window moves on by half of the context: the model reads on from there, at positions from 0, as in the
@@ -23,7 +28,7 @@ class TokenGenerator:
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, cached: bool = True) -> None:
         self.eot = tokenizer.eot
-        self._transformer, self._tokenizer = transformer.eval(), tokenizer
+        self.transformer, self.tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
         self._cache = Cache(transformer.config, 1, self._device) if cached else None
         self._tokens: list[int] = []
@@ -36,34 +41,73 @@ class TokenGenerator:
 
     def start(self, prompt: str) -> Tensor:
         """See `TextGenerator`."""
-        self._tokens = [self.eot, *self._tokenizer.encode(prompt)]
-        self._begin = 0
-        if self._cache is not None:
-            self._cache.clear()
-        return self._logits()
+        self.restart([self.eot, *self.tokenizer.encode(prompt)])
+        return self._logits(1)[0]
 
     def next(self, symbol: int) -> Tensor:
         """See `TextGenerator`."""
-        self._tokens.append(symbol)
-        return self._logits()
+        return self.read([symbol])[0]
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """See `TokenReader`."""
+        return self._tokens
+
+    @property
+    def room(self) -> int:
+        """See `TokenReader`."""
+        context = self.transformer.config.context
+        return context - len(self._tokens) + window_begin(len(self._tokens), context)
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """See `TokenReader`."""
+        self._tokens, self._begin = list(tokens), 0
+        if self._cache is not None:
+            self._cache.clear()
+
+    def read(self, symbols: Sequence[int], last: int | None = None) -> Tensor:
+        """See `TokenReader`."""
+        self._tokens += symbols
+        return self._logits(len(symbols) if last is None else last)
+
+    def forget(self, count: int) -> None:
+        """See `TokenReader`."""
+        del self._tokens[len(self._tokens) - count :]
+        if self._cache is not None:
+            self._cache.crop(max(0, min(self._cache.length, len(self._tokens) - self._begin)))
+
+    @torch.inference_mode()
+    def afresh(self, back: int = 0) -> Tensor:
+        """See `TokenReader`."""
+        return self._pass(self._tokens[self._begin : len(self._tokens) - back], 1, None)[0]
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """See `TokenReader`."""
+        ids = range(self.tokenizer.vocab_size)
+        return {id_: self.tokenizer.decode_bytes([id_]) for id_ in ids if id_ != self.eot}
 
     def piece(self, symbol: int) -> bytes:
         """See `TextGenerator`."""
-        return self._tokenizer.decode_bytes([symbol])
+        return self.tokenizer.decode_bytes([symbol])
 
     @torch.inference_mode()
-    def _logits(self) -> Tensor:
-        context, cache = self._transformer.config.context, self._cache
-        begin = window_begin(len(self._tokens), context)
-        if begin > self._begin and cache is not None:
+    def _logits(self, last: int) -> Tensor:
+        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold."""
+        cache = self._cache
+        begin = window_begin(len(self._tokens), self.transformer.config.context)
+        # It moves back where symbols are forgotten at which it had moved on.
+        if begin != self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        read = begin + (cache.length if cache is not None else 0)
-        tokens_BL = torch.tensor([self._tokens[read:]], device=self._device)
-        L = tokens_BL.shape[1]
+        return self._pass(self._tokens[begin + (cache.length if cache is not None else 0) :], last, cache)
+
+    def _pass(self, tokens: Sequence[int], last: int, cache: Cache | None) -> Tensor:
+        """The logits [N, V] after each of the `last` N of `tokens`, which follow those in the cache."""
+        L = len(tokens)
+        tokens_1L = torch.tensor([tokens], device=self._device)
         held = None if cache is None else cache.extend(L)
-        last_1 = torch.tensor([L - 1], device=self._device)
-        return self._transformer.head(self._transformer.hidden(tokens_BL, held, last_1))[0].float()
+        last_N = torch.arange(L - last, L, device=self._device)
+        return self.transformer.head(self.transformer.hidden(tokens_1L, held, last_N)).float()
 
 
 def window_begin(tokens: int, context: int) -> int:

@@ -20,7 +20,8 @@ class Cache(Layout):
 
     Call `extend(n)` before a forward pass of n tokens, to make room for them. `Transformer.hidden` takes the
     cache as its `layout`; it continues the positions and gives each layer its part of the cache. Layers may
-    share weights, but they never share keys. The cache supports no gradients.
+    share weights, but they never share keys. The first layers may read tokens before the others do
+    (`revisit`), and the last tokens may be removed (`crop`). The cache supports no gradients.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class Cache(Layout):
         shape = (config.layers, 2, batch, config.kv_heads, config.context, config.head_width)
         # Zeros, since a layer that gets some of the tokens also reads unwritten entries, with weight zero.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        # Queries, keys and values before the shift, of which the next token's shift needs the last. All are
+        # kept, since any token may become the last when the tokens after it are removed.
         width = config.width + 2 * config.kv_heads * config.head_width
-        # The last token's queries, keys and values before the shift, which the next token's shift needs.
-        before = torch.zeros(config.layers, batch, 1, width, dtype=dtype, device=device)
-        self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, before, strict=True)]
+        kept = config.context if config.qkv_shift else 0
+        unshifted = torch.zeros(config.layers, batch, kept, width, dtype=dtype, device=device)
+        self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, unshifted, strict=True)]
         self.positions = slice(0, 0)  # of the tokens of the next forward pass
 
     @property
@@ -46,6 +49,19 @@ class Cache(Layout):
         assert self.length + tokens <= context, f"{self.length} + {tokens} tokens, context {context}"
         self.positions = slice(self.length, self.length + tokens)
         return self
+
+    def revisit(self, begin: int, end: int) -> Cache:
+        """The next forward pass brings the tokens at positions `begin` to `end` - 1 for some of the layers,
+        which hold those before `begin`, as after a pass of the first layers alone. Returns the cache.
+        """
+        self.positions = slice(begin, end)
+        return self
+
+    def crop(self, length: int) -> None:
+        """Remove all tokens after the first `length`; layers that hold fewer tokens stay as they are."""
+        self.positions = slice(length, length)
+        for layer in self._layers:
+            layer.crop(length)
 
     def clear(self) -> None:
         """Remove all tokens."""
@@ -65,11 +81,14 @@ class Cache(Layout):
 class LayerCache(Layout):
     """One layer's keys and values in a `Cache`: a new token sees all tokens held, up to itself."""
 
-    def __init__(self, cache: Cache, kv_2BKNE: Tensor, before_B1X: Tensor) -> None:
-        self._cache, self._before_B1X = cache, before_B1X
+    def __init__(self, cache: Cache, kv_2BKNE: Tensor, unshifted_BNX: Tensor) -> None:
+        self._cache, self._unshifted_BNX = cache, unshifted_BNX
         self._k_BKNE, self._v_BKNE = kv_2BKNE
-        # For a layer that gets only some of the tokens: how many it holds in each row.
-        self._held_B = torch.zeros(len(before_B1X), dtype=torch.int64, device=before_B1X.device)
+        # For a layer that gets only some of the tokens: how many it holds in each row, and their positions.
+        B, _, N, _ = self._k_BKNE.shape
+        self._held_B = torch.zeros(B, dtype=torch.int64, device=unshifted_BNX.device)
+        self._positions_BN = torch.zeros(B, N, dtype=torch.int64, device=unshifted_BNX.device)
+        self._selects = False
 
     @property
     def positions(self) -> slice:
@@ -78,12 +97,11 @@ class LayerCache(Layout):
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each new one; zeros at the context's first token."""
-        if self._cache.positions.start == 0:
-            before_BLX = F.pad(x_BLX[:, :-1], (0, 0, 1, 0))
-        else:
-            before_BLX = torch.cat([self._before_B1X, x_BLX[:, :-1]], dim=1)
-        self._before_B1X.copy_(x_BLX[:, -1:])
-        return before_BLX
+        begin, end = self._cache.positions.start, self._cache.positions.stop
+        self._unshifted_BNX[:, begin:end] = x_BLX
+        if begin == 0:
+            return F.pad(x_BLX[:, :-1], (0, 0, 1, 0))
+        return self._unshifted_BNX[:, begin - 1 : end - 1]
 
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. Stores the new tokens' keys and values."""
@@ -105,10 +123,17 @@ class LayerCache(Layout):
 
     def select(self, selection: Selection) -> _SelectedCache:
         """See `Layout.select`. The layer must get a selection of all tokens, and stores only the selected."""
+        self._selects = True
         if self._cache.positions.start == 0:
             self._held_B.zero_()
-            self._before_B1X.zero_()
         return _SelectedCache(self, selection)
+
+    def crop(self, length: int) -> None:
+        """See `Cache.crop`."""
+        if self._selects:  # otherwise tokens lie at their positions
+            N = self._positions_BN.shape[1]
+            held_BN = torch.arange(N, device=self._held_B.device) < self._held_B[:, None]
+            self._held_B.copy_((held_BN & (self._positions_BN < length)).sum(dim=1))
 
 
 class _SelectedCache(Layout):
@@ -118,34 +143,35 @@ class _SelectedCache(Layout):
         B, S = selection.index_BS.shape
         begin, index_BS = layer.positions.start, selection.index_BS
         self.positions = index_BS + begin
-        self._keys, self._values, self._before_B1X = layer._k_BKNE, layer._v_BKNE, layer._before_B1X
+        self._keys, self._values, self._unshifted_BNX = layer._k_BKNE, layer._v_BKNE, layer._unshifted_BNX
         kept_BS = selection.kept_BS
         if kept_BS is None:
             kept_BS = torch.ones(B, S, dtype=torch.bool, device=index_BS.device)
-        self._count_B = kept_BS.sum(dim=1)
+        count_B = kept_BS.sum(dim=1)
         held_B = layer._held_B
         self._place_BS = (held_B[:, None] + torch.arange(S, device=index_BS.device)).clamp(
             max=self._keys.shape[2] - 1
         )
-        self._kept_BS = kept_BS
-        self._end = int((held_B + self._count_B).max())
+        self._kept = kept_BS.nonzero(as_tuple=True)
+        layer._positions_BN[self._kept[0], self._place_BS[self._kept]] = self.positions[self._kept]
+        self._end = int((held_B + count_B).max())
         places_N = torch.arange(self._end, device=index_BS.device)
         self._sees_B1SN = (places_N <= self._place_BS[..., None])[:, None]
-        held_B += self._count_B
+        self._before_B = held_B - 1
+        held_B += count_B
 
     def before(self, x_BSX: Tensor) -> Tensor:
         """`x_BSX` at the selected token before each; zeros at the first token that the layer gets."""
-        rows_BSX = torch.cat([self._before_B1X, x_BSX], dim=1)
-        last_B11 = self._count_B[:, None, None].expand(-1, 1, x_BSX.shape[2])
-        self._before_B1X.copy_(rows_BSX.gather(1, last_B11))
-        return rows_BSX[:, :-1]
+        last_B11 = self._before_B.clamp(min=0)[:, None, None]
+        last_B1X = self._unshifted_BNX.gather(1, last_B11.expand(-1, 1, x_BSX.shape[2]))
+        last_B1X = last_B1X * (self._before_B >= 0)[:, None, None]
+        self._unshifted_BNX[self._kept[0], self._place_BS[self._kept]] = x_BSX[self._kept]
+        return torch.cat([last_B1X, x_BSX[:, :-1]], dim=1)
 
     def attend(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. Stores the kept tokens' keys and values."""
         assert not dropout, "a cache is for generation, which drops nothing"
-        rows_BS, places_BS = self._kept_BS.nonzero(as_tuple=True)
-        target = (rows_BS, slice(None), self._place_BS[rows_BS, places_BS])
-        self._keys[target] = k_BSKE[rows_BS, places_BS]
-        self._values[target] = v_BSKE[rows_BS, places_BS]
+        target = (self._kept[0], slice(None), self._place_BS[self._kept])
+        self._keys[target], self._values[target] = k_BSKE[self._kept], v_BSKE[self._kept]
         k_BKNE, v_BKNE = self._keys[:, :, : self._end], self._values[:, :, : self._end]
         return fused_attention(q_BSHE.transpose(1, 2), k_BKNE, v_BKNE, self._sees_B1SN).transpose(1, 2)

@@ -322,10 +322,31 @@ class Transformer(nn.Module):
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         layout = CausalRows(L) if layout is None else layout
         x_BLD, rope = self._embed(tokens_BL, layout)
+        return self._through(0, x_BLD, rope, tokens_BL, layout, rows_N, after)
+
+    def continued(self, x_BLD: Tensor, tokens_BL: Tensor, layout: Layout, block: int) -> Tensor:
+        """The residual stream [B, L, D] after the last block, given that after the first `block` of them.
+
+        `layout` and the tokens are those of the pass through the first blocks.
+        """
+        return self._through(block, x_BLD, self._rope(layout), tokens_BL, layout)[-1]
+
+    def _through(
+        self,
+        first: int,
+        x_BLD: Tensor,
+        rope: Rotary | None,
+        tokens_BL: Tensor,
+        layout: Layout,
+        rows_N: Tensor | None = None,
+        after: Collection[int] = (),
+    ) -> list[Tensor]:
+        """`residuals` from block `first` on, given the residual stream before it."""
         last = len(self.blocks) - 1
         without = len(self.blocks) - len(self.value_embeddings)
         kept = []
-        for number, block in enumerate(self.blocks):
+        for number in range(first, last + 1):
+            block = self.blocks[number]
             added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
             x_BLD = block(x_BLD, rope, layout.layer(number), rows_N if number == last else None, added_BLX)
             if number in after and number < last:
@@ -338,17 +359,19 @@ class Transformer(nn.Module):
         x_BLD = self.embedding(tokens_BL)
         if self.embedding_up is not None:
             x_BLD = _in_float32(x_BLD, self.embedding_up)
-        rope = None
-        if self.config.positions == "rope":
-            # [L, 1, E] or [B, L, 1, E]: the same for all heads.
-            rope = self.cos_LE[positions].unsqueeze(-2), self.sin_LE[positions].unsqueeze(-2)
-        elif self.config.positions == "learned":
+        if self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[positions]
-        else:
+        elif self.config.positions == "sinusoidal":
             # The embedding starts with a standard deviation of 0.02, the sinusoids with 0.7: unscaled, they
             # would drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[positions]
-        return self.dropout(x_BLD), rope
+        return self.dropout(x_BLD), self._rope(layout)
+
+    def _rope(self, layout: Layout) -> Rotary | None:
+        """The rotary angles [L, 1, E] or [B, L, 1, E] of a layout's positions, the same for all heads."""
+        if self.config.positions != "rope":
+            return None
+        return tuple(table[layout.positions].unsqueeze(-2) for table in (self.cos_LE, self.sin_LE))
 
     def head(self, x_BLD: Tensor, vocabulary: slice | None = None) -> Tensor:
         """Logits [..., V] for residual vectors [..., D], over all or a part of the vocabulary."""

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # A technique must name a capability in `supports` before it can be used together with it.
 CAPABILITIES = {
     "attention_within": "attention within documents (data.attention: within)",
+    "batches": "several texts at once (stlm generate --prompts)",
     "bytes": "byte-level models (model.bytes)",
     "cache": "generation with a cache of keys and values",
+    "drafts": "speculative decoding (stlm generate --draft)",
     "compile": "torch.compile (training.compile)",
     "export": "export to the format of transformers",
     "packing": "scoring several sequences in a row",

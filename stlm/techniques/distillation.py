@@ -36,7 +36,9 @@ class Distillation(Technique):
     The teacher is another run of the study, trained before. Its training and its forward pass are counted.
     """
 
-    supports = frozenset({"attention_within", "cache", "export", "packing", "sharing", "start_from"})
+    supports = frozenset(
+        {"attention_within", "batches", "cache", "drafts", "export", "packing", "sharing", "start_from"}
+    )
     replaces_next_token: ClassVar[bool] = True
 
     teacher: str = Field(

@@ -32,7 +32,9 @@ class EarlyExit(Technique):
     the first blocks with the norm and the head are language models, which evaluation scores as `exit-1`,
     `exit-2` and so on (LayerSkip, Elhoushi et al. 2024)."""
 
-    supports = frozenset({"attention_within", "cache", "export", "packing", "sharing", "start_from"})
+    supports = frozenset(
+        {"attention_within", "batches", "cache", "drafts", "export", "packing", "sharing", "start_from"}
+    )
     replaces_next_token = True
 
     p_max: float = Field(

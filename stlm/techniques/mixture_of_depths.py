@@ -36,7 +36,7 @@ class MixtureOfDepths(Technique):
     the tokens with the highest scores of each row, inference those whose score passes a threshold."""
 
     supports: ClassVar[frozenset[str]] = frozenset(
-        {"attention_within", "cache", "compile", "packing", "sharing"}
+        {"attention_within", "cache", "compile", "drafts", "packing", "sharing"}
     )
     figures: ClassVar[tuple[str, ...]] = ("share",)
 

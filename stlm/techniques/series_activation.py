@@ -29,7 +29,7 @@ class SeriesActivation(Technique):
     from the plain activation: the first copy has the scale 1 and the shift 0, the others the scale 0."""
 
     supports: ClassVar[frozenset[str]] = frozenset(
-        {"attention_within", "cache", "compile", "packing", "sharing"}
+        {"attention_within", "batches", "cache", "compile", "drafts", "packing", "sharing"}
     )
 
     terms: int = Field(

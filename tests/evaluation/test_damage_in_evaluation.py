@@ -20,7 +20,7 @@ from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
 from stlm.export.export import export
 from stlm.files import read_json, sha256, write_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.report.card import read_card
 from stlm.report.pairwise import compare_text, find_predictions
 from stlm.tokens.tokenizer import load_tokenizer

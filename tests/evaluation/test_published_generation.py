@@ -68,6 +68,33 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert plain.dropped == generator.dropped > 0
 
 
+def test_with_a_draft_greedy_tokens_are_the_models(tmp_path: Path, capsys) -> None:
+    names = ("gpt2", "llama", "opt", "mistral")
+    for name in names:
+        save(tmp_path / name, name)
+    prompt = STORIES[0][:50]
+
+    def said(name: str, *more: str) -> tuple[str, str, int]:
+        asked = ("--tokens", str(CONTEXT + 30), "--temperature", "0", *more)
+        capsys.readouterr()
+        status = main(["generate", str(tmp_path / name), prompt, *asked])
+        return *capsys.readouterr(), status
+
+    for name, draft in (("gpt2", "llama"), ("llama", "opt"), ("opt", "opt")):
+        text, told, status = said(name, "--draft", str(tmp_path / draft))
+        assert status == 0 and text == said(name)[0]
+        assert ("100.0% of" in told) == (name == draft)
+    # A window of 16 tokens keeps no others.
+    for name, draft in (("mistral", "gpt2"), ("gpt2", "mistral")):
+        text, told, status = said(name, "--draft", str(tmp_path / draft))
+        assert status == 2 and "/mistral: the cache of mistral does not keep all tokens" in told
+    told = said("gpt2", "--draft", "exit-1")[1]
+    assert "--draft exit-1: neither a readout of " in told and "which has none to draft with" in told
+    assert "a published model, for which nothing is measured" in said("gpt2", "--draft", "auto")[1]
+    assert main(["drafts", str(tmp_path / "gpt2"), "exit-1"]) == 2
+    assert "gpt2: a published model; expected a run" in capsys.readouterr().err
+
+
 def test_rows_without_a_token_are_not_drawn(tmp_path: Path) -> None:
     model, tokenizer = load_hf(save(tmp_path, "gpt2"), packing=False)
     generator = HfGenerator(model, tokenizer)

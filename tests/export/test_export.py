@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stlm.cli import main
 from stlm.files import read_json, write_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.generation.sampling import Sampling
 from stlm.model.config import ModelConfig
 from stlm.model.counts import parameter_counts

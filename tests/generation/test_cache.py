@@ -11,6 +11,7 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator, window_begin
 from stlm.model.cache import Cache
+from stlm.techniques.early_exit import first_blocks
 from stlm.tokens.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -41,6 +42,42 @@ def test_hidden_states_in_parts_are_those_of_the_whole(options: dict) -> None:
             assert cache.length == CONTEXT, again
             cache.clear()
     assert cache.kv.shape == (model.config.layers, 2, 3, model.config.kv_heads, CONTEXT, 8)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tokens_that_were_removed_leave_no_trace(options: dict) -> None:
+    model = random_model(**options)
+    tokens_BL = torch.randint(257, (3, CONTEXT), generator=torch.Generator().manual_seed(2))
+    other_BL = (tokens_BL + 1) % 257
+    cache = Cache(model.config, 3, torch.device("cpu"))
+    with torch.inference_mode():
+        whole_BLD = model.hidden(tokens_BL)
+        for kept, more in ((4, 3), (5, 1), (11, 5), (16, 0)):
+            found_BLD = model.hidden(tokens_BL[:, cache.length : kept], cache.extend(kept - cache.length))
+            expected_BLD = whole_BLD[:, kept - found_BLD.shape[1] : kept]
+            torch.testing.assert_close(found_BLD, expected_BLD, atol=2e-5, rtol=1e-4)
+            if more:
+                model.hidden(other_BL[:, kept : kept + more], cache.extend(more))
+            cache.crop(kept)
+            assert cache.length == kept
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_first_blocks_may_read_ahead(options: dict) -> None:
+    model = random_model(**options)
+    first = first_blocks(model, 2)
+    tokens_BL = torch.randint(257, (3, CONTEXT), generator=torch.Generator().manual_seed(2))
+    cache = Cache(model.config, 3, torch.device("cpu"))
+    with torch.inference_mode():
+        whole_BLD = model.residuals(tokens_BL)[-1]
+        model.residuals(tokens_BL[:, :5], cache.extend(5))
+        for begin, end in ((5, 6), (6, 11), (11, 16)):
+            ahead = [
+                first.residuals(tokens_BL[:, [place]], cache.extend(1))[-1] for place in range(begin, end)
+            ]
+            part_BL, layout = tokens_BL[:, begin:end], cache.revisit(begin, end)
+            found_BLD = model.continued(torch.cat(ahead, dim=1), part_BL, layout, block=2)
+            torch.testing.assert_close(found_BLD, whole_BLD[:, begin:end], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLED], ids=["greedy", "sampled"])

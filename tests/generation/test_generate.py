@@ -16,7 +16,8 @@ import torch
 from tiny_model import save_run
 
 from stlm.cli import main
-from stlm.generation.generate import continuation, load_generator
+from stlm.generation.find import load_generator
+from stlm.generation.generate import continuation
 from stlm.generation.sampling import Sampling
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import END
@@ -100,6 +101,7 @@ def test_runs_are_named_as_elsewhere(said, run: Path) -> None:
         assert said(name, "the cat", "--tokens", "20")[0] == text, name
     assert said("toy/first", "-", "--tokens", "20", stdin=b"the cat")[0] == text
     assert said("toy/first", "the cat", "--tokens", "20", "--no-cache")[0] == text
+    assert said("--tokens", "20", "toy/first", "--no-cache", "the cat")[0] == text
 
 
 def test_samples_have_seeds_that_follow_one_another(said) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from stlm.model.build import build_model
+from stlm.model.build import Builder, build_model
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.tokens.chunks import SYMBOLS
@@ -35,11 +36,11 @@ OPTIONS = {
 }
 
 
-def random_model(vocab_size: int = 257, **options: object) -> Transformer:
+def random_model(vocab_size: int = 257, techniques: Sequence[Builder] = (), **options: object) -> Transformer:
     """A model whose next token depends on all of its parts: none of them is left at zero or one."""
     size = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 40, "context": CONTEXT}
     torch.manual_seed(1)
-    model = build_model(ModelConfig(vocab_size=vocab_size, **(size | options)))
+    model = build_model(ModelConfig(vocab_size=vocab_size, **(size | options)), techniques)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # A bias before the head as large as the rest would have one token win always.

@@ -17,7 +17,7 @@ from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model

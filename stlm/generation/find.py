@@ -1,0 +1,146 @@
+"""Finds the models that write texts, and their drafts, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stlm.errors import UserError, nearest
+from stlm.evaluation.readouts import readouts_of
+from stlm.generation.bytes import ByteGenerator
+from stlm.generation.interface import TextGenerator
+from stlm.generation.speculation import Speculator
+from stlm.generation.speculators import ExitSpeculator, SiblingSpeculator
+from stlm.generation.tokens import TokenGenerator
+from stlm.model.transformer import Transformer
+from stlm.study.load import load_study
+from stlm.study.names import study_names
+from stlm.study.runs import PublishedModel
+from stlm.techniques.base import refuse
+from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.checkpoint_names import RESULTS, find_checkpoint, is_folder, split_step
+from stlm.training.checkpoints import check_fits, load_checkpoint, read_description
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device `name`; None: CUDA if available. Raises UserError if the device is missing."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
+    """The generator for a checkpoint folder, with the tokenizer next to it; in float32.
+
+    Raises UserError if a file is missing or damaged.
+    """
+    model, _ = load_checkpoint(checkpoint, device)
+    if cached:
+        refuse(
+            model.techniques, "cache", lambda message: UserError(f"{checkpoint}: {message}; give --no-cache")
+        )
+    kind = TokenGenerator if model.config.bytes is None else ByteGenerator
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    check_fits(model, tokenizer, checkpoint)
+    return kind(model, tokenizer, cached)
+
+
+def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
+    """The generator for a checkpoint (see `find_checkpoint`) or a published model, by name.
+
+    A published model is named by its folder's path or by STUDY/NAME, as in params/STUDY.yaml, unless a run
+    has that name. Raises UserError if it does not exist or is damaged.
+    """
+    from stlm.generation.published import is_published, load_published
+
+    if is_published(Path(name)):
+        return load_published(Path(name), device, cached)
+    published = _published(name)
+    if name in published:
+        model = published[name]
+        return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
+    return load_generator(find_checkpoint(name, published), device, cached)
+
+
+def _published(name: str) -> dict[str, PublishedModel]:
+    """The published models of the study in `name`, by STUDY/NAME; none if `name` is a run's."""
+    study, _, run = name.partition("/")
+    if is_folder(RESULTS / study / "runs" / split_step(run)[0]) or study not in study_names():
+        return {}
+    return {f"{study}/{key}": model for key, model in load_study(study).published.items()}
+
+
+def find_weights(name: str) -> str | None:
+    """The SHA-256 of the weights of a checkpoint, by name; None for a published model. Errors as above."""
+    from stlm.generation.published import is_published
+
+    published = _published(name)
+    if is_published(Path(name)) or name in published:
+        return None
+    return read_description(find_checkpoint(name, published))[1]["weights_sha256"]
+
+
+def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
+    """The model `name` with a draft: one of its readouts, such as `exit-2`, or another model by name.
+
+    Raises UserError as `find_generator` does, for models that cannot be used so, for a readout that is none
+    of the model's, and for a draft with another tokenizer.
+    """
+    model = find_generator(name, device)
+    _check_drafts(model, name)
+    readouts = _readouts(model)
+    if draft in readouts:
+        return ExitSpeculator(model.transformer, model.tokenizer, readouts[draft])
+    if "/" not in draft and not is_folder(Path(draft)):
+        has = nearest(draft, readouts) if readouts else ", which has none to draft with"
+        raise UserError(
+            f"--draft {draft}: neither a readout of {name}{has}, nor the STUDY/RUN or folder of a model"
+        )
+    sibling = find_generator(draft, device)
+    _check_drafts(sibling, draft)
+    try:
+        return SiblingSpeculator(model, sibling)
+    except UserError as error:
+        raise UserError(f"--draft {draft}: {error}") from None
+
+
+def readout_names(name: str) -> list[str]:
+    """The readouts of a model with which it can draft; none of a published model."""
+    return list(_readouts(find_generator(name, torch.device("cpu"))))
+
+
+def _check_drafts(generator: TextGenerator, name: str) -> None:
+    """Raise UserError if a model can neither draft nor verify drafts."""
+    if isinstance(generator, ByteGenerator):
+        raise UserError(
+            f"--draft: {name} is a byte-level model (model.bytes); expected models of tokens: its core "
+            "reads chunks whose ends its decoder draws, byte by byte"
+        )
+    if isinstance(generator, TokenGenerator):
+        refuse(generator.transformer.techniques, "drafts", lambda message: UserError(f"{name}: {message}"))
+    elif reason := generator.cannot_crop():
+        raise UserError(f"--draft: {name}: {reason}: drafts that are rejected could not be taken out of it")
+
+
+def _readouts(model: TextGenerator) -> dict[str, Transformer]:
+    """The readouts that are a model's first blocks, with its norm and its head; none of other models."""
+    if not isinstance(model, TokenGenerator):
+        return {}
+    whole = model.transformer
+    return {
+        name: readout
+        for name, readout in readouts_of(whole).items()
+        if isinstance(readout, Transformer)
+        and all(one is other for one, other in zip(readout.blocks, whole.blocks, strict=False))
+        and readout.norm is whole.norm
+        and readout.output is whole.output
+    }
