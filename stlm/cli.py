@@ -166,6 +166,7 @@ def generate(options: argparse.Namespace) -> None:
         options.samples,
         not options.no_cache,
         options.device,
+        options.readout,
     )
 
 

@@ -71,6 +71,7 @@ def add_generate_options(verb: argparse.ArgumentParser) -> None:
     option("--min-p", float, 0.0, "draw from tokens of at least M times the best one's probability", "M")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
     option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
+    option("--readout", str, None, "a language model within the model, as in evaluation.json: exit-2", "NAME")
     option("--device", str, None, "cpu, cuda or cuda:N; default: CUDA where there is one", "NAME")
     verb.add_argument(
         "--no-cache",

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import Interrupted, UserError, shortened
+from stlm.evaluation.readouts import find_readout
 from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling
@@ -30,10 +31,13 @@ _RULE = "---"
 _SEEDS = 2**64
 
 
-def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
+def load_generator(
+    checkpoint: Path, device: torch.device, cached: bool = True, readout: str | None = None
+) -> TextGenerator:
     """The generator for a checkpoint folder, with the tokenizer next to it; in float32.
 
-    Raises UserError if a file is missing or damaged.
+    With `readout`, the model's readout of that name writes. Raises UserError if a file is missing or damaged,
+    or if there is no such readout.
     """
     model, _ = load_checkpoint(checkpoint, device)
     if cached:
@@ -43,24 +47,34 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
     kind = TokenGenerator if model.config.bytes is None else ByteGenerator
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
     check_fits(model, tokenizer, checkpoint)
+    if readout is not None:
+        try:
+            model = find_readout(model, readout)
+        except UserError as error:
+            raise UserError(f"--readout: {checkpoint}: {error}") from None
     return kind(model, tokenizer, cached)
 
 
-def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
+def find_generator(
+    name: str, device: torch.device, cached: bool = True, readout: str | None = None
+) -> TextGenerator:
     """The generator for a checkpoint (see `find_checkpoint`) or a published model, by name.
 
     A published model is named by its folder's path or by STUDY/NAME, as in params/STUDY.yaml, unless a run
-    has that name. Raises UserError if it does not exist or is damaged.
+    has that name. `readout`: see `load_generator`. Raises UserError if it does not exist or is damaged.
     """
     from stlm.generation.published import is_published, load_published
 
-    if is_published(Path(name)):
-        return load_published(Path(name), device, cached)
-    published = _published(name)
+    folder = Path(name) if is_published(Path(name)) else None
+    published = {} if folder else _published(name)
+    if readout is not None and (folder or name in published):
+        raise UserError(f"--readout: {shortened(name)!r}: a published model has no readouts")
+    if folder:
+        return load_published(folder, device, cached)
     if name in published:
         model = published[name]
         return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
-    return load_generator(find_checkpoint(name, published), device, cached)
+    return load_generator(find_checkpoint(name, published), device, cached, readout)
 
 
 def _published(name: str) -> dict[str, PublishedModel]:
@@ -123,6 +137,7 @@ def generate(
     samples: int = 1,
     cached: bool = True,
     device: str | None = None,
+    readout: str | None = None,
 ) -> None:
     """Print `prompt` and its continuations by a model (see `find_generator`) while they are drawn.
 
@@ -135,7 +150,7 @@ def generate(
     if seed + samples > _SEEDS:
         raise UserError(f"--seed: {seed}: expected at most {_SEEDS - samples}, with --samples {samples}")
     try:
-        generator = find_generator(run, choose_device(device), cached)
+        generator = find_generator(run, choose_device(device), cached, readout)
         for number in range(samples):
             pieces = continuation(generator, prompt, length, sampling, seed + number)
             if number:

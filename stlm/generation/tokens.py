@@ -25,7 +25,7 @@ class TokenGenerator:
         self.eot = tokenizer.eot
         self._transformer, self._tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
-        self._cache = Cache(transformer.config, 1, self._device) if cached else None
+        self._cache = Cache.of(transformer, 1, self._device) if cached else None
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
 

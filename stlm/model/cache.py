@@ -6,17 +6,25 @@ query heads a group, E head width, X = (H + 2 K) E.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.fused_attention import fused_attention
-from stlm.model.layout import Layout, Selection
+from stlm.model.layout import Insertion, Layout, Selection, Stretched
+
+if TYPE_CHECKING:
+    from stlm.model.transformer import Transformer
 
 
 class Cache(Layout):
-    """Memory for the keys and values of a context's tokens: [layers, 2, B, K, context, E], allocated once.
+    """Memory for the keys and values of a context's tokens: [layers, 2, B, K, places, E], allocated once.
+
+    `of` makes it for a model. `layers`: as many as tokens pass, each pass of a block is one; None: those of
+    `config`. `places`: of a row as long as the context, with what is inserted into it; None: the context.
 
     Call `extend(n)` before a forward pass of n tokens, to make room for them. `Transformer.hidden` takes the
     cache as its `layout`; it continues the positions and gives each layer its part of the cache. Layers may
@@ -24,16 +32,30 @@ class Cache(Layout):
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        layers: int | None = None,
+        places: int | None = None,
     ) -> None:
-        shape = (config.layers, 2, batch, config.kv_heads, config.context, config.head_width)
+        layers, places = layers or config.layers, places or config.context
+        shape = (layers, 2, batch, config.kv_heads, places, config.head_width)
         # Zeros, since a layer that gets some of the tokens also reads unwritten entries, with weight zero.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         width = config.width + 2 * config.kv_heads * config.head_width
         # The last token's queries, keys and values before the shift, which the next token's shift needs.
-        before = torch.zeros(config.layers, batch, 1, width, dtype=dtype, device=device)
+        before = torch.zeros(layers, batch, 1, width, dtype=dtype, device=device)
         self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, before, strict=True)]
-        self.positions = slice(0, 0)  # of the tokens of the next forward pass
+        self._context = config.context
+        self.clear()
+
+    @classmethod
+    def of(cls, model: Transformer, batch: int, device: torch.device) -> Cache:
+        """A cache with as many layers and places as the model needs, whatever techniques made of it."""
+        config = model.config
+        return cls(config, batch, device, layers=len(model.blocks), places=model.row_length(config.context))
 
     @property
     def length(self) -> int:
@@ -42,14 +64,15 @@ class Cache(Layout):
 
     def extend(self, tokens: int) -> Cache:
         """Make room for `tokens` more, which the next forward pass must bring. Returns the cache."""
-        context = self.kv.shape[4]
+        context = self._context
         assert self.length + tokens <= context, f"{self.length} + {tokens} tokens, context {context}"
-        self.positions = slice(self.length, self.length + tokens)
+        self.positions = self.places = slice(self.length, self.length + tokens)
         return self
 
     def clear(self) -> None:
         """Remove all tokens."""
-        self.positions = slice(0, 0)
+        # Of the tokens of the next forward pass: their positions, and where the layers keep them.
+        self.positions = self.places = slice(0, 0)
 
     def layer(self, number: int) -> LayerCache:
         """The part of layer `number`, from 0."""
@@ -60,6 +83,28 @@ class Cache(Layout):
         raise NotImplementedError("a cache is each layer's own: use layer(number)")
 
     attend = before
+
+    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
+        """See `Layout.stretch`. The cache keeps what is inserted after its tokens, too."""
+        begin, end = (insertion.length(place) for place in (self.positions.start, self.positions.stop))
+        self.places = slice(begin, end)
+        token_1L = torch.arange(self.positions.start, self.positions.stop, device=device)[None]
+        place_1L = insertion.length(token_1L) - begin
+        last_1L = insertion.length(token_1L + 1) - 1 - begin
+        return Stretched(insertion, _StretchedCache(self), end - begin, place_1L, last_1L)
+
+
+class _StretchedCache(Layout):
+    """A cache whose positions are those of tokens and inserted vectors."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache, self.positions = cache, cache.places
+
+    def layer(self, number: int) -> LayerCache:
+        """See `Cache.layer`."""
+        return self._cache.layer(number)
+
+    before = attend = Cache.before
 
 
 class LayerCache(Layout):
@@ -74,11 +119,11 @@ class LayerCache(Layout):
     @property
     def positions(self) -> slice:
         """See `Layout`."""
-        return self._cache.positions
+        return self._cache.places
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each new one; zeros at the context's first token."""
-        if self._cache.positions.start == 0:
+        if self.positions.start == 0:
             before_BLX = F.pad(x_BLX[:, :-1], (0, 0, 1, 0))
         else:
             before_BLX = torch.cat([self._before_B1X, x_BLX[:, :-1]], dim=1)
@@ -88,7 +133,7 @@ class LayerCache(Layout):
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. Stores the new tokens' keys and values."""
         assert not dropout, "a cache is for generation, which drops nothing"
-        begin, end = self._cache.positions.start, self._cache.positions.stop
+        begin, end = self.positions.start, self.positions.stop
         B, L, H, E = q_BLHE.shape
         self._k_BKNE[:, :, begin:end] = k_BLKE.transpose(1, 2)
         self._v_BKNE[:, :, begin:end] = v_BLKE.transpose(1, 2)
@@ -105,7 +150,7 @@ class LayerCache(Layout):
 
     def select(self, selection: Selection) -> _SelectedCache:
         """See `Layout.select`. The layer must get a selection of all tokens, and stores only the selected."""
-        if self._cache.positions.start == 0:
+        if self.positions.start == 0:
             self._held_B.zero_()
             self._before_B1X.zero_()
         return _SelectedCache(self, selection)

@@ -6,13 +6,13 @@ each (`CausalRows`), consecutive documents (`stlm.model.documents`), a trie of s
 cache (`stlm.model.cache`).
 
 Shapes: B batch, L length, X any width, H query heads, K key/value heads, E head width; S selected tokens of
-a row.
+a row; M the length of rows with inserted vectors, C vectors inserted at once.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,70 @@ class Selection(NamedTuple):
         return x_BLX.scatter_add(1, index_BSX, delta_BSX.to(x_BLX.dtype))
 
 
+class Insertion(NamedTuple):
+    """Vectors that stand among the tokens of a sequence: `count` of them after every `every`-th token.
+
+    Tokens are counted from the sequence's first. Inserted vectors have positions like tokens.
+    """
+
+    every: int
+    count: int
+
+    def length(self, tokens: Any) -> Any:
+        """The length of a sequence's first `tokens` tokens with what follows them: an int, float or array.
+
+        It is also the position, from 0, of the next token.
+        """
+        return tokens + self.count * (tokens // self.every)
+
+    def vector(self, positions: Any) -> Any:
+        """Which of the inserted vectors stands at each of these positions, from 0; -1 for a token."""
+        place = positions % (self.every + self.count) - self.every
+        return place.clamp(min=-1)
+
+
+class Stretched:
+    """Rows of L tokens that an `Insertion` made longer, to M.
+
+    `layout`: that of the longer rows. `place_BL`: the index in them of each token; `last_BL`: of the last
+    vector inserted after it, or of the token itself if none is. Where all rows are alike, their B is 1.
+    """
+
+    def __init__(
+        self, insertion: Insertion, layout: Layout, length: int, place_BL: Tensor, last_BL: Tensor
+    ) -> None:
+        self.layout, self.length = layout, length
+        self.place_BL, self.last_BL = place_BL, last_BL
+        self._insertion = insertion
+
+    def spread(self, x_BLX: Tensor, inserted_CX: Tensor | None = None) -> Tensor:
+        """The longer rows [B, M, X]: `x_BLX` at the tokens, and the inserted vectors, or zeros, elsewhere."""
+        B, _, X = x_BLX.shape
+        if inserted_CX is None:
+            rows_BMX = x_BLX.new_zeros(B, self.length, X)
+        else:
+            positions = self.layout.positions
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start or 0, positions.stop, device=x_BLX.device)[None]
+            which_BM = self._insertion.vector(positions).clamp(min=0)
+            rows_BMX = F.embedding(which_BM, inserted_CX.to(x_BLX.dtype)).expand(B, -1, -1)
+        return rows_BMX.scatter(1, self.place_BL[..., None].expand(B, -1, X), x_BLX)
+
+    def take(self, x_BMX: Tensor) -> Tensor:
+        """The vectors [B, L, X] at the end of what follows each token."""
+        B, _, X = x_BMX.shape
+        return x_BMX.gather(1, self.last_BL[..., None].expand(B, -1, X))
+
+    def rows(self, rows_N: Tensor | None) -> Tensor | None:
+        """The indices in the flattened [B M] that `take` reads for the indices `rows_N` in [B L]."""
+        if rows_N is None:
+            return None
+        L = self.place_BL.shape[1]
+        row_N = rows_N // L
+        last_N = self.last_BL[row_N if len(self.last_BL) > 1 else 0, rows_N % L]
+        return row_N * self.length + last_N
+
+
 class Layout(ABC):
     """What the tokens [B, L] of some rows may see of one another.
 
@@ -85,6 +149,10 @@ class Layout(ABC):
         """The layout of the batch's rows `rows_R` [R]. Raises NotImplementedError if there is none."""
         raise NotImplementedError(f"{type(self).__name__} selects no rows")
 
+    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
+        """The rows with inserted vectors. Raises NotImplementedError if there is no layout for them."""
+        raise NotImplementedError(f"{type(self).__name__} has no room for inserted vectors")
+
 
 class CausalRows(Layout):
     """One sequence in each row, from its first token on: each token sees those up to itself."""
@@ -109,6 +177,13 @@ class CausalRows(Layout):
     def rows(self, rows_R: Tensor) -> CausalRows:
         """See `Layout.rows`."""
         return self
+
+    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
+        """See `Layout.stretch`."""
+        token_1L = torch.arange(self.positions.stop, device=device)[None]
+        length = insertion.length(self.positions.stop)
+        last_1L = insertion.length(token_1L + 1) - 1
+        return Stretched(insertion, CausalRows(length), length, insertion.length(token_1L), last_1L)
 
 
 def attend_in_rows(

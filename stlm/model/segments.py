@@ -1,7 +1,7 @@
 """Attention over a trie of sequences that lie in one row; each token is computed once.
 
 Shapes: N tokens of the row, S segments, Q queries and C keys of a segment, H query heads, K key/value heads,
-G = H / K query heads a group, E head width.
+G = H / K query heads a group, E head width; M places of the row with inserted vectors, P tokens of a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Layout, Selection
+from stlm.model.layout import Insertion, Layout, Selection, Stretched
 
 
 class Group(NamedTuple):
@@ -40,6 +40,8 @@ class Segments(Layout):
     ) -> None:
         """`segments`: the number of tokens, and the indices in the row of the path that ends with them."""
         self.positions = torch.from_numpy(positions_N).to(device)[None]
+        # What `stretch` begins from; None for selected tokens.
+        self._given: tuple[np.ndarray, Sequence[tuple[int, np.ndarray]]] | None = positions_N, segments
         before_N = np.zeros(len(positions_N), np.int64)
         for _, path in segments:
             before_N[path[1:]] = path[:-1]
@@ -97,6 +99,7 @@ class Segments(Layout):
         place_N[index_S] = torch.arange(S, device=index_S.device)
         chosen_N = place_N < S
         selected = copy.copy(self)
+        selected._given = None
         selected.positions = self.positions[:, index_S]
         # The nearest selected token on each path: the jumps back double until they reach one.
         jump_N = torch.where(
@@ -110,6 +113,26 @@ class Segments(Layout):
         selected.groups = [_selected(group, place_N, chosen_N) for group in self.groups]
         selected._bias = []
         return selected
+
+    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
+        """See `Layout.stretch`: what follows a token belongs to all sequences that continue it."""
+        if self._given is None:
+            return super().stretch(insertion, device)
+        positions_N, segments = self._given
+        span_N = insertion.length(positions_N + 1) - insertion.length(positions_N)
+        last_N = span_N.cumsum() - 1
+        place_N = last_N - span_N + 1
+        owner_M = np.repeat(np.arange(len(positions_N)), span_N)
+        positions_M = insertion.length(positions_N)[owner_M] + np.arange(len(owner_M)) - place_N[owner_M]
+        longer = []
+        for own, path_P in segments:
+            spans_P = span_N[path_P]
+            # Each token's place in the row, and those after it, counted on from the path's last one.
+            first_P = place_N[path_P] - (spans_P.cumsum() - spans_P)
+            path = np.repeat(first_P, spans_P) + np.arange(spans_P.sum())
+            longer.append((int(spans_P[len(path_P) - own :].sum()), path))
+        place_1N, last_1N = (torch.from_numpy(array).to(device)[None] for array in (place_N, last_N))
+        return Stretched(insertion, Segments(positions_M, longer, device), len(owner_M), place_1N, last_1N)
 
 
 def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:
