@@ -77,8 +77,8 @@ class Pauses(Technique):
         """See `Technique.check`."""
         if self.every > run.model.context:
             raise ValueError(
-                f"every: {self.every}: expected at most the {run.model.context} of model.context, in which no "
-                "token would have pauses"
+                f"every: {self.every}: expected at most model.context, "
+                f"{run.model.context}: no token would be followed by pauses"
             )
         if run.model.positions == "learned" and max(self.scored, default=0) > self.count:
             raise ValueError(
