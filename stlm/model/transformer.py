@@ -208,8 +208,8 @@ class Transformer(nn.Module):
             self.embedding_up = nn.Parameter(torch.empty(config.embedding_rank, config.width))
             if not config.tied:
                 self.output_down = nn.Parameter(torch.empty(config.width, config.embedding_rank))
-        # Vectors that a technique inserts into the rows: a module that returns them, [C, D], and has the
-        # `insertion` that says where they stand. The next token is predicted after them.
+        # What a technique inserts into the rows: a module with a method `vectors`, which returns [C, D], and
+        # the `insertion` that says where they stand. The next token is predicted after them.
         self.inserted_embeddings: nn.Module | None = None
         self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
@@ -379,7 +379,7 @@ class Transformer(nn.Module):
         if self.embedding_up is not None:
             x_BLD = _in_float32(x_BLD, self.embedding_up)
         if stretched is not None:
-            x_BLD = stretched.spread(x_BLD, self.inserted_embeddings())
+            x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
         rope = None
         if self.config.positions == "rope":
             # [L, 1, E] or [B, L, 1, E]: the same for all heads.

@@ -115,28 +115,24 @@ class Pauses(Technique):
 
 
 class PauseEmbeddings(nn.Module):
-    """The pauses' vectors [C, D]: V learned ones, one for all pauses or one for each."""
+    """The pauses' vectors: V learned ones, one for all pauses or one for each."""
 
     parameter_group = "pauses"
 
     def __init__(self, insertion: Insertion, vectors: int, width: int) -> None:
         super().__init__()
-        self.insertion, self._vectors = insertion, vectors
+        self.insertion, self._learned = insertion, vectors
         # Flat, V D numbers: optimizers treat vectors as gains, without weight decay.
         self.weight = nn.Parameter(torch.empty(vectors * width))
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def times(self, count: int) -> PauseEmbeddings:
         """The same vectors for another number of pauses."""
-        other = type(self)(self.insertion._replace(count=count), self._vectors, 0)
+        other = type(self)(self.insertion._replace(count=count), self._learned, 0)
         other.weight = self.weight
         return other
 
-    def forward(self) -> Tensor:
+    def vectors(self) -> Tensor:
         """[C, D], in float32."""
-        weight_VD = self.weight.view(self._vectors, -1)
-        return (
-            weight_VD.expand(self.insertion.count, -1)
-            if self._vectors == 1
-            else weight_VD[: self.insertion.count]
-        )
+        weight_VD, count = self.weight.view(self._learned, -1), self.insertion.count
+        return weight_VD.expand(count, -1) if self._learned == 1 else weight_VD[:count]
