@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stlm.model.cache import Cache
+from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import Tokenizer
 
@@ -26,8 +27,10 @@ class TokenGenerator:
         self._transformer, self._tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
         self._cache = Cache.of(transformer, 1, self._device) if cached else None
+        self._reads_answers = getattr(transformer, "reads_answers", False)
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
+        self._prompt_end = -1  # the last of a prompt, which the model answers
 
     @property
     def dropped(self) -> int:
@@ -38,6 +41,7 @@ class TokenGenerator:
         """See `TextGenerator`."""
         self._tokens = [self.eot, *self._tokenizer.encode(prompt)]
         self._begin = 0
+        self._prompt_end = len(self._tokens) - 1 if self._reads_answers and prompt else -1
         if self._cache is not None:
             self._cache.clear()
         return self._logits()
@@ -61,9 +65,12 @@ class TokenGenerator:
         read = begin + (cache.length if cache is not None else 0)
         tokens_BL = torch.tensor([self._tokens[read:]], device=self._device)
         L = tokens_BL.shape[1]
-        held = None if cache is None else cache.extend(L)
+        answers_1 = None
+        if self._prompt_end >= read:
+            answers_1 = torch.tensor([self._prompt_end - read], device=self._device)
+        layout = CausalRows(L, answers_1) if cache is None else cache.extend(L, answers_1)
         last_1 = torch.tensor([L - 1], device=self._device)
-        return self._transformer.head(self._transformer.hidden(tokens_BL, held, last_1))[0].float()
+        return self._transformer.head(self._transformer.hidden(tokens_BL, layout, last_1))[0].float()
 
 
 def window_begin(tokens: int, context: int) -> int:

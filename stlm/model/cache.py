@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.fused_attention import fused_attention
-from stlm.model.layout import Insertion, Layout, Selection, Stretched
+from stlm.model.layout import Layout, Selection, Stretched, places
 
 if TYPE_CHECKING:
     from stlm.model.transformer import Transformer
@@ -55,23 +55,28 @@ class Cache(Layout):
     def of(cls, model: Transformer, batch: int, device: torch.device) -> Cache:
         """A cache with as many layers and places as the model needs, whatever techniques made of it."""
         config = model.config
-        return cls(config, batch, device, layers=len(model.blocks), places=model.row_length(config.context))
+        return cls(config, batch, device, layers=len(model.blocks), places=model.most_places)
 
     @property
     def length(self) -> int:
         """The number of tokens held, at most the context."""
         return self.positions.stop
 
-    def extend(self, tokens: int) -> Cache:
-        """Make room for `tokens` more, which the next forward pass must bring. Returns the cache."""
+    def extend(self, tokens: int, answers: Tensor | None = None) -> Cache:
+        """Make room for `tokens` more, which the next forward pass must bring. Returns the cache.
+
+        `answers`: see `Layout`, among the new tokens.
+        """
         context = self._context
         assert self.length + tokens <= context, f"{self.length} + {tokens} tokens, context {context}"
-        self.positions = self.places = slice(self.length, self.length + tokens)
+        self.positions = slice(self.length, self.length + tokens)
+        self.places = slice(self.places.stop, self.places.stop + tokens)
+        self.answers = answers
         return self
 
     def clear(self) -> None:
         """Remove all tokens."""
-        # Of the tokens of the next forward pass: their positions, and where the layers keep them.
+        # Of the tokens of the next forward pass: their positions in the text, and where layers keep them.
         self.positions = self.places = slice(0, 0)
 
     def layer(self, number: int) -> LayerCache:
@@ -84,18 +89,16 @@ class Cache(Layout):
 
     attend = before
 
-    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
-        """See `Layout.stretch`. The cache keeps what is inserted after its tokens, too."""
-        begin, end = (insertion.length(place) for place in (self.positions.start, self.positions.stop))
-        self.places = slice(begin, end)
-        token_1L = torch.arange(self.positions.start, self.positions.stop, device=device)[None]
-        place_1L = insertion.length(token_1L) - begin
-        last_1L = insertion.length(token_1L + 1) - 1 - begin
-        return Stretched(insertion, _StretchedCache(self), end - begin, place_1L, last_1L)
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`: as many in each row. The cache keeps what is inserted like tokens."""
+        place_BL, last_BL = places(inserted_BL)
+        length = 1 + int(last_BL[0, -1])
+        self.places = slice(self.places.start, self.places.start + length)
+        return Stretched(_StretchedCache(self), length, place_BL, last_BL)
 
 
 class _StretchedCache(Layout):
-    """A cache whose positions are those of tokens and inserted vectors."""
+    """A cache whose positions are those of tokens and inserted places."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache, self.positions = cache, cache.places

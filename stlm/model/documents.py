@@ -1,6 +1,6 @@
 """Attention within documents that share a row: each token sees its own document only.
 
-Tensor names as in stlm.model.transformer; M the length of rows with inserted vectors.
+Tensor names as in stlm.model.transformer; M the length of rows with inserted places.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Insertion, Layout, Selection, Stretched, attend_in_rows
+from stlm.model.layout import Layout, Selection, Stretched, attend_in_rows, owners, places
 
 
 class Documents(Layout):
@@ -63,24 +63,21 @@ class Documents(Layout):
         """See `Layout.rows`."""
         return Documents(self.positions[rows_R], self.sees[rows_R], self._begins[rows_R])
 
-    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
-        """See `Layout.stretch`: vectors are inserted in each document, counted from its first token.
-
-        All rows get the length of a row of one document. Rows with less to insert end with padding, which no
-        other place sees.
-        """
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`."""
         B, L = self.positions.shape
-        M = insertion.length(L)
-        span_BL = insertion.length(self.positions + 1) - insertion.length(self.positions)
-        last_BL = span_BL.cumsum(dim=1) - 1
-        place_BL = last_BL - span_BL + 1
-        # The token that each place belongs to, itself or the one before; padding belongs to the last one.
-        tokens_BL = torch.arange(L, device=device).expand(B, L)
-        owner_BM = tokens_BL.new_zeros(B, M).scatter(1, place_BL, tokens_BL).cummax(dim=1).values
-        offset_BM = torch.arange(M, device=device) - place_BL.gather(1, owner_BM)
-        positions_BM = insertion.length(self.positions).gather(1, owner_BM) + offset_BM
+        inserted_BL = inserted_BL.expand(B, L)
+        place_BL, last_BL = places(inserted_BL)
+        M = 1 + int(last_BL.max()) if length is None else length
+        owner_BM, after_BM = owners(place_BL, M)
+        # Positions move on by what is inserted before in the same document.
+        before_BL = inserted_BL.cumsum(dim=1) - inserted_BL
+        token_L = torch.arange(L, device=inserted_BL.device)
+        first_BL = torch.where(self._begins, token_L, 0).cummax(dim=1).values
+        positions_BL = self.positions + before_BL - before_BL.gather(1, first_BL)
+        # No place but padding sees padding, which stands at the end; its positions do not matter.
+        positions_BM = (positions_BL.gather(1, owner_BM) + after_BM).clamp(max=M - 1)
         sees_BML = self.sees[:, 0].gather(1, owner_BM[..., None].expand(-1, -1, L))
         sees_BMM = sees_BML.gather(2, owner_BM[:, None].expand(-1, M, -1)).tril()
-        begins_BM = self._begins.gather(1, owner_BM) & (offset_BM == 0)
-        longer = Documents(positions_BM.clamp(max=M - 1), sees_BMM[:, None], begins_BM)
-        return Stretched(insertion, longer, M, place_BL, last_BL)
+        begins_BM = self._begins.gather(1, owner_BM) & (after_BM == 0)
+        return Stretched(Documents(positions_BM, sees_BMM[:, None], begins_BM), M, place_BL, last_BL)

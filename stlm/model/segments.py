@@ -1,7 +1,7 @@
 """Attention over a trie of sequences that lie in one row; each token is computed once.
 
 Shapes: N tokens of the row, S segments, Q queries and C keys of a segment, H query heads, K key/value heads,
-G = H / K query heads a group, E head width; M places of the row with inserted vectors, P tokens of a path.
+G = H / K query heads a group, E head width; M places of a stretched row, P tokens and Q places of a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Insertion, Layout, Selection, Stretched
+from stlm.model.layout import Layout, Selection, Stretched
 
 
 class Group(NamedTuple):
@@ -114,25 +114,29 @@ class Segments(Layout):
         selected._bias = []
         return selected
 
-    def stretch(self, insertion: Insertion, device: torch.device) -> Stretched:
+    def stretch(self, inserted_1N: Tensor, length: int | None = None) -> Stretched:
         """See `Layout.stretch`: what follows a token belongs to all sequences that continue it."""
         if self._given is None:
-            return super().stretch(insertion, device)
-        positions_N, segments = self._given
-        span_N = insertion.length(positions_N + 1) - insertion.length(positions_N)
-        last_N = span_N.cumsum() - 1
-        place_N = last_N - span_N + 1
-        owner_M = np.repeat(np.arange(len(positions_N)), span_N)
-        positions_M = insertion.length(positions_N)[owner_M] + np.arange(len(owner_M)) - place_N[owner_M]
-        longer = []
+            return super().stretch(inserted_1N, length)
+        (positions_N, segments), device = self._given, inserted_1N.device
+        inserted_N = inserted_1N[0].cpu().numpy()
+        last_N = (inserted_N + 1).cumsum() - 1
+        place_N = last_N - inserted_N
+        first_N, longer = np.empty_like(positions_N), []
         for own, path_P in segments:
-            spans_P = span_N[path_P]
-            # Each token's place in the row, and those after it, counted on from the path's last one.
-            first_P = place_N[path_P] - (spans_P.cumsum() - spans_P)
-            path = np.repeat(first_P, spans_P) + np.arange(spans_P.sum())
-            longer.append((int(spans_P[len(path_P) - own :].sum()), path))
+            inserted_P = inserted_N[path_P]
+            before_P = inserted_P.cumsum() - inserted_P
+            new_P = slice(len(path_P) - own, None)
+            first_N[path_P[new_P]] = positions_N[path_P[new_P]] + before_P[new_P]
+            # The places of each token of the path, and of what follows it.
+            begin_P = place_N[path_P] - before_P - np.arange(len(path_P))
+            path_Q = np.repeat(begin_P, inserted_P + 1)
+            path_Q += np.arange(len(path_Q))
+            longer.append((own + int(inserted_P[new_P].sum()), path_Q))
+        owner_M = np.repeat(np.arange(len(positions_N)), inserted_N + 1)
+        positions_M = first_N[owner_M] + np.arange(len(owner_M)) - place_N[owner_M]
         place_1N, last_1N = (torch.from_numpy(array).to(device)[None] for array in (place_N, last_N))
-        return Stretched(insertion, Segments(positions_M, longer, device), len(owner_M), place_1N, last_1N)
+        return Stretched(Segments(positions_M, longer, device), len(owner_M), place_1N, last_1N)
 
 
 def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:

@@ -194,6 +194,9 @@ class Transformer(nn.Module):
         "output": "head",
     }
 
+    # Whether inference must say where answers begin (`Layout.answers`); only rows of one sequence say so.
+    reads_answers = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -208,8 +211,8 @@ class Transformer(nn.Module):
             self.embedding_up = nn.Parameter(torch.empty(config.embedding_rank, config.width))
             if not config.tied:
                 self.output_down = nn.Parameter(torch.empty(config.width, config.embedding_rank))
-        # What a technique inserts into the rows: a module with a method `vectors`, which returns [C, D], and
-        # the `insertion` that says where they stand. The next token is predicted after them.
+        # What a technique inserts into the rows, such as `stlm.techniques.pauses.PauseEmbeddings`. The next
+        # token is predicted after it.
         self.inserted_embeddings: nn.Module | None = None
         self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
@@ -246,21 +249,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def insert(self, embeddings: nn.Module) -> None:
-        """Insert vectors into the rows from now on (see `inserted_embeddings`), which get further positions.
+        """Insert vectors into the rows from now on, which get further positions.
 
-        Learned positions of the context keep their values; the further ones are drawn like them.
+        `embeddings` has four methods. `stretch(layout, tokens_BL)` returns the longer rows, or None where
+        nothing is inserted; `vectors()`, what is inserted [C, D]; `longest(tokens)`, the most places that so
+        many tokens take; `length(tokens)`, those that they take in evaluation, an int or a mean. Learned
+        positions of the context keep their values; the further ones are drawn like them.
         """
         self.inserted_embeddings = embeddings
         learned_LD = self.positions.weight if self.config.positions == "learned" else None
-        self.make_positions(self.row_length(self.config.context))
+        self.make_positions(self.most_places)
         if learned_LD is not None and not learned_LD.is_meta:
             nn.init.normal_(self.positions.weight, std=INITIAL_STD)
             self.positions.weight[: len(learned_LD)] = learned_LD
 
-    def row_length(self, tokens: Any) -> Any:
-        """The length in the blocks of a row of `tokens` tokens, an int or a mean: with inserted vectors."""
-        inserted = self.inserted_embeddings
-        return tokens if inserted is None else inserted.insertion.length(tokens)
+    @property
+    def most_places(self) -> int:
+        """The longest row in the blocks: the context, with all that is inserted."""
+        inserted, context = self.inserted_embeddings, self.config.context
+        return context if inserted is None else inserted.longest(context)
 
     def view(self) -> Transformer:
         """A model with the same modules and weights; replacing modules of one does not change the other."""
@@ -302,7 +309,8 @@ class Transformer(nn.Module):
         if self.embedding_up is not None:
             # One product after the look-up and one before the head, by the transpose or by `output_down`.
             factors = 4 * self.embedding_up.numel() * length
-        blocks = forward_flops(self.blocks, self.row_length(length))
+        inserted = self.inserted_embeddings
+        blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
         return factors + blocks + children_flops(self, length, without=("blocks",))
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
@@ -351,7 +359,8 @@ class Transformer(nn.Module):
         layout = CausalRows(L) if layout is None else layout
         stretched = None
         if self.inserted_embeddings is not None:
-            stretched = layout.stretch(self.inserted_embeddings.insertion, tokens_BL.device)
+            stretched = self.inserted_embeddings.stretch(layout, tokens_BL)
+        if stretched is not None:
             layout, rows_N = stretched.layout, stretched.rows(rows_N)
         x_BLD, rope = self._embed(tokens_BL, layout, stretched)
         last = len(self.blocks) - 1

@@ -1,21 +1,23 @@
-"""Pauses: learned vectors after every few tokens, which give a model more computation for its next token.
+"""Pauses: learned vectors after some of the tokens, which give a model more computation for its next token.
 
 Goyal et al. (2024), "Think before you speak: Training language models with pause tokens", arXiv 2310.02226.
 
-Shapes: C pauses after a token, D width, V learned vectors.
+Shapes: B rows, L positions, N of them, C pauses after a token, D width, V learned vectors.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stlm.model.layout import Insertion
+from stlm.model.counts import TRAINING_PASSES, build_on_meta
+from stlm.model.flops import forward_flops
+from stlm.model.layout import Layout, Stretched
 from stlm.model.projection import INITIAL_STD
 from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
@@ -28,20 +30,23 @@ _MOST = 1000
 
 
 class Pauses(Technique):
-    """Learned vectors, pauses, that follow every `every`-th token of a sequence, in training, scoring and
-    generation; the next token is predicted after the last of them (Goyal et al. 2024). They are within the
-    model: no pause is a token of the text, a target, or counted by the context or in bits per byte."""
+    """Learned vectors, pauses, that follow some of the tokens in training, scoring and generation; the next
+    token is predicted after the last of them (Goyal et al. 2024). They are within the model: no pause is a
+    token of the text, a target, or counted by the context or in bits per byte."""
 
     supports: ClassVar[frozenset[str]] = frozenset(
         {"attention_within", "cache", "compile", "packing", "sharing"}
     )
 
-    every: int = Field(
-        8,
-        ge=1,
-        description="Pauses follow every so many tokens, counted from a sequence's first: that of a row, or "
-        "of a document where attention is within documents.",
+    place: Literal["every", "answer"] = Field(
+        "every",
+        description="Where pauses stand. `every`: after every so many tokens, counted from the first of a "
+        "sequence, which is a row, or a document where attention is within documents. `answer`: between the "
+        "context and the continuation of a scored item, after the prompt in generation, and nowhere in text "
+        "without either, so not in bits per byte; training puts as many as `every` does after tokens of each "
+        "row drawn at random.",
     )
+    every: int = Field(8, ge=1, description="How many tokens there are to each that pauses follow.")
     count: int = Field(1, ge=0, le=_MOST, description="Pauses after such a token; 0: the plain model.")
     vectors: Literal["one", "each"] = Field(
         "one",
@@ -90,7 +95,20 @@ class Pauses(Technique):
         """See `Technique.build`. Learned positions of the context keep their values."""
         if not self.neutral():
             vectors = 1 if self.vectors == "one" else self.count
-            model.insert(PauseEmbeddings(Insertion(self.every, self.count), vectors, model.config.width))
+            answer = self.place == "answer"
+            model.insert(PauseEmbeddings(self.every, self.count, answer, vectors, model.config.width))
+            model.reads_answers = answer
+
+    def extra_flops_per_token(self, run: Run) -> float:
+        """See `Technique.extra_flops_per_token`: with `place: answer`, the pauses of training."""
+        if self.place == "every" or self.neutral():
+            return 0.0
+        model, context = build_on_meta(run.model, (self,)), run.model.context
+        blocks = [
+            forward_flops(model.blocks, length)
+            for length in (context, model.inserted_embeddings.longest(context))
+        ]
+        return TRAINING_PASSES * (blocks[1] - blocks[0]) / context
 
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """See `Technique.readouts`."""
@@ -106,33 +124,76 @@ class Pauses(Technique):
         """The model with another number of pauses after a token, and the same weights."""
         other = model.view()
         if count == 0:
-            other.inserted_embeddings = None
+            other.inserted_embeddings, other.reads_answers = None, False
         else:
             other.inserted_embeddings = model.inserted_embeddings.times(count)
             if count > self.count:
-                other.make_positions(other.row_length(model.config.context))
+                other.make_positions(other.most_places)
         return other
 
 
 class PauseEmbeddings(nn.Module):
-    """The pauses' vectors: V learned ones, one for all pauses or one for each."""
+    """The pauses' vectors, V learned ones, one for all pauses or one for each, and where pauses stand."""
 
     parameter_group = "pauses"
 
-    def __init__(self, insertion: Insertion, vectors: int, width: int) -> None:
+    def __init__(self, every: int, count: int, answer: bool, vectors: int, width: int) -> None:
+        """`answer`: pauses stand before answers instead of after every `every`-th token."""
         super().__init__()
-        self.insertion, self._learned = insertion, vectors
+        self._every, self._count, self._answer, self._learned = every, count, answer, vectors
         # Flat, V D numbers: optimizers treat vectors as gains, without weight decay.
         self.weight = nn.Parameter(torch.empty(vectors * width))
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
     def times(self, count: int) -> PauseEmbeddings:
         """The same vectors for another number of pauses."""
-        other = type(self)(self.insertion._replace(count=count), self._learned, 0)
+        other = type(self)(self._every, count, self._answer, self._learned, 0)
         other.weight = self.weight
         return other
 
     def vectors(self) -> Tensor:
         """[C, D], in float32."""
-        weight_VD, count = self.weight.view(self._learned, -1), self.insertion.count
-        return weight_VD.expand(count, -1) if self._learned == 1 else weight_VD[:count]
+        weight_VD = self.weight.view(self._learned, -1)
+        return weight_VD.expand(self._count, -1) if self._learned == 1 else weight_VD[: self._count]
+
+    def longest(self, tokens: Any) -> Any:
+        """The most places that so many tokens take with their pauses, an int or a mean."""
+        return tokens + self._count * (tokens // self._every)
+
+    def length(self, tokens: Any) -> Any:
+        """The places that a text of so many tokens takes in evaluation, where it has no answer."""
+        return tokens if self._answer else self.longest(tokens)
+
+    def stretch(self, layout: Layout, tokens_BL: Tensor) -> Stretched | None:
+        """The rows with room for the pauses; None: there are none."""
+        if self._answer:
+            return (
+                self._at_random(layout, tokens_BL)
+                if self.training
+                else self._before_answers(layout, tokens_BL)
+            )
+        positions_BL = layout.positions
+        if isinstance(positions_BL, slice):
+            begin, end = positions_BL.start or 0, positions_BL.stop
+            positions_BL = torch.arange(begin, end, device=tokens_BL.device)[None]
+        inserted_BL = ((positions_BL + 1) % self._every == 0) * self._count
+        # Rows of one sequence are so long, and rows of documents at most, whose tokens are counted anew.
+        length = self.longest(tokens_BL.shape[1]) if layout.in_rows else None
+        return layout.stretch(inserted_BL, length)
+
+    def _at_random(self, layout: Layout, tokens_BL: Tensor) -> Stretched | None:
+        """Pauses after tokens of each row that are drawn: one of `every`."""
+        B, L = tokens_BL.shape
+        if L < self._every:
+            return None
+        index_BN = torch.rand(B, L, device=tokens_BL.device).topk(L // self._every, dim=1).indices
+        inserted_BL = torch.zeros_like(tokens_BL).scatter(1, index_BN, self._count)
+        return layout.stretch(inserted_BL, self.longest(L))
+
+    def _before_answers(self, layout: Layout, tokens_BL: Tensor) -> Stretched | None:
+        """Pauses after the token before each row's answer."""
+        if layout.answers is None:
+            return None
+        L = tokens_BL.shape[1]
+        last_BL = torch.arange(L, device=tokens_BL.device) == layout.answers[:, None]
+        return layout.stretch(last_BL * self._count, L + self._count)

@@ -33,7 +33,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.counts import build_on_meta, parameter_counts, parameter_groups
 from stlm.model.documents import Documents
 from stlm.model.flops import forward_flops
-from stlm.model.layout import CausalRows, Insertion, Selection
+from stlm.model.layout import CausalRows, Selection
 from stlm.model.segments import Segments
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
@@ -105,7 +105,7 @@ def test_no_pauses_are_the_plain_model_to_the_bit(options):
 def with_pauses_as_tokens(technique: Pauses, model: Transformer, row: list[int]) -> torch.Tensor:
     """The logits [L, V] of a plain model that reads pauses as further tokens of its vocabulary."""
     further = technique.count
-    longer = model.row_length(CONTEXT)
+    longer = model.most_places
     plain = build_model(model.config.model_copy(update={"vocab_size": 257 + further, "context": longer}))
     with torch.no_grad():
         own = dict(model.named_parameters())
@@ -264,51 +264,48 @@ def test_residuals_are_those_at_the_tokens():
 # Layouts
 
 
-def test_insertions_count_from_a_sequences_first_token():
-    insertion = Insertion(every=3, count=2)
-    assert [insertion.length(n) for n in range(8)] == [0, 1, 2, 5, 6, 7, 10, 11]
-    assert insertion.length(4.5) == 6.5
-    places = torch.arange(11)
-    assert insertion.vector(places).tolist() == [-1, -1, -1, 0, 1, -1, -1, -1, 0, 1, -1]
-
-
 def test_rows_are_stretched_and_taken_back():
-    insertion, x = Insertion(every=2, count=1), torch.arange(1.0, 11).view(2, 5, 1)
-    stretched = CausalRows(5).stretch(insertion, CPU)
-    longer = stretched.spread(x, torch.tensor([[-1.0]]))
-    assert longer[..., 0].tolist() == [[1, 2, -1, 3, 4, -1, 5], [6, 7, -1, 8, 9, -1, 10]]
-    assert stretched.take(longer)[..., 0].tolist() == [[1, -1, 3, -1, 5], [6, -1, 8, -1, 10]]
-    assert stretched.spread(x)[0, :, 0].tolist() == [1, 2, 0, 3, 4, 0, 5]
-    assert longer.flatten()[stretched.rows(torch.tensor([1, 2, 5, 8]))].tolist() == [-1, 3, 6, -1]
-    assert stretched.layout.positions == slice(7)
+    inserted, x = torch.tensor([[0, 2, 0, 1, 0]]), torch.arange(1.0, 11).view(2, 5, 1)
+    stretched = CausalRows(5).stretch(inserted)
+    longer = stretched.spread(x, torch.tensor([[-1.0], [-2.0]]))
+    assert longer[..., 0].tolist() == [[1, 2, -1, -2, 3, 4, -1, 5], [6, 7, -1, -2, 8, 9, -1, 10]]
+    assert stretched.take(longer)[..., 0].tolist() == [[1, -2, 3, -1, 5], [6, -2, 8, -1, 10]]
+    assert stretched.spread(x)[0, :, 0].tolist() == [1, 2, 0, 0, 3, 4, 0, 5]
+    assert longer.flatten()[stretched.rows(torch.tensor([1, 2, 5, 8]))].tolist() == [-2, 3, 6, -1]
+    assert stretched.layout.positions == slice(8)
+    # Rows that differ: the shorter one is padded at its end.
+    ragged = CausalRows(3).stretch(torch.tensor([[1, 0, 0], [0, 1, 1]]), 6)
+    assert ragged.place_BL.tolist() == [[0, 2, 3], [0, 1, 3]]
+    found = ragged.take(ragged.spread(torch.ones(2, 3, 1), torch.tensor([[-1.0]])))
+    assert found[..., 0].tolist() == [[-1, 1, 1], [1, -1, -1]]
 
 
-def test_documents_are_stretched_each_from_its_first_token():
+def test_documents_are_stretched_each_by_itself():
     read = torch.tensor([[5, 6, EOT, 7, 8, EOT], [5, 6, 7, 8, 9, 5]])
-    stretched = Documents.of(read, EOT).stretch(Insertion(every=2, count=1), CPU)
+    inserted = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 1, 0, 1, 0, 1]])
+    stretched = Documents.of(read, EOT).stretch(inserted, 9)
     longer = stretched.spread(read[..., None].float(), torch.tensor([[-1.0]]))
-    assert stretched.length == 9
     assert longer[1, :, 0].tolist() == [5, 6, -1, 7, 8, -1, 9, 5, -1]
     assert longer[0, :8, 0].tolist() == [5, 6, -1, EOT, 7, -1, 8, EOT]
     assert stretched.layout.positions[0, :8].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert stretched.layout.positions[1].tolist() == list(range(9))
     assert stretched.last_BL.tolist() == [[0, 2, 3, 5, 6, 7], [0, 2, 3, 5, 6, 8]]
-    sees = stretched.layout.sees[:, 0]
+    sees, place = stretched.layout.sees[:, 0], torch.arange(8)
     first = torch.tensor([0, 0, 0, 3, 3, 3, 3, 7])
-    assert torch.equal(
-        sees[0, :8, :8], (torch.arange(8) >= first[:, None]) & (torch.arange(8) <= torch.arange(8)[:, None])
-    )
+    assert torch.equal(sees[0, :8, :8], (place >= first[:, None]) & (place <= place[:, None]))
     assert torch.equal(sees[1], torch.ones(9, 9).tril().bool())
     assert not sees[0, :8, 8].any(), "padding is seen by none"
+    assert torch.equal(Documents.of(read, EOT).stretch(inserted).layout.sees, stretched.layout.sees)
 
 
 def test_a_trie_is_stretched_and_what_follows_a_token_is_there_once():
     paths = [np.arange(4), np.array([0, 1, 4, 5, 6])]
     trie = Segments(np.array([0, 1, 2, 3, 2, 3, 4]), [(4, paths[0]), (3, paths[1])], CPU)
-    stretched = trie.stretch(Insertion(every=2, count=1), CPU)
-    assert stretched.length == 7 + 3 and stretched.last_BL.tolist() == [[0, 2, 3, 5, 6, 8, 9]]
-    assert stretched.layout.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6]]
-    before = stretched.layout.before(torch.arange(1.0, 11).view(1, 10, 1))
-    assert before.flatten().tolist() == [0, 1, 2, 3, 4, 5, 3, 7, 8, 9]
+    stretched = trie.stretch(torch.tensor([[0, 1, 0, 1, 0, 2, 0]]))
+    assert stretched.length == 7 + 4 and stretched.last_BL.tolist() == [[0, 2, 3, 5, 6, 9, 10]]
+    assert stretched.layout.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]]
+    before = stretched.layout.before(torch.arange(1.0, 12).view(1, 11, 1))
+    assert before.flatten().tolist() == [0, 1, 2, 3, 4, 5, 3, 7, 8, 9, 10]
 
 
 def test_layouts_without_room_say_so():
@@ -316,8 +313,8 @@ def test_layouts_without_room_say_so():
 
     trie = Segments(np.array([0, 1]), [(2, np.arange(2))], CPU).select(Selection(torch.tensor([[0]])))
     for layout in (Packing(torch.tensor([2, 3]), causal=True), trie):
-        with pytest.raises(NotImplementedError, match="has no room for inserted vectors"):
-            layout.stretch(Insertion(2, 1), CPU)
+        with pytest.raises(NotImplementedError, match="has no room for inserted places"):
+            layout.stretch(torch.tensor([[1]]))
 
 
 # Weights and cost
@@ -331,7 +328,7 @@ def test_weights_start_as_the_plain_models_and_pauses_are_counted(options, techn
     vectors = own.pop("inserted_embeddings.weight")
     assert vectors.numel() == 32 * (technique.count if technique.vectors == "each" else 1)
     assert 0.01 < vectors.std() < 0.03
-    further = model.row_length(CONTEXT) - CONTEXT
+    further = model.most_places - CONTEXT
     assert further == technique.count * (CONTEXT // technique.every)
     for name, parameter in plain.named_parameters():
         found = own.pop(name)
@@ -368,7 +365,7 @@ def test_flops_are_torchs_but_for_the_upper_half_of_attention(technique, length,
     model, plain = random_model(technique, **options), random_model(**options)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(tokens(1, length))
-    rows = model.row_length(length)
+    rows = length + technique.count * (length // technique.every)
     upper_half = LAYERS * 2 * 32 * rows**2
     assert forward_flops(model, length) == counter.get_total_flops() - upper_half
     assert forward_flops(model, length) > forward_flops(plain, length)
@@ -430,7 +427,7 @@ def test_readouts_are_the_model_with_other_numbers_of_pauses(options):
     )
     assert torch.equal(found["pauses-0"](tokens()), plain(tokens()))
     assert forward_flops(found["pauses-0"], CONTEXT) == forward_flops(plain, CONTEXT)
-    assert model.row_length(CONTEXT) == CONTEXT + 2 * 5, "the model itself is left as it was"
+    assert model.most_places == CONTEXT + 2 * 5, "the model itself is left as it was"
     with pytest.raises(UserError, match=r"'pauses-9999' is no readout.*did you mean 'pauses-"):
         find_readout(model, "pauses-9999")
     if "learned" in options.values():
