@@ -192,8 +192,9 @@ class PauseEmbeddings(nn.Module):
 
     def _before_answers(self, layout: Layout, tokens_BL: Tensor) -> Stretched | None:
         """Pauses after the token before each row's answer."""
-        if layout.answers is None:
-            return None
         L = tokens_BL.shape[1]
+        if layout.answers is None:
+            # What follows the pauses that a cache holds stands as many places further on.
+            return None if layout.in_rows else layout.stretch(torch.zeros_like(tokens_BL))
         last_BL = torch.arange(L, device=tokens_BL.device) == layout.answers[:, None]
         return layout.stretch(last_BL * self._count, L + self._count)

@@ -261,6 +261,162 @@ def test_residuals_are_those_at_the_tokens():
     assert torch.equal(model.finish(kept[-1]), model.hidden(tokens()))
 
 
+# Pauses before answers
+
+
+ANSWER = Pauses(place="answer", every=4, count=2)
+ITEMS = [
+    ("the cat", " sat"),
+    ("the cat", " ran home"),
+    ("the cat ran", " home"),
+    ("the", " cat ran home"),
+    ("a dog was", " not"),
+    ("", "the cat ran"),
+]
+
+
+def answered(model: Transformer, context: str, continuation: str, whole: bool) -> float:
+    """The log-probability by hand, of one request: pauses stand after the context's last token."""
+    tokenizer = ByteTokenizer()
+    text, first = list((context + continuation).encode()), len(context)
+    plain = build_model(model.config)
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    read, places = [tokenizer.eot] * (whole or not context), []
+    for place, token in enumerate(text):
+        places.append(len(read) - 1)
+        read.append(token)
+        if place == first - 1:
+            read += [-1, -1]
+    read = torch.tensor(read[:-1])
+    x = plain.embedding(read.clamp(min=0))[None]
+    x[0, read < 0] = model.inserted_embeddings.weight
+    rope = model.cos_LE[: len(read), None], model.sin_LE[: len(read), None]
+    for block in plain.eval().blocks:
+        x = block(x, rope, CausalRows(len(read)))
+    scored = range(0 if whole or not context else first, len(text))
+    logprobs = plain.head(plain.finish(x))[0].log_softmax(dim=-1).detach()
+    return sum(float(logprobs[places[n], text[n]]) for n in scored)
+
+
+def test_in_scoring_they_stand_between_the_context_and_the_continuation():
+    model = random_model(ANSWER, context=32)
+    scorer = TokenModel(model, RequestEncoder(ByteTokenizer()))
+    assert not scorer.packs, "a trie has no answers"
+    requests = [Request(*item) for item in ITEMS]
+    expected = [answered(model, *item, whole=False) for item in ITEMS]
+    found = [score.logprob for score in scorer.loglikelihoods(requests)]
+    assert found == pytest.approx(expected, abs=1e-3)
+    plain = TokenModel(find_readout(model, "pauses-0"), RequestEncoder(ByteTokenizer()))
+    without = [score.logprob for score in plain.loglikelihoods(requests)]
+    assert plain.packs and without[-1] == pytest.approx(found[-1], abs=1e-3)
+    assert all(abs(one - other) > 1e-2 for one, other in zip(without[:-1], found[:-1], strict=True))
+
+
+def test_whole_strings_share_what_comes_before_an_answer_alone():
+    """Several requests are the same text, and differ in where its answer begins."""
+    model = random_model(ANSWER, context=32)
+    scorer = TokenModel(model, RequestEncoder(ByteTokenizer()))
+    requests = [Request(*item, whole=True) for item in ITEMS]
+    together = [score.logprob for score in scorer.loglikelihoods(requests)]
+    alone = [scorer.loglikelihoods([request])[0].logprob for request in requests]
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert len({round(value, 2) for value in together[1:4]}) == 3
+    # The first token follows an end of text, which the others do not.
+    begins = scorer._first_tokens(np.array([ord("t")]))[0, 0]
+    (text,) = scorer.loglikelihoods([Request("t", "he cat ran home", whole=True)])
+    assert text.logprob - begins == pytest.approx(
+        answered(model, "t", "he cat ran home", whole=False), abs=1e-3
+    )
+
+
+def test_a_context_beyond_the_models_loses_its_beginning_and_no_pause():
+    model = random_model(ANSWER, context=16)
+    scorer = TokenModel(model, RequestEncoder(ByteTokenizer()))
+    context = "It was a dark and stormy night"
+    long, short = scorer.loglikelihoods([Request(context, " in May"), Request(context[-10:], " in May")])
+    assert long.truncated and not short.truncated
+    assert long.logprob == pytest.approx(short.logprob, abs=1e-3)
+    # A continuation as long as the model's context leaves none to pause after.
+    (none,) = scorer.loglikelihoods([Request("It", context + context)])
+    assert none.truncated and none.logprob < 0
+
+
+def test_text_without_answers_has_no_pauses():
+    model = random_model(ANSWER)
+    plain = find_readout(model, "pauses-0")
+    assert torch.equal(model(tokens()), plain(tokens()))
+    documents = [tokens(1, 40)[0].tolist()]
+    scorers = [TokenModel(one, RequestEncoder(ByteTokenizer())) for one in (model, plain)]
+    assert len({scorer.document_loglikelihoods(documents)[0] for scorer in scorers}) == 1
+    assert forward_flops(model, CONTEXT) == forward_flops(plain, CONTEXT)
+
+
+def test_in_generation_they_stand_after_the_prompt():
+    model, texts = random_model(ANSWER), []
+    for cached in (True, False):
+        for prompt in ("Once", ""):
+            generator, numbers = (
+                TokenGenerator(model, ByteTokenizer(), cached),
+                torch.Generator().manual_seed(5),
+            )
+            logits_V = generator.start(prompt)
+            read = torch.tensor([[generator.eot, *prompt.encode()]])
+            answers = torch.tensor([4 if prompt else -1])
+            with torch.inference_mode():
+                expected = model.head(model.hidden(read, CausalRows(read.shape[1], answers)))[0, -1]
+                torch.testing.assert_close(logits_V, expected, atol=1e-4, rtol=1e-4)
+                assert prompt == "" or (model(read)[0, -1] - logits_V).abs().max() > 1e-2
+            texts.append([])
+            while len(texts[-1]) < 3 * CONTEXT:
+                texts[-1].append(int(Sampling(temperature=1.0).choose(logits_V, numbers)) % generator.eot)
+                logits_V = generator.next(texts[-1][-1])
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("layout", ["rows", "documents"])
+def test_training_draws_where_they_stand(layout):
+    model, read = random_model(ANSWER, qkv_shift=True).train(), tokens(8)
+    read[:, 5] = EOT
+    given = None if layout == "rows" else Documents.of(read, EOT)
+    lengths, seen = [], []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    model.inserted_embeddings.stretch = lambda *inputs, own=model.inserted_embeddings.stretch: (
+        seen.append(own(*inputs)) or seen[-1]
+    )
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(model.hidden(read, given))
+    assert lengths == [CONTEXT + 2 * (CONTEXT // 4)] * 3
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    paused = seen[0].last_BL > seen[0].place_BL
+    assert (paused.sum(dim=1) == CONTEXT // 4).all() and not (paused == paused[:1]).all()
+    # Later tokens move nothing, wherever pauses stand.
+    changed = read.clone()
+    changed[:, 10:] = changed[:, 10:] % 256 + 1
+    torch.manual_seed(1)
+    other = model.hidden(changed, given)
+    torch.testing.assert_close(other[:, :10], found[0][:, :10], atol=1e-5, rtol=1e-5)
+    assert (other[:, 10:] - found[0][:, 10:]).abs().max() > 1e-2
+
+
+def test_training_with_drawn_places_costs_what_torch_counts(make_technique_run):
+    run = make_technique_run(techniques=[ANSWER], model={"context": CONTEXT})
+    model, counts = build_model(run.model, [ANSWER]), []
+    for length in (CONTEXT, CONTEXT + 2 * (CONTEXT // 4)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model.inserted_embeddings.train(length > CONTEXT)
+            model.eval() if length == CONTEXT else None
+            for block in model.blocks:
+                block.eval()
+            model(tokens(1))
+        counts.append(counter.get_total_flops() - run.model.layers * 2 * 32 * length**2)
+    assert forward_flops(model, CONTEXT) == counts[0]
+    assert run.flops_per_token == pytest.approx(3 * counts[1] / CONTEXT, rel=1e-12)
+    every = ANSWER.model_copy(update={"place": "every"})
+    assert run.flops_per_token == run.model_copy(update={"techniques": {"pauses": every}}).flops_per_token
+
+
 # Layouts
 
 
@@ -502,9 +658,10 @@ def test_a_neutral_run_is_the_plain_one(make_technique_run):
     assert all(torch.equal(value, weights(own)[name]) for name, value in weights(plain).items())
 
 
+@pytest.mark.parametrize("technique", [TWO, ANSWER], ids=["every", "answer"])
 @pytest.mark.parametrize("attention", ["across", "within"])
-def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, make_technique_run, monkeypatch):
-    sizes = {"techniques": [TWO], "data": DataConfig(attention=attention), "accumulation": 2}
+def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, technique, make_technique_run, monkeypatch):
+    sizes = {"techniques": [technique], "data": DataConfig(attention=attention), "accumulation": 2}
     sizes["model"] = {"dropout": 0.1}
     plain, stopped = make_technique_run("plain", **sizes), make_technique_run("stopped", **sizes)
     train(plain)
@@ -537,8 +694,9 @@ train(Run.model_validate(content).model_copy(update={"techniques": techniques}))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(make_technique_run, monkeypatch):
-    sizes = {"techniques": [TWO], "accumulation": 2}
+@pytest.mark.parametrize("technique", [TWO, ANSWER], ids=["every", "answer"])
+def test_two_processes_train_as_one(technique, make_technique_run, monkeypatch):
+    sizes = {"techniques": [technique], "accumulation": 2}
     one, two = make_technique_run("one", **sizes), make_technique_run("two", **sizes)
     train(one)
     monkeypatch.setenv("RUN", two.model_dump_json())
