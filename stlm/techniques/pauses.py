@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from stlm.model.activations import block_activations
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.model.layout import Layout, Stretched
@@ -109,6 +110,11 @@ class Pauses(Technique):
             for length in (context, model.inserted_embeddings.longest(context))
         ]
         return TRAINING_PASSES * (blocks[1] - blocks[0]) / context
+
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: blocks keep of a pause what they keep of a token."""
+        pauses = self.count * (run.model.context // self.every) / run.model.context
+        return pauses * run.model.layers * block_activations(run.model, narrow)
 
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """See `Technique.readouts`."""

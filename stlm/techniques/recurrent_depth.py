@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from stlm.model.activations import block_activations
 from stlm.model.byte_config import MOST_LAYERS
 from stlm.model.counts import TRAINING_PASSES, build_on_meta, grouped_parameters
 from stlm.model.flops import children_flops, forward_flops
@@ -188,6 +189,13 @@ class RecurrentDepth(Technique):
         group = list(build_on_meta(run.model).blocks)[self.first - 1 :][: self.blocks]
         flops = sum(forward_flops(block, run.model.context) for block in group)
         return TRAINING_PASSES * further * flops / run.model.context
+
+    def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
+        """See `Technique.extra_bytes_per_token`: gradients go through all passes of a step."""
+        lap = 1 if self.drawn is None else 1 + self.drawn[1] - self.drawn[0]
+        first = range(1, 1 + min(lap, run.training.steps))
+        most = max(self.passes_at(run.seed, step) for step in first)
+        return (most - 1) * self.blocks * block_activations(run.model, narrow)
 
     # Inference
 
