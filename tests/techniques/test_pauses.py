@@ -43,6 +43,7 @@ from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.curve import validate
 from stlm.training.loop import Trainer, train
+from stlm.training.memory import training_memory
 from stlm.training.optimizers import build_optimizer
 
 OPTIONS = {
@@ -538,6 +539,23 @@ def test_documents_cost_as_much_as_one_row():
             model.hidden(read, layout)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+
+
+def test_memory_is_that_of_longer_rows(make_technique_run):
+    run, plain = make_technique_run(techniques=[TWO]), make_technique_run()
+    own, other = (training_memory(one, "float32", False, 4).sequence for one in (run, plain))
+    tokens_of_the_batch = 8 * run.model.context
+    rows = 1 + 2 * (32 // 3) / 32
+    assert own - tokens_of_the_batch == pytest.approx((other - tokens_of_the_batch) * rows, abs=1)
+
+
+def test_with_drawn_places_one_graph_is_the_same():
+    model, read = random_model(ANSWER).train(), tokens()
+    torch.manual_seed(3)
+    expected = model.hidden(read)
+    torch.manual_seed(3)
+    compiled = torch.compile(model.hidden, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(read), expected, atol=1e-4, rtol=1e-3)
 
 
 @each_option

@@ -38,6 +38,7 @@ from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.loop import Trainer, train
+from stlm.training.memory import training_memory
 from stlm.training.objective import Objective, total
 from stlm.training.optimizers import build_optimizer
 
@@ -313,6 +314,19 @@ def test_training_costs_what_torch_counts(make_technique_run):
     assert run.flops_per_token == pytest.approx(counted / 6 / context + attention, rel=1e-9)
     plain = run.model_copy(update={"techniques": {}})
     assert run.parameters == plain.parameters and run.flops_per_token > plain.flops_per_token
+
+
+def test_memory_is_that_of_a_model_with_as_many_blocks(make_technique_run):
+    """At the step with the most passes, of those that are drawn."""
+    for technique, steps, layers in (
+        (THREE, 8, 8),
+        (DRAWN, 4, 10),
+        (DRAWN, 1, 2 + 2 * DRAWN.passes_at(0, 1)),
+    ):
+        run = make_technique_run(techniques=[technique], steps=steps, warmup_steps=1)
+        deep = make_technique_run(model={"layers": layers}, steps=steps, warmup_steps=1)
+        own, other = (training_memory(one, "float32", False, 4) for one in (run, deep))
+        assert own.sequence == other.sequence and own.gradients < other.gradients
 
 
 def test_matrices_of_all_passes_are_one_of_the_optimizers(make_technique_run):
