@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.fused_attention import fused_attention
-from stlm.model.layout import Layout, Selection, Stretched, places
+from stlm.model.layout import Layout, Selection, Stretched, token_places
 
 if TYPE_CHECKING:
     from stlm.model.transformer import Transformer
@@ -91,7 +91,7 @@ class Cache(Layout):
 
     def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
         """See `Layout.stretch`: as many in each row. The cache keeps what is inserted like tokens."""
-        place_BL, last_BL = places(inserted_BL)
+        place_BL, last_BL = token_places(inserted_BL)
         length = 1 + int(last_BL[0, -1])
         self.places = slice(self.places.start, self.places.start + length)
         return Stretched(_StretchedCache(self), length, place_BL, last_BL)

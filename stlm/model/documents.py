@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Layout, Selection, Stretched, attend_in_rows, owners, places
+from stlm.model.layout import Layout, Selection, Stretched, attend_in_rows, owners, token_places
 
 
 class Documents(Layout):
@@ -67,7 +67,7 @@ class Documents(Layout):
         """See `Layout.stretch`."""
         B, L = self.positions.shape
         inserted_BL = inserted_BL.expand(B, L)
-        place_BL, last_BL = places(inserted_BL)
+        place_BL, last_BL = token_places(inserted_BL)
         M = 1 + int(last_BL.max()) if length is None else length
         owner_BM, after_BM = owners(place_BL, M)
         # Positions move on by what is inserted before in the same document.

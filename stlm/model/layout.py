@@ -92,7 +92,7 @@ class Stretched:
         return row_N * self.length + last_N
 
 
-def places(inserted_BL: Tensor) -> tuple[Tensor, Tensor]:
+def token_places(inserted_BL: Tensor) -> tuple[Tensor, Tensor]:
     """`place_BL` and `last_BL` of `Stretched`, given how many places are inserted after each token."""
     last_BL = (inserted_BL + 1).cumsum(dim=1) - 1
     return last_BL - inserted_BL, last_BL
@@ -176,7 +176,7 @@ class CausalRows(Layout):
 
     def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
         """See `Layout.stretch`."""
-        place_BL, last_BL = places(inserted_BL)
+        place_BL, last_BL = token_places(inserted_BL)
         length = 1 + int(last_BL.max()) if length is None else length
         return Stretched(CausalRows(length), length, place_BL, last_BL)
 

@@ -47,8 +47,12 @@ class Pauses(Technique):
         "without either, so not in bits per byte; training puts as many as `every` does after tokens of each "
         "row drawn at random.",
     )
-    every: int = Field(8, ge=1, description="How many tokens there are to each that pauses follow.")
-    count: int = Field(1, ge=0, le=_MOST, description="Pauses after such a token; 0: the plain model.")
+    every: int = Field(
+        8,
+        ge=1,
+        description="Tokens to each place of pauses; with `place: answer` their mean, in training.",
+    )
+    count: int = Field(1, ge=0, le=_MOST, description="Pauses at each place; 0: the plain model.")
     vectors: Literal["one", "each"] = Field(
         "one",
         description="Whether all pauses are one learned vector, as in the paper, or each of the `count` has "
@@ -172,18 +176,18 @@ class PauseEmbeddings(nn.Module):
 
     def stretch(self, layout: Layout, tokens_BL: Tensor) -> Stretched | None:
         """The rows with room for the pauses; None: there are none."""
-        if self._answer:
-            return (
-                self._at_random(layout, tokens_BL)
-                if self.training
-                else self._before_answers(layout, tokens_BL)
-            )
+        if not self._answer:
+            return self._after_every(layout, tokens_BL)
+        return (self._at_random if self.training else self._before_answers)(layout, tokens_BL)
+
+    def _after_every(self, layout: Layout, tokens_BL: Tensor) -> Stretched:
+        """Pauses after every so many tokens of a sequence."""
         positions_BL = layout.positions
         if isinstance(positions_BL, slice):
             begin, end = positions_BL.start or 0, positions_BL.stop
             positions_BL = torch.arange(begin, end, device=tokens_BL.device)[None]
         inserted_BL = ((positions_BL + 1) % self._every == 0) * self._count
-        # Rows of one sequence are so long, and rows of documents at most, whose tokens are counted anew.
+        # So long are rows of one sequence; of documents, which count their tokens anew, this is the most.
         length = self.longest(tokens_BL.shape[1]) if layout.in_rows else None
         return layout.stretch(inserted_BL, length)
 
