@@ -64,6 +64,10 @@ class TokenModel:
         if batch_tokens is None and getattr(transformer, "calls_head", False):
             self.batch_tokens //= 16  # such a model returns the logits of all positions
         self.context: int = transformer.config.context
+        if batch_tokens is None:
+            # Rows that a technique makes longer hold fewer tokens.
+            places = getattr(transformer, "most_places", self.context)
+            self.batch_tokens = max(1, self.batch_tokens * self.context // places)
         techniques = getattr(transformer, "techniques", ())
         self.packs: bool = getattr(
             transformer, "packs", all("packing" in technique.supports for technique in techniques)

@@ -237,7 +237,7 @@ def test_packed_in_a_trie_as_in_single_rows(options, technique):
     model = random_model(technique, **{"context": 48, **options})
     requests = [Request("the cat", f" {a}{b}") for a in ("sat", "ran", "w") for b in ("", " home", " on it")]
     scorer = TokenModel(model, RequestEncoder(ByteTokenizer()))
-    assert scorer.packs
+    assert scorer.packs and scorer.batch_tokens == 4096 * 48 // model.most_places
     packed = [score.logprob for score in scorer.loglikelihoods(requests, greedy=True)]
     scorer.packs = False
     single = [score.logprob for score in scorer.loglikelihoods(requests)]
