@@ -161,7 +161,15 @@ def generate(options: argparse.Namespace) -> None:
     # Texts of any alphabet, whatever the locale.
     sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
     draft = Draft(options.draft, options.draft_length, options.fallback, options.rollback)
-    how = options.tokens, options.seed, options.samples, not options.no_cache, options.device, draft
+    how = (
+        options.tokens,
+        options.seed,
+        options.samples,
+        not options.no_cache,
+        options.device,
+        draft,
+        options.readout,
+    )
     if options.prompts is not None:
         from stlm.generation.prompts import generate_all
 

@@ -118,6 +118,7 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
     option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
     option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")
+    option("--readout", str, None, "a language model within the model, as in evaluation.json: exit-2", "NAME")
     option(
         "--draft",
         str,

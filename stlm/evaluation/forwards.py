@@ -12,11 +12,13 @@ class Forward(NamedTuple):
     """One sequence for the model: its input, the first scored position, and the targets after its end.
 
     The targets of all positions but the last are the input itself, shifted; the last may have several.
+    `answer`: the index of the token after which an answer begins, for models that read it; -1: none.
     """
 
     tokens: np.ndarray
     start: int
     finals: list[int]
+    answer: int = -1
 
     @property
     def inner(self) -> int:
@@ -30,7 +32,8 @@ class Row(NamedTuple):
     `positions` are the tokens' positions in their sequences. Each of `segments` is a sequence: its number of
     tokens that no earlier sequence has, and its path, the indices in the row of all of its tokens. Of the p
     log-probabilities to compute, number k is that of `targets[k]` after the row's token `picked[k]`; `counts`
-    says how many of them belong to each of the forwards `numbers`.
+    says how many of them belong to each of the forwards `numbers`. `answer`, in a row of one forward, is that
+    forward's.
     """
 
     tokens: np.ndarray  # [n]
@@ -40,6 +43,7 @@ class Row(NamedTuple):
     targets: np.ndarray  # [p]
     numbers: list[int]
     counts: list[int]
+    answer: int = -1
 
 
 def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Forward]:
@@ -76,8 +80,12 @@ class SharedPrefixes:
         self.forwards = list(forwards)
         for place in range(1, len(self.order)):
             before, number = self.order[place - 1], self.order[place]
-            common = self.common[place] = _common_prefix(keys[before], keys[number]) // width
             forward, neighbour = forwards[number], forwards[before]
+            common = _common_prefix(keys[before], keys[number]) // width
+            if forward.answer != neighbour.answer:
+                # What follows the first of two answers' beginnings differs.
+                common = min(common, *(one.answer for one in (forward, neighbour) if one.answer >= 0))
+            self.common[place] = common
             # Before the last position of the common prefix, the neighbour's next token is the same.
             if neighbour.start <= forward.start < common - 1:
                 self.forwards[number] = forward._replace(start=common - 1)
@@ -148,4 +156,5 @@ def _row(forwards: Sequence[Forward], members: Sequence[tuple[int, int]]) -> Row
         np.concatenate(targets).astype(np.int64),
         [number for number, _ in members],
         counts,
+        forwards[members[0][0]].answer if len(members) == 1 else -1,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from stlm.errors import UserError, nearest, shortened
 from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import read_description
@@ -19,6 +20,17 @@ def readouts_of(model: Transformer) -> dict[str, nn.Module]:
     for technique in model.techniques:
         found |= technique.readouts(model)
     return found
+
+
+def find_readout(model: Transformer, name: str) -> nn.Module:
+    """The readout `name` of a model; raises UserError, naming the nearest one, if there is none."""
+    for technique in model.techniques:
+        if (found := technique.readout(model, name)) is not None:
+            return found
+    known = readouts_of(model)
+    if not known:
+        raise UserError(f"{shortened(name)!r}: the model has no readouts")
+    raise UserError(f"{shortened(name)!r} is no readout of the model{nearest(name, known)}")
 
 
 def score_readouts(

@@ -19,6 +19,7 @@ from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, pack, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
+from stlm.model.layout import CausalRows
 from stlm.model.segments import Segments
 
 # Logits held at once, as positions by tokens: few enough for a CPU's cache, enough to fill a GPU.
@@ -63,10 +64,16 @@ class TokenModel:
         if batch_tokens is None and getattr(transformer, "calls_head", False):
             self.batch_tokens //= 16  # such a model returns the logits of all positions
         self.context: int = transformer.config.context
+        if batch_tokens is None:
+            # Rows that a technique makes longer hold fewer tokens.
+            places = getattr(transformer, "most_places", self.context)
+            self.batch_tokens = max(1, self.batch_tokens * self.context // places)
         techniques = getattr(transformer, "techniques", ())
         self.packs: bool = getattr(
             transformer, "packs", all("packing" in technique.supports for technique in techniques)
         )
+        self._reads_answers: bool = getattr(transformer, "reads_answers", False)
+        self.packs = self.packs and not self._reads_answers
         self.transformer: nn.Module = transformer
         self.precise: TokenModel = self
         if precision == "bfloat16":
@@ -162,7 +169,7 @@ class TokenModel:
             if request.whole and request.item is not None:
                 common_cut[request.item] = max(cut, common_cut.get(request.item, 0))
         forwards: list[Forward] = []
-        index: dict[bytes, int] = {}
+        index: dict[tuple[bytes, int], int] = {}
         parts = []
         for request, item, request_cut in zip(requests, encoded, cuts, strict=True):
             cut = common_cut.get(request.item, request_cut) if request.whole else request_cut
@@ -184,9 +191,13 @@ class TokenModel:
                 first_target - 1 - request_cut,
                 int(item.tokens[-1]),
             )
-            number = index.setdefault(tokens.tobytes(), len(forwards))
+            # After an empty context begins a text, and no answer.
+            answer = -1
+            if self._reads_answers and not item.starts_with_eot:
+                answer = max(-1, item.n_context - 1 - request_cut)
+            number = index.setdefault((tokens.tobytes(), answer), len(forwards))
             if number == len(forwards):
-                forwards.append(Forward(tokens, start, [last]))
+                forwards.append(Forward(tokens, start, [last], answer))
             else:
                 known = forwards[number]
                 if last not in known.finals:
@@ -249,9 +260,12 @@ class TokenModel:
                 torch.from_numpy(a).to(self.device) for a in (tokens_BL, targets_P, rows_N, picked_P)
             )
             several = len(batch[0].numbers) > 1
-            segments = Segments(batch[0].positions, batch[0].segments, self.device) if several else None
+            layout = Segments(batch[0].positions, batch[0].segments, self.device) if several else None
+            if any(row.answer >= 0 for row in batch):
+                answers_B = torch.tensor([row.answer for row in batch], device=self.device)
+                layout = CausalRows(length, answers_B)
             with self._arithmetic():
-                hidden_ND = self.transformer.hidden(tokens, segments, rows)
+                hidden_ND = self.transformer.hidden(tokens, layout, rows)
             return self._pick(hidden_ND, tokens.flatten()[rows], picked, targets, greedy)
 
     def _arithmetic(self):

@@ -26,7 +26,7 @@ class ByteGenerator:
     def __init__(self, transformer: ByteTransformer, tokenizer: Tokenizer, cached: bool = True) -> None:
         self._transformer, self._chunker = transformer.eval(), chunker_of(tokenizer)
         self._device = transformer.embedding.weight.device
-        self._cache = Cache(transformer.config, 1, self._device) if cached else None
+        self._cache = Cache.of(transformer, 1, self._device) if cached else None
         # The empty chunk is the end of the previous text.
         self._chunks: list[bytes] = [b""]
         self._open = b""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from stlm.errors import UserError, nearest
-from stlm.evaluation.readouts import readouts_of
+from stlm.errors import UserError, nearest, shortened
+from stlm.evaluation.readouts import find_readout, readouts_of
 from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.speculation import Speculator
@@ -38,10 +38,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) -> TextGenerator:
+def load_generator(
+    checkpoint: Path, device: torch.device, cached: bool = True, readout: str | None = None
+) -> TextGenerator:
     """The generator for a checkpoint folder, with the tokenizer next to it; in float32.
 
-    Raises UserError if a file is missing or damaged.
+    With `readout`, the model's readout of that name writes. Raises UserError if a file is missing or damaged,
+    or if there is no such readout.
     """
     model, _ = load_checkpoint(checkpoint, device)
     if cached:
@@ -51,24 +54,34 @@ def load_generator(checkpoint: Path, device: torch.device, cached: bool = True) 
     kind = TokenGenerator if model.config.bytes is None else ByteGenerator
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
     check_fits(model, tokenizer, checkpoint)
+    if readout is not None:
+        try:
+            model = find_readout(model, readout)
+        except UserError as error:
+            raise UserError(f"--readout: {checkpoint}: {error}") from None
     return kind(model, tokenizer, cached)
 
 
-def find_generator(name: str, device: torch.device, cached: bool = True) -> TextGenerator:
+def find_generator(
+    name: str, device: torch.device, cached: bool = True, readout: str | None = None
+) -> TextGenerator:
     """The generator for a checkpoint (see `find_checkpoint`) or a published model, by name.
 
     A published model is named by its folder's path or by STUDY/NAME, as in params/STUDY.yaml, unless a run
-    has that name. Raises UserError if it does not exist or is damaged.
+    has that name. `readout`: see `load_generator`. Raises UserError if it does not exist or is damaged.
     """
     from stlm.generation.published import is_published, load_published
 
-    if is_published(Path(name)):
-        return load_published(Path(name), device, cached)
-    published = _published(name)
+    folder = Path(name) if is_published(Path(name)) else None
+    published = {} if folder else _published(name)
+    if readout is not None and (folder or name in published):
+        raise UserError(f"--readout: {shortened(name)!r}: a published model has no readouts")
+    if folder:
+        return load_published(folder, device, cached)
     if name in published:
         model = published[name]
         return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
-    return load_generator(find_checkpoint(name, published), device, cached)
+    return load_generator(find_checkpoint(name, published), device, cached, readout)
 
 
 def _published(name: str) -> dict[str, PublishedModel]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import Interrupted, UserError, shortened
 from stlm.generation.drafts import AUTO, best_draft
 from stlm.generation.find import choose_device, find_generator, find_speculator
 from stlm.generation.interface import TextGenerator
@@ -113,18 +113,26 @@ class Opened(NamedTuple):
             tell(f"draft {self.draft}, {self.drafting.length} tokens: {statistics}")
 
 
-def open_model(run: str, cached: bool, device: str | None, draft: Draft) -> Opened:
-    """Find the model `run` and its draft; stderr says which `AUTO` is, and if texts are not the model's own.
+def open_model(
+    run: str, cached: bool, device: str | None, draft: Draft, readout: str | None = None
+) -> Opened:
+    """Find the model `run`, or its readout, and its draft.
+
+    Says on stderr which draft `AUTO` is, and if texts will not be the model's own.
 
     Raises UserError as `find_generator` and `find_speculator` do.
     """
     if draft.name is not None and not cached:
         raise UserError("--no-cache: expected without --draft, which needs the cache")
+    if draft.name is not None and readout is not None:
+        raise UserError(
+            f"--readout {shortened(readout)}: expected without --draft, which the whole model verifies"
+        )
     drafting = draft.drafting()
     if draft.name == AUTO:
         draft, drafting = _measured(run, draft)
     if draft.name is None:
-        return Opened(find_generator(run, choose_device(device), cached), None, None)
+        return Opened(find_generator(run, choose_device(device), cached, readout), None, None)
     speculator = find_speculator(run, draft.name, choose_device(device))
     if not drafting.exact:
         tell(
@@ -152,6 +160,7 @@ def generate(
     cached: bool = True,
     device: str | None = None,
     draft: Draft = Draft(),
+    readout: str | None = None,
 ) -> None:
     """Print `prompt` and its continuations by a model (see `find_generator`) while they are drawn.
 
@@ -162,7 +171,7 @@ def generate(
     check_seeds(seed, samples)
     statistics = Statistics()
     try:
-        opened = open_model(run, cached, device, draft)
+        opened = open_model(run, cached, device, draft, readout)
         generator = opened.generator
         for number in range(samples):
             pieces = continuation(

@@ -61,6 +61,7 @@ def generate_all(
     cached: bool,
     device: str | None,
     draft: Draft,
+    readout: str | None,
     batch: int,
 ) -> None:
     """Print a line of JSON for each sample of each prompt in the file `path`, in order.
@@ -72,7 +73,7 @@ def generate_all(
     check_seeds(seed, samples)
     prompts, statistics = read_prompts(path), Statistics()
     try:
-        opened = open_model(run, cached, device, draft)
+        opened = open_model(run, cached, device, draft, readout)
         asked = ((prompt, seed + number) for prompt in prompts for number in range(samples))
         while some := list(itertools.islice(asked, batch)):
             texts = _texts(opened, some, length, sampling, cached, statistics)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stlm.model.cache import Cache
+from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import Tokenizer
 
@@ -30,9 +31,11 @@ class TokenGenerator:
         self.eot = tokenizer.eot
         self.transformer, self.tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
-        self._cache = Cache(transformer.config, 1, self._device) if cached else None
+        self._cache = Cache.of(transformer, 1, self._device) if cached else None
+        self._reads_answers = getattr(transformer, "reads_answers", False)
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
+        self._prompt_end = -1  # the last of a prompt, which the model answers
 
     @property
     def dropped(self) -> int:
@@ -42,6 +45,7 @@ class TokenGenerator:
     def start(self, prompt: str) -> Tensor:
         """See `TextGenerator`."""
         self.restart([self.eot, *self.tokenizer.encode(prompt)])
+        self._prompt_end = len(self._tokens) - 1 if self._reads_answers and prompt else -1
         return self._logits(1)[0]
 
     def next(self, symbol: int) -> Tensor:
@@ -61,7 +65,7 @@ class TokenGenerator:
 
     def restart(self, tokens: Sequence[int]) -> None:
         """See `TokenReader`."""
-        self._tokens, self._begin = list(tokens), 0
+        self._tokens, self._begin, self._prompt_end = list(tokens), 0, -1
         if self._cache is not None:
             self._cache.clear()
 
@@ -79,7 +83,7 @@ class TokenGenerator:
     @torch.inference_mode()
     def afresh(self, back: int = 0) -> Tensor:
         """See `TokenReader`."""
-        return self._pass(self._tokens[self._begin : len(self._tokens) - back], 1, None)[0]
+        return self._pass(self._begin, len(self._tokens) - back, 1, None)[0]
 
     def vocabulary(self) -> dict[int, bytes]:
         """See `TokenReader`."""
@@ -99,15 +103,21 @@ class TokenGenerator:
         if begin != self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        return self._pass(self._tokens[begin + (cache.length if cache is not None else 0) :], last, cache)
+        return self._pass(begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache)
 
-    def _pass(self, tokens: Sequence[int], last: int, cache: Cache | None) -> Tensor:
-        """The logits [N, V] after each of the `last` N of `tokens`, which follow those in the cache."""
-        L = len(tokens)
-        tokens_1L = torch.tensor([tokens], device=self._device)
-        held = None if cache is None else cache.extend(L)
+    def _pass(self, begin: int, end: int, last: int, cache: Cache | None) -> Tensor:
+        """The logits [N, V] after each of the `last` N of the text's tokens `begin` to `end` - 1.
+
+        The cache holds those before; without one, the window begins at `begin`.
+        """
+        L = end - begin
+        tokens_1L = torch.tensor([self._tokens[begin:end]], device=self._device)
+        answers_1 = None
+        if self._prompt_end >= begin:
+            answers_1 = torch.tensor([self._prompt_end - begin], device=self._device)
+        layout = CausalRows(L, answers_1) if cache is None else cache.extend(L, answers_1)
         last_N = torch.arange(L - last, L, device=self._device)
-        return self.transformer.head(self.transformer.hidden(tokens_1L, held, last_N)).float()
+        return self.transformer.head(self.transformer.hidden(tokens_1L, layout, last_N)).float()
 
 
 def window_begin(tokens: int, context: int) -> int:

@@ -6,17 +6,25 @@ query heads a group, E head width, X = (H + 2 K) E.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.model.config import ModelConfig
 from stlm.model.fused_attention import fused_attention
-from stlm.model.layout import Layout, Selection
+from stlm.model.layout import Layout, Selection, Stretched, token_places
+
+if TYPE_CHECKING:
+    from stlm.model.transformer import Transformer
 
 
 class Cache(Layout):
-    """Memory for the keys and values of a context's tokens: [layers, 2, B, K, context, E], allocated once.
+    """Memory for the keys and values of a context's tokens: [layers, 2, B, K, places, E], allocated once.
+
+    `of` makes it for a model. `layers`: as many as tokens pass, each pass of a block is one; None: those of
+    `config`. `places`: of a row as long as the context, with what is inserted into it; None: the context.
 
     Call `extend(n)` before a forward pass of n tokens, to make room for them. `Transformer.hidden` takes the
     cache as its `layout`; it continues the positions and gives each layer its part of the cache. Layers may
@@ -25,47 +33,69 @@ class Cache(Layout):
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        layers: int | None = None,
+        places: int | None = None,
     ) -> None:
-        shape = (config.layers, 2, batch, config.kv_heads, config.context, config.head_width)
+        layers, places = layers or config.layers, places or config.context
+        shape = (layers, 2, batch, config.kv_heads, places, config.head_width)
         # Zeros, since a layer that gets some of the tokens also reads unwritten entries, with weight zero.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         # Queries, keys and values before the shift, of which the next token's shift needs the last. All are
         # kept, since any token may become the last when the tokens after it are removed.
         width = config.width + 2 * config.kv_heads * config.head_width
-        kept = config.context if config.qkv_shift else 0
-        unshifted = torch.zeros(config.layers, batch, kept, width, dtype=dtype, device=device)
+        kept = places if config.qkv_shift else 0
+        unshifted = torch.zeros(layers, batch, kept, width, dtype=dtype, device=device)
         self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, unshifted, strict=True)]
-        self.positions = slice(0, 0)  # of the tokens of the next forward pass
+        self._context = config.context
+        self.clear()
+
+    @classmethod
+    def of(cls, model: Transformer, batch: int, device: torch.device) -> Cache:
+        """A cache with as many layers and places as the model needs, whatever techniques made of it."""
+        config = model.config
+        return cls(config, batch, device, layers=len(model.blocks), places=model.most_places)
 
     @property
     def length(self) -> int:
         """The number of tokens held, at most the context."""
         return self.positions.stop
 
-    def extend(self, tokens: int) -> Cache:
-        """Make room for `tokens` more, which the next forward pass must bring. Returns the cache."""
-        context = self.kv.shape[4]
+    def extend(self, tokens: int, answers: Tensor | None = None) -> Cache:
+        """Make room for `tokens` more, which the next forward pass must bring. Returns the cache.
+
+        `answers`: see `Layout`, among the new tokens.
+        """
+        context = self._context
         assert self.length + tokens <= context, f"{self.length} + {tokens} tokens, context {context}"
         self.positions = slice(self.length, self.length + tokens)
+        self.places = slice(self.places.stop, self.places.stop + tokens)
+        self.answers = answers
         return self
 
     def revisit(self, begin: int, end: int) -> Cache:
         """The next forward pass brings the tokens at positions `begin` to `end` - 1 for some of the layers,
         which hold those before `begin`, as after a pass of the first layers alone. Returns the cache.
+
+        As `crop`, it is for models that insert nothing, so that tokens lie at their positions.
         """
-        self.positions = slice(begin, end)
+        self.positions = self.places = slice(begin, end)
         return self
 
     def crop(self, length: int) -> None:
         """Remove all tokens after the first `length`; layers that hold fewer tokens stay as they are."""
-        self.positions = slice(length, length)
+        self.positions = self.places = slice(length, length)
         for layer in self._layers:
             layer.crop(length)
 
     def clear(self) -> None:
         """Remove all tokens."""
-        self.positions = slice(0, 0)
+        # Of the tokens of the next forward pass: their positions in the text, and where layers keep them.
+        self.positions = self.places = slice(0, 0)
 
     def layer(self, number: int) -> LayerCache:
         """The part of layer `number`, from 0."""
@@ -76,6 +106,26 @@ class Cache(Layout):
         raise NotImplementedError("a cache is each layer's own: use layer(number)")
 
     attend = before
+
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`: as many in each row. The cache keeps what is inserted like tokens."""
+        place_BL, last_BL = token_places(inserted_BL)
+        length = 1 + int(last_BL[0, -1])
+        self.places = slice(self.places.start, self.places.start + length)
+        return Stretched(_StretchedCache(self), length, place_BL, last_BL)
+
+
+class _StretchedCache(Layout):
+    """A cache whose positions are those of tokens and inserted places."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache, self.positions = cache, cache.places
+
+    def layer(self, number: int) -> LayerCache:
+        """See `Cache.layer`."""
+        return self._cache.layer(number)
+
+    before = attend = Cache.before
 
 
 class LayerCache(Layout):
@@ -93,11 +143,11 @@ class LayerCache(Layout):
     @property
     def positions(self) -> slice:
         """See `Layout`."""
-        return self._cache.positions
+        return self._cache.places
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each new one; zeros at the context's first token."""
-        begin, end = self._cache.positions.start, self._cache.positions.stop
+        begin, end = self.positions.start, self.positions.stop
         self._unshifted_BNX[:, begin:end] = x_BLX
         if begin == 0:
             return F.pad(x_BLX[:, :-1], (0, 0, 1, 0))
@@ -106,7 +156,7 @@ class LayerCache(Layout):
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. Stores the new tokens' keys and values."""
         assert not dropout, "a cache is for generation, which drops nothing"
-        begin, end = self._cache.positions.start, self._cache.positions.stop
+        begin, end = self.positions.start, self.positions.stop
         B, L, H, E = q_BLHE.shape
         self._k_BKNE[:, :, begin:end] = k_BLKE.transpose(1, 2)
         self._v_BKNE[:, :, begin:end] = v_BLKE.transpose(1, 2)
@@ -124,7 +174,7 @@ class LayerCache(Layout):
     def select(self, selection: Selection) -> _SelectedCache:
         """See `Layout.select`. The layer must get a selection of all tokens, and stores only the selected."""
         self._selects = True
-        if self._cache.positions.start == 0:
+        if self.positions.start == 0:
             self._held_B.zero_()
         return _SelectedCache(self, selection)
 

@@ -1,6 +1,6 @@
 """Attention within documents that share a row: each token sees its own document only.
 
-Tensor names as in stlm.model.transformer.
+Tensor names as in stlm.model.transformer; M the length of rows with inserted places.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Layout, Selection, attend_in_rows
+from stlm.model.layout import Layout, Selection, Stretched, attend_in_rows, owners, token_places
 
 
 class Documents(Layout):
@@ -62,3 +62,22 @@ class Documents(Layout):
     def rows(self, rows_R: Tensor) -> Documents:
         """See `Layout.rows`."""
         return Documents(self.positions[rows_R], self.sees[rows_R], self._begins[rows_R])
+
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`."""
+        B, L = self.positions.shape
+        inserted_BL = inserted_BL.expand(B, L)
+        place_BL, last_BL = token_places(inserted_BL)
+        M = 1 + int(last_BL.max()) if length is None else length
+        owner_BM, after_BM = owners(place_BL, M)
+        # Positions move on by what is inserted before in the same document.
+        before_BL = inserted_BL.cumsum(dim=1) - inserted_BL
+        token_L = torch.arange(L, device=inserted_BL.device)
+        first_BL = torch.where(self._begins, token_L, 0).cummax(dim=1).values
+        positions_BL = self.positions + before_BL - before_BL.gather(1, first_BL)
+        # No place but padding sees padding, which stands at the end; its positions do not matter.
+        positions_BM = (positions_BL.gather(1, owner_BM) + after_BM).clamp(max=M - 1)
+        sees_BML = self.sees[:, 0].gather(1, owner_BM[..., None].expand(-1, -1, L))
+        sees_BMM = sees_BML.gather(2, owner_BM[:, None].expand(-1, M, -1)).tril()
+        begins_BM = self._begins.gather(1, owner_BM) & (after_BM == 0)
+        return Stretched(Documents(positions_BM, sees_BMM[:, None], begins_BM), M, place_BL, last_BL)

@@ -6,7 +6,7 @@ each (`CausalRows`), consecutive documents (`stlm.model.documents`), a trie of s
 cache (`stlm.model.cache`).
 
 Shapes: B batch, L length, X any width, H query heads, K key/value heads, E head width; S selected tokens of
-a row.
+a row; M the length of rows with inserted places, C vectors inserted at once.
 """
 
 from __future__ import annotations
@@ -53,17 +53,73 @@ class Selection(NamedTuple):
         return x_BLX.scatter_add(1, index_BSX, delta_BSX.to(x_BLX.dtype))
 
 
+class Stretched:
+    """Rows of L tokens that were made longer, to M places: after some of the tokens others are inserted.
+
+    `layout`: that of the longer rows. `place_BL`: the index in them of each token; `last_BL`: of the last
+    place inserted after it, or of the token itself if there is none. Where all rows are alike, their B is 1.
+    Rows with less to insert than others end with padding.
+    """
+
+    def __init__(self, layout: Layout, length: int, place_BL: Tensor, last_BL: Tensor) -> None:
+        self.layout, self.length = layout, length
+        self.place_BL, self.last_BL = place_BL, last_BL
+
+    def spread(self, x_BLX: Tensor, inserted_CX: Tensor | None = None) -> Tensor:
+        """The longer rows [B, M, X]: `x_BLX` at the tokens, elsewhere zeros, or the C inserted vectors in
+        turn, from the first one after each token."""
+        B, _, X = x_BLX.shape
+        if inserted_CX is None:
+            rows_BMX = x_BLX.new_zeros(B, self.length, X)
+        else:
+            _, after_BM = owners(self.place_BL, self.length)
+            which_BM = (after_BM - 1).clamp(min=0, max=len(inserted_CX) - 1)
+            rows_BMX = F.embedding(which_BM, inserted_CX.to(x_BLX.dtype)).expand(B, -1, -1)
+        return rows_BMX.scatter(1, self.place_BL[..., None].expand(B, -1, X), x_BLX)
+
+    def take(self, x_BMX: Tensor) -> Tensor:
+        """The vectors [B, L, X] at the last place after each token."""
+        B, _, X = x_BMX.shape
+        return x_BMX.gather(1, self.last_BL[..., None].expand(B, -1, X))
+
+    def rows(self, rows_N: Tensor | None) -> Tensor | None:
+        """The indices in the flattened [B M] that `take` reads for the indices `rows_N` in [B L]."""
+        if rows_N is None:
+            return None
+        L = self.place_BL.shape[1]
+        row_N = rows_N // L
+        last_N = self.last_BL[row_N if len(self.last_BL) > 1 else 0, rows_N % L]
+        return row_N * self.length + last_N
+
+
+def token_places(inserted_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """`place_BL` and `last_BL` of `Stretched`, given how many places are inserted after each token."""
+    last_BL = (inserted_BL + 1).cumsum(dim=1) - 1
+    return last_BL - inserted_BL, last_BL
+
+
+def owners(place_BL: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """For each of `length` places [B, M]: the token that it belongs to, itself or the last one before, and
+    how far it is after that token."""
+    token_BL = torch.arange(place_BL.shape[1], device=place_BL.device).expand_as(place_BL)
+    owner_BM = token_BL.new_zeros(len(place_BL), length).scatter(1, place_BL, token_BL).cummax(dim=1).values
+    return owner_BM, torch.arange(length, device=place_BL.device) - place_BL.gather(1, owner_BM)
+
+
 class Layout(ABC):
     """What the tokens [B, L] of some rows may see of one another.
 
     `positions`: the tokens' positions in their sequences, a slice (the same for all rows) or [B, L].
     `in_rows`: whether each token attends to the tokens of its row up to itself, except those that `sees`
     [B, 1, L, L] excludes (None: none), and to no others; the training kernels compute this case only.
+    `answers` [B]: of each row, the index of the token after which an answer begins, -1 for none; None: no row
+    has an answer.
     """
 
     in_rows: ClassVar[bool] = False
     positions: slice | Tensor
     sees: Tensor | None = None
+    answers: Tensor | None = None
 
     @abstractmethod
     def before(self, x_BLX: Tensor) -> Tensor:
@@ -85,14 +141,22 @@ class Layout(ABC):
         """The layout of the batch's rows `rows_R` [R]. Raises NotImplementedError if there is none."""
         raise NotImplementedError(f"{type(self).__name__} selects no rows")
 
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """The rows with so many places inserted after each token; they have positions, as tokens do.
+
+        `length`: what the longest row will have, or more; None: the tensor's values are read, for which a GPU
+        waits. B may be 1 if all rows are alike. Raises NotImplementedError if there is no such layout.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no room for inserted places")
+
 
 class CausalRows(Layout):
     """One sequence in each row, from its first token on: each token sees those up to itself."""
 
     in_rows = True
 
-    def __init__(self, length: int) -> None:
-        self.positions = slice(length)
+    def __init__(self, length: int, answers: Tensor | None = None) -> None:
+        self.positions, self.answers = slice(length), answers
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """See `Layout.before`."""
@@ -109,6 +173,12 @@ class CausalRows(Layout):
     def rows(self, rows_R: Tensor) -> CausalRows:
         """See `Layout.rows`."""
         return self
+
+    def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`."""
+        place_BL, last_BL = token_places(inserted_BL)
+        length = 1 + int(last_BL.max()) if length is None else length
+        return Stretched(CausalRows(length), length, place_BL, last_BL)
 
 
 def attend_in_rows(

@@ -1,7 +1,7 @@
 """Attention over a trie of sequences that lie in one row; each token is computed once.
 
 Shapes: N tokens of the row, S segments, Q queries and C keys of a segment, H query heads, K key/value heads,
-G = H / K query heads a group, E head width.
+G = H / K query heads a group, E head width; M places of a stretched row, P tokens and Q places of a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stlm.model.layout import Layout, Selection
+from stlm.model.layout import Layout, Selection, Stretched
 
 
 class Group(NamedTuple):
@@ -40,6 +40,8 @@ class Segments(Layout):
     ) -> None:
         """`segments`: the number of tokens, and the indices in the row of the path that ends with them."""
         self.positions = torch.from_numpy(positions_N).to(device)[None]
+        # What `stretch` begins from; None for selected tokens.
+        self._given: tuple[np.ndarray, Sequence[tuple[int, np.ndarray]]] | None = positions_N, segments
         before_N = np.zeros(len(positions_N), np.int64)
         for _, path in segments:
             before_N[path[1:]] = path[:-1]
@@ -97,6 +99,7 @@ class Segments(Layout):
         place_N[index_S] = torch.arange(S, device=index_S.device)
         chosen_N = place_N < S
         selected = copy.copy(self)
+        selected._given = None
         selected.positions = self.positions[:, index_S]
         # The nearest selected token on each path: the jumps back double until they reach one.
         jump_N = torch.where(
@@ -110,6 +113,30 @@ class Segments(Layout):
         selected.groups = [_selected(group, place_N, chosen_N) for group in self.groups]
         selected._bias = []
         return selected
+
+    def stretch(self, inserted_1N: Tensor, length: int | None = None) -> Stretched:
+        """See `Layout.stretch`: what follows a token belongs to all sequences that continue it."""
+        if self._given is None:
+            return super().stretch(inserted_1N, length)
+        (positions_N, segments), device = self._given, inserted_1N.device
+        inserted_N = inserted_1N[0].cpu().numpy()
+        last_N = (inserted_N + 1).cumsum() - 1
+        place_N = last_N - inserted_N
+        first_N, longer = np.empty_like(positions_N), []
+        for own, path_P in segments:
+            inserted_P = inserted_N[path_P]
+            before_P = inserted_P.cumsum() - inserted_P
+            new_P = slice(len(path_P) - own, None)
+            first_N[path_P[new_P]] = positions_N[path_P[new_P]] + before_P[new_P]
+            # The places of each token of the path, and of what follows it.
+            begin_P = place_N[path_P] - before_P - np.arange(len(path_P))
+            path_Q = np.repeat(begin_P, inserted_P + 1)
+            path_Q += np.arange(len(path_Q))
+            longer.append((own + int(inserted_P[new_P].sum()), path_Q))
+        owner_M = np.repeat(np.arange(len(positions_N)), inserted_N + 1)
+        positions_M = first_N[owner_M] + np.arange(len(owner_M)) - place_N[owner_M]
+        place_1N, last_1N = (torch.from_numpy(array).to(device)[None] for array in (place_N, last_N))
+        return Stretched(Segments(positions_M, longer, device), len(owner_M), place_1N, last_1N)
 
 
 def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:

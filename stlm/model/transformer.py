@@ -7,6 +7,7 @@ width].
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -19,11 +20,11 @@ from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
 from stlm.model.feed_forward import FFNS
-from stlm.model.flops import children_flops
+from stlm.model.flops import children_flops, forward_flops
 from stlm.model.fused import RMSNorm
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
-from stlm.model.layout import CausalRows, Layout
+from stlm.model.layout import CausalRows, Layout, Stretched
 from stlm.model.projection import (
     INITIAL_STD,
     block_matrices,
@@ -200,6 +201,9 @@ class Transformer(nn.Module):
         "output": "head",
     }
 
+    # Whether inference must say where answers begin (`Layout.answers`); only rows of one sequence say so.
+    reads_answers = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -214,15 +218,10 @@ class Transformer(nn.Module):
             self.embedding_up = nn.Parameter(torch.empty(config.embedding_rank, config.width))
             if not config.tied:
                 self.output_down = nn.Parameter(torch.empty(config.width, config.embedding_rank))
-        if config.positions == "learned":
-            self.positions = nn.Embedding(config.context, config.width)
-        elif config.positions == "sinusoidal":
-            table_LD = sinusoidal_table(config.context, config.width)
-            self.register_buffer("sinusoids_LD", table_LD, persistent=False)
-        else:
-            cos_LE, sin_LE = rope_tables(config.context, config.head_width, config.rope_theta)
-            self.register_buffer("cos_LE", cos_LE, persistent=False)
-            self.register_buffer("sin_LE", sin_LE, persistent=False)
+        # What a technique inserts into the rows, such as `stlm.techniques.pauses.PauseEmbeddings`. The next
+        # token is predicted after it.
+        self.inserted_embeddings: nn.Module | None = None
+        self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
         # and Jordan et al. 2024, modded-nanogpt): the token itself reaches attention past the blocks before.
         self.value_embeddings = nn.ModuleList(
@@ -241,6 +240,48 @@ class Transformer(nn.Module):
         if config.tied:
             self.output.weight = self.embedding.weight
         self._initialize()
+
+    def make_positions(self, places: int) -> None:
+        """Make a table of so many positions, on the model's device; learned ones are not initialized."""
+        config, device = self.config, self.embedding.weight.device
+        if config.positions == "learned":
+            self.positions = nn.Embedding(places, config.width)
+        elif config.positions == "sinusoidal":
+            table_LD = sinusoidal_table(places, config.width)
+            self.register_buffer("sinusoids_LD", table_LD.to(device), persistent=False)
+        else:
+            cos_LE, sin_LE = rope_tables(places, config.head_width, config.rope_theta)
+            self.register_buffer("cos_LE", cos_LE.to(device), persistent=False)
+            self.register_buffer("sin_LE", sin_LE.to(device), persistent=False)
+
+    @torch.no_grad()
+    def insert(self, embeddings: nn.Module) -> None:
+        """Insert vectors into the rows from now on, which get further positions.
+
+        `embeddings` has four methods. `stretch(layout, tokens_BL)` returns the longer rows, or None where
+        nothing is inserted; `vectors()`, what is inserted [C, D]; `longest(tokens)`, the most places that so
+        many tokens take; `length(tokens)`, those that they take in evaluation, an int or a mean. Learned
+        positions of the context keep their values; the further ones are drawn like them.
+        """
+        self.inserted_embeddings = embeddings
+        learned_LD = self.positions.weight if self.config.positions == "learned" else None
+        self.make_positions(self.most_places)
+        if learned_LD is not None and not learned_LD.is_meta:
+            nn.init.normal_(self.positions.weight, std=INITIAL_STD)
+            self.positions.weight[: len(learned_LD)] = learned_LD
+
+    @property
+    def most_places(self) -> int:
+        """The longest row in the blocks: the context, with all that is inserted."""
+        inserted, context = self.inserted_embeddings, self.config.context
+        return context if inserted is None else inserted.longest(context)
+
+    def view(self) -> Transformer:
+        """A model with the same modules and weights; replacing modules of one does not change the other."""
+        other = copy.copy(self)
+        for name in ("_modules", "_parameters", "_buffers"):
+            setattr(other, name, dict(getattr(self, name)))
+        return other
 
     def _initialize(self) -> None:
         """Normal(0, 0.02); projections into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
@@ -275,7 +316,9 @@ class Transformer(nn.Module):
         if self.embedding_up is not None:
             # One product after the look-up and one before the head, by the transpose or by `output_down`.
             factors = 4 * self.embedding_up.numel() * length
-        return factors + children_flops(self, length)
+        inserted = self.inserted_embeddings
+        blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
+        return factors + blocks + children_flops(self, length, without=("blocks",))
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The matrices of the blocks: see `block_matrices`."""
@@ -321,14 +364,20 @@ class Transformer(nn.Module):
         L, longest = tokens_BL.shape[1], self.config.context
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         layout = CausalRows(L) if layout is None else layout
-        x_BLD, rope = self._embed(tokens_BL, layout)
-        return self._through(0, x_BLD, rope, tokens_BL, layout, rows_N, after)
+        stretched = None
+        if self.inserted_embeddings is not None:
+            stretched = self.inserted_embeddings.stretch(layout, tokens_BL)
+        if stretched is not None:
+            layout, rows_N = stretched.layout, stretched.rows(rows_N)
+        x_BLD, rope = self._embed(tokens_BL, layout, stretched)
+        return self._through(0, x_BLD, rope, tokens_BL, layout, rows_N, after, stretched)
 
     def continued(self, x_BLD: Tensor, tokens_BL: Tensor, layout: Layout, block: int) -> Tensor:
         """The residual stream [B, L, D] after the last block, given that after the first `block` of them.
 
-        `layout` and the tokens are those of the pass through the first blocks.
+        `layout` and the tokens are those of the pass through the first blocks. Nothing may be inserted.
         """
+        assert self.inserted_embeddings is None, "the rows would be longer than the tokens"
         return self._through(block, x_BLD, self._rope(layout), tokens_BL, layout)[-1]
 
     def _through(
@@ -340,25 +389,36 @@ class Transformer(nn.Module):
         layout: Layout,
         rows_N: Tensor | None = None,
         after: Collection[int] = (),
+        stretched: Stretched | None = None,
     ) -> list[Tensor]:
-        """`residuals` from block `first` on, given the residual stream before it."""
+        """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows)."""
         last = len(self.blocks) - 1
         without = len(self.blocks) - len(self.value_embeddings)
         kept = []
         for number in range(first, last + 1):
             block = self.blocks[number]
             added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
+            if added_BLX is not None and stretched is not None:
+                added_BLX = stretched.spread(added_BLX)
             x_BLD = block(x_BLD, rope, layout.layer(number), rows_N if number == last else None, added_BLX)
-            if number in after and number < last:
-                kept.append(x_BLD)
-        return [*kept, x_BLD]
+            if number in after or number == last:
+                at_tokens = stretched is None or x_BLD.dim() == 2
+                kept.append(x_BLD if at_tokens else stretched.take(x_BLD))
+        return kept
 
-    def _embed(self, tokens_BL: Tensor, layout: Layout) -> tuple[Tensor, Rotary | None]:
-        """The residual stream [B, L, D] before the first block, and the rotary angles of the positions."""
+    def _embed(
+        self, tokens_BL: Tensor, layout: Layout, stretched: Stretched | None
+    ) -> tuple[Tensor, Rotary | None]:
+        """The residual stream [B, L, D] before the first block, and the rotary angles of the positions.
+
+        With `stretched` rows L is their length, and `layout` is theirs.
+        """
         positions = layout.positions
         x_BLD = self.embedding(tokens_BL)
         if self.embedding_up is not None:
             x_BLD = _in_float32(x_BLD, self.embedding_up)
+        if stretched is not None:
+            x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
         if self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[positions]
         elif self.config.positions == "sinusoidal":

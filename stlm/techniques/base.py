@@ -192,6 +192,10 @@ class Technique(BaseModel):
         """
         return {}
 
+    def readout(self, model: Transformer, name: str) -> nn.Module | None:
+        """The readout `name`, which may be one that evaluation does not score; None: there is none."""
+        return self.readouts(model).get(name)
+
 
 def refuse(
     techniques: Iterable[Technique], capability: str, make_error: Callable[[str], Exception] = UserError

@@ -6,7 +6,6 @@ positions, D width, X the values' width, N flat positions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -260,9 +259,7 @@ def first_blocks(model: Transformer, layers: int) -> Transformer:
     """The model of the first blocks and the norm and head of `model`, whose weights it shares."""
     config = model.config
     tables = max(0, layers - (config.layers - config.value_embeddings))
-    first = copy.copy(model)
-    for name in ("_modules", "_parameters", "_buffers"):
-        setattr(first, name, dict(getattr(model, name)))
+    first = model.view()
     first.blocks = nn.ModuleList(list(model.blocks)[:layers])
     first.value_embeddings = nn.ModuleList(list(model.value_embeddings)[:tables])
     # Which weights blocks share is seen on the weights; the layers that it is said of are not all there.

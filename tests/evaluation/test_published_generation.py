@@ -168,6 +168,9 @@ def test_published_models_are_named_as_in_params_or_by_their_folder(project: Pat
     ):
         _, told, status = said(name, "a")
         assert status == 2 and re.search(message, told), told
+    for name in ("own/tiny", "models/tiny"):
+        _, told, status = said(name, "a", "--readout", "exit-1")
+        assert status == 2 and f"--readout: {name!r}: a published model has no readouts" in told
     config = Path("models/tiny/config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     _, told, status = said("own/tiny", "a")

@@ -22,6 +22,7 @@ from stlm.evaluation.readouts import readouts_of
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
+from stlm.generation.generate import load_generator
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
@@ -508,6 +509,26 @@ def test_the_model_is_exported_as_the_plain_one(tmp_path):
     export_llama(checkpoint, tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     torch.testing.assert_close(exported(tokens()).logits, model(tokens()), atol=1e-3, rtol=1e-3)
+
+
+def test_an_exit_writes_text(tmp_path):
+    model = random_model(EarlyExit())
+    checkpoint = tmp_path / "checkpoints" / "step-0000001"
+    save_checkpoint(checkpoint, model, {"step": 1, "tokens": 1})
+    ByteTokenizer().save(checkpoint.parent / "tokenizer")
+    cpu = torch.device("cpu")
+    for cached in (True, False):
+        generator = load_generator(checkpoint, cpu, cached, "exit-2")
+        logits = generator.start("a")
+        read = [generator.eot, ord("a")]
+        for symbol in (98, 99, 100):
+            expected = first_blocks(model, 2)(torch.tensor([read]))[0, -1]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            assert (model(torch.tensor([read]))[0, -1] - logits).abs().max() > 1e-2
+            logits = generator.next(symbol)
+            read.append(symbol)
+    with pytest.raises(UserError, match=r"--readout: .*'exit-5' is no readout .*did you mean 'exit-"):
+        load_generator(checkpoint, cpu, readout="exit-5")
 
 
 def test_a_run_starts_from_the_weights_of_another():
