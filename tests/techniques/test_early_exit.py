@@ -22,7 +22,7 @@ from stlm.evaluation.readouts import readouts_of
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig

@@ -21,7 +21,7 @@ from stlm.evaluation.readouts import find_readout, readouts_of
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model
