@@ -23,7 +23,7 @@ from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
-from stlm.model.counts import parameter_groups
+from stlm.model.counts import active_parameters, parameter_groups
 from stlm.model.documents import Documents
 from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
@@ -144,6 +144,13 @@ def test_tokens_that_are_not_chosen_pass_to_the_bit(training):
         else:
             assert torch.equal(~same_BL, model.blocks[number].chosen_BL)
             assert 0 < same_BL.sum() < same_BL.numel()
+
+
+def test_a_token_uses_capacity_of_the_routed_blocks():
+    model = routed(capacity=0.25)
+    blocks = sum(p.numel() for routed_block in routed_blocks(model) for p in routed_block.block.parameters())
+    total_count = sum(p.numel() for p in model.parameters())
+    assert blocks > 0 and active_parameters(model) == total_count - 0.75 * blocks
 
 
 def test_ceil_of_capacity_times_length_are_chosen():

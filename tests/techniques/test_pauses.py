@@ -586,8 +586,8 @@ def test_readouts_are_the_model_with_other_numbers_of_pauses(options):
     technique = Pauses(every=3, count=2, scored=(0, 1, 2))
     model = random_model(technique, **options)
     found = readouts_of(model)
-    assert list(found) == ["pauses-0", "pauses-1", "pauses-2"]
-    assert torch.equal(found["pauses-2"](tokens()), model(tokens()))
+    assert list(found) == ["pauses-0", "pauses-1"], "two are the model itself"
+    assert torch.equal(find_readout(model, "pauses-2")(tokens()), model(tokens()))
     for count in (1, 4) if "learned" not in options.values() else (1,):
         own = find_readout(model, f"pauses-{count}")
         other = technique.model_copy(update={"count": count})
@@ -607,6 +607,14 @@ def test_readouts_are_the_model_with_other_numbers_of_pauses(options):
     if "learned" in options.values():
         with pytest.raises(UserError, match="'pauses-3' is no readout"):
             find_readout(model, "pauses-3")
+
+
+def test_readouts_of_an_evaluated_model_draw_no_places():
+    model = random_model(Pauses(place="answer", every=3, count=2))
+    model.reads_answers = True
+    for training in (False, True):
+        readout = find_readout(model.train(training), "pauses-1")
+        assert torch.equal(readout(tokens()), readout(tokens())) == (not training)
 
 
 def test_a_model_without_readouts_says_so():
@@ -646,7 +654,7 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
     model = trainer.setup.model.eval()
     with torch.no_grad():
         nats = sum(model.loss(*(torch.from_numpy(part) for part in batch)).item() for batch in batches)
-    assert found["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / validation.n_bytes, rel=1e-5)
+    assert found.row["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / validation.n_bytes, rel=1e-5)
     for one in (plain, run):
         evaluate_run(one, EvaluationConfig(benchmarks=["synthetic_pairs"]))
     own, other = (read_json(one.folder / "evaluation.json") for one in (run, plain))
