@@ -920,3 +920,24 @@ def test_all_that_it_does_not_name_is_refused():
     for capability in CAPABILITIES.keys() - Experts.supports:
         with pytest.raises(UserError, match=r"techniques\.experts does not support"):
             refuse([Experts()], capability)
+
+
+def test_padding_of_narrow_rows_changes_nothing(monkeypatch):
+    """In bfloat16 an expert's rows are padded; outputs and gradients are those of rows without padding."""
+    model = random_model(Experts(experts=4, top=2))
+    mixture, x_ND = model.blocks[0].ffn.train(), torch.randn(37, 32).requires_grad_()
+    found = []
+    for rows in (1, 64):
+        monkeypatch.setattr("stlm.techniques.experts.ROWS", rows)
+        seen: list[int] = []
+        hook = mixture.experts[1].register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(len(given[0]))
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            y_ND = mixture(x_ND)
+        hook.remove()
+        assert seen[0] % rows == 0 and (rows == 1 or seen[0] == 64)
+        wanted = [x_ND, *(p for p in mixture.parameters() if p.requires_grad)]
+        found.append([y_ND, *torch.autograd.grad(y_ND.float().square().sum(), wanted)])
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
