@@ -109,7 +109,9 @@ def legend_entry(label: str, **look: object) -> Line2D:
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers as people write them on a logarithmic axis of values, not powers of ten."""
     low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    if high / low > 4:
+        steps = (1, 2, 5) if high / low < 1000 else (1,)  # labels of four decades and more would touch
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
