@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,8 +10,9 @@ import yaml
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import last_checkpoint, rows_of, same_weights, train_in_parts, train_in_two_processes
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
@@ -547,29 +543,6 @@ def test_every_experts_matrix_is_orthogonalized_by_itself_and_the_bias_has_no_op
 # Runs
 
 
-def rows_of(path) -> list[dict[str, str]]:
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row.pop("seconds", None), row.pop("tokens_per_second", None)
-    return rows
-
-
-def weights_of(run):
-    return run.folder / "checkpoints" / checkpoint_name(run.training.steps) / "model.safetensors"
-
-
-def stop_after(monkeypatch, last: int) -> None:
-    step = Trainer.step
-
-    def stopping(self):
-        step(self)
-        if self.state.progress.step == last:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "step", stopping)
-
-
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 def test_a_run_learns_and_stopped_and_resumed_is_the_same(make_run, balance):
     """With Muon, attention within documents, dropout, several micro-batches and the watch."""
@@ -580,14 +553,10 @@ def test_a_run_learns_and_stopped_and_resumed_is_the_same(make_run, balance):
         with_experts(make_run(name, {"layers": 2}, **recipe), **keys) for name in ("whole", "stopped")
     )
     train(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
+    train_in_parts(stopped, 5)
     for file in ("curve.csv", "watch.csv"):
         assert rows_of(whole.folder / file) == rows_of(stopped.folder / file)
-    assert weights_of(whole).read_bytes() == weights_of(stopped).read_bytes()
+    assert same_weights(whole, stopped)
     curve = rows_of(whole.folder / "curve.csv")
     losses = [float(row["train_loss"]) for row in curve if row["train_loss"]]
     assert losses[-1] < losses[0]
@@ -595,7 +564,7 @@ def test_a_run_learns_and_stopped_and_resumed_is_the_same(make_run, balance):
         assert all(2 * 0.0099 < float(row["train_balance"]) < 2 * 0.02 for row in curve)
     else:
         assert "train_balance" not in curve[0]
-    model, description = load_checkpoint(weights_of(whole).parent)
+    model, description = load_checkpoint(last_checkpoint(whole))
     assert description["techniques"] == {"experts": whole.techniques["experts"].model_dump()}
     if balance == "bias":
         biases = torch.stack([mixture.bias for mixture in mixtures(model)])
@@ -706,44 +675,15 @@ def test_rows_of_a_micro_batch_in_two_processes_have_one_balance(make_run, monke
     assert sum(apart) / 2 != pytest.approx(whole.item(), rel=1e-4), "without the exchange it is another loss"
 
 
-TWO_PROCESSES = """
-import os, sys
-from stlm.study.runs import Run
-from stlm.techniques.experts import Experts
-from stlm.training.loop import train
-run = Run.model_validate_json(os.environ["RUN"])
-train(run.model_copy(update={"techniques": {"experts": Experts(**eval(os.environ["KEYS"]))}}))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2], ids=["rows", "micro-batches"])
 @pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_two_processes_train_as_one(make_run, tmp_path, accumulation, balance):
+def test_two_processes_train_as_one(make_run, accumulation, balance):
     keys = {"top": 2, "balance": balance} | ({"weight": 0.5} if balance == "loss" else {"rate": 0.02})
-    plain = [
-        make_run(name, {"dropout": 0.0, "layers": 2}, steps=6, accumulation=accumulation)
-        for name in ("one", "two")
-    ]
-    one, two = (with_experts(run, **keys) for run in plain)
+    model, training = {"dropout": 0.0, "layers": 2}, {"steps": 6, "accumulation": accumulation}
+    one, two = (with_experts(make_run(name, model, **training), **keys) for name in ("one", "two"))
     train(one)
-    (tmp_path / "worker.py").write_text(TWO_PROCESSES)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "RUN": plain[1].model_dump_json(),
-        "KEYS": repr(keys),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "worker.py",
-    ]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes(two)
     for file, names in (("curve.csv", ("train_loss", "val_loss")), ("watch.csv", ("load_1", "load_4"))):
         for first, second in zip(rows_of(one.folder / file), rows_of(two.folder / file), strict=True):
             for name in names:
@@ -752,7 +692,7 @@ def test_two_processes_train_as_one(make_run, tmp_path, accumulation, balance):
                     # Rounding may move a token at a tie.
                     close = {"abs": 0.01} if name.startswith("load") else {"rel": 1e-4}
                     assert float(first[name]) == pytest.approx(float(second[name]), **close)
-    models = [load_checkpoint(weights_of(run).parent)[0] for run in (one, two)]
+    models = [load_checkpoint(last_checkpoint(run))[0] for run in (one, two)]
     for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-2, msg=name)
 
@@ -768,7 +708,7 @@ def test_an_upcycled_model_starts_as_the_dense_one_and_its_experts_part(make_run
     assert run.depends == {"start": "dense"}
     trainer = Trainer(run)
     model = trainer.setup.model.eval()
-    dense, _ = load_checkpoint(weights_of(origin).parent)
+    dense, _ = load_checkpoint(last_checkpoint(origin))
     tokens_BL = some_tokens()
     torch.testing.assert_close(model(tokens_BL), dense(tokens_BL), atol=1e-5, rtol=1e-4)
     for number, mixture in enumerate(mixtures(model)):
