@@ -27,7 +27,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.integrity import check_seal, seal
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c"))
+SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c", "inference.c"))
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
 # None of these flags lets the compiler reorder sums or ignore NaN. If the processor can, a product and a sum
@@ -67,6 +67,11 @@ class Kernels:
         # Number of elements of the attention weights of one head, by sequence length.
         self.attention_weights = library.attention_weights
         self.attention_weights.argtypes, self.attention_weights.restype = [ctypes.c_int64], ctypes.c_int64
+        # For generation, in float32; its arguments are addresses (stlm.model.inference).
+        self.read_tokens = library.read_tokens if kind == "float32" else None
+        if self.read_tokens is not None:
+            self.read_tokens.argtypes = [_KINDS[letter] for letter in "aaiiiaaaaiaa"]
+            self.read_tokens.restype = None
 
 
 def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..., None]:
