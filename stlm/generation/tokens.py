@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stlm.model.cache import Cache
+from stlm.model.inference import Inference
 from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import Tokenizer
@@ -22,7 +23,8 @@ class TokenGenerator:
     The text follows the end-of-text token, like a document in training. If it outgrows the context, the
     window moves on by half of the context: the model reads on from there, at positions from 0, as in the
     measurement of perplexity (`stlm.evaluation.forwards.windows`). With `cached`, keys and values are kept
-    until the window moves; the tokens are the same without.
+    until the window moves; the tokens are the same without. With the cache, passes are in C where the model
+    has such (`stlm.model.inference.why_not`).
     """
 
     unit = "tokens"
@@ -32,6 +34,7 @@ class TokenGenerator:
         self.transformer, self.tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
         self._cache = Cache.of(transformer, 1, self._device) if cached else None
+        self._inference: Inference | None = None
         self._reads_answers = getattr(transformer, "reads_answers", False)
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
@@ -68,6 +71,7 @@ class TokenGenerator:
         self._tokens, self._begin, self._prompt_end = list(tokens), 0, -1
         if self._cache is not None:
             self._cache.clear()
+            self._inference = Inference.of(self.transformer)
 
     def read(self, symbols: Sequence[int], last: int | None = None) -> Tensor:
         """See `TokenReader`."""
@@ -111,6 +115,11 @@ class TokenGenerator:
         The cache holds those before; without one, the window begins at `begin`.
         """
         L = end - begin
+        if cache is not None and self._inference is not None:
+            positions = range(cache.length, cache.length + L)
+            return self._inference.read(
+                self._tokens[begin:end], [0] * L, positions, cache.extend(L), range(L - last, L)
+            )
         tokens_1L = torch.tensor([self._tokens[begin:end]], device=self._device)
         answers_1 = None
         if self._prompt_end >= begin:

@@ -22,6 +22,8 @@
 #endif
 /* Tokens whose inputs stay in the processor's cache while a matrix is read once for all of them. */
 #define CHUNK 64
+/* Products for which a further thread is worth waking and waiting for. */
+#define ENOUGH 200000
 /* Threads divide outputs in whole lines of the cache. */
 #define LINE 16
 
@@ -401,14 +403,16 @@ static void score(const model *m, int64_t M, const float *x, float *logits, buff
 void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, int64_t N, const int64_t *tokens,
                  const int64_t *rows, const int64_t *positions, float *x, int64_t M, const int64_t *wanted,
                  float *logits) {
-    int64_t D = m->D, H = m->H, E = m->E, F = m->F, S = H + 2 * m->K, T = omp_get_max_threads(), factors = 0;
+    int64_t D = m->D, H = m->H, E = m->E, F = m->F, S = H + 2 * m->K, factors = 0;
+    int64_t hidden = m->ffn == SWIGLU ? 2 * F : F;
+    int64_t products = N * (last - first) * (S * E + D + hidden + F) * D + (logits ? M * m->V * m->R : 0);
+    int64_t T = least(omp_get_max_threads(), 1 + products / ENOUGH);
     for (int64_t i = first; i < last; i++)
         for (int j = 0; j < 4; j++) {
             const matrix *own = (const matrix *[]){&m->blocks[i].qkv, &m->blocks[i].out, &m->blocks[i].up,
                                                    &m->blocks[i].down}[j];
             if (own->rank + own->adapter_rank > factors) factors = own->rank + own->adapter_rank;
         }
-    int64_t hidden = m->ffn == SWIGLU ? 2 * F : F;
     if (hidden < m->R) hidden = m->R;
     int64_t sizes = N * (4 * D + S * E + hidden + factors) + T * (H / m->K * c->P + D) + 9 * 16;
     arrays mem = arrays_of(sizes * sizeof(float));
@@ -422,7 +426,7 @@ void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, in
                  .scores = array(&mem, T * (H / m->K) * c->P * sizeof(float)),
                  .copies = array(&mem, T * D * sizeof(float))};
     if (!x) x = b.x;
-#pragma omp parallel
+#pragma omp parallel num_threads(T)
     {
         int64_t begin, end, n = N;
         float *own_x = x, *mixed = b.mixed, *mine = b.copies + omp_get_thread_num() * D;

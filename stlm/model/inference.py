@@ -131,8 +131,6 @@ class Inference:
         self._kernel = kernels().by_type[torch.float32].read_tokens
         config = model.config
         self._width, self._vocabulary, self._layers = config.width, config.vocab_size, len(model.blocks)
-        self._head_width = config.head_width
-        self._shifts = config.qkv_shift
         # Tensors whose addresses the structures hold: they must live as long.
         self._kept: list[Tensor] = []
         self._blocks = (_Block * self._layers)(*map(self._block, model.blocks))
@@ -201,6 +199,11 @@ class Inference:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Inference | None:
+        """The model's passes in C, if it has such."""
+        return cls(model) if why_not(model) is None else None
+
     def read(
         self,
         tokens: Sequence[int],
@@ -214,30 +217,54 @@ class Inference:
         Each of the N tokens is read at its position of its row of the cache, which holds the tokens before it
         or gets them in the same pass, in order.
         """
-        return self._pass(0, self._layers, tokens, rows, positions, cache, None, wanted)
+        return self._pass(0, self._layers, None, tokens, rows, positions, cache, wanted)
+
+    def through(
+        self,
+        first: int,
+        last: int,
+        x_ND: Tensor,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        cache: KeysAndValues,
+    ) -> None:
+        """Take tokens of a cache of one row through the blocks from `first` to before `last`.
+
+        `x_ND` is their residual stream before, and then the one after; what it holds is not read if `first`
+        is 0.
+        """
+        self._pass(first, last, x_ND, tokens, [0] * len(tokens), positions, cache, ())
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """The logits [N, V] for the residual stream after any block."""
+        N = len(x_ND)
+        return self._pass(self._layers, self._layers, x_ND, [0] * N, [0] * N, [0] * N, None, range(N))
 
     def _pass(
         self,
         first: int,
         last: int,
+        x_ND: Tensor | None,
         tokens: Sequence[int],
         rows: Sequence[int],
         positions: Sequence[int],
-        cache: KeysAndValues,
-        x_ND: Tensor | None,
+        cache: KeysAndValues | None,
         wanted: Sequence[int],
-    ) -> Tensor:
-        N, M = len(tokens), len(wanted)
-        kv, P = cache.kv, cache.kv.shape[4]
+    ) -> Tensor | None:
+        N, M, numbers = len(tokens), len(wanted), _int * len(tokens)
+        assert len(rows) == len(positions) == N
         # The kernel checks no index.
-        assert len(rows) == len(positions) == N and 0 <= min(rows) and max(rows) < kv.shape[2]
-        assert 0 <= min(positions) and max(positions) < P, f"positions to {max(positions)}, {P} places"
         assert 0 <= min(tokens) and max(tokens) < self._vocabulary, "a token is beyond the vocabulary"
-        assert kv.dtype == torch.float32 and kv.device.type == "cpu" and kv.is_contiguous()
-        assert kv.shape[0] >= last
+        if cache is not None:
+            memory = self._memory(cache)
+            assert 0 <= min(rows) and max(rows) < memory.B
+            assert 0 <= min(positions) and max(positions) < memory.P, f"{max(positions)} of {memory.P} places"
+        else:
+            assert first == last
+            memory = _Cache()
+        if x_ND is not None:
+            assert x_ND.shape == (N, self._width) and x_ND.is_contiguous() and x_ND.dtype == torch.float32
         logits_MV = torch.empty(M, self._vocabulary) if M else None
-        memory = _Cache(kv.shape[2], P, kv.data_ptr(), cache.unshifted.data_ptr())
-        numbers = _int * N
         self._kernel(
             ctypes.addressof(self._model),
             ctypes.addressof(memory),
@@ -253,3 +280,9 @@ class Inference:
             None if logits_MV is None else logits_MV.data_ptr(),
         )
         return logits_MV
+
+    def _memory(self, cache: KeysAndValues) -> _Cache:
+        kv, unshifted = cache.kv, cache.unshifted
+        assert kv.dtype == torch.float32 and kv.device.type == "cpu" and kv.is_contiguous()
+        assert len(kv) >= self._layers and kv.shape[3] == self._model.K
+        return _Cache(kv.shape[2], kv.shape[4], kv.data_ptr(), unshifted.data_ptr())
