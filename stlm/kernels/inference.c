@@ -48,11 +48,11 @@ typedef struct {
     const float *shift, *q_gain, *k_gain, *values;
 } block;
 
-/* The head in 8 bits, row by row: `scales` times `weight` is the row within `error`, a bound of the Euclidean norm of
-   the difference that includes what rounding adds. */
+/* The head in 8 bits: row v is `scales[v]` times `weight[v]` [R], and the product with x [R] is that of the head's own
+   row up to `error[v]` |x|, what rounding adds in either product included. */
 typedef struct {
-    const int8_t *weight;
-    const float *scales, *error;
+    int8_t *weight;
+    float *scales, *error;
 } screen;
 
 enum { SWIGLU, GELU, RELU2 };
@@ -296,9 +296,10 @@ static void activate(const model *m, int64_t N, float *hidden, int64_t ld, int64
     }
 }
 
-/* The arrays of a pass, which all threads share; `scores` [threads, G, P] and `copies` [threads, D] are each thread's. */
+/* The arrays of a pass, which all threads share; `scores` [threads, G, P], `copies` [threads, D] and `heaps` [threads,
+   largest] are each thread's. */
 typedef struct {
-    float *x, *normal, *qkv, *mixed, *hidden, *inner, *kept, *scores, *copies;
+    float *x, *normal, *qkv, *mixed, *hidden, *inner, *kept, *scores, *copies, *heaps, least_of_largest;
 } buffers;
 
 /* The embeddings [N, D] of tokens, with their positions. All threads call it. */
@@ -371,8 +372,101 @@ static void feed_forward(const model *m, const block *own, int64_t N, float *x, 
 #pragma omp barrier
 }
 
-/* The logits [M, V] of residual vectors x [M, D]. */
-static void score(const model *m, int64_t M, const float *x, float *logits, buffers *b) {
+/* Makes the screen of a head [V, R]. */
+void make_screen(int64_t V, int64_t R, const float *head, const screen *own) {
+    /* A sum of R products in float32, in any order, is off by at most so much of the product of the norms. */
+    double rounding = (R + 16) * 0x1p-24;
+#pragma omp parallel for schedule(static) if (V * R > FEW)
+    for (int64_t v = 0; v < V; v++) {
+        const float *row = head + v * R;
+        float largest = 0, inverse;
+        for (int64_t r = 0; r < R; r++) largest = fabsf(row[r]) > largest ? fabsf(row[r]) : largest;
+        float scale = largest / 127;
+        inverse = scale > 0 ? 1 / scale : 0;
+        double squares = 0, coarse = 0, differences = 0;
+        for (int64_t r = 0; r < R; r++) {
+            int8_t near = row[r] == row[r] ? lrintf(row[r] * inverse) : 0;
+            double rounded = (double)scale * near, difference = row[r] - rounded;
+            own->weight[v * R + r] = near;
+            squares += (double)row[r] * row[r];
+            coarse += rounded * rounded;
+            differences += difference * difference;
+        }
+        own->scales[v] = scale;
+        own->error[v] = (sqrt(differences) + rounding * (sqrt(squares) + sqrt(coarse))) * (1 + 1e-6);
+    }
+}
+
+/* The products of ROWS rows of the screen with x [R]. */
+static inline void coarse_tile(int64_t R, const int8_t *w, const float *x, float *y) {
+    vector sum[ROWS] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= R; k += LANES) {
+        vector right = load(x + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++) {
+            bytes left;
+            memcpy(&left, w + i * R + k, sizeof left);
+            __builtin_prefetch(w + (i + 4 * ROWS) * R + k);
+            sum[i] += __builtin_convertvector(left, vector) * right;
+        }
+    }
+    for (int i = 0; i < ROWS; i++) {
+        y[i] = total(sum[i]);
+        for (int64_t r = k; r < R; r++) y[i] += w[i * R + r] * x[r];
+    }
+}
+
+/* Puts a number into a heap of the `size` largest, of which the first is the least. */
+static inline void push(float *heap, int64_t size, float number) {
+    if (!(number > heap[0])) return;
+    int64_t at = 0;
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+        if (child + 1 < size && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= number) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = number;
+}
+
+/* The logits [V] of the head's input x [R], the `largest` of them exactly: first from the screen, then from the head's
+   own rows where they could be among the largest. The others are below these, within the screen's error. */
+static void score_screened(const model *m, const float *x, float *logits, int64_t largest, buffers *b) {
+    int64_t begin, end, R = m->R, T = omp_get_num_threads();
+    double squares = 0;
+    for (int64_t r = 0; r < R; r++) squares += (double)x[r] * x[r];
+    float norm = sqrt(squares) * (1 + 1e-6), *heap = b->heaps + omp_get_thread_num() * largest;
+    for (int64_t i = 0; i < largest; i++) heap[i] = -INFINITY;
+    share(m->V, &begin, &end);
+    for (int64_t v = begin; v < end; v += ROWS) {
+        float coarse[ROWS];
+        int64_t rows = least(ROWS, end - v);
+        if (rows == ROWS)
+            coarse_tile(R, m->screen.weight + v * R, x, coarse);
+        else
+            for (int64_t i = 0; i < rows; i++) {
+                coarse[i] = 0;
+                for (int64_t r = 0; r < R; r++) coarse[i] += m->screen.weight[(v + i) * R + r] * x[r];
+            }
+        for (int64_t i = 0; i < rows; i++) {
+            logits[v + i] = coarse[i] * m->screen.scales[v + i];
+            push(heap, largest, logits[v + i] - m->screen.error[v + i] * norm);
+        }
+    }
+#pragma omp barrier
+#pragma omp single
+    {
+        for (int64_t i = largest; i < T * largest; i++) push(b->heaps, largest, b->heaps[i]);
+        b->least_of_largest = b->heaps[0];
+    }
+    /* So many logits are at least this: what is below it for certain is not among them. NaN is looked at. */
+    for (int64_t v = begin; v < end; v++)
+        if (!(logits[v] + m->screen.error[v] * norm < b->least_of_largest))
+            product(1, R, m->head, x, R, logits, m->V, v, v + 1, 0, 1);
+}
+
+/* The logits [M, V] of residual vectors x [M, D]; with `largest`, see read_tokens. */
+static void score(const model *m, int64_t M, const float *x, float *logits, int64_t largest, buffers *b) {
     int64_t begin, end, D = m->D, R = m->R;
     float *mine = b->copies + omp_get_thread_num() * D;
     const float *input = normalized(m, &m->norm, M, x, mine, b->normal);
@@ -384,6 +478,10 @@ static void score(const model *m, int64_t M, const float *x, float *logits, buff
             product(M, D, m->embedding_up, input, D, b->hidden, R, begin, end, 0, 1);
         input = b->hidden;
 #pragma omp barrier
+    }
+    if (largest) {
+        score_screened(m, input, logits, largest, b);
+        return;
     }
     share(m->V, &begin, &end);
     product(M, R, m->head, input, R, logits, m->V, begin, end, 0, 1);
@@ -398,11 +496,12 @@ static void score(const model *m, int64_t M, const float *x, float *logits, buff
 /* Reads tokens at `positions` of the cache's `rows`, all [N], which hold what comes before them: through the blocks
    from `first` to before `last`, on from their residual stream x [N, D], or from the embedding if `first` is 0. x then
    holds the stream after these blocks. With `logits` [M, V], those after the tokens with the indices `wanted` [M], in
-   rising order; the stream of the other tokens is then not that after the last block. Tokens of one row come in
-   order. */
+   rising order; the stream of the other tokens is then not that after the last block. With `largest`, for which M must
+   be 1 and the head have a screen, and no bound of logits, so many of the largest are exact, and the others below
+   them. Tokens of one row come in order. */
 void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, int64_t N, const int64_t *tokens,
                  const int64_t *rows, const int64_t *positions, float *x, int64_t M, const int64_t *wanted,
-                 float *logits) {
+                 float *logits, int64_t largest) {
     int64_t D = m->D, H = m->H, E = m->E, F = m->F, S = H + 2 * m->K, factors = 0;
     int64_t hidden = m->ffn == SWIGLU ? 2 * F : F;
     int64_t products = N * (last - first) * (S * E + D + hidden + F) * D + (logits ? M * m->V * m->R : 0);
@@ -414,7 +513,7 @@ void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, in
             if (own->rank + own->adapter_rank > factors) factors = own->rank + own->adapter_rank;
         }
     if (hidden < m->R) hidden = m->R;
-    int64_t sizes = N * (4 * D + S * E + hidden + factors) + T * (H / m->K * c->P + D) + 9 * 16;
+    int64_t sizes = N * (4 * D + S * E + hidden + factors) + T * (H / m->K * c->P + D + largest) + 10 * 16;
     arrays mem = arrays_of(sizes * sizeof(float));
     buffers b = {.x = array(&mem, N * D * sizeof(float)),
                  .normal = array(&mem, N * D * sizeof(float)),
@@ -424,7 +523,8 @@ void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, in
                  .inner = array(&mem, N * factors * sizeof(float)),
                  .kept = array(&mem, N * D * sizeof(float)),
                  .scores = array(&mem, T * (H / m->K) * c->P * sizeof(float)),
-                 .copies = array(&mem, T * D * sizeof(float))};
+                 .copies = array(&mem, T * D * sizeof(float)),
+                 .heaps = array(&mem, T * largest * sizeof(float))};
     if (!x) x = b.x;
 #pragma omp parallel num_threads(T)
     {
@@ -455,7 +555,7 @@ void read_tokens(const model *m, const cache *c, int64_t first, int64_t last, in
 #pragma omp barrier
             feed_forward(m, own, n, own_x, &b);
         }
-        if (logits) score(m, M, own_x, logits, &b);
+        if (logits) score(m, M, own_x, logits, largest, &b);
     }
     free(mem.memory);
 }

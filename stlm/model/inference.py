@@ -27,6 +27,10 @@ from stlm.model.transformer import Attention, Transformer
 _FFNS = {SwiGLU: F.silu, GELU: F.gelu, SquaredReLU: squared_relu}
 _NORMS = (RMSNorm, nn.LayerNorm)
 
+# Weights of a head from which on it is screened, and the most logits for which it is.
+_LEAST_SCREENED = 2**20
+_MOST_SCREENED = 1000
+
 _int, _float, _array = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -51,6 +55,10 @@ class _Block(ctypes.Structure):
     )
 
 
+class _Screen(ctypes.Structure):
+    _fields_ = tuple((name, _array) for name in ("weight", "scales", "error"))
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _int) for name in ("D", "H", "K", "E", "F", "V", "R", "layernorm", "ffn")),
@@ -59,6 +67,7 @@ class _Model(ctypes.Structure):
         *((name, _array) for name in ("output_down", "head")),
         ("norm", _Norm),
         ("blocks", ctypes.POINTER(_Block)),
+        ("screen", _Screen),
     )
 
 
@@ -128,7 +137,7 @@ class Inference:
         """Raises ValueError for a model that has none: see `why_not`."""
         if (reason := why_not(model)) is not None:
             raise ValueError(reason)
-        self._kernel = kernels().by_type[torch.float32].read_tokens
+        self._kernels = kernels().by_type[torch.float32]
         config = model.config
         self._width, self._vocabulary, self._layers = config.width, config.vocab_size, len(model.blocks)
         # Tensors whose addresses the structures hold: they must live as long.
@@ -138,6 +147,10 @@ class Inference:
         for number, table in enumerate(model.value_embeddings, without):
             self._blocks[number].values = self._address(table.weight)
         self._model = self._describe(model)
+        self._head = model.output.weight
+        # With bounded logits, several may be equal where the head's products are not.
+        self._screens = not config.logit_softcap and self._head.numel() >= _LEAST_SCREENED
+        self._screened_version: int | None = None
 
     def _describe(self, model: Transformer) -> _Model:
         config, address = model.config, self._address
@@ -211,13 +224,32 @@ class Inference:
         positions: Sequence[int],
         cache: KeysAndValues,
         wanted: Sequence[int],
+        largest: int | None = None,
     ) -> Tensor:
         """The logits [M, V] after the tokens with the indices `wanted`, in rising order.
 
         Each of the N tokens is read at its position of its row of the cache, which holds the tokens before it
-        or gets them in the same pass, in order.
+        or gets them in the same pass, in order. `largest`: so many of the largest logits, and those equal to
+        the last of them, are exact, and the others any numbers below; None: all are exact.
         """
-        return self._pass(0, self._layers, None, tokens, rows, positions, cache, wanted)
+        screened = 0
+        if largest is not None and len(wanted) == 1 and largest <= _MOST_SCREENED and self._screens:
+            self._screen_head()
+            screened = largest
+        return self._pass(0, self._layers, None, tokens, rows, positions, cache, wanted, screened)
+
+    def _screen_head(self) -> None:
+        """Make the head's copy in 8 bits if there is none or the head has changed since."""
+        head_VR = self._head
+        if self._screened_version == head_VR._version:
+            return
+        V, R = head_VR.shape
+        own = torch.empty(V, R, dtype=torch.int8), torch.empty(V), torch.empty(V)
+        self._model.screen = _Screen(*(tensor.data_ptr() for tensor in own))
+        self._kernels.make_screen(
+            V, R, head_VR.data_ptr(), ctypes.addressof(self._model) + _Model.screen.offset
+        )
+        self._screen, self._screened_version = own, head_VR._version
 
     def through(
         self,
@@ -250,6 +282,7 @@ class Inference:
         positions: Sequence[int],
         cache: KeysAndValues | None,
         wanted: Sequence[int],
+        screened: int = 0,
     ) -> Tensor | None:
         N, M, numbers = len(tokens), len(wanted), _int * len(tokens)
         assert len(rows) == len(positions) == N
@@ -265,7 +298,7 @@ class Inference:
         if x_ND is not None:
             assert x_ND.shape == (N, self._width) and x_ND.is_contiguous() and x_ND.dtype == torch.float32
         logits_MV = torch.empty(M, self._vocabulary) if M else None
-        self._kernel(
+        self._kernels.read_tokens(
             ctypes.addressof(self._model),
             ctypes.addressof(memory),
             first,
@@ -278,6 +311,7 @@ class Inference:
             M,
             (_int * M)(*wanted),
             None if logits_MV is None else logits_MV.data_ptr(),
+            screened,
         )
         return logits_MV
 
