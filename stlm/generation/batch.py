@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stlm.generation.sampling import Sampling, draw, most_probable, uniform
+from stlm.generation.sampling import Sampling, most_probable, uniform
 from stlm.generation.tokens import TokenGenerator, window_begin
 from stlm.model.inference import Inference
 from stlm.model.row_cache import RowCache
@@ -136,7 +136,7 @@ class Batch:
         if self._sampling.temperature == 0:
             return most_probable(logits_RV, lambda number: self._afresh(rows[number]))
         even_R1 = torch.stack([uniform((1,), row.numbers) for row in rows])
-        return iter(draw(self._sampling.probabilities(logits_RV), even_R1).tolist())
+        return iter(self._sampling.choose(logits_RV, even_R1).tolist())
 
     @torch.inference_mode()
     def _afresh(self, row: Row) -> Tensor:

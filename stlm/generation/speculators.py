@@ -113,7 +113,7 @@ class SiblingSpeculator:
         self._unread, self._drafted = [], 0
         return logits_V[: self._size]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
         return self.verify([symbol])[0]
 

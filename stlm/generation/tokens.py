@@ -51,9 +51,10 @@ class TokenGenerator:
         self._prompt_end = len(self._tokens) - 1 if self._reads_answers and prompt else -1
         return self._logits(1)[0]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
-        return self.read([symbol])[0]
+        self._tokens.append(symbol)
+        return self._logits(1, largest)[0]
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -71,7 +72,7 @@ class TokenGenerator:
         self._tokens, self._begin, self._prompt_end = list(tokens), 0, -1
         if self._cache is not None:
             self._cache.clear()
-            self._inference = Inference.of(self.transformer)
+            self._inference = Inference.of(self.transformer, self._inference)
 
     def read(self, symbols: Sequence[int], last: int | None = None) -> Tensor:
         """See `TokenReader`."""
@@ -99,27 +100,32 @@ class TokenGenerator:
         return self.tokenizer.decode_bytes([symbol])
 
     @torch.inference_mode()
-    def _logits(self, last: int) -> Tensor:
-        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold."""
+    def _logits(self, last: int, largest: int | None = None) -> Tensor:
+        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold.
+
+        `largest`: see `TextGenerator.next`.
+        """
         cache = self._cache
         begin = window_begin(len(self._tokens), self.transformer.config.context)
         # It moves back where symbols are forgotten at which it had moved on.
         if begin != self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        return self._pass(begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache)
+        return self._pass(begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache, largest)
 
-    def _pass(self, begin: int, end: int, last: int, cache: Cache | None) -> Tensor:
+    def _pass(
+        self, begin: int, end: int, last: int, cache: Cache | None, largest: int | None = None
+    ) -> Tensor:
         """The logits [N, V] after each of the `last` N of the text's tokens `begin` to `end` - 1.
 
-        The cache holds those before; without one, the window begins at `begin`.
+        The cache holds those before; without one, the window begins at `begin`. `largest`: see
+        `TextGenerator.next`.
         """
         L = end - begin
         if cache is not None and self._inference is not None:
             positions = range(cache.length, cache.length + L)
-            return self._inference.read(
-                self._tokens[begin:end], [0] * L, positions, cache.extend(L), range(L - last, L)
-            )
+            tokens, wanted = self._tokens[begin:end], range(L - last, L)
+            return self._inference.read(tokens, [0] * L, positions, cache.extend(L), wanted, largest)
         tokens_1L = torch.tensor([self._tokens[begin:end]], device=self._device)
         answers_1 = None
         if self._prompt_end >= begin:

@@ -150,6 +150,7 @@ class Inference:
         self._head = model.output.weight
         # With bounded logits, several may be equal where the head's products are not.
         self._screens = not config.logit_softcap and self._head.numel() >= _LEAST_SCREENED
+        self._screen: tuple[Tensor, ...] = ()
         self._screened_version: int | None = None
 
     def _describe(self, model: Transformer) -> _Model:
@@ -213,9 +214,15 @@ class Inference:
         return tensor.data_ptr()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Inference | None:
-        """The model's passes in C, if it has such."""
-        return cls(model) if why_not(model) is None else None
+    def of(cls, model: nn.Module, before: Inference | None = None) -> Inference | None:
+        """The model's passes in C, if it has such; what `before` made of the same head is taken over."""
+        if why_not(model) is not None:
+            return None
+        inference = cls(model)
+        if before is not None and before._head is inference._head:
+            inference._screen, inference._screened_version = before._screen, before._screened_version
+            inference._model.screen = before._model.screen
+        return inference
 
     def read(
         self,
