@@ -111,7 +111,9 @@ class TokenGenerator:
         if begin != self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        return self._pass(begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache, largest)
+        return self._pass(
+            begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache, largest
+        )
 
     def _pass(
         self, begin: int, end: int, last: int, cache: Cache | None, largest: int | None = None

@@ -97,7 +97,9 @@ def why_not(model: nn.Module) -> str | None:
             return f"{type(module).__name__} has a hook"
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return f"a tensor is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu, without gaps"
+            return (
+                f"a tensor is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu, without gaps"
+            )
     tables = (model.embedding, model.output, *model.value_embeddings)
     if any(type(table) not in (nn.Embedding, nn.Linear) for table in tables) or model.output.bias is not None:
         return "an embedding or the head is of another kind"
