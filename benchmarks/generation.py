@@ -1,6 +1,6 @@
 """Tokens a second of generation: with the cache of keys and values, without, and in transformers.
 
-    python benchmarks/generation.py [--tokens 128] [--rounds 3] [--parts models batches byte-level]
+    python benchmarks/generation.py [--tokens 128] [--rounds 3] [--parts P...] [--studies S...]
 
 The shapes are the baselines' of the studies desk and paper, with random weights: the speed does not depend on
 them, but for one thing. The head is screened (`stlm.model.inference`), and how many of its rows are then read
@@ -18,7 +18,8 @@ Then bytes a second of byte-level models with the cores of the studies bytes and
 cache, beside models of tokens with the same core, a token counted as the bytes that it has on average in that
 corpus. Chunks end every four bytes, so that how many there are does not depend on the weights.
 
-Writes results/benchmarks/generation.json; with `--parts`, these parts of it, and the others stay.
+Writes results/benchmarks/generation.json; of some parts (models, batches, byte-level) or studies, what is
+measured, and the rest stays.
 """
 
 from __future__ import annotations
@@ -259,16 +260,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="added to the prompt; default: 128")
     parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts; default: 3")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--studies", nargs="+", choices=("bytes", "desk", "paper"), help="default: all")
     options = parser.parse_args()
-    result = json.loads(RESULT.read_text()) if len(options.parts) < len(PARTS) else {}
-    for part in options.parts:
-        measure_part, studies = PARTS[part]
-        result[part] = {
-            f"{name}/baseline": measure_part(baseline(name), options.tokens, options.rounds)
-            for name in studies
-        }
-        result[part]["machine"] = machine()
-    write_json(RESULT, {part: result[part] for part in PARTS if part in result})
+    chosen = [
+        (part, name)
+        for part in options.parts
+        for name in PARTS[part][1]
+        if options.studies is None or name in options.studies
+    ]
+    everything = sum(len(studies) for _, studies in PARTS.values())
+    before = json.loads(RESULT.read_text()) if len(chosen) < everything else {}
+    result = {part: before.get(part, {}) for part in PARTS}
+    for part, name in chosen:
+        measured = PARTS[part][0](baseline(name), options.tokens, options.rounds)
+        result[part] = {**result[part], f"{name}/baseline": measured, "machine": machine()}
+    write_json(RESULT, result)
     print(json.dumps(result, indent=2))
 
 

@@ -13,6 +13,10 @@
 
 #include "elements.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 /* Rows of a matrix, and tokens, in one step of a product: as many as the processor has registers for. */
 #define ROWS 4
 #if LANES == 16
@@ -26,8 +30,6 @@
 #define ENOUGH 200000
 /* Threads divide outputs in whole lines of the cache. */
 #define LINE 16
-
-typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 /* x W^T, W [Y, X], plus, with an adapter, scale x a^T b^T. Of low rank, W is the product of `weight` [Y, rank] and
    `right` [rank, X]. */
@@ -91,6 +93,19 @@ static inline vector load_some(const float *x, int64_t count) {
     vector v = {0};
     memcpy(&v, x, count * sizeof *x);
     return v;
+}
+
+/* Small integers as floats. The compiler's own conversion of such vectors takes many times as long. */
+static inline vector from_bytes(const int8_t *x) {
+#if LANES == 16
+    return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)x)));
+#elif defined(__AVX2__)
+    return (vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)x)));
+#else
+    vector v;
+    for (int i = 0; i < LANES; i++) v[i] = x[i];
+    return v;
+#endif
 }
 
 /* y [tokens, rows] (+)= factor x w^T. Each sum has one accumulator, whatever `rows` and `tokens` are. */
@@ -405,10 +420,7 @@ static inline void coarse_tile(int64_t R, const int8_t *w, const float *x, float
         vector right = load(x + k);
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; i++) {
-            bytes left;
-            memcpy(&left, w + i * R + k, sizeof left);
-            __builtin_prefetch(w + (i + 4 * ROWS) * R + k);
-            sum[i] += __builtin_convertvector(left, vector) * right;
+            sum[i] += from_bytes(w + i * R + k) * right;
         }
     }
     for (int i = 0; i < ROWS; i++) {

@@ -28,7 +28,7 @@ _FFNS = {SwiGLU: F.silu, GELU: F.gelu, SquaredReLU: squared_relu}
 _NORMS = (RMSNorm, nn.LayerNorm)
 
 # Weights of a head from which on it is screened, and the most logits for which it is.
-_LEAST_SCREENED = 2**20
+_LEAST_SCREENED = 2**22
 _MOST_SCREENED = 1000
 
 _int, _float, _array = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p

@@ -87,7 +87,7 @@ def threads() -> Callable[[int], None]:
 def test_the_bits_are_the_same_however_tokens_are_read(options: dict, threads) -> None:
     """One by one, several at once, with others, wanted or not, by one thread or by several."""
     # Large enough for several threads, with sizes that no vector length divides.
-    model = random_model(width=150, heads=5, kv_heads=5, ffn_width=331, **{**options, "kv_heads": 5})
+    model = random_model(width=150, heads=5, ffn_width=331, **{"kv_heads": 5, **options})
     expected: list[Tensor] = []
     passes = Inference(model)
     threads(1)
