@@ -47,7 +47,7 @@ class ByteGenerator:
             self._cache.clear()
         return self._logits()
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
         if symbol == END:
             self._close()

@@ -42,8 +42,12 @@ class TextGenerator(Protocol):
         """
         ...
 
-    def next(self, symbol: int) -> Tensor:
-        """Append a symbol other than `eot`; returns the logits [V], float32, of the next symbol."""
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
+        """Append a symbol other than `eot`; returns the logits [V], float32, of the next symbol.
+
+        `largest`: how many of the largest logits are used, and those equal to the last of them. The others
+        need not be exact then, only smaller. None: all are used.
+        """
         ...
 
     def afresh(self) -> Tensor:

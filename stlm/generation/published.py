@@ -64,7 +64,7 @@ class HfGenerator:
         self.restart([self._tokenizer.eot, *self._tokenizer.encode(prompt)])
         return self._logits(1)[0]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
         return self.read([symbol])[0]
 

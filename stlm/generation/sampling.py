@@ -54,6 +54,14 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min-p: {self.min_p}: expected a number from 0 (all symbols) to 1")
 
+    @property
+    def largest(self) -> int | None:
+        """How many of the largest logits decide, with those equal to the last of them; None: all.
+
+        Of two, greedily: near ties are settled (see `most_probable`).
+        """
+        return 2 if self.temperature == 0 else self.top_k
+
     def logits(self, logits_V: Tensor) -> Tensor:
         """Logits [..., V] of the distribution to draw from; minus infinity for removed symbols."""
         # Relative to the largest logit, which stays 0 for any temperature. The bound keeps the reciprocal,
@@ -76,15 +84,20 @@ class Sampling:
             logits_V = logits_V.masked_fill(unlikely_V, -torch.inf)
         return logits_V
 
-    def choose(self, logits_V: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Symbols [...] for logits [..., V], drawn with `generator`, on the CPU (None: torch's global one).
+    def choose(self, logits_V: Tensor, numbers: torch.Generator | Tensor | None = None) -> Tensor:
+        """Symbols [...] for logits [..., V], drawn with `numbers` (see `draw`).
 
         One uniform number per symbol is looked up in the cumulative distribution: the same numbers draw the
         same symbols on every device and with every way to compute the logits, except for rounding.
         """
         if self.temperature == 0:
             return logits_V.argmax(dim=-1)
-        return draw(self.probabilities(logits_V), generator)
+        if self.top_k is None or self.top_k >= logits_V.shape[-1]:
+            return draw(self.probabilities(logits_V), numbers)
+        # All that follows top-k sees the kept symbols alone: a vocabulary is hundreds of times as large.
+        symbols_K = _candidates(logits_V, self.top_k)
+        probabilities_K = self.probabilities(logits_V.gather(-1, symbols_K))
+        return symbols_K.gather(-1, draw(probabilities_K, numbers)[..., None])[..., 0]
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """The distribution [..., V] to draw from, float64, for a temperature above 0."""
@@ -92,10 +105,20 @@ class Sampling:
         return self.logits(logits_V.double()).softmax(dim=-1)
 
 
+def _candidates(logits_V: Tensor, top_k: int) -> Tensor:
+    """The symbols [..., K] that top-k keeps, in order; rows with fewer than others have further ones."""
+    largest_K, symbols_K = logits_V.topk(top_k)
+    most = int((logits_V >= largest_K[..., -1:]).sum(dim=-1).max())
+    if most > top_k:  # others are as probable as the k-th
+        symbols_K = logits_V.topk(most).indices
+    return symbols_K.sort(dim=-1).values
+
+
 def draw(weights_V: Tensor, numbers: torch.Generator | Tensor | None = None) -> Tensor:
     """Symbols [...] for their weights [..., V], which need not sum to 1; see `Sampling.choose`.
 
-    `numbers`: uniform numbers [..., 1], or the generator that draws them.
+    `numbers`: uniform numbers [..., 1], or the generator that draws them, on the CPU (None: torch's global
+    one).
     """
     cumulative_V = weights_V.cumsum(dim=-1)
     total_1 = cumulative_V[..., -1:]
@@ -125,7 +148,7 @@ def one_by_one(
         yield symbol
         if symbol == generator.eot:
             return
-        logits_V = generator.next(symbol)
+        logits_V = generator.next(symbol, sampling.largest)
 
 
 def most_probable(logits_LV: Tensor, afresh: Callable[[int], Tensor]) -> Iterator[int]:
@@ -134,9 +157,12 @@ def most_probable(logits_LV: Tensor, afresh: Callable[[int], Tensor]) -> Iterato
     Where rounding could decide which of two logits is the larger, `afresh(row)` gives the row's logits [V] by
     a computation that is always the same, to the bit.
     """
-    first_L, second_L = logits_LV.topk(2).values.unbind(dim=-1)
-    largest_L = logits_LV.nan_to_num(neginf=0.0).abs().amax(dim=-1)
-    tied_L = first_L - second_L <= _ROUNDING * largest_L
-    best_L = logits_LV.argmax(dim=-1)
+    top = logits_LV.topk(2)
+    first_L, second_L = top.values.unbind(dim=-1)
+    least_L = logits_LV.amin(dim=-1)
+    if least_L.isneginf().any():  # symbols that are never drawn
+        least_L = logits_LV.nan_to_num(neginf=0.0).amin(dim=-1)
+    tied_L = first_L - second_L <= _ROUNDING * torch.maximum(first_L.abs(), least_L.abs())
+    best_L = top.indices[:, 0]
     for row, (best, tied) in enumerate(zip(best_L.tolist(), tied_L.tolist(), strict=True)):
         yield int(afresh(row).argmax()) if tied else best

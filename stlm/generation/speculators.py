@@ -40,6 +40,8 @@ class ExitSpeculator(TokenGenerator):
     def draft(self, symbol: int) -> Tensor:
         """See `Speculator`."""
         self._exits.append(self._through_first([symbol]))
+        if self._inference is not None:
+            return self._inference.logits(self._exits[-1][0])[0]
         return self._first.head(self._first.finish(self._exits[-1]))[0, 0].float()
 
     @torch.inference_mode()
@@ -51,11 +53,15 @@ class ExitSpeculator(TokenGenerator):
         exits = [*self._exits, self._through_first(unread)] if unread else self._exits
         held = len(self._tokens) - self._begin
         layout = self._cache.revisit(held, held + len(symbols))
-        tokens_1L = torch.tensor([symbols], device=self._device)
-        block = len(self._first.blocks)
-        x_1LD = self.transformer.continued(torch.cat(exits, dim=1), tokens_1L, layout, block)
+        block, x_1LD = len(self._first.blocks), torch.cat(exits, dim=1)
         self._tokens += symbols
-        self._exits.clear()
+        self._exits = []
+        if self._inference is not None:
+            positions = range(held, held + len(symbols))
+            self._inference.through(block, len(self.transformer.blocks), x_1LD[0], symbols, positions, layout)
+            return self._inference.logits(x_1LD[0])
+        tokens_1L = torch.tensor([symbols], device=self._device)
+        x_1LD = self.transformer.continued(x_1LD, tokens_1L, layout, block)
         return self.transformer.head(self.transformer.finish(x_1LD))[0].float()
 
     def reject(self, count: int) -> None:
@@ -64,8 +70,14 @@ class ExitSpeculator(TokenGenerator):
 
     def _through_first(self, symbols: Sequence[int]) -> Tensor:
         """The residual stream [1, L, D] of the next tokens after the first blocks."""
+        begin, cache = self._cache.length, self._cache.extend(len(symbols))
+        if self._inference is not None:
+            x_1LD = torch.empty(1, len(symbols), self.transformer.config.width)
+            positions = range(begin, begin + len(symbols))
+            self._inference.through(0, len(self._first.blocks), x_1LD[0], symbols, positions, cache)
+            return x_1LD
         tokens_1L = torch.tensor([symbols], device=self._device)
-        return self._first.residuals(tokens_1L, self._cache.extend(len(symbols)))[-1]
+        return self._first.residuals(tokens_1L, cache)[-1]
 
 
 class SiblingSpeculator:
@@ -101,7 +113,7 @@ class SiblingSpeculator:
         self._unread, self._drafted = [], 0
         return logits_V[: self._size]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
         return self.verify([symbol])[0]
 

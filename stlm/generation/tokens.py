@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stlm.model.cache import Cache
+from stlm.model.inference import Inference
 from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import Tokenizer
@@ -22,7 +23,8 @@ class TokenGenerator:
     The text follows the end-of-text token, like a document in training. If it outgrows the context, the
     window moves on by half of the context: the model reads on from there, at positions from 0, as in the
     measurement of perplexity (`stlm.evaluation.forwards.windows`). With `cached`, keys and values are kept
-    until the window moves; the tokens are the same without.
+    until the window moves; the tokens are the same without. With the cache, passes are in C where the model
+    has such (`stlm.model.inference.why_not`).
     """
 
     unit = "tokens"
@@ -32,6 +34,7 @@ class TokenGenerator:
         self.transformer, self.tokenizer = transformer.eval(), tokenizer
         self._device = transformer.embedding.weight.device
         self._cache = Cache.of(transformer, 1, self._device) if cached else None
+        self._inference: Inference | None = None
         self._reads_answers = getattr(transformer, "reads_answers", False)
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
@@ -48,9 +51,10 @@ class TokenGenerator:
         self._prompt_end = len(self._tokens) - 1 if self._reads_answers and prompt else -1
         return self._logits(1)[0]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         """See `TextGenerator`."""
-        return self.read([symbol])[0]
+        self._tokens.append(symbol)
+        return self._logits(1, largest)[0]
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -68,6 +72,7 @@ class TokenGenerator:
         self._tokens, self._begin, self._prompt_end = list(tokens), 0, -1
         if self._cache is not None:
             self._cache.clear()
+            self._inference = Inference.of(self.transformer, self._inference)
 
     def read(self, symbols: Sequence[int], last: int | None = None) -> Tensor:
         """See `TokenReader`."""
@@ -95,22 +100,34 @@ class TokenGenerator:
         return self.tokenizer.decode_bytes([symbol])
 
     @torch.inference_mode()
-    def _logits(self, last: int) -> Tensor:
-        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold."""
+    def _logits(self, last: int, largest: int | None = None) -> Tensor:
+        """The logits [N, V] after each of the text's `last` N tokens; reads what the cache does not hold.
+
+        `largest`: see `TextGenerator.next`.
+        """
         cache = self._cache
         begin = window_begin(len(self._tokens), self.transformer.config.context)
         # It moves back where symbols are forgotten at which it had moved on.
         if begin != self._begin and cache is not None:
             cache.clear()
         self._begin = begin
-        return self._pass(begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache)
+        return self._pass(
+            begin + (cache.length if cache is not None else 0), len(self._tokens), last, cache, largest
+        )
 
-    def _pass(self, begin: int, end: int, last: int, cache: Cache | None) -> Tensor:
+    def _pass(
+        self, begin: int, end: int, last: int, cache: Cache | None, largest: int | None = None
+    ) -> Tensor:
         """The logits [N, V] after each of the `last` N of the text's tokens `begin` to `end` - 1.
 
-        The cache holds those before; without one, the window begins at `begin`.
+        The cache holds those before; without one, the window begins at `begin`. `largest`: see
+        `TextGenerator.next`.
         """
         L = end - begin
+        if cache is not None and self._inference is not None:
+            positions = range(cache.length, cache.length + L)
+            tokens, wanted = self._tokens[begin:end], range(L - last, L)
+            return self._inference.read(tokens, [0] * L, positions, cache.extend(L), wanted, largest)
         tokens_1L = torch.tensor([self._tokens[begin:end]], device=self._device)
         answers_1 = None
         if self._prompt_end >= begin:

@@ -11,25 +11,17 @@
 
 #ifndef ELEMENT
 
-#include <stdio.h>
-#include <stdlib.h>
-
 #include "elements.h"
 
 #if defined(__AVX512F__)
-#define LANES 16
 #define COLUMNS 4
 #elif defined(__AVX__)
-#define LANES 8
 #define COLUMNS 2
 #else
-#define LANES 4
 #define COLUMNS 4
 #endif
 #define BLOCK 32
 #define PADDING 32
-
-typedef float vector __attribute__((vector_size(4 * LANES)));
 
 static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
 
@@ -41,26 +33,6 @@ int64_t attention_weights(int64_t L) {
         sum += (end - begin) * padded(end);
     }
     return sum;
-}
-
-/* The arrays of a thread, consecutive in one allocation. */
-typedef struct {
-    char *memory, *at;
-} arrays;
-
-static inline arrays arrays_of(int64_t bytes) {
-    char *memory = malloc(bytes + 64);
-    if (!memory) {
-        fprintf(stderr, "attention: no memory for %lld bytes\n", (long long)bytes);
-        abort();
-    }
-    return (arrays){memory, memory + (64 - (uintptr_t)memory % 64)};
-}
-
-static inline void *array(arrays *mem, int64_t bytes) {
-    void *begin = mem->at;
-    mem->at += (bytes + 63) / 64 * 64;
-    return begin;
 }
 
 #define ELEMENT float

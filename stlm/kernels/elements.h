@@ -1,4 +1,4 @@
-/* Elements and functions that the kernels share: float32 and bfloat16, exponentials, rounding. */
+/* Elements and functions that the kernels share: float32 and bfloat16, exponentials, rounding, vectors, memory. */
 
 #ifndef STLM_ELEMENTS_H
 #define STLM_ELEMENTS_H
@@ -6,6 +6,8 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* With fewer elements, waking threads costs more than it saves. */
@@ -67,6 +69,37 @@ static inline uint16_t to_bfloat16(float x) {
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Floats in a vector of the processor. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+
+/* Arrays, consecutive in one allocation. */
+typedef struct {
+    char *memory, *at;
+} arrays;
+
+static inline arrays arrays_of(int64_t bytes) {
+    char *memory = malloc(bytes + 64);
+    if (!memory) {
+        fprintf(stderr, "stlm kernels: no memory for %lld bytes\n", (long long)bytes);
+        abort();
+    }
+    return (arrays){memory, memory + (64 - (uintptr_t)memory % 64)};
+}
+
+static inline void *array(arrays *mem, int64_t bytes) {
+    void *begin = mem->at;
+    mem->at += (bytes + 63) / 64 * 64;
+    return begin;
+}
 
 /* The name of a function for an element type: f_float32. */
 #define JOIN_(a, b) a##_##b

@@ -27,7 +27,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.integrity import check_seal, seal
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c"))
+SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c", "inference.c"))
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
 # None of these flags lets the compiler reorder sums or ignore NaN. If the processor can, a product and a sum
@@ -59,14 +59,23 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, f"{name}_{kind}", None)
             if function is not None:
-                function.argtypes = [_KINDS[letter] for letter in signature]
-                function.restype = None
                 arrays = [place for place, letter in enumerate(signature) if letter == "a"]
-                function = _on_tensors(function, arrays)
+                function = _on_tensors(_declared(function, signature), arrays)
             setattr(self, name, function)
         # Number of elements of the attention weights of one head, by sequence length.
         self.attention_weights = library.attention_weights
         self.attention_weights.argtypes, self.attention_weights.restype = [ctypes.c_int64], ctypes.c_int64
+        # For generation, in float32; their arguments are addresses (stlm.model.inference).
+        self.read_tokens = self.make_screen = None
+        if kind == "float32":
+            self.read_tokens = _declared(library.read_tokens, "aaiiiaaaaiaai")
+            self.make_screen = _declared(library.make_screen, "iiaa")
+
+
+def _declared(function: Any, signature: str) -> Any:
+    function.argtypes = [_KINDS[letter] for letter in signature]
+    function.restype = None
+    return function
 
 
 def _on_tensors(function: Callable[..., None], arrays: list[int]) -> Callable[..., None]:

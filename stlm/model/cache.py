@@ -50,8 +50,8 @@ class Cache(Layout):
         # kept, since any token may become the last when the tokens after it are removed.
         width = config.width + 2 * config.kv_heads * config.head_width
         kept = places if config.qkv_shift else 0
-        unshifted = torch.zeros(layers, batch, kept, width, dtype=dtype, device=device)
-        self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, unshifted, strict=True)]
+        self.unshifted = torch.zeros(layers, batch, kept, width, dtype=dtype, device=device)
+        self._layers = [LayerCache(self, *tensors) for tensors in zip(self.kv, self.unshifted, strict=True)]
         self._context = config.context
         self.clear()
 

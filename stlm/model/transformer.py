@@ -155,6 +155,8 @@ class Block(nn.Module):
         "ffn_norm": "norms",
         "ffn": "FFN",
     }
+    # Not inherited: a subclass says it if it changes nothing but training (see `stlm.model.inference`).
+    plain_in_evaluation: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

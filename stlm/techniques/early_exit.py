@@ -7,7 +7,7 @@ positions, D width, X the values' width, N flat positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -226,6 +226,8 @@ class SkippedBlock(Block):
     It is made of the modules of another, under the same names. `most`: the probability at the height of the
     schedule; `skipped`: now.
     """
+
+    plain_in_evaluation: ClassVar[bool] = True
 
     def __init__(self, block: Block, most: float) -> None:
         nn.Module.__init__(self)  # Block's would draw new weights

@@ -40,7 +40,7 @@ class Script:
         self.given = [prompt]
         return self._logits()
 
-    def next(self, symbol: int) -> torch.Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> torch.Tensor:
         self.given.append(symbol)
         return self._logits()
 

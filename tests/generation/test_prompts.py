@@ -34,25 +34,29 @@ def test_rows_of_different_lengths_are_the_rows_alone(options: dict) -> None:
     with torch.inference_mode():
         whole_BLD = model.hidden(tokens_BL)
         held = [0, 0, 0]
-        # Rows begin with 7, 3 and 1 tokens, then read on together, some of them, one by one, and anew.
+        # Rows begin with 7, 3 and 1 tokens, then read on together, some of them, and anew.
         for rows, counts in (
             ((0, 1, 2), (7, 3, 1)),
             ((0, 1, 2), (1, 1, 1)),
             ((2,), (1,)),
             ((2, 0), (1, 1)),
+            ((1,), (9,)),
             ((2, 0, 1), (1, 1, 1)),
-            ((0, 1, 2), (4, 5, 3)),
+            ((2, 0), (5, 16)),
         ):
-            L = max(counts)
-            begins = [held[row] for row in rows]
-            part_RL = torch.zeros(len(rows), L, dtype=torch.int64)
-            for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                part_RL[number, :count] = tokens_BL[row, held[row] : held[row] + count]
-            layout = cache.extend(torch.tensor(rows), torch.tensor(begins), L)
-            found_RLD = model.hidden(part_RL, layout)
-            for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            part_RL = []
+            for row, count in zip(rows, counts, strict=True):
+                held[row] = held[row] if count == 1 else 0
+                part_RL.append(tokens_BL[row, held[row] : held[row] + count])
+            if max(counts) == 1:
+                layout = cache.extend(torch.tensor(rows), torch.tensor([held[row] for row in rows]))
+                found = model.hidden(torch.stack(part_RL), layout)
+            else:
+                layout = cache.begin(rows, counts)
+                found = model.hidden(torch.cat(part_RL)[None], layout)[0].split(counts)
+            for row, count, found_LD in zip(rows, counts, found, strict=True):
                 expected_LD = whole_BLD[row, held[row] : held[row] + count]
-                torch.testing.assert_close(found_RLD[number, :count], expected_LD, atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(found_LD, expected_LD, atol=2e-5, rtol=1e-4)
                 held[row] += count
 
 
@@ -83,7 +87,7 @@ def test_prompts_are_read_in_one_pass_and_a_token_of_each_text_in_one() -> None:
     read = []
     model.embedding.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
     Batch(TokenGenerator(model, TOKENIZER), Sampling(temperature=0)).write(["abc", "", "xy"], [0, 0, 0], 6)
-    assert read == [(3, 4)] + [(3, 1)] * 5
+    assert read == [(1, 4 + 1 + 3)] + [(3, 1)] * 5
 
 
 @pytest.fixture(scope="module")

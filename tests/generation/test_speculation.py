@@ -121,7 +121,7 @@ class Chain:
         self.text, self.ahead = [0], []
         return self._model_VV[0]
 
-    def next(self, symbol: int) -> Tensor:
+    def next(self, symbol: int, largest: int | None = None) -> Tensor:
         return self.verify([symbol])[0]
 
     def piece(self, symbol: int) -> bytes:
