@@ -21,7 +21,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
 from stlm.model.feed_forward import FFNS
 from stlm.model.flops import children_flops, forward_flops
-from stlm.model.fused import RMSNorm
+from stlm.model.fused import RMSNorm, add_and_norm, add_to
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout, Stretched
@@ -97,6 +97,10 @@ class Attention(nn.Module):
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return layout.in_rows and self.training and on_cpu and not self.dropout
 
+    def _is_scoring(self, x_BLD: Tensor) -> bool:
+        """Whether kernels for scoring may be used, which have no gradients."""
+        return x_BLD.device.type == "cpu" and not self.training and not torch.is_grad_enabled()
+
     @outside_graphs
     def _attend_scheduled(self, layout: Layout, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
         """Attention [B, L, H, E] with scheduled dropout.
@@ -129,12 +133,16 @@ class Attention(nn.Module):
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        in_blocks = self._in_blocks(x_BLD, layout)
+        in_blocks, scoring = self._in_blocks(x_BLD, layout), self._is_scoring(x_BLD)
+        if (in_blocks or scoring) and (added_BLX is not None or self.q_gain is not None):
+            qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
+        if scoring:
+            y_BLHE = layout.attend_projections(qkv_BLHE, self.heads, rope, rows_N)
+            if y_BLHE is not None:
+                return self.out(y_BLHE.flatten(-2))
         if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
         if in_blocks:
-            if added_BLX is not None or self.q_gain is not None:
-                qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
             y_BLHE = causal_attention(qkv_BLHE, self.heads, layout.sees, rope)
         else:
             qkv = *qk_BLHE.split([self.heads, self.kv_heads], dim=2), v_BLKE
@@ -178,8 +186,8 @@ class Block(nn.Module):
         """As `Attention.forward`."""
         mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x, normal = add_and_norm(x, self.dropout(mixed), self.ffn_norm)
+        return add_to(x, self.dropout(self.ffn(normal)))
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
