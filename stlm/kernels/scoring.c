@@ -16,20 +16,27 @@
 
 #include "elements.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
+#define MOST 8 /* rows of a product whose sums fit the registers, in two vectors */
 #elif defined(__AVX__)
 #define LANES 8
+#define MOST 4
 #else
 #define LANES 4
+#define MOST 4
 #endif
-#define PADDING 32
-/* Rows of a block's products, about: enough to reuse keys from the cache, few enough for little masked work. */
-#define BLOCK_ROWS 64
+/* Rows of a block's products, at most: two vectors. With more, more keys would be computed to be masked. */
+#define BLOCK_ROWS 32
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 
-static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
+static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* The arrays of a thread, consecutive in one allocation. */
 typedef struct {
@@ -51,24 +58,68 @@ static inline void *array(arrays *mem, int64_t bytes) {
     return begin;
 }
 
-/* Weights e^(score - largest) of the first `keys` of a row, zeros up to `all`; returns their sum. */
-#define SOFTMAX(STORED)                                                            \
-    float largest = -INFINITY, sum = 0;                                            \
-    int32_t some = least(padded(keys), all);                                       \
-    for (int32_t c = keys; c < some; c++) score[c] = -INFINITY;                    \
-    _Pragma("omp simd reduction(max : largest)") for (int32_t c = 0; c < some; c++) \
-        largest = score[c] > largest ? score[c] : largest;                         \
-    _Pragma("omp simd reduction(+ : sum)") for (int32_t c = 0; c < some; c++) {    \
-        float e = exponential(score[c] - largest);                                 \
-        sum += e;                                                                  \
-        weight[c] = STORED(e);                                                     \
-    }                                                                              \
-    memset(weight + some, 0, (all - some) * sizeof *weight);                       \
-    return sum;
+static inline vector loaded(const float *x) {
+    vector y;
+    memcpy(&y, x, sizeof y);
+    return y;
+}
+
+static inline vector chosen(integers mask, vector a, vector b) {
+    return (vector)((mask & (integers)a) | (~mask & (integers)b));
+}
+
+/* The larger ones; b where a is NaN. */
+static inline vector larger(vector a, vector b) {
+#if defined(__AVX512F__)
+    return (vector)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return chosen(a > b, a, b);
+#endif
+}
+
+/* exponential() of each. */
+static inline vector exponentials(vector x) {
+    vector shifted = x * 1.44269504f + 12583039.0f, n = shifted - 12583039.0f;
+    vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector p = 1.381459124e-3f * r + 8.368716840e-3f;
+    p = p * r + 4.166838820e-2f;
+    p = p * r + 1.666652063e-1f;
+    p = p * r + 4.999999345e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vector power = (vector)((integers)shifted << 23);
+    return (vector)((integers)(p * power) & ~(x < -87.0f));
+}
+
+/* The sum of the weights e^(score - largest) of each of LANES rows; they replace the scores [keys, row]. A row sees
+   fewer than `limit` keys; all rows see the first `common`. */
+static inline void softmax(int64_t keys, int64_t common, const int32_t *limit, float *score, int64_t row, float *sums) {
+    vector largest = (vector){0} - INFINITY, other = largest, sum = {0};
+    integers limits;
+    memcpy(&limits, limit, sizeof limits);
+    for (int64_t c = common; c < keys; c++) {
+        vector seen = chosen(limits > (int32_t)c, loaded(score + c * row), (vector){0} - INFINITY);
+        memcpy(score + c * row, &seen, sizeof seen);
+    }
+    int64_t c = 0;
+    for (; c + 1 < keys; c += 2) {
+        largest = larger(loaded(score + c * row), largest);
+        other = larger(loaded(score + (c + 1) * row), other);
+    }
+    if (c < keys) largest = larger(loaded(score + c * row), largest);
+    largest = larger(other, largest);
+    for (c = 0; c < keys; c++) {
+        vector weight = exponentials(loaded(score + c * row) - largest);
+        memcpy(score + c * row, &weight, sizeof weight);
+        sum += weight;
+    }
+    memcpy(sums, &sum, sizeof sum);
+}
 
 #define ELEMENT float
 #define TYPE float32
-#define INNER float
 #define FACTOR float
 #define PAIR 1
 #define LOAD(x) (x)
@@ -77,7 +128,6 @@ static inline void *array(arrays *mem, int64_t bytes) {
 #include __FILE__
 #undef ELEMENT
 #undef TYPE
-#undef INNER
 #undef FACTOR
 #undef PAIR
 #undef LOAD
@@ -89,17 +139,13 @@ static inline void *array(arrays *mem, int64_t bytes) {
 #define LOAD(x) from_bfloat16(x)
 #define STORE(x) to_bfloat16(x)
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
-
 static inline __attribute__((always_inline)) vector multiply_pairs(vector sum, uint32_t a, const void *b) {
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
 }
-#define INNER uint16_t
 #define FACTOR uint32_t
 #define PAIR 2
 #define NARROW(x) to_bfloat16(x)
 #else
-#define INNER float
 #define FACTOR float
 #define PAIR 1
 #define NARROW(x) (x)
@@ -112,24 +158,24 @@ typedef FACTOR NAME(factor) __attribute__((may_alias));
 
 /* c = a b for some rows of a and vectors of columns of b, with all sums in registers. */
 static inline __attribute__((always_inline)) void NAME(tile)(const int rows, const int columns, int64_t P,
-                                                             const NAME(factor) * a, int64_t lda,
+                                                             const NAME(factor) * a, int64_t row, int64_t step,
                                                              const NAME(factor) * b, int64_t ldb, float *c,
                                                              int64_t ldc) {
-    vector sum[8][4];
+    vector sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int j = 0; j < columns; j++) sum[i][j] = (vector){0};
     for (int64_t p = 0; p < P; p++) {
 #if PAIR == 1
-        vector right[4];
-#pragma GCC unroll 4
+        vector right[2];
+#pragma GCC unroll 2
         for (int j = 0; j < columns; j++) memcpy(&right[j], b + p * ldb + j * LANES, sizeof(vector));
 #endif
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            FACTOR left = a[i * lda + p];
-#pragma GCC unroll 4
+            FACTOR left = a[i * row + p * step];
+#pragma GCC unroll 2
             for (int j = 0; j < columns; j++)
 #if PAIR == 1
                 sum[i][j] += left * right[j];
@@ -140,32 +186,33 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int j = 0; j < columns; j++) memcpy(c + i * ldc + j * LANES, &sum[i][j], sizeof(vector));
 }
 
-/* c [M, N] = a b, where a [M, P] and b [P, N] hold factors; N is a multiple of the vector length. */
-static void NAME(product)(int64_t M, int64_t N, int64_t P, const INNER *left, int64_t lda, const INNER *right,
-                          int64_t ldb, float *c, int64_t ldc) {
-    const NAME(factor) *a = (const void *)left, *b = (const void *)right;
+/* c [M, N] = a b, where a [M, P] and b [P, N] hold factors; those of a are `row` apart between rows and `step` apart
+   within a row. N is a multiple of the vector length. */
+static void NAME(product)(int64_t M, int64_t N, int64_t P, const void *left, int64_t row, int64_t step,
+                          const void *right, int64_t ldb, float *c, int64_t ldc) {
+    const NAME(factor) *a = left, *b = right;
     int64_t j = 0;
-#define TILES(ROWS, WIDE)                                                             \
-    for (; N - j >= (WIDE) * LANES; j += (WIDE) * LANES) {                            \
-        int64_t i = 0;                                                                \
-        for (; i + (ROWS) <= M; i += (ROWS))                                          \
-            NAME(tile)(ROWS, WIDE, P, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc); \
-        for (; i < M; i++) NAME(tile)(1, WIDE, P, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc); \
+#define ROWS(COUNT, WIDE)                                                                              \
+    if (i + (COUNT) <= M) {                                                                            \
+        NAME(tile)(COUNT, WIDE, P, a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc);          \
+        i += COUNT;                                                                                    \
     }
-#if LANES == 16
-    TILES(8, 2)
-#else
-    TILES(4, 2)
-#endif
-    TILES(4, 1)
+#define TILES(WIDE)                                                                                    \
+    for (; N - j >= (WIDE) * LANES; j += (WIDE) * LANES) {                                             \
+        int64_t i = 0;                                                                                 \
+        for (; i + MOST <= M; i += MOST)                                                               \
+            NAME(tile)(MOST, WIDE, P, a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc);       \
+        ROWS(4, WIDE) ROWS(2, WIDE) ROWS(1, WIDE)                                                      \
+    }
+    TILES(2)
+    TILES(1)
 #undef TILES
+#undef ROWS
 }
-
-static float NAME(softmax)(int32_t keys, int32_t all, float *score, INNER *weight) { SOFTMAX(NARROW) }
 
 /* The E elements of a head as float32, scaled, rotated by the angles of cos and sin if given (Su et al. 2021). */
 static inline void NAME(turned)(int64_t E, const ELEMENT *x, const float *cos, const float *sin, float scale, float *y) {
@@ -179,6 +226,43 @@ static inline void NAME(turned)(int64_t E, const ELEMENT *x, const float *cos, c
 #pragma omp simd
     for (int64_t e = 2 * half; e < E; e++) y[e] = scale * LOAD(x[e]);
 }
+
+/* A head's elements as factors, `step` apart. */
+static inline void NAME(spread)(int64_t E, const float *head, int64_t step, FACTOR *to) {
+#if PAIR == 1
+    for (int64_t e = 0; e < E; e++) to[e * step] = head[e];
+#else
+    for (int64_t e = 0; e + 1 < E; e += 2) to[e / 2 * step] = NARROW(head[e]) | (FACTOR)NARROW(head[e + 1]) << 16;
+    if (E % 2) to[E / 2 * step] = NARROW(head[E - 1]);
+#endif
+}
+
+/* Puts a head's elements at place c of the values; with pairs, an even place ends with zeros for the next. */
+static inline void NAME(push)(int64_t E, const ELEMENT *x, int64_t c, FACTOR *values) {
+    FACTOR *to = values + c / PAIR * E;
+#if PAIR == 1
+    for (int64_t e = 0; e < E; e++) to[e] = LOAD(x[e]);
+#else
+    if (c % 2)
+        for (int64_t e = 0; e < E; e++) to[e] = (to[e] & 0xffff) | (FACTOR)x[e] << 16;
+    else
+        for (int64_t e = 0; e < E; e++) to[e] = x[e];
+#endif
+}
+
+#if PAIR == 2
+/* Weights [keys, row] as pairs of consecutive keys' [keys / 2, row]; with an odd number, the last one's second is 0. */
+static void NAME(pairs)(int64_t keys, int64_t used, int64_t row, const float *weight, FACTOR *to) {
+    for (int64_t c = 0; c < keys; c += 2) {
+        const float *one = weight + c * row, *two = one + row;
+        FACTOR *pair = to + c / 2 * row;
+        if (c + 1 < keys)
+            for (int64_t x = 0; x < used; x++) pair[x] = NARROW(one[x]) | (FACTOR)NARROW(two[x]) << 16;
+        else
+            for (int64_t x = 0; x < used; x++) pair[x] = NARROW(one[x]);
+    }
+}
+#endif
 
 /* y [n, H, E] at the tokens with a `place` in it (all in order if `place` is null): attention of each over the path
    that ends with it. Sequence s has `own[s]` tokens, consecutive in the row, after the first `shared[s]` of the path
@@ -195,19 +279,20 @@ void NAME(trie_attention)(int64_t S, int64_t H, int64_t K, int64_t E, int64_t q,
         N += own[s];
         C = shared[s] + own[s] > C ? shared[s] + own[s] : C;
     }
-    int64_t Cp = padded(C), Ep = padded(E), Ee = (E + PAIR - 1) / PAIR * PAIR;
-    int64_t Q = BLOCK_ROWS / G > 1 ? BLOCK_ROWS / G : 1, X = G * Q;
+    int64_t Ep = (E + PAIR - 1) / PAIR, Cp = (C + PAIR - 1) / PAIR; /* factors */
+    int64_t Q = BLOCK_ROWS / G > 1 ? BLOCK_ROWS / G : 1, Xp = padded(G * Q);
     /* Threads that have no head of their own share the sequences of one, cut where the row's tokens are halved. */
     int64_t threads = omp_get_max_threads(), parts = K >= threads && K % threads == 0 ? 1 : threads;
 #pragma omp parallel if (N * (H + 2 * K) * E > FEW)
     {
-        int64_t sizes = 2 * Cp * (Ep + Ee) + X * (2 * Cp + Ep + Ee + 2) + E + C * 2 + 12 * 16;
+        int64_t sizes = C * Ep + Cp * E + Xp * (Ep + Cp + C + E + 2) + E + C * 2 + 12 * 16;
         arrays mem = zeroed(sizes * sizeof(float));
-        INNER *keys = array(&mem, Ee * Cp * sizeof *keys), *values = array(&mem, Cp * Ep * sizeof *values);
-        INNER *queries = array(&mem, X * Ee * sizeof *queries), *weight = array(&mem, X * Cp * sizeof *weight);
-        float *score = array(&mem, X * Cp * sizeof *score), *mixed = array(&mem, X * Ep * sizeof *mixed);
-        float *head = array(&mem, E * sizeof *head), *sum = array(&mem, X * sizeof *sum);
-        int64_t *path = array(&mem, C * sizeof *path);
+        FACTOR *keys = array(&mem, C * Ep * sizeof *keys), *values = array(&mem, Cp * E * sizeof *values);
+        FACTOR *queries = array(&mem, Ep * Xp * sizeof *queries), *weights = array(&mem, Cp * Xp * sizeof *weights);
+        float *score = array(&mem, C * Xp * sizeof *score), *mixed = array(&mem, E * Xp * sizeof *mixed);
+        float *head = array(&mem, E * sizeof *head), *sum = array(&mem, Xp * sizeof *sum);
+        int32_t *limit = array(&mem, Xp * sizeof *limit);
+        int64_t *path = array(&mem, C * sizeof *path), at[BLOCK_ROWS];
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < K * parts; unit++) {
             int64_t m = unit / parts, first = unit % parts * N / parts, end = (unit % parts + 1) * N / parts;
@@ -222,45 +307,39 @@ void NAME(trie_attention)(int64_t S, int64_t H, int64_t K, int64_t E, int64_t q,
                 for (; held < length; held++) {
                     int64_t t = path[held];
                     NAME(turned)(E, km + t * k_row, cos ? cos + t * angles : 0, cos ? sin + t * angles : 0, 1, head);
-                    for (int64_t e = 0; e < E; e++)
-                        keys[e / PAIR * Cp * PAIR + held * PAIR + e % PAIR] = NARROW(head[e]);
-                    const ELEMENT *from = vm + t * v_row;
-                    INNER *to = values + held / PAIR * Ep * PAIR + held % PAIR;
-                    for (int64_t e = 0; e < E; e++) to[e * PAIR] = NARROW(LOAD(from[e]));
-#if PAIR == 2
-                    if (held % 2 == 0) /* an odd path ends with a half pair, of weight zero: 0 times NaN is NaN */
-                        for (int64_t e = 0; e < E; e++) to[e * PAIR + 1] = 0;
-#endif
+                    NAME(spread)(E, head, 1, keys + held * Ep);
+                    NAME(push)(E, vm + t * v_row, held, values);
                 }
-                int64_t i = 0;
-                while (i < own[s]) {
-                    int64_t n = 0, last = 0, at[BLOCK_ROWS];
+                for (int64_t i = 0; i < own[s];) {
+                    int64_t n = 0;
                     for (; i < own[s] && n < Q; i++)
-                        if (!place || place[begin + i] >= 0) at[n++] = last = i;
+                        if (!place || place[begin + i] >= 0) at[n++] = i;
                     if (!n) break;
-                    int64_t seen = before + last + 1, all = padded(seen);
+                    int64_t seen = before + at[n - 1] + 1, common = before + at[0] + 1;
                     for (int64_t r = 0; r < n; r++) {
                         int64_t t = begin + at[r];
+                        const float *c = cos ? cos + t * angles : 0, *s_ = cos ? sin + t * angles : 0;
                         for (int64_t g = 0; g < G; g++) {
-                            NAME(turned)(E, qm + t * q_row + g * E, cos ? cos + t * angles : 0,
-                                         cos ? sin + t * angles : 0, scale, head);
-                            INNER *to = queries + (r * G + g) * Ee;
-                            for (int64_t e = 0; e < E; e++) to[e] = NARROW(head[e]);
+                            int64_t x = r * G + g;
+                            limit[x] = before + at[r] + 1;
+                            NAME(turned)(E, qm + t * q_row + g * E, c, s_, scale, head);
+                            NAME(spread)(E, head, Xp, queries + x);
                         }
                     }
-                    NAME(product)(n * G, all, Ee / PAIR, queries, Ee / PAIR, keys, Cp, score, Cp);
-                    for (int64_t x = 0; x < n * G; x++)
-                        sum[x] = NAME(softmax)(before + at[x / G] + 1, all, score + x * Cp, weight + x * Cp);
-                    NAME(product)(n * G, Ep, (seen + PAIR - 1) / PAIR, weight, Cp / PAIR, values, Ep, mixed, Ep);
-                    for (int64_t r = 0; r < n; r++) {
-                        int64_t t = begin + at[r];
-                        ELEMENT *to = y + ((place ? place[t] : t) * H + m * G) * E;
-                        for (int64_t g = 0; g < G; g++) {
-                            float part = 1.0f / sum[r * G + g];
-                            const float *from = mixed + (r * G + g) * Ep;
-#pragma omp simd
-                            for (int64_t e = 0; e < E; e++) to[g * E + e] = STORE(from[e] * part);
-                        }
+                    int64_t used = padded(n * G);
+                    NAME(product)(seen, used, Ep, keys, Ep, 1, queries, Xp, score, Xp);
+                    for (int64_t x = 0; x < used; x += LANES) softmax(seen, common, limit + x, score + x, Xp, sum + x);
+                    const void *by = score;
+#if PAIR == 2
+                    NAME(pairs)(seen, used, Xp, score, weights);
+                    by = weights;
+#endif
+                    NAME(product)(E, used, (seen + PAIR - 1) / PAIR, values, 1, E, by, Xp, mixed, Xp);
+                    for (int64_t x = 0; x < n * G; x++) {
+                        int64_t t = begin + at[x / G];
+                        ELEMENT *to = y + ((place ? place[t] : t) * H + m * G + x % G) * E;
+                        float part = 1.0f / sum[x];
+                        for (int64_t e = 0; e < E; e++) to[e] = STORE(mixed[e * Xp + x] * part);
                     }
                 }
             }

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
-from stlm.model.feed_forward import FFNS
+from stlm.model.feed_forward import FFNS, is_plain
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.fused import RMSNorm, add_and_norm, add_to
 from stlm.model.graphs import outside_graphs
@@ -34,6 +34,10 @@ from stlm.model.projection import (
     share,
 )
 from stlm.model.rotary import Rotary, rope_tables, rotate
+
+# Of the hidden units that a feed-forward network holds at once in scoring on a CPU.
+import os
+_PART_BYTES = int(os.environ.get("PART", 2**23))
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
@@ -186,8 +190,27 @@ class Block(nn.Module):
         """As `Attention.forward`."""
         mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
+        size = self._part_tokens(x)
+        if size is None:
+            return self._add_ffn(x, mixed)
+        parts = zip(x.flatten(0, -2).split(size), mixed.flatten(0, -2).split(size), strict=True)
+        return torch.cat([self._add_ffn(*part) for part in parts]).view_as(x)
+
+    def _add_ffn(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream with attention's output `mixed` and that of the feed-forward network added."""
         x, normal = add_and_norm(x, self.dropout(mixed), self.ffn_norm)
         return add_to(x, self.dropout(self.ffn(normal)))
+
+    def _part_tokens(self, x: Tensor) -> int | None:
+        """How many tokens at a time the feed-forward network processes in scoring on a CPU; None: all.
+
+        So few that its hidden units stay in the processor's cache, and that the allocator keeps their memory.
+        """
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not is_plain(self.ffn):
+            return None
+        hidden = self.ffn.hidden_width * (2 if torch.is_autocast_enabled("cpu") else 4)
+        size = max(64, _PART_BYTES // hidden // 64 * 64)
+        return size if x.numel() > size * x.shape[-1] else None
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
