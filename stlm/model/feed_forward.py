@@ -75,5 +75,5 @@ FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": Squ
 
 
 def is_plain(ffn: nn.Module) -> bool:
-    """Whether `ffn` is one of these networks as configured: each token's output depends on that token alone."""
+    """Whether `ffn` is one of these networks, as configured: a token's output depends on it alone."""
     return type(ffn) in FFNS.values() and not isinstance(ffn.activation, nn.Module)

@@ -63,10 +63,13 @@ class _RMSNorm(torch.autograd.Function):
         return dx, parts_XD.sum(dim=0), None, None
 
 
-def add_and_norm(x: Tensor, added: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + `added`, and `norm` of the sum; in one pass in scoring, where no gradients are wanted."""
+def add_and_norm(
+    x: Tensor, added: Tensor, norm: nn.Module, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + `added`, and `norm` of the sum. In scoring, where no gradients are wanted, this is one pass, and the
+    sum is written to `total` if it is given."""
     if isinstance(norm, RMSNorm) and _is_scoring(x, added) and norm.output_type(x) == added.dtype:
-        total, normal = torch.empty_like(x), torch.empty_like(added)
+        total, normal = torch.empty_like(x) if total is None else total, torch.empty_like(added)
         D = x.shape[-1]
         kernels_for(added).add_norm(x.numel() // D, D, x, added, norm.weight, norm.eps, total, normal)
         return total, normal

@@ -136,9 +136,9 @@ class Layout(ABC):
     ) -> Tensor | None:
         """Attention for scoring, of H = `heads` queries, keys and values [B, L, S = H + 2 K, E] as projected.
 
-        `rope`, the angles of the tokens, rotates queries and keys. The values are [B, L, H, E], or [N, H, E] at
-        the flat positions `rows_N`; None: there is no kernel for this layout, device or type, or gradients are
-        wanted.
+        `rope`, the angles of the tokens, rotates queries and keys. Returns the mixed values [B, L, H, E], or
+        [N, H, E] at the flat positions `rows_N`. None: there is no kernel for this layout, device or type, or
+        gradients are wanted.
         """
         return None
 

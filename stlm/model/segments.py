@@ -49,8 +49,10 @@ class Segments(Layout):
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The segments for torch's attention: two groups for each doubling of the length, so that there are few
-        groups and little padding."""
+        """The segments for torch's attention: two groups for each doubling of the length.
+
+        So there are few groups and little padding.
+        """
         positions_N, segments = self._given
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
@@ -64,11 +66,11 @@ class Segments(Layout):
         return None if self._given is None else _nested(self._given[1])
 
     @cached_property
-    def _begins_1N(self) -> Tensor:
+    def _begins_1N(self) -> Tensor:  # noqa: N802
         return self.positions == 0
 
     @cached_property
-    def _before_N(self) -> Tensor:
+    def _before_N(self) -> Tensor:  # noqa: N802
         """The index of the token before each on its path; 0 at a sequence's first token."""
         positions_N, segments = self._given
         before_N = np.zeros(len(positions_N), np.int64)
@@ -174,8 +176,10 @@ class Segments(Layout):
 
 
 def _nested(segments: Sequence[tuple[int, np.ndarray]]) -> Sequences | None:
-    """The segments as `Sequences`, if each one's own tokens follow the previous one's in the row and each path
-    begins as the previous one does."""
+    """The segments as `Sequences`, or None if they are not nested.
+
+    Each one's own tokens must follow the previous one's in the row, and each path begin as the previous one.
+    """
     own_S = np.array([own for own, _ in segments])
     length_S = np.array([len(path) for _, path in segments])
     shared_S = length_S - own_S

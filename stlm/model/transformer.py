@@ -36,8 +36,7 @@ from stlm.model.projection import (
 from stlm.model.rotary import Rotary, rope_tables, rotate
 
 # Of the hidden units that a feed-forward network holds at once in scoring on a CPU.
-import os
-_PART_BYTES = int(os.environ.get("PART", 2**23))
+_PART_BYTES = 2**23
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
@@ -193,12 +192,20 @@ class Block(nn.Module):
         size = self._part_tokens(x)
         if size is None:
             return self._add_ffn(x, mixed)
-        parts = zip(x.flatten(0, -2).split(size), mixed.flatten(0, -2).split(size), strict=True)
-        return torch.cat([self._add_ffn(*part) for part in parts]).view_as(x)
+        total = torch.empty_like(x)
+        parts = [rows.flatten(0, -2).split(size) for rows in (x, mixed, total)]
+        for x_ND, mixed_ND, total_ND in zip(*parts, strict=True):
+            added_ND = self._add_ffn(x_ND, mixed_ND, total_ND)
+            if added_ND is not total_ND:
+                total_ND.copy_(added_ND)
+        return total
 
-    def _add_ffn(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The residual stream with attention's output `mixed` and that of the feed-forward network added."""
-        x, normal = add_and_norm(x, self.dropout(mixed), self.ffn_norm)
+    def _add_ffn(self, x: Tensor, mixed: Tensor, total: Tensor | None = None) -> Tensor:
+        """The residual stream with attention's output `mixed` and that of the feed-forward network added.
+
+        `total`: where the sum may be kept.
+        """
+        x, normal = add_and_norm(x, self.dropout(mixed), self.ffn_norm, total)
         return add_to(x, self.dropout(self.ffn(normal)))
 
     def _part_tokens(self, x: Tensor) -> int | None:

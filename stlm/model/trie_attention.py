@@ -1,8 +1,8 @@
 """Attention over a trie of sequences, or over rows of one sequence, in one kernel: for scoring on a CPU.
 
-torch's fused attention needs keys, values and a mask gathered for padded groups of sequences, and rotated queries
-and keys: with sequences of a few tokens these passes over memory cost several times what attention does. The
-kernel reads the projections, rotates them, and keeps the keys and values of one path in the cache.
+torch's fused attention needs rotated queries and keys, and keys, values and a mask gathered for padded groups
+of sequences. With sequences of a few tokens these passes over memory cost several times what attention does.
+The kernel reads the projections, rotates them, and keeps the keys and values of one path in the cache.
 
 Shapes: N tokens of a row, S sequences, H query heads, K key/value heads, E head width, R tokens asked for.
 """
@@ -20,8 +20,10 @@ from stlm.model.rotary import Rotary
 
 
 class Sequences(NamedTuple):
-    """How sequences lie in a row: `own_S` tokens each, one sequence after another, each after the first `shared_S`
-    tokens of the one before; int64."""
+    """How sequences lie in a row, one after another (int64).
+
+    Each has `own_S` tokens, after the first `shared_S` tokens of the sequence before it.
+    """
 
     own_S: Tensor
     shared_S: Tensor
@@ -36,10 +38,11 @@ def trie_attention(
     scale: float | None = None,
     rows_R: Tensor | None = None,
 ) -> Tensor | None:
-    """softmax(q k^T scale) v over the tokens of each sequence up to the query: [N, H, E], or [R, H, E] at `rows_R`.
+    """softmax(q k^T scale) v over the tokens of each sequence up to the query.
 
-    `scale` is 1 / sqrt(E) by default; `rope`, the angles [N, 1, E] of the tokens, rotates queries and keys. There
-    are no gradients. None: there is no kernel for these tensors, or gradients are wanted.
+    Returns [N, H, E], or [R, H, E] for the queries `rows_R`; None: there is no kernel for these tensors, or
+    gradients are wanted. `scale` is 1 / sqrt(E) by default. `rope`, the angles [N, 1, E] of the tokens, rotates
+    queries and keys.
     """
     kernels = kernels_for(v_NKE)
     if kernels is None or torch.is_grad_enabled() or {q_NHE.dtype, k_NKE.dtype} != {v_NKE.dtype}:
