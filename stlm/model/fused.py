@@ -66,8 +66,10 @@ class _RMSNorm(torch.autograd.Function):
 def add_and_norm(
     x: Tensor, added: Tensor, norm: nn.Module, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + `added`, and `norm` of the sum. In scoring, where no gradients are wanted, this is one pass, and the
-    sum is written to `total` if it is given."""
+    """x + `added`, and `norm` of the sum.
+
+    In scoring, where no gradients are wanted, this is one pass; the sum is written to `total` if it is given.
+    """
     if isinstance(norm, RMSNorm) and _is_scoring(x, added) and norm.output_type(x) == added.dtype:
         total, normal = torch.empty_like(x) if total is None else total, torch.empty_like(added)
         D = x.shape[-1]

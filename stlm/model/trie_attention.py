@@ -41,8 +41,8 @@ def trie_attention(
     """softmax(q k^T scale) v over the tokens of each sequence up to the query.
 
     Returns [N, H, E], or [R, H, E] for the queries `rows_R`; None: there is no kernel for these tensors, or
-    gradients are wanted. `scale` is 1 / sqrt(E) by default. `rope`, the angles [N, 1, E] of the tokens, rotates
-    queries and keys.
+    gradients are wanted. `scale` is 1 / sqrt(E) by default. `rope`, the angles [N, 1, E] of the tokens,
+    rotates queries and keys.
     """
     kernels = kernels_for(v_NKE)
     if kernels is None or torch.is_grad_enabled() or {q_NHE.dtype, k_NKE.dtype} != {v_NKE.dtype}:

@@ -211,7 +211,7 @@ def model(**changes) -> Transformer:
     ],
 )
 def test_a_model_scores_as_in_torchs_operations(changes, precision, monkeypatch):
-    """With gradients there are no kernels for scoring: the same residual streams at all tokens and at some."""
+    """With gradients there are no kernels for scoring. Residual streams at all tokens, and at some."""
     transformer, layout = model(**changes), trie("random")
     tokens = torch.randint(0, 61, layout.positions.shape, generator=torch.Generator().manual_seed(1))
     rows_N = torch.arange(0, tokens.shape[1], 7)
