@@ -123,7 +123,8 @@ def test_reports_take_the_rows_that_are_sizes_of_the_baseline_for_such(name, cos
 
     def record(run):
         settings = {key: getattr(run, key).model_dump(mode="json") for key in ("model", "training")}
-        train = SimpleNamespace(**settings, tokens=run.tokens, flops=run.flops, corpus=run.corpus, data=None)
+        cost, text = {"tokens": run.tokens, "flops": run.flops}, {"corpus": run.corpus, "data": None}
+        train = SimpleNamespace(**settings, **cost, **text, techniques=dict(run.techniques))
         return SimpleNamespace(train=train, aligned=True, shifted=False, same_tokens=True)
 
     records = {run.variant: record(run) for run in study.runs.values()}

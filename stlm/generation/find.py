@@ -156,4 +156,5 @@ def _readouts(model: TextGenerator) -> dict[str, Transformer]:
         and all(one is other for one, other in zip(readout.blocks, whole.blocks, strict=False))
         and readout.norm is whole.norm
         and readout.output is whole.output
+        and readout.inserted_embeddings is whole.inserted_embeddings
     }

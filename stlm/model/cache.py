@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Cache(Layout):
     """Memory for the keys and values of a context's tokens: [layers, 2, B, K, places, E], allocated once.
 
-    `of` makes it for a model. `layers`: as many as tokens pass, each pass of a block is one; None: those of
-    `config`. `places`: of a row as long as the context, with what is inserted into it; None: the context.
+    `of` makes it for a model. `layers`: the length of `model.blocks`, where each pass of a block counts;
+    None: those of `config`. `places`: of a row as long as the context, with what is inserted into it; None:
+    the context.
 
     Call `extend(n)` before a forward pass of n tokens, to make room for them. `Transformer.hidden` takes the
     cache as its `layout`; it continues the positions and gives each layer its part of the cache. Layers may
@@ -83,11 +84,13 @@ class Cache(Layout):
 
         As `crop`, it is for models that insert nothing, so that tokens lie at their positions.
         """
+        assert self.places == self.positions, "what is inserted between tokens would be lost"
         self.positions = self.places = slice(begin, end)
         return self
 
     def crop(self, length: int) -> None:
         """Remove all tokens after the first `length`; layers that hold fewer tokens stay as they are."""
+        assert self.places == self.positions, "what is inserted between tokens would be lost"
         self.positions = self.places = slice(length, length)
         for layer in self._layers:
             layer.crop(length)
@@ -109,6 +112,7 @@ class Cache(Layout):
 
     def stretch(self, inserted_BL: Tensor, length: int | None = None) -> Stretched:
         """See `Layout.stretch`: as many in each row. The cache keeps what is inserted like tokens."""
+        assert bool((inserted_BL == inserted_BL[:1]).all()), "rows of a cache are equally long"
         place_BL, last_BL = token_places(inserted_BL)
         length = 1 + int(last_BL[0, -1])
         self.places = slice(self.places.start, self.places.start + length)

@@ -133,9 +133,9 @@ def grouped_parameters(
 
 
 def active_parameters(model: nn.Module) -> int:
-    """The number of parameters that a token uses: each times the share that its modules state.
+    """The number of parameters that a token uses, on average: each times the share that its modules state.
 
-    The shares of a parameter with several places add up, to 1 at most.
+    A parameter with several places counts with the sum of their shares, at most 1: an upper bound.
     """
     shares: dict[nn.Parameter, float] = {}
 

@@ -439,10 +439,12 @@ class Transformer(nn.Module):
             if added_BLX is not None and stretched is not None:
                 added_BLX = stretched.spread(added_BLX)
             x_BLD = block(x_BLD, rope, layout.layer(number), rows_N if number == last else None, added_BLX)
-            if number in after or number == last:
-                at_tokens = stretched is None or x_BLD.dim() == 2
-                kept.append(x_BLD if at_tokens else stretched.take(x_BLD))
-        return kept
+            if number in after and number < last:
+                kept.append(x_BLD)
+        kept.append(x_BLD)
+        if stretched is None:
+            return kept
+        return [x if x.dim() == 2 else stretched.take(x) for x in kept]  # [N, D]: `rows_N` took them
 
     def _embed(
         self, tokens_BL: Tensor, layout: Layout, stretched: Stretched | None

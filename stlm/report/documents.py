@@ -166,7 +166,8 @@ class TextScores:
     def compare(self, base: TextScores) -> Difference | None:
         """The paired difference from `base` over documents, of the seeds that both have, or of all.
 
-        None where the documents of two runs differ, or an earlier version of STLM kept none.
+        None where the documents of two runs differ, or an earlier version of STLM kept none of one: an
+        interval of the other seeds alone would be of another difference than that of all, which tables show.
         """
         seeds = [seed for seed in self.documents if seed in base.documents]
         pair = ([one.documents[s] for s in seeds or one.documents] for one in (self, base))

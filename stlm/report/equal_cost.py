@@ -181,6 +181,7 @@ def is_size(variant: Variant, baseline: Variant, cost: Literal["tokens", "flops"
         and train.model != base.model
         and rest(train.model, _SIZE_KEYS) == rest(base.model, _SIZE_KEYS)
         and rest(train.training, recipe) == rest(base.training, recipe)
+        and train.techniques == base.techniques
         and variant.same_tokens
         and abs(getattr(train, cost) / getattr(base, cost) - 1) <= SAME_COST
         and (train.corpus, train.data) == (base.corpus, base.data)
@@ -222,12 +223,9 @@ def _between(size: float, sizes: Sequence[float], values: Sequence[float]) -> fl
 
 def equal_cost_table(study: Study, costs: EqualCosts) -> Table:
     """A row for each variant: its size, its last value, and its value and difference at each equal cost."""
-    return Table.of_columns(
-        "equal-cost",
-        f"Validation bits per byte and {costs.base.train.label}'s at equal cost, study {study.name}",
-        [_columns(row, costs) for row in costs.rows],
-        _notes(costs),
-    )
+    title = f"Validation bits per byte at equal cost, with the difference from {costs.base.train.label}"
+    rows = [_columns(row, costs) for row in costs.rows]
+    return Table.of_columns("equal-cost", f"{title}; study {study.name}", rows, _notes(costs))
 
 
 def _columns(row: Row, costs: EqualCosts) -> Iterator[tuple]:

@@ -1,4 +1,4 @@
-"""Heat maps of figures that each layer has several of, such as the load of its experts."""
+"""Heat maps of metrics with several values a layer, such as the load of its experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from stlm.report.style import figure
 
 _NUMBERED = re.compile(r"(.+)_([1-9][0-9]*)")
-# The first cells of a row are labelled with their values.
+# Cells have labels if a row has at most so many: more would overlap.
 _MOST_LABELS = 16
 
 
@@ -38,7 +38,9 @@ def draw_heat_maps(
         for axes, (key, rows) in zip(grid[:, 0], last.items(), strict=True):
             values = rows[list(groups[key])].to_numpy(float)
             image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-            for (layer, number), value in np.ndenumerate(values[:, :_MOST_LABELS]):
+            for (layer, number), value in np.ndenumerate(
+                values if values.shape[1] <= _MOST_LABELS else np.empty((0, 0))
+            ):
                 colour = "black" if value > 0.6 * values.max() else "white"
                 axes.text(number, layer, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
             axes.set_title(f"{key.replace('_', ' ')}, step {rows['step'].iloc[0]:,}", loc="left")

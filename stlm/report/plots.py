@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from stlm.report.style import (
     draw_differences,
     figure,
     legend,
+    legend_columns,
     legend_entry,
+    legend_height,
     plain_log_ticks,
     styles,
     variant_rows,
@@ -34,6 +36,8 @@ from stlm.report.unlike import rows_of, unlike_variants
 
 # More intervals than these on one plot hide each other: then only the baseline's are drawn.
 _MOST_INTERVALS = 6
+# The same in a row of a dot plot, where more would make the row higher than a glance takes in.
+_MOST_ROW_INTERVALS = 12
 # Follows the label of a row that was not made as the baseline was; table2 says how.
 _UNLIKE = "§"
 
@@ -68,7 +72,11 @@ def _figure1(folder: Path, results: Results) -> None:
     zoom = bool(late) and all(3 <= len(late[name]) < len(values) for name, (_, values) in curves.items())
     looks = styles(results)
     title = f"Validation perplexity during training, study {results.study.name}"
-    with figure(folder, "figure1", title, 9, 4.4 + _legend_height(results)) as drawing:
+    last = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
+    # Where no panel draws a curve's points, its colour and its line tell it.
+    plain = {} if zoom or any(len(tokens) == 1 for tokens, _ in curves.values()) else {"marker": ""}
+    handles = _handles(results, last, **plain)
+    with figure(folder, "figure1", title, 9, 4.4 + legend_height(handles, 9)) as drawing:
         panels = drawing.subplots(1, 1 + zoom, squeeze=False)[0]
         for axes in panels:
             for name, (tokens, values) in reversed(curves.items()):  # the baseline last, on top
@@ -86,8 +94,7 @@ def _figure1(folder: Path, results: Results) -> None:
             shown = np.concatenate(list(late.values()))
             margin = 0.06 * (np.ptp(shown) or shown[0] or 1)
             panels[1].set_ylim(shown.min() - margin, shown.max() + margin)
-        last = {name: f"  {values[-1]:.3f}" for name, (_, values) in curves.items()}
-        _curve_legend(drawing, results, last)
+        _curve_legend(drawing, results, last, handles)
 
 
 def _title(results: Results, benchmark: str, what: str) -> str:
@@ -117,7 +124,9 @@ def _accuracy(folder: Path, results: Results, benchmark: str, chance: float | No
         _dots(folder, name, title, results, rows, chance, people={})
         return
     looks = styles(results)
-    with figure(folder, name, title, 8, 4.6 + _legend_height(results)) as drawing:
+    last = {run: f"  {100 * reached[-1][1].value:.1f}" for run, reached in points.items()}
+    handles = _handles(results, last)
+    with figure(folder, name, title, 8, 4.6 + legend_height(handles, 8)) as drawing:
         axes = drawing.subplots()
         # Runs are drawn slightly apart, so that none hides another's interval.
         apart = 0.006 * max(tokens for reached in points.values() for tokens, _ in reached)
@@ -133,8 +142,7 @@ def _accuracy(folder: Path, results: Results, benchmark: str, chance: float | No
         axes.set_xlabel("training tokens")
         axes.set_ylabel("accuracy (%)")
         count_axis(axes.xaxis, 6)
-        last = {run: f"  {100 * reached[-1][1].value:.1f}" for run, reached in points.items()}
-        _curve_legend(drawing, results, last)
+        _curve_legend(drawing, results, last, handles)
 
 
 def _phenomena(folder: Path, results: Results, benchmark: str, chance: float | None) -> None:
@@ -168,11 +176,15 @@ def _dots(
 ) -> None:
     """A horizontal dot plot with intervals: `rows` maps a row's label to its runs' accuracies.
 
-    `people`: their agreement with the labels, as a fraction, by row.
+    `people`: their agreement with the labels, as a fraction, by row. Rows of many runs have the baseline's
+    interval alone, and grow no higher.
     """
     looks, most = styles(results), max(map(len, rows.values()))
     runs = [run for run in results if any(run in scored for scored in rows.values())]
-    height = 1.3 + (0.13 * most + 0.18) * len(rows) + _legend_height(results, others=bool(people))
+    row_height = 0.13 * min(most, _MOST_ROW_INTERVALS) + 0.18
+    handles = _handles(results, dict.fromkeys(runs, "") if most > 1 else {}, linestyle="none")
+    handles += [Line2D([], [], label=HUMANS, **HUMAN)] if people else []
+    height = 1.3 + row_height * len(rows) + legend_height(handles, 8.5)
     with figure(folder, name, title, 8.5, height) as drawing:
         axes = drawing.subplots()
         for row, (label, scored) in enumerate(rows.items()):
@@ -180,8 +192,9 @@ def _dots(
                 if run in scored:
                     offset = 0.0 if most == 1 else 0.78 * ((place + 0.5) / len(runs) - 0.5)
                     low, value, high = (100 * getattr(scored[run], key) for key in ("low", "value", "high"))
-                    interval = (low, high), {"linewidth": 1.3}
-                    Dot(row + offset, value, looks[run] | {"markersize": 5}, [interval]).draw(axes)
+                    shown = most <= _MOST_ROW_INTERVALS or run == results.base.name
+                    intervals = [((low, high), {"linewidth": 1.3})] if shown else []
+                    Dot(row + offset, value, looks[run] | {"markersize": 5}, intervals).draw(axes)
             if label in people:
                 axes.plot([100 * people[label]] * 2, [row - 0.4, row + 0.4], zorder=1, **HUMAN)
         if chance is not None:
@@ -189,10 +202,8 @@ def _dots(
             _name_chance(axes, (100 * chance, 1), axes.get_xaxis_transform(), ha="center", va="bottom")
         variant_rows(axes, [label.replace("_", " ") for label in rows], bands=most > 1)
         axes.set_xlabel("accuracy (%)")
-        handles = _handles(results, dict.fromkeys(runs, "") if most > 1 else {}, linestyle="none")
-        handles += [Line2D([], [], label=HUMANS, **HUMAN)] if people else []
         if handles:
-            legend(drawing, handles, min(_legend_columns(results), len(handles)))
+            legend(drawing, handles, legend_columns(handles, 8.5))
 
 
 def _name_chance(axes: Axes, place: tuple[float, float], transform: Any, **align: str) -> None:
@@ -215,22 +226,14 @@ def _handles(results: Results, details: Mapping[str, str], **look: str) -> list[
     return handles
 
 
-def _curve_legend(drawing: Figure, results: Results, last: Mapping[str, str]) -> None:
+def _curve_legend(
+    drawing: Figure, results: Results, last: Mapping[str, str], handles: Sequence[Line2D]
+) -> None:
     """The legend of curves; `last`: run -> its last value, shown where a variant has a single run."""
     single = any(sum(run.name in last for run in runs) == 1 for runs in results.variants.values())
-    if handles := _handles(results, last):
-        columns = min(_legend_columns(results), len(handles))
+    if handles:
+        columns = legend_columns(handles, drawing.get_figwidth())
         legend(drawing, handles, columns, title="run and its last value" if single else None)
-
-
-def _legend_columns(results: Results) -> int:
-    longest = max(len(run.train.label) for run in results.values())
-    return max(1, min(3, 90 // (longest + 14)))
-
-
-def _legend_height(results: Results, others: int = 0) -> float:
-    """Inches of a legend with an entry for each variant and `others` more."""
-    return 0.25 * -(-(len(results.variants) + others) // _legend_columns(results))
 
 
 def _differences(folder: Path, results: Results, comparisons: Comparisons) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -31,6 +32,8 @@ _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 GREY = "#444444"
 # How often people agree with a benchmark's labels.
 HUMAN = {"color": "#999999", "linewidth": 3.0, "solid_capstyle": "butt"}
+# Of a legend's text: characters to the inch, on average, and how many of them a marker and its margins take.
+_CHARACTERS, _ENTRY = 12, 8
 # A reference line: the accuracy of guessing, or no difference.
 CHANCE = {"color": "#666666", "linewidth": 1.2, "linestyle": (0, (1, 2))}
 # The costs of a training, in every plot that compares them.
@@ -55,7 +58,7 @@ _GROUPS = {
     "head": "#D55E00",
     "norms": "#888888",
 }
-_OTHER_GROUPS = ["#44AA99", "#882255", "#DDCC77", "#117733", "#AA4499", "#6699CC"]
+_OTHER_GROUPS = ["#882255", "#DDCC77", "#AA4499", "#6699CC", "#44AA99", "#117733"]
 
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -106,7 +109,9 @@ def legend_entry(label: str, **look: object) -> Line2D:
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers as people write them on a logarithmic axis of values, not powers of ten."""
     low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    if high / low > 4:
+        steps = (1, 2, 5) if high / low < 1000 else (1,)  # labels of four decades and more would touch
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -196,6 +201,21 @@ def figure(
 def legend(drawing: Figure, handles: Sequence[Artist], columns: int = 1, **more: object) -> None:
     """A legend below the figure."""
     drawing.legend(handles=handles, loc="outside lower center", ncols=columns, **more)
+
+
+def legend_columns(handles: Sequence[Artist], width: float) -> int:
+    """The number of columns, three at most, in which a legend's labels fit into `width` inches."""
+    lengths = [len(handle.get_label()) for handle in handles]
+    for columns in range(min(3, len(lengths)), 1, -1):
+        widest = [max(part) for part in np.array_split(lengths, columns)]
+        if sum(widest) + _ENTRY * columns <= _CHARACTERS * width:
+            return columns
+    return 1
+
+
+def legend_height(handles: Sequence[Artist], width: float) -> float:
+    """Inches of a legend in as many columns as fit into `width` inches."""
+    return 0.25 * -(-len(handles) // legend_columns(handles, width))
 
 
 def write_data(folder: Path, name: str, records: Sequence[Mapping[str, object]]) -> None:

@@ -214,13 +214,18 @@ def latex(table: Table) -> str:
     return "\n".join(filter(None, lines)) + "\n"
 
 
+# Headers and the first column stay in sight where a table is larger than the window. Their lines are shadows:
+# the borders of a table that joins borders do not move along.
 _CSS = (
     "body{font:14px/1.4 sans-serif;margin:1.5em;color:#111;background:#fff}"
     "table{border-collapse:collapse;border-top:2px solid;border-bottom:2px solid}"
     "caption{text-align:left;font-weight:bold;padding-bottom:.6em}"
     "th,td{padding:.25em .7em;text-align:right;vertical-align:top;white-space:nowrap}"
     + "".join(f".texts-{n} tr>:nth-child(-n+{n}){{text-align:left}}" for n in (1, 2, 3))
-    + "thead{border-bottom:1px solid}td[colspan]{font-style:italic;border-top:1px solid #999}"
+    + "th{vertical-align:bottom;white-space:normal;min-width:5em}"
+    "th{position:sticky;top:0;z-index:1;background:#fff;box-shadow:inset 0 -1px #111}"
+    "tr>:first-child:not([colspan]){position:sticky;left:0;background:#fff}th:first-child{z-index:2}"
+    "td[colspan]{font-style:italic;border-top:1px solid #999}tr:first-child>td[colspan]{border-top:0}"
     "p{max-width:60em;font-size:13px}"
 )
 
@@ -239,7 +244,7 @@ def html_table(table: Table) -> list[str]:
         texts = ("<br>".join(cell.lines(html.escape, "<strong>{}</strong>")) for cell in cells)
         return "<tr>" + "".join(f"<{tag}>{text}</{end}>" for text in texts) + "</tr>"
 
-    head = line([Cell(text) for text in table.header], 'th scope="col"', "th")
+    head = line([Cell(text) for text in table.header], 'th scope="col"', "th") if any(table.header) else ""
     body = [
         line([Cell(row.title)], f'td colspan="{len(table.header)}"', "td")
         if isinstance(row, Section)

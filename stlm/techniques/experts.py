@@ -6,13 +6,14 @@ load balancing strategy for mixture-of-experts", and DeepSeek-V3 (2024; the bias
 router, shared experts); Zoph et al. (2022), "ST-MoE" (the z-loss); Komatsuzaki et al. (2023), "Sparse
 upcycling". Dropless, as in MegaBlocks (Gale et al. 2023): no expert has a capacity.
 
-Shapes: B batch, L length, N = B L tokens, D width, E experts, K of them a token, R = N K rows of the experts'
-products, sorted by expert, X layers with experts.
+Shapes: B batch, L length, N = B L tokens, D width, E experts, K of them a token, R rows of the experts'
+products: N K, sorted by expert, and padding; X layers with experts.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -33,15 +34,20 @@ if TYPE_CHECKING:
     from stlm.study.runs import Run
     from stlm.training.objective import Forward
 
-# An expert is dead if its share of the load is below the uniform share divided by this.
-DEAD = 10
+# An expert is dead if its load is below this share of an even one.
+DEAD_SHARE = 0.1
 # The least sum that scores are divided by: sigmoids may all be 0.
-LEAST = 1e-20
+MIN_SUM = 1e-20
+# bfloat16 rows of an expert on a CPU are padded to a multiple of this: oneDNN compiles a product for each new
+# number of rows, which took longer than the products.
+ROWS = 64
+# Of Fedus et al. (2022) and of Wang et al. (2024).
+WEIGHT, RATE = 0.01, 0.001
 
 
 class Experts(Technique):
-    """Feed-forward networks of several experts, of which a router chooses some for each token: more
-    parameters at the cost of those that a token uses. No token is dropped, and the router is in float32."""
+    """A router sends each token through a few of several feed-forward networks: parameters grow, FLOPs a
+    token do not. No token is dropped, and the router is in float32."""
 
     supports: ClassVar[frozenset[str]] = frozenset({"attention_within", "cache", "packing", "sharing"})
     role_keys: ClassVar[Mapping[str, str]] = {"start": "upcycle"}
@@ -49,14 +55,13 @@ class Experts(Technique):
     experts: int = Field(4, ge=1, le=1024, description="Experts E of a layer; 1: the plain network.")
     top: int = Field(1, ge=1, description="Experts K that a token passes. At most `experts`.")
     shared: int = Field(
-        0, ge=0, description="Shared experts, which every token passes besides, with weight 1."
+        0, ge=0, description="Experts that every token passes in addition to the chosen ones, with weight 1."
     )
     width: int | None = Field(
         None,
         ge=1,
         description="Hidden units of an expert. null: `model.ffn_width` / (`top` + `shared`), so that a "
-        "token uses as many weights of experts as of the plain network; with `upcycle` all of "
-        "`model.ffn_width`.",
+        "token uses as many feed-forward weights as in the plain model; with `upcycle`: `model.ffn_width`.",
     )
     router: Literal["softmax", "sigmoid"] = Field(
         "softmax",
@@ -73,19 +78,23 @@ class Experts(Technique):
         description="What keeps the load even: Switch's loss, or a bias for each expert, which is added to "
         "the scores where experts are chosen, and not to the weights of their outputs.",
     )
-    weight: float = Field(0.01, gt=0, description="Weight of the loss; used by `balance: loss` only.")
-    rate: float = Field(
-        0.001,
+    weight: float | None = Field(
+        None,
         gt=0,
-        description="The bias of an expert with less than the mean load rises by it at each step, and that "
-        "of one with more falls; used by `balance: bias` only.",
+        description="Weight of Switch's loss of each layer; with `balance: loss` only. null: 0.01.",
+    )
+    rate: float | None = Field(
+        None,
+        gt=0,
+        description="Step of the bias: each training step raises it for experts below the mean load and "
+        "lowers it for those above; with `balance: bias` only. null: 0.001.",
     )
     z_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the z-loss, the mean square of the router's log-sum-exp; 0: none.",
+        description="Weight of each layer's z-loss, the mean square of the router's log-sum-exp; 0: none.",
     )
-    every: int = Field(1, ge=1, description="Every so many layers one has experts.")
+    every: int = Field(1, ge=1, description="Distance between layers with experts; 1: all have them.")
     first: int = Field(1, ge=1, description="The first layer with experts, counted from 1.")
     upcycle: str | None = Field(
         None,
@@ -104,6 +113,9 @@ class Experts(Technique):
                     raise ValueError(
                         f"{key}: {getattr(self, key)}: with experts: 1 the network is the plain one"
                     )
+        for key, balance in (("weight", "loss"), ("rate", "bias")):
+            if getattr(self, key) is not None and self.balance != balance:
+                raise ValueError(f"{key}: {getattr(self, key)}: only balance: {balance} has one")
         if self.upcycle is not None and self.shared:
             raise ValueError(
                 f"shared: {self.shared}: with upcycle there is none, as experts begin as the whole network"
@@ -221,10 +233,10 @@ class Experts(Technique):
         for mixture in mixtures(model):
             if mixture.bias is not None:
                 load_E = mixture.load_E
-                mixture.bias.add_((load_E.mean() - load_E).sign(), alpha=self.rate)
+                mixture.bias.add_((load_E.mean() - load_E).sign(), alpha=self.rate or RATE)
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
-        """The parts `balance` and `router_z`, weighted means over the layers with experts."""
+        """The parts `balance` and `router_z`: weighted sums over the layers with experts."""
         if not forward.model.training or self.neutral():
             return {}
         _ = forward.hidden_ND  # what the routers did is of this forward pass
@@ -233,9 +245,9 @@ class Experts(Technique):
         if self.balance == "loss":
             load_XE = forward.sum_over_rows(torch.stack([one.load_E for one in routed]))
             loss_X = switch_loss(load_XE, torch.stack([one.probability_E for one in routed]))
-            parts["balance"] = self.weight * loss_X.mean()
+            parts["balance"] = (self.weight or WEIGHT) * loss_X.sum()
         if self.z_weight:
-            parts["router_z"] = self.z_weight * torch.stack([one.z_loss for one in routed]).mean()
+            parts["router_z"] = self.z_weight * torch.stack([one.z_loss for one in routed]).sum()
         return parts
 
     # Records
@@ -260,14 +272,14 @@ class Experts(Technique):
 
     def remarks(self, layers: Mapping[str, Mapping[str, float]]) -> list[str]:
         """See `Technique.remarks`: the dead experts."""
-        least, found = 1 / (DEAD * self.experts), []
+        least, found = DEAD_SHARE / self.experts, []
         for layer, row in layers.items():
             for number in range(1, self.experts + 1):
                 load = row.get(f"load_{number}", least)
                 if load < least:
                     found.append(
                         f"{layer}: expert {number} of {self.experts} is dead: it has {load:.2%} of the load "
-                        f"on validation text, less than {least:.2%}, a tenth of an even share"
+                        f"on validation text, less than {least:.2%}, {DEAD_SHARE:.0%} of an even share"
                     )
         return found
 
@@ -285,7 +297,7 @@ def switch_loss(load_XE: Tensor, probability_XE: Tensor) -> Tensor:
 
 class Routed(NamedTuple):
     """What a router did in a forward pass of training: choices of each expert, its mean probability, and the
-    mean square of the log-sum-exp of its logits, if it has a weight."""
+    mean square of the log-sum-exp of its logits (`z_loss`, None where `z_weight` is 0)."""
 
     load_E: Tensor
     probability_E: Tensor
@@ -295,8 +307,8 @@ class Routed(NamedTuple):
 class Mixture(nn.Module):
     """The sum of the chosen experts' outputs, weighted by the router's scores, and of the shared network's.
 
-    The router is linear, without a bias in its scores: `bias` [E], where there is one, is added to them where
-    experts are chosen. No gradient trains it (`Experts.after_step`).
+    The router is linear. `bias` [E], if any, is added to its scores only to choose experts; a rule
+    changes it, and no gradient (`Experts.after_step`).
     """
 
     parameter_groups: ClassVar[dict[str, str]] = {"router": "router", "bias": "router"}
@@ -362,8 +374,8 @@ class Mixture(nn.Module):
             chosen_NK = ranked_NE.topk(self.top, dim=1).indices
             weight_NK = scores_NE.gather(1, chosen_NK)
             if self.normalized:
-                total_N1 = weight_NK.sum(dim=1, keepdim=True).clamp(min=LEAST)
-                # With one expert its gradient would vanish, and the text would not train the router.
+                total_N1 = weight_NK.sum(dim=1, keepdim=True).clamp(min=MIN_SUM)
+                # With one choice the quotient is 1; this leaves the gradient of the score's logarithm.
                 weight_NK = weight_NK / (total_N1.detach() if self.top == 1 else total_N1)
             load_E = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts))
             if self.training:
@@ -378,18 +390,19 @@ class Mixture(nn.Module):
         # The sigmoid's scores are probabilities once they are divided by their sum (DeepSeek-V3, eq. 19).
         probability_NE = scores_NE
         if self.sigmoid:
-            probability_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True).clamp(min=LEAST)
+            probability_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True).clamp(min=MIN_SUM)
         z_loss = logits_NE.logsumexp(dim=1).square().mean() if self.with_z_loss else None
         self.routed = Routed(load_E, probability_NE.mean(dim=0), z_loss)
 
     def _mix(self, x_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor, load: list[int]) -> Tensor:
         """The chosen experts' weighted outputs [N, D]: one product of each matrix with its expert's rows."""
-        order_R = chosen_NK.flatten().argsort(stable=True)
-        place_R = torch.empty_like(order_R)
-        place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        rows = _Rows(order_R, order_R // self.top, place_R.view_as(chosen_NK))
+        if x_ND.dtype == torch.bfloat16 and x_ND.device.type == "cpu":
+            lengths = [-(-rows // ROWS) * ROWS for rows in load]
+        else:
+            lengths = load
+        rows = _rows(chosen_NK, load, lengths)
         # Each part is a contiguous piece of one tensor, and so is its gradient.
-        parts = _Dispatch.apply(x_ND, rows).split(load)
+        parts = _Dispatch.apply(x_ND, rows).split(lengths)
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)]
         if not outputs:
             return x_ND
@@ -414,12 +427,27 @@ def mixtures(model: Transformer) -> list[Mixture]:
 
 
 class _Rows(NamedTuple):
-    """How tokens become rows, sorted by expert: `order_R` the flat place in [N, K] of each row, `token_R` its
-    token, `place_NK` the row of each choice."""
+    """How tokens become rows, sorted by expert: `token_R` is the token of each row (of padding, any),
+    `place_NK` the row of each choice. What is computed of padding is not used, and its gradient is zero."""
 
-    order_R: Tensor
     token_R: Tensor
     place_NK: Tensor
+
+
+def _rows(chosen_NK: Tensor, load: list[int], lengths: list[int]) -> _Rows:
+    """The rows for the chosen experts; expert i has `load[i]` of them and padding up to `lengths[i]`."""
+    device, K = chosen_NK.device, chosen_NK.shape[1]
+    order_C = chosen_NK.flatten().argsort(stable=True)
+    row_C = torch.arange(len(order_C), device=device)
+    if lengths != load:
+        padding = itertools.accumulate((a - b for a, b in zip(lengths, load, strict=True)), initial=0)
+        before_E = torch.tensor(list(padding)[:-1], device=device)
+        row_C = row_C + before_E.repeat_interleave(torch.tensor(load, device=device))
+    place_C = torch.empty_like(order_C)
+    place_C[order_C] = row_C
+    token_R = order_C.new_zeros(sum(lengths))
+    token_R[row_C] = order_C // K
+    return _Rows(token_R, place_C.view_as(chosen_NK))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -453,7 +481,8 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         (y_NKD, weight_NK), rows = ctx.saved_tensors, ctx.rows
-        weight_R1 = weight_NK.flatten()[rows.order_R][:, None]
+        weight_R1 = weight_NK.new_zeros(len(rows.token_R), 1)
+        weight_R1[rows.place_NK.flatten(), 0] = weight_NK.flatten()
         dweight_NK = (y_NKD * dy_ND[:, None]).sum(dim=-1, dtype=torch.float32)
         return dy_ND.index_select(0, rows.token_R) * weight_R1, dweight_NK, None
 
@@ -465,5 +494,7 @@ def _choices(y_RD: Tensor, rows: _Rows) -> Tensor:
 
 
 def _sum_over_choices(y_NKD: Tensor) -> Tensor:
-    """[N, D]; without a pass over memory where there is one choice."""
-    return y_NKD[:, 0] if y_NKD.shape[1] == 1 else y_NKD.sum(dim=1)
+    """[N, D]; for one choice without a pass over memory, for two six times as fast as `sum`."""
+    if y_NKD.shape[1] > 2:
+        return y_NKD.sum(dim=1)
+    return y_NKD[:, 0] if y_NKD.shape[1] == 1 else y_NKD[:, 0] + y_NKD[:, 1]

@@ -129,6 +129,11 @@ class RoutedBlock(nn.Module):
         self.loss: Tensor | None = None
         self.chosen_BL: Tensor | None = None
 
+    @property
+    def active_shares(self) -> dict[str, float]:
+        """See `stlm.model.counts`; inference is near `capacity`."""
+        return {"block": self.capacity}
+
     def chosen(self, length: float) -> int:
         """How many of a row's tokens training chooses."""
         # Rounded, as 0.1 x 30 is a little more than 3 in floating point.

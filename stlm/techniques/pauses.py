@@ -41,16 +41,15 @@ class Pauses(Technique):
 
     place: Literal["every", "answer"] = Field(
         "every",
-        description="Where pauses stand. `every`: after every so many tokens, counted from the first of a "
-        "sequence, which is a row, or a document where attention is within documents. `answer`: between the "
-        "context and the continuation of a scored item, after the prompt in generation, and nowhere in text "
-        "without either, so not in bits per byte; training puts as many as `every` does after tokens of each "
-        "row drawn at random.",
+        description="Where pauses stand. `every`: after every `every`-th token of a sequence, which is a "
+        "row, or a document where attention is within documents. `answer`: in scoring between context and "
+        "continuation, in generation after the prompt; in other text, and so in bits per byte, there are "
+        "none; in training after tokens drawn at random, as many as with `every`.",
     )
     every: int = Field(
         8,
         ge=1,
-        description="Tokens to each place of pauses; with `place: answer` their mean, in training.",
+        description="Tokens between pauses; with `place: answer` their mean distance in training.",
     )
     count: int = Field(1, ge=0, le=_MOST, description="Pauses at each place; 0: the plain model.")
     vectors: Literal["one", "each"] = Field(
@@ -122,7 +121,8 @@ class Pauses(Technique):
 
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """See `Technique.readouts`."""
-        return {f"pauses-{count}": self.with_pauses(model, count) for count in self.scored}
+        numbers = [number for number in self.scored if number != self.count]  # those of the model itself
+        return {f"pauses-{number}": self.with_pauses(model, number) for number in numbers}
 
     def readout(self, model: Transformer, name: str) -> nn.Module | None:
         """See `Technique.readout`: any number of pauses that there are vectors and positions for."""
@@ -159,7 +159,7 @@ class PauseEmbeddings(nn.Module):
         """The same vectors for another number of pauses."""
         other = type(self)(self._every, count, self._answer, self._learned, 0)
         other.weight = self.weight
-        return other
+        return other.train(self.training)  # in training, pauses before answers are drawn
 
     def vectors(self) -> Tensor:
         """[C, D], in float32."""

@@ -50,8 +50,8 @@ class RecurrentDepth(Technique):
     )
     drawn: tuple[int, int] | None = Field(
         None,
-        description="The least and the most passes of a training step. As many steps as there are numbers "
-        "between them take each number once, in an order drawn from the seed. null: `passes` at all steps.",
+        description="The least and the most passes of a training step. Steps come in laps; each lap takes "
+        "every number once, in an order drawn from the seed. null: `passes` at all steps.",
     )
     norms: Literal["shared", "each"] = Field(
         "shared",
@@ -64,7 +64,7 @@ class RecurrentDepth(Technique):
         "the most in training. More need `norms: shared`.",
     )
 
-    _seed: int = PrivateAttr(default=0)
+    _seed: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _keys_fit(self) -> RecurrentDepth:
@@ -169,6 +169,7 @@ class RecurrentDepth(Technique):
 
     def before_step(self, model: Transformer, step: int, steps: int) -> None:
         """See `Technique.before_step`."""
+        assert self.drawn is None or self._seed is not None, "training begins with prepare"
         passes = self.passes_at(self._seed, step)
         for block in model.blocks:
             if isinstance(block, Pass):
@@ -203,8 +204,9 @@ class RecurrentDepth(Technique):
         """See `Technique.readouts`."""
         numbers = self.scored
         if numbers is None:
-            numbers = [number for number in range(1, self.trained + 1) if number != self.passes]
-        return {f"passes-{number}": self.with_passes(model, number) for number in numbers}
+            numbers = range(1, self.trained + 1)
+        others = [number for number in numbers if number != self.passes]  # those are the model itself
+        return {f"passes-{number}": self.with_passes(model, number) for number in others}
 
     def readout(self, model: Transformer, name: str) -> nn.Module | None:
         """See `Technique.readout`: any number of passes."""
@@ -229,8 +231,8 @@ class RecurrentDepth(Technique):
 
 
 class Pass(Block):
-    """A block in one of several passes, whose `number` counts from 1; where fewer are made, the stream passes
-    by it. `passes`: how many are made at inference.
+    """A block in one of several passes, whose `number` counts from 1; it is skipped where fewer passes are
+    made. `passes`: how many are made at inference.
 
     It is made of the modules of another block, under the same names.
     """

@@ -407,3 +407,4 @@ def test_the_html_report_is_written(by_snakemake, tmp_path):
     text = page.read_text()
     assert "Hyper-parameters as run" in text, "the caption of Table 1"
     assert "Validation perplexity per character" in text, "the caption of Figure 1"
+    assert "align-items: flex-start" in text, "the style by which what is high begins at the window's top"

@@ -11,6 +11,7 @@ from stlm.report.curves import read_variants
 from stlm.report.equal_cost import equal_cost_table, equal_costs, write_equal_cost
 from stlm.report.results import read_results
 from stlm.report.table import markdown
+from stlm.techniques.series_activation import SeriesActivation
 
 BASE = {"tokens": [100, 200, 300, 400], "seconds": [10, 20, 30, 40], "bits": [4.0, 3.0, 2.5, 2.25]}
 GELU = {"ffn": "gelu", "ffn_width": 96}  # of the size of the baseline's SwiGLU of 64
@@ -155,6 +156,16 @@ def retrain(study, name: str, **keys):
 def test_another_recipe_is_no_size_of_the_baseline(study, keys):
     """Slow differs in a size alone; with another recipe the difference is not one of parameters."""
     assert "parameters" not in rows(retrain(study, "slow", **keys))["slow"].sizes
+
+
+def test_a_technique_is_no_size_of_the_baseline(study):
+    """Its feed-forward network makes room for the technique's parameters: it differs in more than size."""
+    assert "parameters" in rows(study)["slow"].sizes
+    activation = SeriesActivation(terms=3)
+    run = study.runs["slow"].model_copy(update={"techniques": {"series_activation": activation}})
+    set_train(study, "slow", techniques={"series_activation": activation.model_dump(mode="json")})
+    study = study.model_copy(update={"runs": study.runs | {"slow": run}})
+    assert "parameters" not in rows(study)["slow"].sizes
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,18 @@ def test_the_page_draws_them_as_last_measured_and_not_among_the_lines(make_study
     assert {"0.01", "0.34", "0.65"} <= set(heat.split("\n")) and "0.77" not in heat
 
 
+def test_rows_of_many_values_have_no_labels(make_study, tmp_path):
+    for count in (16, 17):
+        study = make_study(ONE, benchmarks={})
+        path = study.runs["baseline"].folder / "watch.csv"
+        rows = pd.read_csv(path)
+        for number in range(1, count + 1):
+            rows[f"load_{number}"] = 0.123
+        rows.to_csv(path, index=False)
+        _, _, heat = map(words, images(pages(study, tmp_path / str(count))["baseline"]))
+        assert ("0.12" in heat.split("\n")) == (count == 16)
+
+
 def test_a_run_whose_layers_were_not_watched_has_the_heat_map_alone(make_study, tmp_path):
     study = make_study(ONE, benchmarks={})
     with_loads(study, watched=False)

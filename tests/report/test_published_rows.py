@@ -4,39 +4,55 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
+from hand_made import set_documents
 
 from stlm.errors import UserError
+from stlm.evaluation.statistics import ratio_bootstrap
+from stlm.report.accuracies import accuracy_tables
+from stlm.report.bits_table import bits_table
 from stlm.report.build import report
+from stlm.report.comparison import compare_all
 from stlm.report.results import read_results
 from stlm.study.runs import PublishedModel
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 
 
-@pytest.fixture
-def study(make_study):
-    """A study with two published models, whose scores are those of the last checkpoint of its runs."""
-    study = make_study(TWO)
+def publish(study, models):
+    """The study with published models, whose scores are those of the last checkpoint of its runs.
+
+    `models`: name -> run, and the size as the study writes it.
+    """
     published = {}
-    for name, run, parameters in (("tiny-a", "sincos", "1.1B"), ("tiny-b", "baseline", None)):
+    for name, (run, parameters) in models.items():
         model = PublishedModel(
             study=study.name,
             name=name,
             label=f"Model {name}",
             folder=f"models/{name}",
             parameters=parameters,
-            tokens_folder=study.runs["baseline"].tokens_folder,
+            tokens_folder=study.runs[run].tokens_folder,
         )
         published[name] = model
-        record = json.loads((study.runs[run].folder / "evaluation.json").read_text())
+        folder = study.runs[run].folder
+        record = json.loads((folder / "evaluation.json").read_text())
         record["parameters"] = 4_066_000
         record["published"] = model.settings
         record["checkpoints"] = {"published": list(record["checkpoints"].values())[-1]}
         model.results_folder.mkdir(parents=True)
         (model.results_folder / "evaluation.json").write_text(json.dumps(record))
-        shutil.copyfile(study.runs[run].folder / "items.parquet", model.results_folder / "items.parquet")
+        for file in ("items.parquet", "documents.parquet"):
+            if (folder / file).exists():
+                shutil.copyfile(folder / file, model.results_folder / file)
     return study.model_copy(update={"published": published})
+
+
+@pytest.fixture
+def study(make_study):
+    """A study with two published models."""
+    return publish(make_study(TWO), {"tiny-a": ("sincos", "1.1B"), "tiny-b": ("baseline", None)})
 
 
 def test_rows_of_table_2(study):
@@ -53,6 +69,56 @@ def test_rows_of_table_2(study):
     assert f"| {100 * scores.value:.1f} \\[" in first and "p " not in first
     text = (study.folder / "tables" / "table2.csv").read_text()
     assert text.count("\npublished,") == 2
+
+
+def test_predictions_that_do_not_say_how_they_were_scored_are_named(study, change_facts):
+    assert compare_all(read_results(study)).disturbing == []
+    change_facts(study.published["tiny-a"].results_folder / "items.parquet")
+    results = read_results(study)
+    comparisons = compare_all(results)
+    (told,) = comparisons.disturbing
+    assert told.startswith("tiny-a: written by an earlier version of STLM")
+    for table in accuracy_tables(results, comparisons):
+        assert f"Not scored alike: {told}." in table.notes
+
+
+def _with_documents(make_study):
+    """Two seeds of the baseline and a published model, measured on the same documents; then their rates."""
+    study = make_study(TWO, seeds=(0, 1), benchmarks={})
+    sizes = [900, 1500, 300, 2400, 700, 1100, 1300, 500, 1900, 800, 1000, 1200]
+    seed_0, seed_1 = np.linspace(1.4, 2.6, len(sizes)), np.linspace(1.5, 2.8, len(sizes))
+    model = seed_0 - 0.02 + 0.004 * np.cos(np.arange(len(sizes)))
+    for run, rates in (("baseline-s0", seed_0), ("baseline-s1", seed_1), ("sincos-s0", model)):
+        set_documents(study, run, rates * sizes, sizes)
+    study = publish(study, {"tiny": ("sincos-s0", None)})
+    return study, sizes, model, (seed_0, seed_1)
+
+
+def test_its_documents_are_compared_with_the_mean_over_the_seeds_of_the_baseline(make_study):
+    study, sizes, model, seeds = _with_documents(make_study)
+    record = bits_table(read_results(study)).records[-1]
+    bits = (model - np.mean(seeds, axis=0)) * sizes
+    interval = ratio_bootstrap(bits, sizes)
+    assert record["label"] == "Model tiny"
+    assert record["difference"] == pytest.approx(bits.sum() / sum(sizes), abs=1e-6)
+    found = record["difference_low"], record["difference_high"]
+    assert found == pytest.approx(tuple(interval), abs=1e-6)
+    assert record["difference_half_width_seeds"] is None
+
+
+def test_a_seed_of_the_baseline_without_documents_leaves_the_difference_without_an_interval(make_study):
+    """The difference is still from the mean of all seeds, and not from those that have documents."""
+    study, *_ = _with_documents(make_study)
+    whole = bits_table(read_results(study)).records[-1]
+    folder = study.runs["baseline-s1"].folder
+    record = json.loads((folder / "evaluation.json").read_text())
+    list(record["checkpoints"].values())[-1]["perplexity"].pop("text_sha256")
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    table = bits_table(read_results(study))
+    assert table.records[-1]["difference"] == whole["difference"]
+    assert table.records[-1]["difference_low"] is None
+    difference, over_documents = table.rows[-1][4:6]
+    assert over_documents.text == "–" and not difference.bold
 
 
 def _record(study, name: str, **keys) -> None:

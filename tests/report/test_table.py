@@ -101,3 +101,9 @@ def test_rows_of_columns_have_the_same_columns():
     with pytest.raises(ValueError, match="different columns"):
         Table.of_columns("name", "title", [*rows, [("", "f"), ("other", "g")]])
     assert Table.of_columns("name", "title", []).rows == []
+
+
+def test_a_table_without_headers_has_no_row_for_them_in_html():
+    assert "<th" in "".join(html_table(TABLE)).replace("<thead>", "")
+    text = "".join(html_table(Table("t", "T", ["", ""], [["run", "baseline"]])))
+    assert "<th" not in text.replace("<thead>", "") and "<td>run</td>" in text

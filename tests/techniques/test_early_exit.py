@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import curve_of, train_in_parts, train_in_two_processes, weights_of
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.evaluate import evaluate_run
@@ -22,7 +20,7 @@ from stlm.evaluation.readouts import readouts_of
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
@@ -37,8 +35,8 @@ from stlm.techniques.early_exit import EarlyExit, SkippedBlock, first_blocks
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
-from stlm.training.checkpoints import load_checkpoint, save_checkpoint
-from stlm.training.loop import Trainer, train
+from stlm.training.checkpoints import save_checkpoint
+from stlm.training.loop import train
 from stlm.training.objective import Forward, Objective, total
 
 OPTIONS = {
@@ -398,21 +396,11 @@ def test_fewer_rows_are_fewer_flops_by_torchs_counter():
 # Training and evaluation
 
 
-def curve(run):
-    with (run.folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def weights(run):
-    folder = run.folder / "checkpoints" / f"step-{run.training.steps:07d}"
-    return load_checkpoint(folder)[0].state_dict()
-
-
 def test_a_run_is_trained_and_its_exits_are_scored(make_technique_run):
     technique = EarlyExit(exits=(1, 3), period=1, p_schedule="constant", p_max=0.5)
     run = make_technique_run(techniques=[technique], steps=40, checkpoints=[20])
     train(run)
-    for row in curve(run):
+    for row in curve_of(run):
         together = float(row["train_next_token"]) + float(row["train_exits"])
         assert float(row["train_loss"]) == pytest.approx(together, abs=3e-6)
     record = read_json(run.folder / "train.json")
@@ -440,60 +428,30 @@ def test_neutral_training_is_the_plain_one(make_technique_run):
     )
     for run in (plain, own):
         train(run)
-    for name, value in weights(plain).items():
-        assert torch.equal(value, weights(own)[name]), name
-    times = ("seconds", "tokens_per_second")
-    rows = [[{k: v for k, v in row.items() if k not in times} for row in curve(run)] for run in (plain, own)]
-    assert rows[0] == rows[1]
+    for name, value in weights_of(plain).items():
+        assert torch.equal(value, weights_of(own)[name]), name
+    assert curve_of(plain) == curve_of(own)
 
 
 @pytest.mark.parametrize("attention", ["across", "within"])
-def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, make_technique_run, monkeypatch):
+def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, make_technique_run):
     sizes = {"techniques": [EarlyExit(p_max=0.8)], "data": DataConfig(attention=attention), "accumulation": 2}
     plain, stopped = make_technique_run("plain", **sizes), make_technique_run("stopped", **sizes)
     train(plain)
-    original = Trainer.step
-
-    def step(self):
-        original(self)
-        if self.state.progress.step == 5:
-            raise Interrupted("stopped", 15)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
-    for name, value in weights(plain).items():
-        assert torch.equal(value, weights(stopped)[name]), name
-
-
-WORKER = """
-import os
-from stlm.study.runs import Run
-from stlm.techniques.registry import load_techniques
-from stlm.training.loop import train
-import json
-content = json.loads(os.environ["RUN"])
-techniques = load_techniques(content.pop("techniques"), "run", "techniques")
-train(Run.model_validate(content).model_copy(update={"techniques": techniques}))
-"""
+    train_in_parts(stopped, 5)
+    for name, value in weights_of(plain).items():
+        assert torch.equal(value, weights_of(stopped)[name]), name
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(make_technique_run, monkeypatch):
+def test_two_processes_train_as_one(make_technique_run):
     sizes = {"techniques": [EarlyExit(p_max=0.6, p_schedule="constant")], "accumulation": 2}
     one, two = make_technique_run("one", **sizes), make_technique_run("two", **sizes)
     train(one)
-    monkeypatch.setenv("RUN", two.model_dump_json())
-    with open("worker.py", "w") as file:
-        file.write(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, "worker.py"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(two)[name], atol=2e-5, rtol=1e-3)
-    for first, second in zip(curve(one), curve(two), strict=True):
+    train_in_two_processes(two)
+    for name, value in weights_of(one).items():
+        torch.testing.assert_close(value, weights_of(two)[name], atol=2e-5, rtol=1e-3)
+    for first, second in zip(curve_of(one), curve_of(two), strict=True):
         for column in ("train_loss", "train_next_token", "train_exits"):
             assert float(first[column]) == pytest.approx(float(second[column]), rel=2e-5)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import signal
 
 import pytest
 import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import curve_of, last_checkpoint, same_weights, train_in_parts
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
@@ -23,7 +23,7 @@ from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
-from stlm.model.counts import parameter_groups
+from stlm.model.counts import active_parameters, parameter_groups
 from stlm.model.documents import Documents
 from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
@@ -33,7 +33,7 @@ from stlm.techniques.mixture_of_depths import MixtureOfDepths, RoutedBlock, rout
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
-from stlm.training.loop import Trainer, train
+from stlm.training.loop import train
 from stlm.training.objective import Objective, total
 
 L, EOT = 16, 0
@@ -144,6 +144,13 @@ def test_tokens_that_are_not_chosen_pass_to_the_bit(training):
         else:
             assert torch.equal(~same_BL, model.blocks[number].chosen_BL)
             assert 0 < same_BL.sum() < same_BL.numel()
+
+
+def test_a_token_uses_capacity_of_the_routed_blocks():
+    model = routed(capacity=0.25)
+    blocks = sum(p.numel() for routed_block in routed_blocks(model) for p in routed_block.block.parameters())
+    total_count = sum(p.numel() for p in model.parameters())
+    assert blocks > 0 and active_parameters(model) == total_count - 0.75 * blocks
 
 
 def test_ceil_of_capacity_times_length_are_chosen():
@@ -341,11 +348,6 @@ def with_technique(run, **keys):
     return run.model_copy(update={"techniques": {"mixture_of_depths": MixtureOfDepths(**keys)}})
 
 
-def curve_of(run) -> list[dict[str, str]]:
-    with (run.folder / "curve.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run_stopped_and_resumed_is_the_same(make_run):
     """With Muon, attention within documents, dropout and the watch."""
     recipe = {"optimizer": "muon", "watch_every": 3, "steps": 8}
@@ -357,29 +359,14 @@ def test_a_run_stopped_and_resumed_is_the_same(make_run):
         for name in ("whole", "stopped")
     )
     train(whole)
-    step = Trainer.step
-
-    def stopping(trainer: Trainer) -> None:
-        step(trainer)
-        if trainer.state.progress.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
+    train_in_parts(stopped, 5)
     rows = [curve_of(run) for run in (whole, stopped)]
     for row in (*rows[0], *rows[1]):
         assert float(row.pop("train_router")) > 0 and float(row.pop("train_next_token")) > 0
         assert 0 <= float(row.pop("val_share") or 0) <= 1
-        del row["seconds"], row["tokens_per_second"]
     assert rows[0] == rows[1]
-    weights = [
-        run.folder / "checkpoints" / checkpoint_name(8) / "model.safetensors" for run in (whole, stopped)
-    ]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    model, description = load_checkpoint(weights[0].parent)
+    assert same_weights(whole, stopped)
+    model, description = load_checkpoint(last_checkpoint(whole))
     assert description["techniques"] == {
         "mixture_of_depths": MixtureOfDepths(threshold="predictor", capacity=0.25).model_dump()
     }

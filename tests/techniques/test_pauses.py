@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -14,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import curve_of, train_in_parts, train_in_two_processes, weights_of
 
 from stlm.cli import main
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.evaluate import evaluate_run
@@ -587,8 +585,8 @@ def test_readouts_are_the_model_with_other_numbers_of_pauses(options):
     technique = Pauses(every=3, count=2, scored=(0, 1, 2))
     model = random_model(technique, **options)
     found = readouts_of(model)
-    assert list(found) == ["pauses-0", "pauses-1", "pauses-2"]
-    assert torch.equal(found["pauses-2"](tokens()), model(tokens()))
+    assert list(found) == ["pauses-0", "pauses-1"], "two are the model itself"
+    assert torch.equal(find_readout(model, "pauses-2")(tokens()), model(tokens()))
     for count in (1, 4) if "learned" not in options.values() else (1,):
         own = find_readout(model, f"pauses-{count}")
         other = technique.model_copy(update={"count": count})
@@ -610,24 +608,20 @@ def test_readouts_are_the_model_with_other_numbers_of_pauses(options):
             find_readout(model, "pauses-3")
 
 
+def test_readouts_of_an_evaluated_model_draw_no_places():
+    model = random_model(Pauses(place="answer", every=3, count=2))
+    model.reads_answers = True
+    for training in (False, True):
+        readout = find_readout(model.train(training), "pauses-1")
+        assert torch.equal(readout(tokens()), readout(tokens())) == (not training)
+
+
 def test_a_model_without_readouts_says_so():
     with pytest.raises(UserError, match="'pauses-1': the model has no readouts"):
         find_readout(random_model(), "pauses-1")
 
 
 # Training and evaluation
-
-
-def curve(run) -> list[dict[str, str]]:
-    with (run.folder / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["seconds"], row["tokens_per_second"]
-    return rows
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run.folder / "checkpoints" / f"step-{run.training.steps:07d}")[0].state_dict()
 
 
 def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys):
@@ -638,7 +632,7 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
     record = read_json(run.folder / "train.json")
     assert record["flops"] == run.tokens * run.flops_per_token > plain.flops
     assert record["tokens"] == read_json(plain.folder / "train.json")["tokens"]
-    losses = [float(row["train_loss"]) for row in curve(run) if row["train_loss"]]
+    losses = [float(row["train_loss"]) for row in curve_of(run) if row["train_loss"]]
     assert losses[-1] < losses[0]
     # Validation divides nats by the plain run's bytes and tokens.
     trainer = Trainer(run)
@@ -647,7 +641,7 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
     model = trainer.setup.model.eval()
     with torch.no_grad():
         nats = sum(model.loss(*(torch.from_numpy(part) for part in batch)).item() for batch in batches)
-    assert found["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / validation.n_bytes, rel=1e-5)
+    assert found.row["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / validation.n_bytes, rel=1e-5)
     for one in (plain, run):
         evaluate_run(one, EvaluationConfig(benchmarks=["synthetic_pairs"]))
     own, other = (read_json(one.folder / "evaluation.json") for one in (run, plain))
@@ -673,59 +667,31 @@ def test_a_neutral_run_is_the_plain_one(make_technique_run):
     plain, own = make_technique_run("plain"), make_technique_run("own", techniques=[Pauses(count=0)])
     for run in (plain, own):
         train(run)
-    assert curve(plain) == curve(own)
-    assert all(torch.equal(value, weights(own)[name]) for name, value in weights(plain).items())
+    assert curve_of(plain) == curve_of(own)
+    assert all(torch.equal(value, weights_of(own)[name]) for name, value in weights_of(plain).items())
 
 
 @pytest.mark.parametrize("technique", [TWO, ANSWER], ids=["every", "answer"])
 @pytest.mark.parametrize("attention", ["across", "within"])
-def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, technique, make_technique_run, monkeypatch):
+def test_a_resumed_run_is_the_one_that_was_not_stopped(attention, technique, make_technique_run):
     sizes = {"techniques": [technique], "data": DataConfig(attention=attention), "accumulation": 2}
     sizes["model"] = {"dropout": 0.1}
     plain, stopped = make_technique_run("plain", **sizes), make_technique_run("stopped", **sizes)
     train(plain)
-    original = Trainer.step
-
-    def step(self):
-        original(self)
-        if self.state.progress.step == 5:
-            raise Interrupted("stopped", 15)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
-    assert curve(plain) == curve(stopped)
-    assert all(torch.equal(value, weights(stopped)[name]) for name, value in weights(plain).items())
-
-
-WORKER = """
-import os
-from stlm.study.runs import Run
-from stlm.techniques.registry import load_techniques
-from stlm.training.loop import train
-import json
-content = json.loads(os.environ["RUN"])
-techniques = load_techniques(content.pop("techniques"), "run", "techniques")
-train(Run.model_validate(content).model_copy(update={"techniques": techniques}))
-"""
+    train_in_parts(stopped, 5)
+    assert curve_of(plain) == curve_of(stopped)
+    assert all(torch.equal(value, weights_of(stopped)[name]) for name, value in weights_of(plain).items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", [TWO, ANSWER], ids=["every", "answer"])
-def test_two_processes_train_as_one(technique, make_technique_run, monkeypatch):
+def test_two_processes_train_as_one(technique, make_technique_run):
     sizes = {"techniques": [technique], "accumulation": 2}
     one, two = make_technique_run("one", **sizes), make_technique_run("two", **sizes)
     train(one)
-    monkeypatch.setenv("RUN", two.model_dump_json())
-    with open("worker.py", "w") as file:
-        file.write(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, "worker.py"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(two)[name], atol=2e-5, rtol=1e-3)
+    train_in_two_processes(two)
+    for name, value in weights_of(one).items():
+        torch.testing.assert_close(value, weights_of(two)[name], atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])

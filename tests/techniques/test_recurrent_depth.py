@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import curve_of, train_in_parts, train_in_two_processes, weights_of
 
 from stlm.cli import main
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.evaluate import evaluate_run
@@ -21,7 +21,7 @@ from stlm.evaluation.readouts import find_readout, readouts_of
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
-from stlm.generation.generate import load_generator
+from stlm.generation.find import load_generator
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import TokenGenerator
 from stlm.model.build import build_model
@@ -37,7 +37,8 @@ from stlm.techniques.recurrent_depth import Pass, RecurrentDepth
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
-from stlm.training.loop import Trainer, train
+from stlm.training.distributed import Group
+from stlm.training.loop import train
 from stlm.training.memory import training_memory
 from stlm.training.objective import Objective, total
 from stlm.training.optimizers import build_optimizer
@@ -230,6 +231,7 @@ def test_some_positions_alone_are_those_of_all():
     last = RecurrentDepth(first=3, blocks=2, passes=2, drawn=(1, 3))  # the last block is skipped at times
     for technique in (THREE, last):
         model = random_model(technique)
+        technique.prepare(SimpleNamespace(seed=0), None, None)
         for step in (1, 2, 3):
             technique.before_step(model.train(), step, 3)
             expected = model.hidden(tokens()).flatten(0, 1)[rows]
@@ -253,6 +255,19 @@ def test_every_number_is_drawn_once_a_lap_in_an_order_of_the_seed():
         found = [DRAWN.passes_at(7, step) for step in range(1, steps + 1)]
         assert DRAWN.mean_passes(7, steps) == pytest.approx(sum(found) / steps)
     assert THREE.mean_passes(0, 5) == THREE.passes_at(0, 5) == 3
+
+
+def test_a_run_draws_by_its_seed(make_technique_run):
+    run = make_technique_run(techniques=[RecurrentDepth(drawn=(1, 4))]).model_copy(update={"seed": 3})
+    (technique,) = run.techniques.values()
+    objective, made = Objective(run), []
+    objective.prepare(torch.device("cpu"), Group())
+    model = build_model(run.model, [technique]).train()
+    for step in range(1, 13):
+        objective.before_step(model, step)
+        made.append(model.blocks[1].passes_in_training)
+    assert made == [technique.passes_at(3, step) for step in range(1, 13)]
+    assert made != [technique.passes_at(0, step) for step in range(1, 13)]
 
 
 def test_training_makes_the_drawn_passes_and_inference_its_own(make_technique_run):
@@ -299,7 +314,7 @@ def test_training_costs_what_torch_counts(make_technique_run):
     """Six steps of one to four passes; without attention, whose kernels for training torch does not count."""
     run = make_technique_run(techniques=[DRAWN], steps=6)
     objective = Objective(run)
-    objective.prepare(torch.device("cpu"), None)
+    objective.prepare(torch.device("cpu"), Group())
     model = build_model(run.model, [DRAWN]).train()
     read, counted = torch.randint(257, (1, run.model.context + 1)), 0
     for step in range(1, 7):
@@ -342,25 +357,13 @@ def test_matrices_of_all_passes_are_one_of_the_optimizers(make_technique_run):
 # Training and evaluation
 
 
-def curve(run) -> list[dict[str, str]]:
-    with (run.folder / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["seconds"], row["tokens_per_second"]
-    return rows
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run.folder / "checkpoints" / f"step-{run.training.steps:07d}")[0].state_dict()
-
-
 def test_a_run_is_trained_and_scored_at_other_numbers_of_passes(make_technique_run, capsys):
     technique = DRAWN.model_copy(update={"scored": (1, 2, 6)})
     run = make_technique_run(techniques=[technique], steps=12, checkpoints=[6], watch_every=4)
     train(run)
     record = read_json(run.folder / "train.json")
     assert record["flops"] == run.tokens * run.flops_per_token
-    losses = [float(row["train_loss"]) for row in curve(run) if row["train_loss"]]
+    losses = [float(row["train_loss"]) for row in curve_of(run) if row["train_loss"]]
     assert losses[-1] < losses[0]
     with (run.folder / "watch.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["step"] == "12"]
@@ -369,12 +372,13 @@ def test_a_run_is_trained_and_scored_at_other_numbers_of_passes(make_technique_r
     assert len(made) == 2 + 2 * 2 and sum(row["layer"].startswith("block") for row in last) == 2 + 2 * 4
     evaluate_run(run, EvaluationConfig(benchmarks=["synthetic_pairs"]))
     found = read_json(run.folder / "evaluation.json")
-    assert list(found["readouts"]) == ["passes-1", "passes-2", "passes-6"]
+    assert list(found["readouts"]) == ["passes-1", "passes-6"], "two passes are the model itself"
     own = found["checkpoints"]["step-0000012"]
     bits = {name: one["perplexity"]["bits_per_byte"] for name, one in found["readouts"].items()}
-    assert bits["passes-2"] == own["perplexity"]["bits_per_byte"] != bits["passes-1"] != bits["passes-6"]
+    assert own["perplexity"]["bits_per_byte"] != bits["passes-1"] != bits["passes-6"]
     flops = [one["flops_per_token"] for one in found["readouts"].values()]
-    assert flops[2] - flops[1] == pytest.approx(4 * (flops[1] - flops[0]))
+    two = forward_flops(build_on_meta(run.model, (technique,)), run.model.context) / run.model.context
+    assert flops[1] - two == pytest.approx(4 * (two - flops[0]))
     assert {one["parameters"] for one in found["readouts"].values()} == {run.parameters.total}
 
     capsys.readouterr()
@@ -397,59 +401,31 @@ def test_a_neutral_run_is_the_plain_one(make_technique_run):
     plain, own = make_technique_run("plain"), make_technique_run("own", techniques=[RecurrentDepth(passes=1)])
     for run in (plain, own):
         train(run)
-    assert curve(plain) == curve(own)
-    assert all(torch.equal(value, weights(own)[name]) for name, value in weights(plain).items())
+    assert curve_of(plain) == curve_of(own)
+    assert all(torch.equal(value, weights_of(own)[name]) for name, value in weights_of(plain).items())
 
 
 @each_norms
-def test_a_resumed_run_is_the_one_that_was_not_stopped(norms, make_technique_run, monkeypatch):
+def test_a_resumed_run_is_the_one_that_was_not_stopped(norms, make_technique_run):
     technique = RecurrentDepth(blocks=2, passes=2, drawn=(1, 3), norms=norms)
     sizes = {"techniques": [technique], "data": DataConfig(attention="within"), "accumulation": 2}
     plain, stopped = make_technique_run("plain", **sizes), make_technique_run("stopped", **sizes)
     train(plain)
-    original = Trainer.step
-
-    def step(self):
-        original(self)
-        if self.state.progress.step == 5:
-            raise Interrupted("stopped", 15)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
-    assert curve(plain) == curve(stopped)
-    assert all(torch.equal(value, weights(stopped)[name]) for name, value in weights(plain).items())
-
-
-WORKER = """
-import os
-from stlm.study.runs import Run
-from stlm.techniques.registry import load_techniques
-from stlm.training.loop import train
-import json
-content = json.loads(os.environ["RUN"])
-techniques = load_techniques(content.pop("techniques"), "run", "techniques")
-train(Run.model_validate(content).model_copy(update={"techniques": techniques}))
-"""
+    train_in_parts(stopped, 5)
+    assert curve_of(plain) == curve_of(stopped)
+    assert all(torch.equal(value, weights_of(stopped)[name]) for name, value in weights_of(plain).items())
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(make_technique_run, monkeypatch):
+def test_two_processes_train_as_one(make_technique_run):
     technique = RecurrentDepth(passes=2, drawn=(1, 3), norms="each")
     sizes = {"techniques": [technique], "accumulation": 2}
     one, two = make_technique_run("one", **sizes), make_technique_run("two", **sizes)
     train(one)
-    monkeypatch.setenv("RUN", two.model_dump_json())
-    with open("worker.py", "w") as file:
-        file.write(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, "worker.py"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(two)[name], atol=2e-5, rtol=1e-3)
-    for first, second in zip(curve(one), curve(two), strict=True):
+    train_in_two_processes(two)
+    for name, value in weights_of(one).items():
+        torch.testing.assert_close(value, weights_of(two)[name], atol=2e-5, rtol=1e-3)
+    for first, second in zip(curve_of(one), curve_of(two), strict=True):
         assert float(first["train_loss"]) == pytest.approx(float(second["train_loss"]), rel=2e-5)
 
 

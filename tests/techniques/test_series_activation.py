@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import signal
-
 import pytest
 import torch
 import yaml
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trained_runs import curve_of, last_checkpoint, same_weights, train_in_parts
 
-from stlm.errors import Interrupted, UserError
+from stlm.errors import UserError
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.interface import Request
 from stlm.evaluation.token_model import TokenModel
@@ -31,7 +29,7 @@ from stlm.techniques.series_activation import Series, SeriesActivation
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
-from stlm.training.loop import Trainer, train
+from stlm.training.loop import train
 from stlm.training.optimizers import build_optimizer
 
 L, EOT = 16, 0
@@ -247,40 +245,17 @@ def with_series(run, **keys):
     )
 
 
-def curve_of(run) -> list[dict[str, str]]:
-    with (run.folder / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["seconds"], row["tokens_per_second"]
-    return rows
-
-
-def weights_of(run):
-    return run.folder / "checkpoints" / checkpoint_name(run.training.steps) / "model.safetensors"
-
-
 def test_a_run_learns_and_stopped_and_resumed_is_the_same(make_run):
     """With Muon, attention within documents, dropout and the watch."""
     recipe = {"optimizer": "muon", "watch_every": 3, "steps": 8}
     whole, stopped = (with_series(make_run(name, {"layers": 2}, **recipe)) for name in ("whole", "stopped"))
     train(whole)
-    step = Trainer.step
-
-    def stopping(self):
-        step(self)
-        if self.state.progress.step == 4:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(Interrupted):
-            train(stopped)
-    train(stopped)
+    train_in_parts(stopped, 4)
     assert curve_of(whole) == curve_of(stopped)
-    assert weights_of(whole).read_bytes() == weights_of(stopped).read_bytes()
+    assert same_weights(whole, stopped)
     losses = [float(row["train_loss"]) for row in curve_of(whole) if row["train_loss"]]
     assert losses[-1] < losses[0]
-    model, description = load_checkpoint(weights_of(whole).parent)
+    model, description = load_checkpoint(last_checkpoint(whole))
     assert description["techniques"] == {"series_activation": SeriesActivation().model_dump()}
     started = SeriesActivation().shifts()
     for block in model.blocks:
@@ -295,8 +270,8 @@ def test_a_neutral_run_is_the_plain_one(make_run):
     for run in (plain, neutral):
         train(run)
     assert curve_of(plain) == curve_of(neutral)
-    assert load_checkpoint(weights_of(plain).parent)[0].state_dict().keys() == (
-        load_checkpoint(weights_of(neutral).parent)[0].state_dict().keys()
+    assert load_checkpoint(last_checkpoint(plain))[0].state_dict().keys() == (
+        load_checkpoint(last_checkpoint(neutral))[0].state_dict().keys()
     )
 
 
