@@ -30,12 +30,12 @@ from typing import Any
 import datasets
 import lm_eval
 import torch
-from command import add_models, add_places, command, default_checkpoints, label
+from command import add_models, add_places, command
 from harness_parity import prepare
 from harness_tasks import HARNESS_TASKS, task_manager
 from lm_eval.models.huggingface import HFLM
 from machine import machine
-from random_models import random_checkpoint
+from random_models import add_random, chosen_models
 
 from stlm.errors import UserError
 from stlm.evaluation import scoring
@@ -62,13 +62,7 @@ SUITE = tuple(WHOLE)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_models(parser)
-    parser.add_argument(
-        "--random",
-        action="append",
-        default=[],
-        metavar="STUDY",
-        help="a model of random weights, of the shape of STUDY's baseline (repeatable)",
-    )
+    add_random(parser)
     parser.add_argument("--add", action="store_true", help="keep the other results of the file")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
@@ -93,10 +87,7 @@ def run(options: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
     content = _content(options)
     with tempfile.TemporaryDirectory() as folder:
-        models = {label(checkpoint): checkpoint for checkpoint in options.model or []}
-        for study in options.random:
-            models[f"{study}, random weights"] = random_checkpoint(study, options.raw, Path(folder))
-        for name, checkpoint in (models or {label(c): c for c in default_checkpoints()}).items():
+        for name, checkpoint in chosen_models(options, Path(folder)).items():
             _time_model(name, checkpoint, content, options)
 
 
@@ -127,11 +118,17 @@ def _content(options: argparse.Namespace) -> dict[str, Any]:
 def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: argparse.Namespace) -> None:
     own = content["models"].setdefault(model, {})
     for dtype in options.dtype or ("float32", "bfloat16"):
-        measured = own.setdefault(dtype, {}).setdefault("benchmarks", {})
+        known = own.setdefault(dtype, {})
+        measured, peak = known.setdefault("benchmarks", {}), known.get("peak_gflops", 0.0)
         for name in options.benchmark or SUITE:
             measured[name] = _time(checkpoint, dtype, name, options)
             in_order = {one: measured[one] for one in SUITE if one in measured}
-            own[dtype] = {"benchmarks": in_order, "suite": suite(in_order, own.get("float32"))}
+            peak = max(peak, peak_gflops(dtype, options.device))
+            own[dtype] = {
+                "peak_gflops": peak,
+                "benchmarks": in_order,
+                "suite": suite(in_order, own.get("float32")),
+            }
             write_json(options.output, content)
             print(line(model, dtype, name, measured[name]), flush=True)
         print(f"{model} {dtype}: {own[dtype]['suite']}", flush=True)
@@ -193,6 +190,17 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             if metric in summary
         },
     }
+
+
+def peak_gflops(dtype: str, device: str, size: int = 2048, rounds: int = 10) -> float:
+    """The speed of a large product of matrices, of which the fastest of several counts."""
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return round(2 * size**3 / min(seconds) / 1e9, 1)
 
 
 class Stopwatch:

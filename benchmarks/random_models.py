@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
+from command import default_checkpoints, label
 
 from stlm.errors import UserError
 from stlm.model.transformer import Transformer
@@ -41,3 +43,23 @@ def random_checkpoint(study: str, raw: Path, folder: Path) -> Path:
     save_checkpoint(checkpoint, model, {"step": 0, "tokens": 0})
     tokenizer.save(checkpoint.parent / "tokenizer")
     return checkpoint
+
+
+def add_random(parser: argparse.ArgumentParser) -> None:
+    """--random, repeatable."""
+    parser.add_argument(
+        "--random",
+        action="append",
+        default=[],
+        metavar="STUDY",
+        help="a model of random weights, of the shape of STUDY's baseline (repeatable)",
+    )
+
+
+def chosen_models(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """The checkpoints of --model and --random by name, otherwise the default ones; random ones are written to
+    `folder`."""
+    models = {label(checkpoint): checkpoint for checkpoint in options.model or []}
+    for study in options.random:
+        models[f"{study}, random weights"] = random_checkpoint(study, options.raw, folder)
+    return models or {label(checkpoint): checkpoint for checkpoint in default_checkpoints()}
