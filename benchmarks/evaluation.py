@@ -9,6 +9,11 @@ which are texts, into log-probabilities: encoding and scoring (`loglikelihood` t
 where near ties in bfloat16 are scored again in float32). Building the tasks is left out of the ratio, on both
 sides. Of several rounds the fastest counts.
 
+    python benchmarks/evaluation.py --random paper --dtype float32 --benchmark mmlu --add
+
+times one benchmark with a model of random weights, of the shape of a study's baseline, and adds the result to
+the file, whose other results must have been made in the same way on the same machine.
+
 Writes results/benchmarks/evaluation.json after each benchmark.
 """
 
@@ -25,17 +30,19 @@ from typing import Any
 import datasets
 import lm_eval
 import torch
-from command import add_models, add_places, command, default_checkpoints, label
+from command import add_models, add_places, command
 from harness_parity import prepare
 from harness_tasks import HARNESS_TASKS, task_manager
 from lm_eval.models.huggingface import HFLM
 from machine import machine
+from random_models import add_random, chosen_models
 
+from stlm.errors import UserError
 from stlm.evaluation import scoring
 from stlm.evaluation.encoding import RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
-from stlm.files import write_json
+from stlm.files import read_json, write_json
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
@@ -55,6 +62,8 @@ SUITE = tuple(WHOLE)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_models(parser)
+    add_random(parser)
+    parser.add_argument("--add", action="store_true", help="keep the other results of the file")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
     )
@@ -76,6 +85,14 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     """Time every model in every arithmetic, writing after each benchmark."""
     datasets.disable_progress_bars()
+    content = _content(options)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, checkpoint in chosen_models(options, Path(folder)).items():
+            _time_model(name, checkpoint, content, options)
+
+
+def _content(options: argparse.Namespace) -> dict[str, Any]:
+    """What the file says of all results; with `--add` the file itself, which must say the same."""
     content: dict[str, Any] = {
         "command": f"benchmarks/evaluation.py --share {options.share:g} --rounds {options.rounds}",
         "share": options.share,
@@ -86,16 +103,35 @@ def run(options: argparse.Namespace) -> None:
         "machine": machine(),
         "models": {},
     }
-    for checkpoint in options.model or default_checkpoints():
-        own = content["models"][label(checkpoint)] = {}
-        for dtype in options.dtype or ("float32", "bfloat16"):
-            own[dtype] = {"benchmarks": {}}
-            for name in options.benchmark or SUITE:
-                own[dtype]["benchmarks"][name] = _time(checkpoint, dtype, name, options)
-                own[dtype]["suite"] = suite(own[dtype]["benchmarks"], own.get("float32"))
-                write_json(options.output, content)
-                print(line(label(checkpoint), dtype, name, own[dtype]["benchmarks"][name]), flush=True)
-            print(f"{label(checkpoint)} {dtype}: {own[dtype]['suite']}", flush=True)
+    if not (options.add and options.output.exists()):
+        return content
+    found = read_json(options.output)
+    for key in content.keys() - {"models"}:
+        if found.get(key) != content[key]:
+            raise UserError(
+                f"{options.output}: {key}: found {found.get(key)}, expected {content[key]}: results of "
+                "another machine or of other options; leave --add out to begin anew"
+            )
+    return found
+
+
+def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: argparse.Namespace) -> None:
+    own = content["models"].setdefault(model, {})
+    for dtype in options.dtype or ("float32", "bfloat16"):
+        known = own.setdefault(dtype, {})
+        measured, peak = known.setdefault("benchmarks", {}), known.get("peak_gflops", 0.0)
+        for name in options.benchmark or SUITE:
+            measured[name] = _time(checkpoint, dtype, name, options)
+            in_order = {one: measured[one] for one in SUITE if one in measured}
+            peak = max(peak, peak_gflops(dtype, options.device))
+            own[dtype] = {
+                "peak_gflops": peak,
+                "benchmarks": in_order,
+                "suite": suite(in_order, own.get("float32")),
+            }
+            write_json(options.output, content)
+            print(line(model, dtype, name, measured[name]), flush=True)
+        print(f"{model} {dtype}: {own[dtype]['suite']}", flush=True)
 
 
 def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +192,17 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
     }
 
 
+def peak_gflops(dtype: str, device: str, size: int = 2048, rounds: int = 10) -> float:
+    """The speed of a large product of matrices, of which the fastest of several counts."""
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return round(2 * size**3 / min(seconds) / 1e9, 1)
+
+
 class Stopwatch:
     """A function that adds up how long its calls take."""
 
@@ -180,20 +227,16 @@ def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str,
         side: sum(result["seconds"][side] * whole[name] for name, result in benchmarks.items())
         for side in ("stlm", "lm_eval")
     }
-    points = (
-        {
-            side: {
-                f"{name} {metric}": round(
-                    100 * (found[side] - exact["benchmarks"][name]["accuracy"][metric][side]), 3
-                )
-                for name, result in benchmarks.items()
-                for metric, found in result["accuracy"].items()
-            }
-            for side in ("stlm", "lm_eval")
+    exactly = exact["benchmarks"] if exact else {}
+    points = {
+        side: {
+            f"{name} {metric}": round(100 * (found[side] - exactly[name]["accuracy"][metric][side]), 3)
+            for name, result in benchmarks.items()
+            if name in exactly
+            for metric, found in result["accuracy"].items()
         }
-        if exact
-        else {}
-    )
+        for side in ("stlm", "lm_eval")
+    }
     return {
         "seconds_of_all_items": {side: round(value, 1) for side, value in seconds.items()},
         "ratio": round(seconds["lm_eval"] / seconds["stlm"], 2),

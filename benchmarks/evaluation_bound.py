@@ -4,9 +4,9 @@
 
 Counted, for all items of the six benchmarks in the mode `harness`, are the tokens that go through the model
 once what options and pairs share is computed once, and the positions that get logits. Two operations for each
-weight that they are multiplied with, at the machine's peak (results/benchmarks/training.json), are the least
-that these take: attention, norms, the softmax and Python come on top. Beside it stand the seconds of
-results/benchmarks/evaluation.json, of the same model.
+weight that they are multiplied with, at the peak that results/benchmarks/evaluation.json names, are the least
+that these take: attention, norms, the softmax and Python come on top. Beside it stand that file's seconds
+of the same model; `--random STUDY` names its model of random weights.
 
 Writes results/benchmarks/evaluation_bound.json.
 """
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from command import add_models, add_places, command, default_checkpoints, label
+from command import add_models, add_places, command
 from evaluation_growth import SUITE, work
 from machine import CODE
+from random_models import add_random, chosen_models
 
 from stlm.errors import UserError
 from stlm.evaluation.benchmarks import BENCHMARKS
@@ -32,12 +34,12 @@ from stlm.training.checkpoints import load_checkpoint
 
 OUTPUT = Path("results/benchmarks/evaluation_bound.json")
 MEASURED = Path("results/benchmarks/evaluation.json")
-PEAKS = Path("results/benchmarks/training.json")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_models(parser)
+    add_random(parser)
     add_places(parser, OUTPUT)
     return command(parser, run)
 
@@ -45,9 +47,16 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     """Count, compare, print and write."""
     measured = read_json(MEASURED)["models"]
-    peaks = read_json(PEAKS)["models"]["paper"]
     content: dict[str, Any] = {"code": CODE, "models": {}}
-    for checkpoint in options.model or default_checkpoints():
+    with tempfile.TemporaryDirectory() as folder:
+        _count(chosen_models(options, Path(folder)), measured, content, options)
+    write_json(options.output, content)
+
+
+def _count(
+    models: dict[str, Path], measured: dict[str, Any], content: dict[str, Any], options: argparse.Namespace
+) -> None:
+    for name_of_model, checkpoint in models.items():
         transformer, description = load_checkpoint(checkpoint)
         digest = description["weights_sha256"]
         model = TokenModel(transformer, RequestEncoder(load_tokenizer(checkpoint.parent / "tokenizer")))
@@ -62,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             2 * (w["tokens"] * blocks + w["logits"] * head) for w in own["benchmarks"].values()
         )
         for dtype, result in _of(measured, digest, checkpoint).items():
-            peak = peaks[dtype]["peak_gflops"]
+            peak = result["peak_gflops"]
             seconds, found = own["flops"] / peak / 1e9, result["suite"]["seconds_of_all_items"]
             own[dtype] = {
                 "peak_gflops": peak,
@@ -71,9 +80,8 @@ def run(options: argparse.Namespace) -> None:
                 "largest_ratio": round(found["lm_eval"] / seconds, 2),
                 "ratio": result["suite"]["ratio"],
             }
-            print(label(checkpoint), dtype, own[dtype], flush=True)
-        content["models"][label(checkpoint)] = own
-    write_json(options.output, content)
+            print(name_of_model, dtype, own[dtype], flush=True)
+        content["models"][name_of_model] = own
 
 
 def _is_block_matrix(name: str, parameter: Any) -> bool:

@@ -19,6 +19,7 @@ from stlm.errors import UserError
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, pack, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
+from stlm.kernels.library import kernels_for
 from stlm.model.layout import CausalRows
 from stlm.model.segments import Segments
 
@@ -301,9 +302,15 @@ class TokenModel:
             hidden_ND = hidden_ND.bfloat16()  # once, not for each part
         lse_N = torch.full((len(hidden_ND),), -torch.inf, device=self.device)
         top_N, best_N = lse_N.clone(), torch.zeros(len(hidden_ND), dtype=torch.int64, device=self.device)
+        sum_N = torch.zeros_like(lse_N)
         for begin in range(0, self.transformer.config.vocab_size, columns):
             with self._arithmetic():
                 logits_NV = self.transformer.head(hidden_ND, slice(begin, begin + columns))
+            kernels = kernels_for(logits_NV)
+            if kernels is not None:
+                best = best_N if greedy else None
+                kernels.log_sum(*logits_NV.shape, logits_NV.contiguous(), begin, top_N, sum_N, best)
+                continue
             if greedy:
                 highest_N, place_N = logits_NV.max(dim=-1)
                 best_N = torch.where(highest_N > top_N, begin + place_N, best_N)
@@ -312,9 +319,9 @@ class TokenModel:
                 highest_N = logits_NV.amax(dim=-1)
             # In place, as memory is the bottleneck. Rounding an exponential to bfloat16 matters little
             # compared with rounding its logit.
-            sum_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(dim=-1, dtype=torch.float32)
-            lse_N = torch.logaddexp(lse_N, highest_N + sum_N.log())
-        return lse_N, best_N
+            part_N = logits_NV.sub_(highest_N[:, None]).exp_().sum(dim=-1, dtype=torch.float32)
+            lse_N = torch.logaddexp(lse_N, highest_N + part_N.log())
+        return torch.logaddexp(lse_N, top_N + sum_N.log()) if kernels is not None else lse_N, best_N
 
 
 def _alone(forwards: Sequence[Forward]) -> list[Row]:

@@ -27,7 +27,8 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.integrity import check_seal, seal
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("kernels.c", "attention.c", "inference.c"))
+_NAMES = ("kernels.c", "attention.c", "scoring.c", "inference.c")
+SOURCES = tuple(Path(__file__).parent / name for name in _NAMES)
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
 # None of these flags lets the compiler reorder sums or ignore NaN. If the processor can, a product and a sum
@@ -46,6 +47,9 @@ _SIGNATURES = {
     "cross_entropy": "iiaafia",
     "attention": "iiiiiaaaiaaa",
     "attention_backward": "iiiiiaaaiaaa",
+    "trie_attention": "iiiiiiiiiiaaiaaafa",
+    "log_sum": "iiaiaaa",
+    "add_norm": "iiaaafaa",
 }
 
 

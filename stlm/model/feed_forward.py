@@ -32,6 +32,7 @@ class SwiGLU(nn.Module):
         # One product computes gate and up: larger products come closer to the hardware's peak.
         self.joint_rows = {"gate_up": (config.ffn_width, config.ffn_width)}
         self.gate_up = projection(config, "ffn", "gate_up")
+        self.hidden_width = 2 * config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ class GELU(nn.Module):
         super().__init__()
         self.activation: Activation = F.gelu
         self.up = projection(config, "ffn", "up")
+        self.hidden_width = config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -62,6 +64,7 @@ class SquaredReLU(nn.Module):
         super().__init__()
         self.activation: Activation = squared_relu
         self.up = projection(config, "ffn", "up")
+        self.hidden_width = config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -69,3 +72,8 @@ class SquaredReLU(nn.Module):
 
 
 FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}
+
+
+def is_plain(ffn: nn.Module) -> bool:
+    """Whether `ffn` is one of these networks, as configured: a token's output depends on it alone."""
+    return type(ffn) in FFNS.values() and not isinstance(ffn.activation, nn.Module)

@@ -28,12 +28,17 @@ class RMSNorm(nn.RMSNorm):
     narrow = False
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = self.output_type(x)
+        return super().forward(x) if dtype is None else _RMSNorm.apply(x, self.weight, self.eps, dtype)
+
+    def output_type(self, x: Tensor) -> torch.dtype | None:
+        """What the kernel returns for `x`; None: there is no kernel for it."""
         types = {x.dtype, self.weight.dtype}
         if types != {torch.float32} or x.shape[-1:] != self.weight.shape or kernels_for(x) is None:
-            return super().forward(x)
+            return None
         narrow = self.narrow and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if narrow else x.dtype
-        return _RMSNorm.apply(x, self.weight, self.eps, dtype if dtype in TYPES else x.dtype)
+        return dtype if dtype in TYPES else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -56,6 +61,45 @@ class _RMSNorm(torch.autograd.Function):
             inverse.numel(), D, dy.contiguous(), x, gain_D, inverse, dx, parts_XD, threads
         )
         return dx, parts_XD.sum(dim=0), None, None
+
+
+def add_and_norm(
+    x: Tensor, added: Tensor, norm: nn.Module, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + `added`, and `norm` of the sum.
+
+    In scoring, where no gradients are wanted, this is one pass; the sum is written to `total` if it is given.
+    """
+    if isinstance(norm, RMSNorm) and _is_scoring(x, added) and norm.output_type(x) == added.dtype:
+        total, normal = torch.empty_like(x) if total is None else total, torch.empty_like(added)
+        D = x.shape[-1]
+        kernels_for(added).add_norm(x.numel() // D, D, x, added, norm.weight, norm.eps, total, normal)
+        return total, normal
+    total = x + added
+    return total, norm(total)
+
+
+def add_to(x: Tensor, added: Tensor) -> Tensor:
+    """x + `added`. In scoring x, which nothing else may need, becomes the sum."""
+    if not _is_scoring(x, added):
+        return x + added
+    D = x.shape[-1]
+    kernels_for(added).add_norm(x.numel() // D, D, x, added, None, 0.0, x, None)
+    return x
+
+
+def _is_scoring(x: Tensor, added: Tensor) -> bool:
+    """Whether a kernel without gradients adds the tensors."""
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and x.shape == added.shape
+        and x.numel() > 0
+        and x.is_contiguous()
+        and added.is_contiguous()
+        and kernels_for(x) is not None
+        and kernels_for(added) is not None
+    )
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.model.fused_attention import fused_attention
+from stlm.model.rotary import Rotary
+from stlm.model.trie_attention import Sequences, attend_sequences
 
 
 class Selection(NamedTuple):
@@ -129,6 +131,17 @@ class Layout(ABC):
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
         """Values [B, L, H, E], mixed by attention over the tokens that each token may see."""
 
+    def attend_projections(
+        self, qkv_BLSE: Tensor, heads: int, rope: Rotary | None, rows_N: Tensor | None = None
+    ) -> Tensor | None:
+        """Attention for scoring, of H = `heads` queries, keys and values [B, L, S = H + 2 K, E] as projected.
+
+        `rope`, the angles of the tokens, rotates queries and keys. Returns the mixed values [B, L, H, E], or
+        [N, H, E] at the flat positions `rows_N`. None: there is no kernel for this layout, device or type, or
+        gradients are wanted.
+        """
+        return None
+
     def layer(self, number: int) -> Layout:
         """The layout for layer `number`, from 0: a cache holds separate keys and values for each layer."""
         return self
@@ -165,6 +178,16 @@ class CausalRows(Layout):
     def attend(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`."""
         return attend_in_rows(q_BLHE, k_BLKE, v_BLKE, None, dropout)
+
+    def attend_projections(
+        self, qkv_BLSE: Tensor, heads: int, rope: Rotary | None, rows_N: Tensor | None = None
+    ) -> Tensor | None:
+        """See `Layout.attend_projections`: each row is a sequence of its own."""
+        B, L = qkv_BLSE.shape[:2]
+        own_B = torch.full((B,), L)
+        if rope is not None:
+            rope = tuple(table.expand(B, L, 1, -1) for table in rope)
+        return attend_sequences(qkv_BLSE, heads, Sequences(own_B, torch.zeros_like(own_B)), rope, rows_N)
 
     def select(self, selection: Selection) -> CausalRows:
         """See `Layout.select`: selected tokens keep their order, and each sees those up to itself."""

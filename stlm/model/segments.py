@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stlm.model.layout import Layout, Selection, Stretched
+from stlm.model.rotary import Rotary
+from stlm.model.trie_attention import Sequences, attend_sequences, trie_attention
 
 
 class Group(NamedTuple):
@@ -40,19 +43,40 @@ class Segments(Layout):
     ) -> None:
         """`segments`: the number of tokens, and the indices in the row of the path that ends with them."""
         self.positions = torch.from_numpy(positions_N).to(device)[None]
-        # What `stretch` begins from; None for selected tokens.
+        # What the other attributes are made of when they are needed; None for selected tokens.
         self._given: tuple[np.ndarray, Sequence[tuple[int, np.ndarray]]] | None = positions_N, segments
-        before_N = np.zeros(len(positions_N), np.int64)
-        for _, path in segments:
-            before_N[path[1:]] = path[:-1]
-        self._before_N = torch.from_numpy(before_N).to(device)
-        self._begins_1N = self.positions == 0
-        # Two groups for each doubling of the length: few groups, little padding.
+        self._bias: list[Tensor] = []
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The segments for torch's attention: two groups for each doubling of the length.
+
+        So there are few groups and little padding.
+        """
+        positions_N, segments = self._given
         by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
         for segment in segments:
             by_length.setdefault(round(2 * math.log2(segment[0])), []).append(segment)
-        self.groups = [_group(members, len(positions_N), device) for members in by_length.values()]
-        self._bias: list[Tensor] = []
+        device = self.positions.device
+        return [_group(members, len(positions_N), device) for members in by_length.values()]
+
+    @cached_property
+    def sequences(self) -> Sequences | None:
+        """The segments for the kernel, or None where they are not nested as it needs."""
+        return None if self._given is None else _nested(self._given[1])
+
+    @cached_property
+    def _begins_1N(self) -> Tensor:  # noqa: N802
+        return self.positions == 0
+
+    @cached_property
+    def _before_N(self) -> Tensor:  # noqa: N802
+        """The index of the token before each on its path; 0 at a sequence's first token."""
+        positions_N, segments = self._given
+        before_N = np.zeros(len(positions_N), np.int64)
+        for _, path in segments:
+            before_N[path[1:]] = path[:-1]
+        return torch.from_numpy(before_N).to(self.positions.device)
 
     def before(self, x_1NX: Tensor) -> Tensor:
         """`x_1NX` at the token before each in its sequence; zeros at a sequence's first token."""
@@ -72,6 +96,10 @@ class Segments(Layout):
         K = k_1NKE.shape[2]
         # Some models rotate queries and keys in float32 while their values are bfloat16.
         q_1NHE, k_1NKE = q_1NHE.to(v_1NKE.dtype), k_1NKE.to(v_1NKE.dtype)
+        if self.sequences is not None:
+            y_NHE = trie_attention(q_1NHE[0], k_1NKE[0], v_1NKE[0], self.sequences, scale=scale)
+            if y_NHE is not None:
+                return y_NHE[None]
         if not self._bias:  # the same for all layers
             self._bias = [_bias(group.sees_SQC, H // K, q_1NHE.dtype) for group in self.groups]
         # With the key/value heads first, a group's query heads are adjacent and need no copy of the keys.
@@ -91,6 +119,14 @@ class Segments(Layout):
             y_KNX.index_copy_(1, group.results_SQ.flatten(), y_KSXE.reshape(K, -1, H // K * E))
         return y_KNX[:, :N].transpose(0, 1).reshape(1, N, H, E)
 
+    def attend_projections(
+        self, qkv_BLSE: Tensor, heads: int, rope: Rotary | None, rows_N: Tensor | None = None
+    ) -> Tensor | None:
+        """See `Layout.attend_projections`."""
+        if self.sequences is None:
+            return None
+        return attend_sequences(qkv_BLSE, heads, self.sequences, rope, rows_N)
+
     def select(self, selection: Selection) -> Segments:
         """See `Layout.select`: a token sees the selected tokens of its path, and keeps its position."""
         index_S = selection.index_BS[0]
@@ -99,7 +135,7 @@ class Segments(Layout):
         place_N[index_S] = torch.arange(S, device=index_S.device)
         chosen_N = place_N < S
         selected = copy.copy(self)
-        selected._given = None
+        selected._given = selected.sequences = None
         selected.positions = self.positions[:, index_S]
         # The nearest selected token on each path: the jumps back double until they reach one.
         jump_N = torch.where(
@@ -137,6 +173,26 @@ class Segments(Layout):
         positions_M = first_N[owner_M] + np.arange(len(owner_M)) - place_N[owner_M]
         place_1N, last_1N = (torch.from_numpy(array).to(device)[None] for array in (place_N, last_N))
         return Stretched(Segments(positions_M, longer, device), len(owner_M), place_1N, last_1N)
+
+
+def _nested(segments: Sequence[tuple[int, np.ndarray]]) -> Sequences | None:
+    """The segments as `Sequences`, or None if they are not nested.
+
+    Each one's own tokens must follow the previous one's in the row, and each path begin as the previous one.
+    """
+    own_S = np.array([own for own, _ in segments])
+    length_S = np.array([len(path) for _, path in segments])
+    shared_S = length_S - own_S
+    if (shared_S > np.concatenate([[0], length_S[:-1]])).any():
+        return None
+    path_P = np.concatenate([path for _, path in segments])
+    begin_S = length_S.cumsum() - length_S
+    place_P = np.arange(len(path_P)) - begin_S.repeat(length_S)
+    is_own_P = place_P >= shared_S.repeat(length_S)
+    nested = np.array_equal(path_P[is_own_P], np.arange(own_S.sum()))
+    previous_P = (np.concatenate([[0], begin_S[:-1]]).repeat(length_S) + place_P)[~is_own_P]
+    nested = nested and np.array_equal(path_P[~is_own_P], path_P[previous_P])
+    return Sequences(*map(torch.from_numpy, (own_S, shared_S))) if nested else None
 
 
 def _selected(group: Group, place_N: Tensor, chosen_N: Tensor) -> Group:

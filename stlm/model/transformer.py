@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
-from stlm.model.feed_forward import FFNS
+from stlm.model.feed_forward import FFNS, is_plain
 from stlm.model.flops import children_flops, forward_flops
-from stlm.model.fused import RMSNorm
+from stlm.model.fused import RMSNorm, add_and_norm, add_to
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout, Stretched
@@ -34,6 +34,9 @@ from stlm.model.projection import (
     share,
 )
 from stlm.model.rotary import Rotary, rope_tables, rotate
+
+# Of the hidden units that a feed-forward network holds at once in scoring on a CPU.
+_PART_BYTES = 2**23
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
@@ -97,6 +100,10 @@ class Attention(nn.Module):
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return layout.in_rows and self.training and on_cpu and not self.dropout
 
+    def _is_scoring(self, x_BLD: Tensor) -> bool:
+        """Whether kernels for scoring may be used, which have no gradients."""
+        return x_BLD.device.type == "cpu" and not self.training and not torch.is_grad_enabled()
+
     @outside_graphs
     def _attend_scheduled(self, layout: Layout, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor) -> Tensor:
         """Attention [B, L, H, E] with scheduled dropout.
@@ -129,12 +136,16 @@ class Attention(nn.Module):
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        in_blocks = self._in_blocks(x_BLD, layout)
+        in_blocks, scoring = self._in_blocks(x_BLD, layout), self._is_scoring(x_BLD)
+        if (in_blocks or scoring) and (added_BLX is not None or self.q_gain is not None):
+            qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
+        if scoring:
+            y_BLHE = layout.attend_projections(qkv_BLHE, self.heads, rope, rows_N)
+            if y_BLHE is not None:
+                return self.out(y_BLHE.flatten(-2))
         if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
         if in_blocks:
-            if added_BLX is not None or self.q_gain is not None:
-                qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
             y_BLHE = causal_attention(qkv_BLHE, self.heads, layout.sees, rope)
         else:
             qkv = *qk_BLHE.split([self.heads, self.kv_heads], dim=2), v_BLKE
@@ -180,8 +191,35 @@ class Block(nn.Module):
         """As `Attention.forward`."""
         mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        size = self._part_tokens(x)
+        if size is None:
+            return self._add_ffn(x, mixed)
+        total = torch.empty_like(x)
+        parts = [rows.flatten(0, -2).split(size) for rows in (x, mixed, total)]
+        for x_ND, mixed_ND, total_ND in zip(*parts, strict=True):
+            added_ND = self._add_ffn(x_ND, mixed_ND, total_ND)
+            if added_ND is not total_ND:
+                total_ND.copy_(added_ND)
+        return total
+
+    def _add_ffn(self, x: Tensor, mixed: Tensor, total: Tensor | None = None) -> Tensor:
+        """The residual stream with attention's output `mixed` and that of the feed-forward network added.
+
+        `total`: where the sum may be kept.
+        """
+        x, normal = add_and_norm(x, self.dropout(mixed), self.ffn_norm, total)
+        return add_to(x, self.dropout(self.ffn(normal)))
+
+    def _part_tokens(self, x: Tensor) -> int | None:
+        """How many tokens at a time the feed-forward network processes in scoring on a CPU; None: all.
+
+        So few that its hidden units stay in the processor's cache, and that the allocator keeps their memory.
+        """
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not is_plain(self.ffn):
+            return None
+        hidden = self.ffn.hidden_width * (2 if torch.is_autocast_enabled("cpu") else 4)
+        size = max(64, _PART_BYTES // hidden // 64 * 64)
+        return size if x.numel() > size * x.shape[-1] else None
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -173,8 +173,11 @@ def test_loading_a_study_does_not_import_torch(project):
     [{}, {"embedding_rank": 8, "tied": False}, {"lora": {"rank": 2}}, {"low_rank": {"ffn": 6}}],
     ids=str,
 )
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(options):
-    """Torch counts both products of attention over all pairs of positions; half of them are masked."""
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(options, torch_operations):
+    """Torch counts both products of attention over all pairs of positions; half of them are masked.
+
+    It does not see into kernels.
+    """
     config = tiny(**options)
     model = build_model(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
