@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
-from stlm.model.feed_forward import FFNS
+from stlm.model.feed_forward import FFNS, SwiGLU
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.fused import RMSNorm
+from stlm.model.fused_block import attention_half, feed_forward_half, fuses
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout, Stretched
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         """Queries, keys and values [B, L, X], plus the weighted ones of the token before, if there is one."""
         return torch.addcmul(qkv_BLX, layout.before(qkv_BLX), self.shift.to(qkv_BLX.dtype))
 
-    def _in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
+    def in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
         """Whether attention in blocks is faster; unrolled in a graph, it would take minutes to compile."""
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return layout.in_rows and self.training and on_cpu and not self.dropout
@@ -129,7 +130,7 @@ class Attention(nn.Module):
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        in_blocks = self._in_blocks(x_BLD, layout)
+        in_blocks = self.in_blocks(x_BLD, layout)
         if rope is not None and not in_blocks:
             qk_BLHE = rotate(qk_BLHE, *rope)
         if in_blocks:
@@ -176,10 +177,36 @@ class Block(nn.Module):
         added_BLX: Tensor | None = None,
     ) -> Tensor:
         """As `Attention.forward`."""
-        mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
+        # Without dropout, the kernels add the residual stream, too.
+        adds = not (self.training and self.dropout.p)
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        attention, ffn = self.attention, self.ffn
+        if rows_N is None and added_BLX is None and self._fuses_attention(x_BLD, layout):
+            heads, sees = (attention.heads, attention.kv_heads), layout.sees
+            y = attention_half(
+                x, self.attention_norm, attention.qkv, attention.out, heads, sees, rope, residual=adds
+            )
+            x = y if adds else x + self.dropout(y)
+        else:
+            x = x + self.dropout(attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX))
+        if self._fuses_ffn(x):
+            y = feed_forward_half(x, self.ffn_norm, ffn.gate_up, ffn.down, residual=adds)
+            return y if adds else x + self.dropout(y)
+        return x + self.dropout(ffn(self.ffn_norm(x)))
+
+    def _fuses_attention(self, x_BLD: Tensor, layout: Layout) -> bool:
+        part = self.attention
+        plain = type(part) is Attention and part.shift is None and part.q_gain is None
+        return (
+            plain
+            and part.in_blocks(x_BLD, layout)
+            and fuses(self.attention_norm, part, (part.qkv, part.out), x_BLD)
+        )
+
+    def _fuses_ffn(self, x: Tensor) -> bool:
+        part = self.ffn
+        plain = type(part) is SwiGLU and part.activation is F.silu
+        return plain and fuses(self.ffn_norm, part, (part.gate_up, part.down), x)
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
