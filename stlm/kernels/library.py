@@ -2,7 +2,7 @@
 
 Needs Linux and a C compiler with OpenMP (`cc`, or what CC names). Otherwise, and with STLM_KERNELS=0, there
 are no kernels, and the callers use torch's operations: slower, the same up to rounding. A run records which.
-STLM_KERNELS_MARCH=haswell, or another of the compiler's names, compiles for that processor instead of this one.
+STLM_KERNELS_MARCH=haswell, or another processor that the compiler knows, compiles for that one.
 """
 
 from __future__ import annotations

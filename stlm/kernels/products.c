@@ -164,9 +164,9 @@ static void column_of_tiles(int64_t M, int64_t P, matrix a, const float *a_panel
     }
 }
 
-/* c [M, columns `begin` to `end`] = a b (+ add) for at most BLOCK rows; c and add have rows of N. `copy` has room
-   for [BLOCK, DEPTH + LANES]. */
-static void block_product(int64_t M, int64_t N, int64_t K, int64_t begin, int64_t end, int64_t first, int64_t last,
+/* c [M, N] = a b (+ add) for at most BLOCK rows, the terms `first` to `last` of each sum; those before are in c.
+   `copy` has room for [BLOCK, DEPTH + LANES]. */
+static void block_product(int64_t M, int64_t N, int64_t K, int64_t first, int64_t last,
                           matrix a, const float *packed, float *c, const float *add, float *copy) {
     for (int64_t p = first; p < last; p += DEPTH) {
         int64_t P = least(DEPTH, last - p);
@@ -182,7 +182,7 @@ static void block_product(int64_t M, int64_t N, int64_t K, int64_t begin, int64_
             for (int64_t i = 0; i < M; i++) memcpy(copy + i * (P + LANES), left.at + i * a.row, P * sizeof(float));
             left = rows_of(copy, P + LANES);
         }
-        for (int64_t n = begin; n < end; n += WIDE) {
+        for (int64_t n = 0; n < N; n += WIDE) {
             const float *b = packed + n * K + p * WIDE, *plus = p ? c + n : add ? add + n : 0;
             if (n + WIDE <= N) {
                 column_of_tiles(M, P, left, a_panels, b, c + n, N, plus, N);
@@ -200,7 +200,7 @@ static void block_product(int64_t M, int64_t N, int64_t K, int64_t begin, int64_
 
 static void rows_product(int64_t M, int64_t N, int64_t K, const float *a, const float *packed, float *c,
                          const float *add, float *copy) {
-    block_product(M, N, K, 0, N, 0, K, rows_of(a, K), packed, c, add, copy);
+    block_product(M, N, K, 0, K, rows_of(a, K), packed, c, add, copy);
 }
 
 static float *copies(void) { return floats(BLOCK * (DEPTH + LANES)); }
@@ -240,15 +240,10 @@ void product_weight_float32(int64_t N, int64_t X, int64_t Y, const float *dy, co
     {
         pack(N, X, rows_of(x, X), packed);
         float *copy = copies();
-        range rows = {0, Y}, columns = {0, X};
-        /* Threads share the longer side. */
-        if (Y > X)
-            rows = share(Y, ROWS);
-        else
-            columns = share(X, WIDE);
+        range rows = share(Y, ROWS);
         for (int64_t p = 0; p < N; p += DEPTH)
             for (int64_t y = rows.begin; y < rows.end; y += BLOCK)
-                block_product(least(BLOCK, rows.end - y), X, N, columns.begin, columns.end, p, least(p + DEPTH, N),
+                block_product(least(BLOCK, rows.end - y), X, N, p, least(p + DEPTH, N),
                               transposed(dy + y, Y), packed, dw + y * X, 0, copy);
         free(copy);
     }

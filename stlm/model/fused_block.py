@@ -1,8 +1,8 @@
 """The two halves of a block, each in one operation on a CPU in float32 (stlm.kernels, products.c).
 
-The matrix products then run with what surrounds them (RMSNorm, SwiGLU, the residual stream) while the rows are
-in the processor's cache. Only the plain block is fused: `fuses` and `Block` say when. Everything else runs the modules,
-with the same result up to rounding.
+The matrix products then run with what surrounds them (RMSNorm, SwiGLU, the residual stream) while the rows
+are in the processor's cache. Only the plain block is fused: `fuses` and `Block` say when. Others run their
+modules, with the same result up to rounding.
 
 Shapes: B batch, L length, D width, N = B L, X = (H + 2 K) E, F feed-forward width.
 """
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from stlm.kernels.library import kernels_for
 from stlm.model.causal_attention import angles_of, checked_sees
-from stlm.model.fused import RMSNorm
+from stlm.model.fused import RMSNorm, weight_gradient
 from stlm.model.projection import Dense
 from stlm.model.rotary import Rotary
 
@@ -90,9 +90,7 @@ class _AttentionHalf(torch.autograd.Function):
         kernels.attention(*ctx.shape, qkv_BLX, *ctx.angles, sees_B1LL, mixed_BLY, weights)
         y_BLD = torch.empty_like(x_BLD)
         kernels.product(N, H * E, D, mixed_BLY, out_DY, 0, x_BLD if residual else None, y_BLD)
-        ctx.save_for_backward(
-            x_BLD, gain_D, qkv_XD, out_DY, h_BLD, inverse_N, qkv_BLX, mixed_BLY, weights
-        )
+        ctx.save_for_backward(x_BLD, gain_D, qkv_XD, out_DY, h_BLD, inverse_N, qkv_BLX, mixed_BLY, weights)
         return y_BLD
 
     @staticmethod
@@ -103,9 +101,7 @@ class _AttentionHalf(torch.autograd.Function):
         kernels, N, D, Y = kernels_for(dy_BLD), inverse_N.numel(), len(gain_D), out_DY.shape[1]
         dmixed_BLY, dqkv_BLX = torch.empty_like(mixed_BLY), torch.empty_like(qkv_BLX)
         kernels.product(N, D, Y, dy_BLD, out_DY, 1, None, dmixed_BLY)
-        kernels.attention_backward(
-            *ctx.shape, qkv_BLX, *ctx.angles, dmixed_BLY, weights, dqkv_BLX
-        )
+        kernels.attention_backward(*ctx.shape, qkv_BLX, *ctx.angles, dmixed_BLY, weights, dqkv_BLX)
         dx_BLD, threads = torch.empty_like(x_BLD), torch.get_num_threads()
         dgain_XD = gain_D.new_zeros(threads, D)
         rest_BLD = dy_BLD if ctx.residual else None
@@ -157,6 +153,5 @@ class _FeedForwardHalf(torch.autograd.Function):
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight_YX: Tensor) -> Tensor:
     """dy^T x [Y, X], given dy [..., Y] and x [..., X]."""
-    gradient_YX, (Y, X) = torch.empty_like(weight_YX), weight_YX.shape
-    kernels_for(dy).product_weight(dy.numel() // Y, X, Y, dy, x, gradient_YX)
-    return gradient_YX
+    Y, X = weight_YX.shape
+    return weight_gradient(dy, x, Y, X) if Y >= X else weight_gradient(x, dy, X, Y).T

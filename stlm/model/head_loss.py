@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stlm.kernels.library import kernels_for
+from stlm.model.fused import weight_gradient
 
 # The number of logits held at once, and of those in one softmax; on a CPU the latter is small enough for the
 # float32 probabilities to stay in its cache.
@@ -122,10 +123,7 @@ def _weight_gradient(dlogits_CV: Tensor, x_CD: Tensor) -> Tensor:
     kernels = kernels_for(x_CD)
     if kernels is None or kernels.product_weight is None or not x_CD.is_contiguous():
         return dlogits_CV.T @ x_CD
-    (C, D), V = x_CD.shape, dlogits_CV.shape[1]
-    part_VD = x_CD.new_empty(V, D)
-    kernels.product_weight(C, D, V, dlogits_CV, x_CD, part_VD)
-    return part_VD
+    return weight_gradient(dlogits_CV, x_CD, dlogits_CV.shape[1], x_CD.shape[1])
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, softcap: float, gradient: bool) -> Tensor:
