@@ -3,13 +3,16 @@
     python benchmarks/training.py                    # both models, both dtypes; on a CPU some 15 minutes
     python benchmarks/training.py --model desk --dtype bfloat16 --rounds 5 --output desk.json
     python benchmarks/training.py --memory           # peak memory against batch and vocabulary, instead
+    python benchmarks/training.py --emulate avx2 --model desk --dtype float32 --output avx2.json
 
 Each side is a process of its own, set up as its users would have it (ours by `cpu_runtime`, theirs by the
 defaults of torch), with the same threads, shapes, random tokens and arithmetic. In each round each side takes
 some steps in turn, so that what else the machine does falls on all; the fastest step counts. The peak is that
 of a product of matrices of 2,048 (8,192 on a GPU), measured in every round too. A step is forward, backward,
 clipping and the optimizer's update; it waits for no data. Run it on an idle machine: beside other work the
-peers' threads, which wait awake by torch's default, collapse (benchmarks/openmp_wait.py).
+peers' threads, which wait awake by torch's default, collapse (benchmarks/openmp_wait.py). `--emulate avx2`
+restricts all sides, and the peak, to the instructions of a processor with AVX2 and no AVX-512 or bfloat16;
+caches, memory and clock remain this machine's.
 
 Writes results/benchmarks/training.json, or training_memory.json; a part of it (--model, --dtype, --side) goes
 to --output.
@@ -30,6 +33,15 @@ from typing import Any
 
 OUTPUT = Path("results/benchmarks/training.json")
 MEMORY = Path("results/benchmarks/training_memory.json")
+# Restrict torch, its libraries and our kernels to a processor's instructions; set before torch is loaded.
+EMULATIONS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "STLM_KERNELS_MARCH": "haswell",
+    }
+}
 # Sequences a step: nanoGPT's and ours at the paper's shapes in the issue's first measurement; desk's own.
 MODELS = {
     "paper": ({"vocab_size": 50257, "dropout": 0.0}, 4),
@@ -56,6 +68,7 @@ def main() -> int:
     parser.add_argument("--side", action="append", help="default: all")
     parser.add_argument("--compiled", action="append", default=[], help="a side under torch.compile, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--emulate", choices=tuple(EMULATIONS), help="a processor with fewer instructions")
     parser.add_argument("--batch", type=int, help="sequences a step; default: 4 (paper), 8 (desk)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of each side in a round")
@@ -63,11 +76,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    part = [f"--{key}" for key in ("model", "dtype", "side") if getattr(options, key)]
+    part = [f"--{key}" for key in ("model", "dtype", "side", "emulate") if getattr(options, key)]
     if part and not options.output:
         parser.error(
             f"{', '.join(part)}: a part of {OUTPUT} would replace it; name another file with --output"
         )
+    os.environ.update(EMULATIONS.get(options.emulate, {}))
     if options.worker:
         work(json.loads(options.worker))
     elif options.memory:
@@ -170,6 +184,7 @@ def measure_speed(options: argparse.Namespace) -> None:
         "command": " ".join(["benchmarks/training.py", *sys.argv[1:]]),
         "device": options.device,
         "machine": machine(),
+        **({"emulated": options.emulate} if options.emulate else {}),
         "models": {},
     }
     for name in options.model or MODELS:

@@ -14,14 +14,22 @@
 #include "elements.h"
 
 #if defined(__AVX512F__)
+#define TILE 4
 #define COLUMNS 4
-#elif defined(__AVX__)
-#define COLUMNS 2
-#else
-#define COLUMNS 4
-#endif
 #define BLOCK 32
 #define PADDING 32
+#elif defined(__AVX__)
+/* Of 16 registers, 12 for sums: with 8, a sum waits for the one before. A block is a whole number of tiles. */
+#define TILE 6
+#define COLUMNS 2
+#define BLOCK 48
+#define PADDING 16
+#else
+#define TILE 4
+#define COLUMNS 4
+#define BLOCK 32
+#define PADDING 32
+#endif
 
 static inline int64_t padded(int64_t n) { return (n + PADDING - 1) / PADDING * PADDING; }
 
@@ -84,6 +92,9 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int rows, con
             else
                 sum[i][j] = (vector){0};
         }
+#if PAIR == 1
+#pragma GCC unroll 4
+#endif
     for (int64_t p = 0; p < P; p++) {
 #if PAIR == 1
         vector right[4];
@@ -119,10 +130,12 @@ static void NAME(product)(int64_t M, int64_t N, int64_t P, const void *left, int
         int64_t i = 0;                                                                                 \
         for (; i + (ROWS) <= M; i += (ROWS))                                                           \
             NAME(tile)(ROWS, WIDE, P, a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, add);  \
+        for (; i + 2 <= M; i += 2)                                                                     \
+            NAME(tile)(2, WIDE, P, a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, add);     \
         for (; i < M; i++)                                                                             \
             NAME(tile)(1, WIDE, P, a + i * row, row, step, b + j, ldb, c + i * ldc + j, ldc, add);     \
     }
-    TILES(4, COLUMNS)
+    TILES(TILE, COLUMNS)
     TILES(8, 2)
     TILES(8, 1)
 #undef TILES
@@ -317,10 +330,19 @@ void NAME(attention_backward)(int64_t B, int64_t L, int64_t H, int64_t K, int64_
                                         drow + (l * S + h) * E);
                     }
                     /* Products with the transposed matrix: a left factor is a pair of rows of one column. */
+                    const void *left = weight, *right = dscore;
+                    int64_t one = Cp, other = Lp;
+#if PAIR != 1
                     NAME(rows_of)(Q, rows, Cp, weight, Cp, pairs, Lp);
-                    NAME(product)(Cp, Ep, rows / PAIR, pairs, 1, Lp, slopes, Ep, dv, Ep, 1);
+                    left = pairs;
+                    one = Lp;
+#endif
+                    NAME(product)(Cp, Ep, rows / PAIR, left, 1, one, slopes, Ep, dv, Ep, 1);
+#if PAIR != 1
                     NAME(rows_of)(Q, rows, Cp, dscore, Lp, pairs, Lp);
-                    NAME(product)(Cp, Ep, rows / PAIR, pairs, 1, Lp, queries, Ep, dk, Ep, 1);
+                    right = pairs;
+#endif
+                    NAME(product)(Cp, Ep, rows / PAIR, right, 1, other, queries, Ep, dk, Ep, 1);
                     weight += Q * Cp;
                 }
             }

@@ -2,6 +2,7 @@
 
 Needs Linux and a C compiler with OpenMP (`cc`, or what CC names). Otherwise, and with STLM_KERNELS=0, there
 are no kernels, and the callers use torch's operations: slower, the same up to rounding. A run records which.
+STLM_KERNELS_MARCH=haswell, or another processor that the compiler knows, compiles for that one.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.integrity import check_seal, seal
 
-_NAMES = ("kernels.c", "attention.c", "scoring.c", "inference.c")
+_NAMES = ("kernels.c", "attention.c", "products.c", "scoring.c", "inference.c")
 SOURCES = tuple(Path(__file__).parent / name for name in _NAMES)
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
+MARCH = "STLM_KERNELS_MARCH"
 # None of these flags lets the compiler reorder sums or ignore NaN. If the processor can, a product and a sum
 # are rounded once (fused multiply-add).
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FLAGS = (
+    *("-std=gnu11", "-O3", f"-march={os.environ.get(MARCH) or 'native'}"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"),
+)
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -47,6 +52,13 @@ _SIGNATURES = {
     "cross_entropy": "iiaafia",
     "attention": "iiiiiaaaiaaa",
     "attention_backward": "iiiiiaaaiaaa",
+    "product": "iiiaaiaa",
+    "product_weight": "iiiaaa",
+    "norm_product": "iiiaafaaaa",
+    "norm_product_backward": "iiiaaaaaaaai",
+    "feed_forward": "iiiaafaaaaaaia",
+    "feed_forward_backward": "iiiaaaaaaaiaaai",
+    "head_loss": "iiiaaafaaa",
     "trie_attention": "iiiiiiiiiiaaiaaafa",
     "log_sum": "iiaiaaa",
     "add_norm": "iiaaafaa",

@@ -21,28 +21,20 @@
 #endif
 
 #if defined(__AVX512F__)
-#define LANES 16
 #define MOST 8 /* rows of a product whose sums fit the registers, in two vectors */
 #elif defined(__AVX__)
-#define LANES 8
 #define MOST 4
 #else
-#define LANES 4
 #define MOST 4
 #endif
 /* Rows of a block's products, at most: two vectors. With more, more keys would be computed to be masked. */
 #define BLOCK_ROWS 32
 
-typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* The arrays of a thread, consecutive in one allocation. */
-typedef struct {
-    char *memory, *at;
-} arrays;
-
+/* As arrays_of, all zero. */
 static inline arrays zeroed(int64_t bytes) {
     char *memory = calloc(bytes + 64, 1);
     if (!memory) {
@@ -50,12 +42,6 @@ static inline arrays zeroed(int64_t bytes) {
         abort();
     }
     return (arrays){memory, memory + (64 - (uintptr_t)memory % 64)};
-}
-
-static inline void *array(arrays *mem, int64_t bytes) {
-    void *begin = mem->at;
-    mem->at += (bytes + 63) / 64 * 64;
-    return begin;
 }
 
 static inline vector loaded(const float *x) {
