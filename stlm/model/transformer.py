@@ -209,7 +209,7 @@ class Block(nn.Module):
         return x + self.dropout(ffn(self.ffn_norm(x)))
 
     def _add_ffn(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The stream with attention's output `mixed` and the feed-forward network added, without gradients."""
+        """The stream plus attention's output `mixed` and the feed-forward network's; without gradients."""
         size = self._part_tokens(x)
         if size is None:
             return self._add_to_rows(x, mixed)

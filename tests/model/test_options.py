@@ -143,7 +143,8 @@ def test_shifted_queries_keys_and_values_are_a_convolution_of_width_two():
     plain, new = Transformer(ModelConfig(**TINY)), Transformer(ModelConfig(**TINY, qkv_shift=True))
     assert new.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
     tokens_BL = torch.randint(0, 61, (2, 16))
-    torch.testing.assert_close(new(tokens_BL), plain(tokens_BL), atol=0, rtol=0)
+    with torch.no_grad():  # for training, the plain block alone is one operation, with other rounding
+        torch.testing.assert_close(new(tokens_BL), plain(tokens_BL), atol=0, rtol=0)
 
 
 def test_blocks_that_start_at_zero_are_the_identity_and_learn():
