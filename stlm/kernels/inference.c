@@ -13,7 +13,7 @@
 
 #include "elements.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -74,13 +74,37 @@ typedef struct {
     float *kv, *unshifted;
 } cache;
 
-/* The sum of a vector, always in the same order. */
-static inline float total(vector v) {
-    float sums[LANES];
-    memcpy(sums, &v, sizeof v);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) sums[i] += sums[i + n];
-    return sums[0];
+/* The sums of ROWS vectors, always in the same order: halves of a vector are added until one number is left. */
+static inline void totals(const vector *v, float *sums) {
+#if defined(__SSE2__)
+    __m128 quad[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+#if LANES == 16
+        __m512d all = _mm512_castps_pd((__m512)v[i]);
+        __m256 half = _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1));
+        half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), half);
+#elif LANES == 8
+        __m256 half = (__m256)v[i];
+#endif
+#if LANES == 4
+        quad[i] = (__m128)v[i];
+#else
+        quad[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#endif
+    }
+    __m128 one = _mm_add_ps(_mm_movelh_ps(quad[0], quad[1]), _mm_movehl_ps(quad[1], quad[0]));
+    __m128 two = _mm_add_ps(_mm_movelh_ps(quad[2], quad[3]), _mm_movehl_ps(quad[3], quad[2]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(one, two, 0x88), _mm_shuffle_ps(one, two, 0xdd)));
+#else
+    for (int i = 0; i < ROWS; i++) {
+        float own[LANES];
+        memcpy(own, v + i, sizeof own);
+        for (int n = LANES / 2; n; n /= 2)
+            for (int j = 0; j < n; j++) own[j] += own[j + n];
+        sums[i] = own[0];
+    }
+#endif
 }
 
 static inline vector load(const float *x) {
@@ -112,11 +136,11 @@ static inline vector from_bytes(const int8_t *x) {
 static inline __attribute__((always_inline)) void tile(const int rows, const int tokens, int64_t X, const float *w,
                                                        const float *x, int64_t ldx, float *y, int64_t ldy, int add,
                                                        float factor) {
-    vector sum[ROWS][TOKENS];
+    vector sum[TOKENS][ROWS];
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; i++)
+    for (int j = 0; j < tokens; j++)
 #pragma GCC unroll 4
-        for (int j = 0; j < tokens; j++) sum[i][j] = (vector){0};
+        for (int i = 0; i < ROWS; i++) sum[j][i] = (vector){0};
     int64_t k = 0;
     for (; k + LANES <= X; k += LANES) {
         vector right[TOKENS];
@@ -128,21 +152,21 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
             /* Where memory is the limit: the rows of the next tile. */
             if (tokens == 1) __builtin_prefetch(w + (i + rows) * X + k);
 #pragma GCC unroll 4
-            for (int j = 0; j < tokens; j++) sum[i][j] += left * right[j];
+            for (int j = 0; j < tokens; j++) sum[j][i] += left * right[j];
         }
     }
     if (k < X) {
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < tokens; j++)
-                sum[i][j] += load_some(w + i * X + k, X - k) * load_some(x + j * ldx + k, X - k);
+                sum[j][i] += load_some(w + i * X + k, X - k) * load_some(x + j * ldx + k, X - k);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; i++)
+    for (int j = 0; j < tokens; j++) {
+        float own[ROWS], *target = y + j * ldy;
+        totals(sum[j], own);
 #pragma GCC unroll 4
-        for (int j = 0; j < tokens; j++) {
-            float *target = y + j * ldy + i, result = factor * total(sum[i][j]);
-            *target = add ? *target + result : result;
-        }
+        for (int i = 0; i < rows; i++) target[i] = add ? target[i] + factor * own[i] : factor * own[i];
+    }
 }
 
 /* y [N, begin to end] (+)= factor x w^T, with x [N, X] and w [Y, X]. */
@@ -423,10 +447,9 @@ static inline void coarse_tile(int64_t R, const int8_t *w, const float *x, float
             sum[i] += from_bytes(w + i * R + k) * right;
         }
     }
-    for (int i = 0; i < ROWS; i++) {
-        y[i] = total(sum[i]);
+    totals(sum, y);
+    for (int i = 0; i < ROWS; i++)
         for (int64_t r = k; r < R; r++) y[i] += w[i * R + r] * x[r];
-    }
 }
 
 /* Puts a number into a heap of the `size` largest, of which the first is the least. */
