@@ -12,7 +12,7 @@ sides. Of several rounds the fastest counts.
     python benchmarks/evaluation.py --random paper --dtype float32 --benchmark mmlu --add
 
 times one benchmark with a model of random weights, of the shape of a study's baseline, and adds the result to
-the file, whose other results must have been made in the same way on the same machine. A benchmark that the file
+the file, whose other results must have been made in the same way on the same machine. One that the file
 already has gets further rounds.
 
 Writes results/benchmarks/evaluation.json after each benchmark.
