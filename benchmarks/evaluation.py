@@ -12,7 +12,8 @@ sides. Of several rounds the fastest counts.
     python benchmarks/evaluation.py --random paper --dtype float32 --benchmark mmlu --add
 
 times one benchmark with a model of random weights, of the shape of a study's baseline, and adds the result to
-the file, whose other results must have been made in the same way on the same machine.
+the file, whose other results must have been made in the same way on the same machine. One that the file
+already has gets further rounds.
 
 Writes results/benchmarks/evaluation.json after each benchmark.
 """
@@ -121,7 +122,7 @@ def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: 
         known = own.setdefault(dtype, {})
         measured, peak = known.setdefault("benchmarks", {}), known.get("peak_gflops", 0.0)
         for name in options.benchmark or SUITE:
-            measured[name] = _time(checkpoint, dtype, name, options)
+            measured[name] = _with_rounds_of(measured.get(name), _time(checkpoint, dtype, name, options))
             in_order = {one: measured[one] for one in SUITE if one in measured}
             peak = max(peak, peak_gflops(dtype, options.device))
             own[dtype] = {
@@ -132,6 +133,16 @@ def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: 
             write_json(options.output, content)
             print(line(model, dtype, name, measured[name]), flush=True)
         print(f"{model} {dtype}: {own[dtype]['suite']}", flush=True)
+
+
+def _with_rounds_of(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """The result `found` with the rounds of an earlier one, of the same weights and items."""
+    if before is None or before["weights_sha256"] != found["weights_sha256"]:
+        return found
+    rounds = {side: before["all_seconds"][side] + times for side, times in found["all_seconds"].items()}
+    best = {side: min(times) for side, times in rounds.items()}
+    ratio = round(best["lm_eval"] / best["stlm"], 2)
+    return {**found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
 
 
 def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
