@@ -21,9 +21,8 @@ from stlm.model.fused import RMSNorm, weight_gradient
 from stlm.model.projection import Dense
 from stlm.model.rotary import Rotary
 
-
-# The most weights of a matrix that is fused: each thread reads all of them for every 120 rows. At 1.6 million,
-# the library's own products are faster.
+# The most weights of a fused matrix: each thread reads all of them for every 120 rows. At 1.6 million, the
+# products of torch's library are faster.
 _LARGEST = 2**19
 
 

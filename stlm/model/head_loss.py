@@ -24,7 +24,7 @@ from stlm.model.fused import weight_gradient
 # float32 probabilities to stay in its cache.
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}
 _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
-# The most weights of a head whose products are our own: each thread reads all of them for every few positions,
+# The most weights of a head whose products are our own: each thread reads all of them for every few rows,
 # and of larger ones the processor's cache holds too little.
 _OWN_PRODUCTS = 2**21
 
