@@ -21,6 +21,10 @@ from stlm.model.fused import RMSNorm, weight_gradient
 from stlm.model.projection import Dense
 from stlm.model.rotary import Rotary
 
+# The most weights of a fused matrix: each thread reads all of them for every 120 rows. At 1.6 million, the
+# products of torch's library are faster.
+_LARGEST = 2**19
+
 
 def fuses(norm: nn.Module, part: nn.Module, matrices: tuple[nn.Module, ...], x_BLD: Tensor) -> bool:
     """Whether one operation can compute a block's half: `norm`, then `part`, whose products are `matrices`.
@@ -33,6 +37,8 @@ def fuses(norm: nn.Module, part: nn.Module, matrices: tuple[nn.Module, ...], x_B
     if kernels is None or kernels.product is None or type(norm) is not RMSNorm:
         return False
     if not all(type(matrix) is Dense and matrix.adapter is None for matrix in matrices):
+        return False
+    if max(matrix.weight.numel() for matrix in matrices) > _LARGEST:
         return False
     weights = (norm.weight, *(matrix.weight for matrix in matrices))
     plain = all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)

@@ -24,6 +24,9 @@ from stlm.model.fused import weight_gradient
 # float32 probabilities to stay in its cache.
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}
 _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
+# The most weights of a head whose products are our own: each thread reads all of them for every few rows,
+# and of larger ones the processor's cache holds too little.
+_OWN_PRODUCTS = 2**21
 
 
 def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
@@ -61,7 +64,11 @@ class _HeadLoss(torch.autograd.Function):
                 )
                 loss += losses / N
                 if wants_weight:
-                    part_VD = _weight_gradient(logits_CV, x_CD)
+                    part_VD = (
+                        weight_gradient(logits_CV, x_CD, *weight_VD.shape)
+                        if _own_products(x_CD, weight_in_VD)
+                        else logits_CV.T @ x_CD
+                    )
                     dweight_VD = part_VD.to(weight_VD.dtype) if begin == 0 else dweight_VD.add_(part_VD)
             # Divide by N here, in one pass over few elements, instead of dividing all logits.
             for gradient in (dx_ND, dweight_VD):
@@ -101,7 +108,7 @@ def _logits_and_losses(
         if least < 0 or most >= V:
             raise IndexError(f"targets from {least} to {most}, expected from 0 to {V - 1}")
         losses_C = x_CD.new_empty(C, dtype=torch.float32)
-        if kernels.head_loss is not None and x_CD.is_contiguous() and weight_VD.is_contiguous():
+        if _own_products(x_CD, weight_VD):
             logits_CV = x_CD.new_empty(C, V)
             if gradient and dx_CD is None:
                 dx_CD = torch.empty_like(x_CD)
@@ -118,12 +125,12 @@ def _logits_and_losses(
     return loss, logits_CV
 
 
-def _weight_gradient(dlogits_CV: Tensor, x_CD: Tensor) -> Tensor:
-    """The gradient [V, D] of the head's weights."""
+def _own_products(x_CD: Tensor, weight_VD: Tensor) -> bool:
+    """Whether the head's products are computed by our kernels."""
     kernels = kernels_for(x_CD)
-    if kernels is None or kernels.product_weight is None or not x_CD.is_contiguous():
-        return dlogits_CV.T @ x_CD
-    return weight_gradient(dlogits_CV, x_CD, dlogits_CV.shape[1], x_CD.shape[1])
+    if kernels is None or kernels.head_loss is None or weight_VD.numel() > _OWN_PRODUCTS:
+        return False
+    return x_CD.is_contiguous() and weight_VD.is_contiguous()
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, softcap: float, gradient: bool) -> Tensor:

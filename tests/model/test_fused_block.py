@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from stlm.kernels import library
 from stlm.kernels.library import kernels, kernels_for
 from stlm.model import fused_block, head_loss, transformer
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 
 own = kernels().by_type.get(torch.float32)
-pytestmark = pytest.mark.skipif(
-    own is None or own.product is None, reason=f"no kernels of products: {kernels().why_none or 'no AVX2'}"
+needs_products = pytest.mark.skipif(own is None or own.product is None, reason="no kernels of products")
+
+
+@pytest.mark.skipif(
+    own is None or own.product is not None or "avx2" not in Path("/proc/cpuinfo").read_text(),
+    reason="the tests here run by themselves, or no processor can run them",
 )
+def test_with_the_kernels_of_a_processor_without_avx512():
+    """The tests of this file, where this processor's own kernels have no products."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, library.MARCH: "haswell"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0 and "17 passed" in result.stdout, result.stdout
 
 
 def model_of(**changes) -> Transformer:
@@ -51,6 +71,7 @@ def fused(monkeypatch):
 
 
 # Widths that fill no panel, one tile and several blocks of them; more rows than a block has.
+@needs_products
 @pytest.mark.parametrize(
     "changes",
     [
@@ -77,6 +98,7 @@ def test_the_loss_and_all_gradients_are_those_of_the_modules(changes, fused, mon
         torch.testing.assert_close(gradient, expected[name], atol=2e-5 * scale, rtol=1e-4, msg=name)
 
 
+@needs_products
 def test_any_number_of_threads_gives_the_same_products():
     """All but the gains' gradients, whose sums over rows the threads share."""
     model = model_of()
@@ -94,6 +116,7 @@ def test_any_number_of_threads_gives_the_same_products():
                 assert torch.equal(gradient, results[0][1][name]), name
 
 
+@needs_products
 def test_a_module_with_a_hook_is_called(fused):
     model, seen = model_of(), []
     model.blocks[0].ffn.down.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -102,6 +125,7 @@ def test_a_module_with_a_hook_is_called(fused):
     assert len(seen) == 2 and fused == {"attention_half": 1, "feed_forward_half": 1}
 
 
+@needs_products
 def test_what_has_no_kernel_runs_its_modules(fused):
     tokens = torch.randint(131, (2, 71))
     for changes in (
@@ -115,6 +139,7 @@ def test_what_has_no_kernel_runs_its_modules(fused):
     assert not any(fused.values())
 
 
+@needs_products
 def test_frozen_matrices_get_no_gradient():
     model = model_of(tied=False)
     for parameter in (model.blocks[0].ffn.down.weight, model.blocks[1].attention.qkv.weight):
@@ -125,6 +150,7 @@ def test_frozen_matrices_get_no_gradient():
     assert "blocks.0.ffn.gate_up.weight" in gradients
 
 
+@needs_products
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_shows(bad):
     """In the rows that read it, and in no others."""
@@ -137,6 +163,7 @@ def test_what_is_no_number_shows(bad):
     assert not gradient[5].isfinite().any() and gradient[[4, 6]].isfinite().all()
 
 
+@needs_products
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 16, 1), (5, 3, 7), (130, 33, 300), (100, 64, 513), (37, 100, 256)]
 )
@@ -154,6 +181,7 @@ def test_products_of_any_shape(M, N, K):
     torch.testing.assert_close(gradient, add.T @ x, atol=1e-5 * M**0.5, rtol=1e-4)
 
 
+@needs_products
 def test_the_head_of_residuals_without_a_gradient():
     x, weight, targets = torch.randn(70, 24), torch.randn(50, 24, requires_grad=True), torch.arange(70) % 50
     assert kernels_for(x).head_loss is not None
