@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+@pytest.fixture
+def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test as where there are no kernels: torch counts no FLOPs in them, and they round otherwise."""
+    from stlm.kernels import library
+
+    monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "switched off by a test"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

@@ -7,12 +7,6 @@ import pytest
 from stlm.kernels import library
 
 
-@pytest.fixture
-def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test as where there are no kernels."""
-    monkeypatch.setattr(library, "kernels", lambda: library.Found({}, "switched off by a test"))
-
-
 @pytest.fixture(params=["kernels", "torch"])
 def operations(request: pytest.FixtureRequest) -> str:
     """Run a test with kernels, where there are some, and with torch's operations."""

@@ -86,7 +86,7 @@ def test_orders_are_as_drawn(order):
 
 
 @pytest.mark.parametrize("options", REDUCED, ids=str)
-def test_parameters_and_flops_are_those_counted_by_torch(options):
+def test_parameters_and_flops_are_those_counted_by_torch(options, torch_operations):
     """Unique parameters by group; products of matrices, those of shared ones at every use."""
     config = ModelConfig(**TINY, **options)
     model = build_model(config)
@@ -148,7 +148,7 @@ def test_depth_scales_the_projections_into_the_residual_stream_of_shared_layers_
 
 @pytest.mark.parametrize("sharing", [None, {"what": "all"}])
 @pytest.mark.parametrize("what", ["ffn", "attention", "all"])
-def test_a_model_with_adapters_starts_as_the_one_without(sharing, what):
+def test_a_model_with_adapters_starts_as_the_one_without(sharing, what, torch_operations):
     torch.manual_seed(3)
     plain = build_model(ModelConfig(**TINY, sharing=sharing))
     torch.manual_seed(3)

@@ -390,7 +390,7 @@ def test_the_teacher_reads_the_students_layout(make_run, monkeypatch):
     assert torch.equal(inputs, batch[:, :-1])
 
 
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(make_run):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(make_run, torch_operations):
     """One step of one row: the student's passes, both of its heads, the teacher's forward pass."""
     student, teacher = distilled(
         make_run, model={"dropout": 0.0, "embedding_rank": 8, "tied": False}, keys={"end": 0.5}

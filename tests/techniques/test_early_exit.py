@@ -330,7 +330,7 @@ def step_flops(model, objective: Objective, step: int) -> int:
     "options", [{}, {"embedding_rank": 9}, {"embedding_rank": 9, "tied": False}], ids=str
 )
 @pytest.mark.parametrize("technique", CURRICULA, ids=str)
-def test_the_exits_cost_what_torch_counts(technique, options, make_technique_run):
+def test_the_exits_cost_what_torch_counts(technique, options, make_technique_run, torch_operations):
     """Six steps in all; beside the plain model's, the steps multiply with the further heads alone."""
     technique = technique.model_copy(update={"p_max": 0.0})
     run = make_technique_run(
@@ -371,7 +371,7 @@ def test_what_rows_skip_is_left_out(schedule, make_technique_run):
     assert handed[0] == rows > handed[-1]
 
 
-def test_fewer_rows_are_fewer_flops_by_torchs_counter():
+def test_fewer_rows_are_fewer_flops_by_torchs_counter(torch_operations):
     model = random_model(EarlyExit(p_max=1.0, p_schedule="constant", scale=0.0)).train()
     matrices = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
 

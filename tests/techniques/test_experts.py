@@ -466,7 +466,7 @@ def test_layers_that_share_a_network_share_experts_and_not_routers():
 
 @each_keys
 @pytest.mark.parametrize("ffn", FFNS)
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(ffn, keys):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(ffn, keys, torch_operations):
     model = random_model(Experts(**keys), ffn=ffn)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(some_tokens(1))

@@ -315,7 +315,7 @@ def test_bfloat16_leaves_the_router_in_float32():
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("capacity", [0.125, 0.3])
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(threshold, capacity):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(threshold, capacity, torch_operations):
     model, dense = routed(threshold, capacity), random_model()
     for block in routed_blocks(model):
         block.training = True  # top-k, while attention is torch's

@@ -399,8 +399,7 @@ def test_training_draws_where_they_stand(layout):
     assert (other[:, 10:] - found[0][:, 10:]).abs().max() > 1e-2
 
 
-def test_training_with_drawn_places_costs_what_torch_counts(make_technique_run, monkeypatch):
-    monkeypatch.setattr("stlm.model.trie_attention.kernels_for", lambda x: None)  # torch does not see into it
+def test_training_with_drawn_places_costs_what_torch_counts(make_technique_run, torch_operations):
     run = make_technique_run(techniques=[ANSWER], model={"context": CONTEXT})
     model, counts = build_model(run.model, [ANSWER]), []
     for length in (CONTEXT, CONTEXT + 2 * (CONTEXT // 4)):
@@ -517,7 +516,7 @@ def test_vectors_are_trained_as_gains_are(make_technique_run):
 @each_kind
 @pytest.mark.parametrize("length", [CONTEXT, CONTEXT - 1])
 @pytest.mark.parametrize("options", [{}, {"embedding_rank": 9, "tied": False}], ids=str)
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(technique, length, options):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(technique, length, options, torch_operations):
     model, plain = random_model(technique, **options), random_model(**options)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(tokens(1, length))
@@ -528,7 +527,7 @@ def test_flops_are_torchs_but_for_the_upper_half_of_attention(technique, length,
     assert forward_flops(model.output, length) == forward_flops(plain.output, length)
 
 
-def test_documents_cost_as_much_as_one_row():
+def test_documents_cost_as_much_as_one_row(torch_operations):
     """Rows of documents are padded to the length that is counted."""
     read, counts = tokens(2), []
     read[0, 5], read[1, 7] = EOT, EOT

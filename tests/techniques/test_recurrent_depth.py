@@ -300,7 +300,7 @@ def counted_flops(model: Transformer) -> int:
 
 
 @each_norms
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(norms):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(norms, torch_operations):
     model = random_model(RecurrentDepth(blocks=2, passes=3, drawn=(2, 5), norms=norms))
     for own, passes in ((model, 3), *((find_readout(model, f"passes-{n}"), n) for n in (1, 2, 4, 5))):
         upper_half = (2 + 2 * passes) * 2 * 32 * CONTEXT**2
@@ -310,7 +310,7 @@ def test_flops_are_torchs_but_for_the_upper_half_of_attention(norms):
     )
 
 
-def test_training_costs_what_torch_counts(make_technique_run):
+def test_training_costs_what_torch_counts(make_technique_run, torch_operations):
     """Six steps of one to four passes; without attention, whose kernels for training torch does not count."""
     run = make_technique_run(techniques=[DRAWN], steps=6)
     objective = Objective(run)

@@ -218,7 +218,7 @@ def test_in_one_graph_it_is_the_same(ffn):
 
 
 @pytest.mark.parametrize("ffn", FFNS)
-def test_flops_are_torchs_but_for_the_upper_half_of_attention(ffn):
+def test_flops_are_torchs_but_for_the_upper_half_of_attention(ffn, torch_operations):
     model, plain = random_model(SeriesActivation(), ffn=ffn), random_model(ffn=ffn)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(some_tokens(1))
