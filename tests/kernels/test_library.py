@@ -156,13 +156,13 @@ def test_what_is_no_number_shows(dtype, bad):
     assert y[0].isfinite().all() and not y[1].isfinite().all()
     if own.attention is None:
         return
-    # From the value's position on; of those before, a block of 32 sees none of it.
-    qkv_BLSE, y_BLHE = torch.ones(2, 50, 4, 6, dtype=dtype), torch.empty(2, 50, 2, 6, dtype=dtype)
-    qkv_BLSE[1, 40, 3, 2] = bad
-    weights = torch.empty(4, own.attention_weights(50), dtype=dtype)
-    own.attention(2, 50, 2, 1, 6, qkv_BLSE, None, None, 0, None, y_BLHE, weights)
+    # From the value's position on; a block of 32 or 48 queries that ends before it sees none of it.
+    qkv_BLSE, y_BLHE = torch.ones(2, 70, 4, 6, dtype=dtype), torch.empty(2, 70, 2, 6, dtype=dtype)
+    qkv_BLSE[1, 60, 3, 2] = bad
+    weights = torch.empty(4, own.attention_weights(70), dtype=dtype)
+    own.attention(2, 70, 2, 1, 6, qkv_BLSE, None, None, 0, None, y_BLHE, weights)
     assert y_BLHE[0].isfinite().all() and y_BLHE[1, :32].isfinite().all()
-    assert not y_BLHE[1, 40:, :, 2].isfinite().any()
+    assert not y_BLHE[1, 60:, :, 2].isfinite().any()
 
 
 @needs_kernels
