@@ -28,7 +28,7 @@ from stlm.errors import UserError
 from stlm.files import atomic_path
 from stlm.integrity import check_seal, seal
 
-_NAMES = ("kernels.c", "attention.c", "products.c", "scoring.c", "inference.c")
+_NAMES = ("kernels.c", "attention.c", "scoring.c", "inference.c")
 SOURCES = tuple(Path(__file__).parent / name for name in _NAMES)
 _HEADER = Path(__file__).parent / "elements.h"
 SWITCH = "STLM_KERNELS"
@@ -52,13 +52,6 @@ _SIGNATURES = {
     "cross_entropy": "iiaafia",
     "attention": "iiiiiaaaiaaa",
     "attention_backward": "iiiiiaaaiaaa",
-    "product": "iiiaaiaa",
-    "product_weight": "iiiaaa",
-    "norm_product": "iiiaafaaaa",
-    "norm_product_backward": "iiiaaaaaaaai",
-    "feed_forward": "iiiaafaaaaaaia",
-    "feed_forward_backward": "iiiaaaaaaaiaaai",
-    "head_loss": "iiiaaafaaa",
     "trie_attention": "iiiiiiiiiiaaiaaafa",
     "log_sum": "iiaiaaa",
     "add_norm": "iiaaafaa",

@@ -53,9 +53,15 @@ class _Kernel(torch.autograd.Function):
         K, rest = divmod(S - heads, 2)
         if rest or K < 1 or heads % K:
             raise ValueError(f"{S} heads: {heads} of queries, and as many of keys as of values, do not fit")
-        sees_B1LL = checked_sees(sees_B1LL, B, L)
+        if sees_B1LL is not None:
+            if sees_B1LL.shape != (B, 1, L, L) or sees_B1LL.dtype != torch.bool:
+                found = f"{tuple(sees_B1LL.shape)} of {sees_B1LL.dtype}"
+                raise ValueError(
+                    f"expected which keys are seen as {(B, 1, L, L)} of torch.bool, found {found}"
+                )
+            sees_B1LL = sees_B1LL.contiguous()
         ctx.shape = B, L, heads, K, E
-        ctx.angles = angles_of(rope, B, L, E)
+        ctx.angles = _angles(rope, B, L, E)
         y_BLHE = qkv_BLSE.new_empty(B, L, heads, E)
         kernels = kernels_for(qkv_BLSE)
         weights = qkv_BLSE.new_empty(B * heads, kernels.attention_weights(L))
@@ -74,17 +80,7 @@ class _Kernel(torch.autograd.Function):
         return dqkv_BLSE, None, None, None
 
 
-def checked_sees(sees_B1LL: Tensor | None, B: int, L: int) -> Tensor | None:
-    """Which keys a query may see, as the kernel reads it; ValueError for another shape or type."""
-    if sees_B1LL is None:
-        return None
-    if sees_B1LL.shape != (B, 1, L, L) or sees_B1LL.dtype != torch.bool:
-        found = f"{tuple(sees_B1LL.shape)} of {sees_B1LL.dtype}"
-        raise ValueError(f"expected which keys are seen as {(B, 1, L, L)} of torch.bool, found {found}")
-    return sees_B1LL.contiguous()
-
-
-def angles_of(rope: Rotary | None, B: int, L: int, E: int) -> tuple[Tensor | None, Tensor | None, int]:
+def _angles(rope: Rotary | None, B: int, L: int, E: int) -> tuple[Tensor | None, Tensor | None, int]:
     """Cosines and sines, float32, and the stride between the batch's rows in them (0: shared by all rows)."""
     if rope is None:
         return None, None, 0

@@ -127,10 +127,3 @@ class _SwiGLU(torch.autograd.Function):
         gradient, F = torch.empty_like(gate_up), dy.shape[-1]
         kernels_for(dy).swiglu_backward(dy.numel() // F, F, dy.contiguous(), gate_up, gradient)
         return gradient
-
-
-def weight_gradient(dy: Tensor, x: Tensor, Y: int, X: int) -> Tensor:
-    """dy^T x [Y, X], computed in rows that the threads share: fastest with Y the longer side."""
-    gradient_YX = dy.new_empty(Y, X)
-    kernels_for(dy).product_weight(dy.numel() // Y, X, Y, dy, x, gradient_YX)
-    return gradient_YX

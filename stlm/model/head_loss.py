@@ -18,15 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stlm.kernels.library import kernels_for
-from stlm.model.fused import weight_gradient
 
 # The number of logits held at once, and of those in one softmax; on a CPU the latter is small enough for the
 # float32 probabilities to stay in its cache.
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}
 _PROBABILITIES = {"cpu": 2**20, "cuda": 2**28}
-# The most weights of a head whose products are our own: each thread reads all of them for every few rows,
-# and of larger ones the processor's cache holds too little.
-_OWN_PRODUCTS = 2**21
 
 
 def head_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float = 0.0) -> Tensor:
@@ -58,17 +54,12 @@ class _HeadLoss(torch.autograd.Function):
             for begin in range(0, N, positions):
                 here = slice(begin, begin + positions)
                 x_CD = x_in_ND[here]
-                dx_CD = dx_ND[here] if wants_x else None
-                losses, logits_CV = _logits_and_losses(
-                    x_CD, weight_in_VD, targets_N[here], softcap, wants_x or wants_weight, dx_CD
-                )
-                loss += losses / N
+                logits_CV = x_CD @ weight_in_VD.T
+                loss += _losses(logits_CV, targets_N[here], N, softcap, wants_x or wants_weight)
+                if wants_x:
+                    dx_ND[here] = logits_CV @ weight_in_VD
                 if wants_weight:
-                    part_VD = (
-                        weight_gradient(logits_CV, x_CD, *weight_VD.shape)
-                        if _own_products(x_CD, weight_in_VD)
-                        else logits_CV.T @ x_CD
-                    )
+                    part_VD = logits_CV.T @ x_CD
                     dweight_VD = part_VD.to(weight_VD.dtype) if begin == 0 else dweight_VD.add_(part_VD)
             # Divide by N here, in one pass over few elements, instead of dividing all logits.
             for gradient in (dx_ND, dweight_VD):
@@ -93,48 +84,16 @@ def _even_part(count: int, most: int) -> int:
     return -(-count // (64 * parts)) * 64
 
 
-def _logits_and_losses(
-    x_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, softcap: float, gradient: bool, dx_CD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and the logits [C, V] or, with `gradient`, the sum's gradient by them.
-
-    `dx_CD`, if given, receives the sum's gradient by `x_CD`.
-    """
-    kernels = kernels_for(x_CD)
-    if kernels is not None:
-        (C, D), V = x_CD.shape, len(weight_VD)
-        targets_C = targets_C.long().contiguous()
+def _losses(logits_CV: Tensor, targets_C: Tensor, count: int, softcap: float, gradient: bool) -> Tensor:
+    """The sum of the losses divided by `count`; with `gradient`, the sum's gradient replaces the logits."""
+    if (kernels := kernels_for(logits_CV)) is not None:
+        (C, V), targets_C = logits_CV.shape, targets_C.long().contiguous()
         least, most = (bound.item() for bound in targets_C.aminmax())
         if least < 0 or most >= V:
             raise IndexError(f"targets from {least} to {most}, expected from 0 to {V - 1}")
-        losses_C = x_CD.new_empty(C, dtype=torch.float32)
-        if _own_products(x_CD, weight_VD):
-            logits_CV = x_CD.new_empty(C, V)
-            if gradient and dx_CD is None:
-                dx_CD = torch.empty_like(x_CD)
-            kernels.head_loss(C, D, V, x_CD, weight_VD, targets_C, softcap, logits_CV, losses_C, dx_CD)
-            return losses_C.sum(), logits_CV
-        logits_CV = x_CD @ weight_VD.T
+        losses_C = logits_CV.new_empty(C, dtype=torch.float32)
         kernels.cross_entropy(C, V, logits_CV, targets_C, softcap, gradient, losses_C)
-        loss = losses_C.sum()
-    else:
-        logits_CV = x_CD @ weight_VD.T
-        loss = _losses(logits_CV, targets_C, softcap, gradient)
-    if dx_CD is not None:
-        dx_CD.copy_(logits_CV @ weight_VD)
-    return loss, logits_CV
-
-
-def _own_products(x_CD: Tensor, weight_VD: Tensor) -> bool:
-    """Whether the head's products are computed by our kernels."""
-    kernels = kernels_for(x_CD)
-    if kernels is None or kernels.head_loss is None or weight_VD.numel() > _OWN_PRODUCTS:
-        return False
-    return x_CD.is_contiguous() and weight_VD.is_contiguous()
-
-
-def _losses(logits_CV: Tensor, targets_C: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """The sum of the losses by torch's operations; with `gradient`, its gradient replaces the logits."""
+        return losses_C.sum() / count
     total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _PROBABILITIES[logits_CV.device.type] // logits_CV.shape[1])
     if torch.compiler.is_compiling():
@@ -149,7 +108,7 @@ def _losses(logits_CV: Tensor, targets_C: Tensor, softcap: float, gradient: bool
         wanted_R, largest_R = p_RV.gather(1, target_R1)[:, 0], p_RV.amax(dim=-1)
         p_RV = torch.softmax(p_RV, dim=-1, out=p_RV)
         # -log p of the target would be infinite if p underflows; the largest p never underflows.
-        total += (largest_R - p_RV.amax(dim=-1).log() - wanted_R).sum()
+        total += (largest_R - p_RV.amax(dim=-1).log() - wanted_R).sum() / count
         if gradient:
             p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand(len(targets_R), 1))
             if slope_RV is not None:

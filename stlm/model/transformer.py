@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
-from stlm.model.feed_forward import FFNS, SwiGLU, is_plain
+from stlm.model.feed_forward import FFNS, is_plain
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.fused import RMSNorm, add_and_norm, add_to
-from stlm.model.fused_block import attention_half, feed_forward_half, fuses
 from stlm.model.graphs import outside_graphs
 from stlm.model.head_loss import head_loss
 from stlm.model.layout import CausalRows, Layout, Stretched
@@ -96,7 +95,7 @@ class Attention(nn.Module):
         """Queries, keys and values [B, L, X], plus the weighted ones of the token before, if there is one."""
         return torch.addcmul(qkv_BLX, layout.before(qkv_BLX), self.shift.to(qkv_BLX.dtype))
 
-    def in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
+    def _in_blocks(self, x_BLD: Tensor, layout: Layout) -> bool:
         """Whether attention in blocks is faster; unrolled in a graph, it would take minutes to compile."""
         on_cpu = x_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
         return layout.in_rows and self.training and on_cpu and not self.dropout
@@ -137,7 +136,7 @@ class Attention(nn.Module):
             v_BLKE = v_BLKE + added_BLX.view(v_BLKE.shape).to(v_BLKE.dtype)
         if self.q_gain is not None:
             qk_BLHE = self._normalize(qk_BLHE)
-        in_blocks, scoring = self.in_blocks(x_BLD, layout), self._is_scoring(x_BLD)
+        in_blocks, scoring = self._in_blocks(x_BLD, layout), self._is_scoring(x_BLD)
         if (in_blocks or scoring) and (added_BLX is not None or self.q_gain is not None):
             qkv_BLHE = torch.cat([qk_BLHE, v_BLKE], dim=2)
         if scoring:
@@ -191,22 +190,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """As `Attention.forward`."""
         x = x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N]
-        # Without dropout, the kernels for training add the residual stream, too.
-        adds = not (self.training and self.dropout.p)
-        attention, ffn, learns = self.attention, self.ffn, torch.is_grad_enabled()
-        if learns and rows_N is None and added_BLX is None and self._fuses_attention(x_BLD, layout):
-            matrices, heads = (attention.qkv, attention.out), (attention.heads, attention.kv_heads)
-            y = attention_half(x, self.attention_norm, *matrices, heads, layout.sees, rope, residual=adds)
-            x = y if adds else x + self.dropout(y)
-        else:
-            mixed = attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
-            if not learns:
-                return self._add_ffn(x, mixed)
-            x = x + self.dropout(mixed)
-        if self._fuses_ffn(x):
-            y = feed_forward_half(x, self.ffn_norm, ffn.gate_up, ffn.down, residual=adds)
-            return y if adds else x + self.dropout(y)
-        return x + self.dropout(ffn(self.ffn_norm(x)))
+        mixed = self.attention(self.attention_norm(x_BLD), rope, layout, rows_N, added_BLX)
+        if not torch.is_grad_enabled():
+            return self._add_ffn(x, mixed)
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     def _add_ffn(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The stream plus attention's output `mixed` and the feed-forward network's; without gradients."""
@@ -236,20 +224,6 @@ class Block(nn.Module):
         hidden = self.ffn.hidden_width * (2 if torch.is_autocast_enabled("cpu") else 4)
         size = max(64, _PART_BYTES // hidden // 64 * 64)
         return size if x.numel() > size * x.shape[-1] else None
-
-    def _fuses_attention(self, x_BLD: Tensor, layout: Layout) -> bool:
-        part = self.attention
-        plain = type(part) is Attention and part.shift is None and part.q_gain is None
-        return (
-            plain
-            and part.in_blocks(x_BLD, layout)
-            and fuses(self.attention_norm, part, (part.qkv, part.out), x_BLD)
-        )
-
-    def _fuses_ffn(self, x: Tensor) -> bool:
-        part = self.ffn
-        plain = type(part) is SwiGLU and part.activation is F.silu
-        return plain and fuses(self.ffn_norm, part, (part.gate_up, part.down), x)
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
