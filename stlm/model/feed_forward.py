@@ -32,7 +32,6 @@ class SwiGLU(nn.Module):
         # One product computes gate and up: larger products come closer to the hardware's peak.
         self.joint_rows = {"gate_up": (config.ffn_width, config.ffn_width)}
         self.gate_up = projection(config, "ffn", "gate_up")
-        self.hidden_width = 2 * config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -50,7 +49,6 @@ class GELU(nn.Module):
         super().__init__()
         self.activation: Activation = F.gelu
         self.up = projection(config, "ffn", "up")
-        self.hidden_width = config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -64,7 +62,6 @@ class SquaredReLU(nn.Module):
         super().__init__()
         self.activation: Activation = squared_relu
         self.up = projection(config, "ffn", "up")
-        self.hidden_width = config.ffn_width
         self.down = projection(config, "ffn", "down")
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -72,6 +69,12 @@ class SquaredReLU(nn.Module):
 
 
 FFNS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu2": SquaredReLU}
+
+
+def hidden_numbers(ffn: nn.Module) -> int:
+    """How many hidden numbers one of these networks computes for a token: SwiGLU's gate and up count both."""
+    width = ffn.down.in_features
+    return 2 * width if isinstance(ffn, SwiGLU) else width
 
 
 def is_plain(ffn: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
-from stlm.model.feed_forward import FFNS, is_plain
+from stlm.model.feed_forward import FFNS, hidden_numbers, is_plain
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.fused import RMSNorm, add_and_norm, add_to
 from stlm.model.graphs import outside_graphs
@@ -221,7 +221,7 @@ class Block(nn.Module):
         """
         if x.device.type != "cpu" or not is_plain(self.ffn):
             return None
-        hidden = self.ffn.hidden_width * (2 if torch.is_autocast_enabled("cpu") else 4)
+        hidden = hidden_numbers(self.ffn) * (2 if torch.is_autocast_enabled("cpu") else 4)
         size = max(64, _PART_BYTES // hidden // 64 * 64)
         return size if x.numel() > size * x.shape[-1] else None
 

@@ -209,17 +209,18 @@ class Watch:
         attentions: list[tuple[Tensor, Tensor]] = []
 
         def visit(layer: str, part: str, output: Tensor) -> None:
-            figures[layer, f"{part}_rms"] = rms(output)
+            figures[layer, f"{part}_rms"] = rms(output.detach())
             if part == "attention" and attentions:
                 names = ("attention_logit_max", "attention_entropy")
                 figures.update({(layer, name): v for name, v in zip(names, attentions.pop(), strict=True)})
 
         def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **others):
-            attentions.append(attention_figures(query, key, attn_mask, is_causal, scale))
+            attentions.append(attention_figures(query.detach(), key.detach(), attn_mask, is_causal, scale))
 
         training = self._model.training
         self._model.eval()
-        with outputs(self._model, visit), _Attentions(attend):
+        # With gradients, as kernels for scoring show neither queries and keys nor whole outputs.
+        with torch.enable_grad(), outputs(self._model, visit), _Attentions(attend):
             self._hidden(tokens_BL)
         self._model.train(training)
         return figures

@@ -43,8 +43,8 @@ def test_the_page_draws_them_as_last_measured_and_not_among_the_lines(make_study
 
 
 def test_rows_of_many_values_have_no_labels(make_study, tmp_path):
+    study = make_study(ONE, benchmarks={})
     for count in (16, 17):
-        study = make_study(ONE, benchmarks={})
         path = study.runs["baseline"].folder / "watch.csv"
         rows = pd.read_csv(path)
         for number in range(1, count + 1):

@@ -211,6 +211,7 @@ def test_in_bfloat16_hidden_units_stay_so_and_gradients_are_finite(ffn):
 @pytest.mark.parametrize("ffn", FFNS)
 def test_in_one_graph_it_is_the_same(ffn):
     """Traced whole, which raises where the compiler would have to leave the graph."""
+    torch._dynamo.reset()  # it compiles the same code for eight models at most
     network = random_model(SeriesActivation(), ffn=ffn, layers=1).blocks[0].ffn
     x_BLD = torch.randn(2, 3, 32)
     compiled = torch.compile(network, backend="eager", fullgraph=True)

@@ -101,7 +101,7 @@ def test_learns_validates_and_says_what_it_cost(make_byte_run):
     )
     train(run)
     said = read_json(run.folder / "train.json")
-    assert said["parameters"] == parameter_counts(run.model)._asdict()
+    assert said["parameters"] == parameter_counts(run.model).record()
     meta = read_json(run.tokens_folder / "meta.json")["components"]["tiny"]["splits"]["train"]
     size = meta["bytes"] / (meta["tokens"] - meta["documents"])
     assert said["flops"] == pytest.approx(run.tokens * training_flops_per_token(run.model, size))
