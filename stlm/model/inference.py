@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from stlm.kernels.library import kernels
 from stlm.model.feed_forward import GELU, SquaredReLU, SwiGLU, squared_relu
 from stlm.model.fused import RMSNorm
-from stlm.model.projection import Dense, LowRank
+from stlm.model.projection import Adapter, Dense, LowRank
 from stlm.model.transformer import Attention, Transformer
 
 # The kinds of feed-forward networks, in the order of the kernel's numbers, with their activations.
@@ -101,6 +101,8 @@ def why_not(model: nn.Module) -> str | None:
                 f"a tensor is {tensor.dtype} on {tensor.device}; expected torch.float32 on cpu, without gaps"
             )
     tables = (model.embedding, model.output, *model.value_embeddings)
+    if model.config.positions == "learned":
+        tables += (model.positions,)
     if any(type(table) not in (nn.Embedding, nn.Linear) for table in tables) or model.output.bias is not None:
         return "an embedding or the head is of another kind"
     if type(model.norm) not in _NORMS:
@@ -122,6 +124,8 @@ def _why_not_block(block: nn.Module, model: Transformer) -> str | None:
         return "a norm is of another kind"
     if any(type(matrix) not in (Dense, LowRank) for matrix in _matrices(block)):
         return "a matrix is of another kind"
+    if any(type(matrix.adapter) not in (Adapter, type(None)) for matrix in _matrices(block)):
+        return "an adapter is of another kind"
     return None
 
 
@@ -148,12 +152,12 @@ class Inference:
         without = self._layers - len(model.value_embeddings)
         for number, table in enumerate(model.value_embeddings, without):
             self._blocks[number].values = self._address(table.weight)
-        self._model = self._describe(model)
-        self._head = model.output.weight
+        self._model, self._places = self._describe(model), model.most_places
+        self._head = model.output.weight.detach()
         # With bounded logits, several may be equal where the head's products are not.
         self._screens = not config.logit_softcap and self._head.numel() >= _LEAST_SCREENED
         self._screen: tuple[Tensor, ...] = ()
-        self._screened_version: int | None = None
+        self._screened: tuple[int, int] | None = None  # the state of the head that the screen is of
 
     def _describe(self, model: Transformer) -> _Model:
         config, address = model.config, self._address
@@ -212,7 +216,8 @@ class Inference:
     def _address(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self._kept.append(tensor)
+        # Detached, as a parameter may get other memory (`module.to`), while this is read.
+        self._kept.append(tensor.detach())
         return tensor.data_ptr()
 
     @classmethod
@@ -221,8 +226,9 @@ class Inference:
         if why_not(model) is not None:
             return None
         inference = cls(model)
-        if before is not None and before._head is inference._head:
-            inference._screen, inference._screened_version = before._screen, before._screened_version
+        state = inference._head_state()
+        if before is not None and state is not None and before._screened == state:
+            inference._screen, inference._screened = before._screen, state
             inference._model.screen = before._model.screen
         return inference
 
@@ -247,10 +253,15 @@ class Inference:
             screened = largest
         return self._pass(0, self._layers, None, tokens, rows, positions, cache, wanted, screened)
 
+    def _head_state(self) -> tuple[int, int] | None:
+        """What differs once the head changes, but for writes to its `.data`; None: torch counts none."""
+        head = self._head
+        return None if head.is_inference() else (head.data_ptr(), head._version)
+
     def _screen_head(self) -> None:
         """Make the head's copy in 8 bits if there is none or the head has changed since."""
         head_VR = self._head
-        if self._screened_version == head_VR._version:
+        if self._screen and self._screened == self._head_state():
             return
         V, R = head_VR.shape
         own = torch.empty(V, R, dtype=torch.int8), torch.empty(V), torch.empty(V)
@@ -258,7 +269,7 @@ class Inference:
         self._kernels.make_screen(
             V, R, head_VR.data_ptr(), ctypes.addressof(self._model) + _Model.screen.offset
         )
-        self._screen, self._screened_version = own, head_VR._version
+        self._screen, self._screened = own, self._head_state()
 
     def through(
         self,
@@ -297,6 +308,8 @@ class Inference:
         assert len(rows) == len(positions) == N
         # The kernel checks no index.
         assert 0 <= min(tokens) and max(tokens) < self._vocabulary, "a token is beyond the vocabulary"
+        assert M <= N and list(wanted) == sorted(wanted) and all(0 <= number < N for number in wanted)
+        assert 0 <= first <= last <= self._layers
         if cache is not None:
             memory = self._memory(cache)
             assert 0 <= min(rows) and max(rows) < memory.B
@@ -327,5 +340,7 @@ class Inference:
     def _memory(self, cache: KeysAndValues) -> _Cache:
         kv, unshifted = cache.kv, cache.unshifted
         assert kv.dtype == torch.float32 and kv.device.type == "cpu" and kv.is_contiguous()
-        assert len(kv) >= self._layers and kv.shape[3] == self._model.K
+        assert len(kv) >= self._layers and (kv.shape[3], kv.shape[5]) == (self._model.K, self._model.E)
+        assert kv.shape[4] <= self._places, f"{kv.shape[4]} places, the model has {self._places}"
+        assert unshifted.dtype == torch.float32 and unshifted.is_contiguous()
         return _Cache(kv.shape[2], kv.shape[4], kv.data_ptr(), unshifted.data_ptr())

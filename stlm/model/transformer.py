@@ -201,7 +201,7 @@ class Block(nn.Module):
         size = self._part_tokens(x)
         if size is None:
             return self._add_to_rows(x, mixed)
-        total = torch.empty_like(x)
+        total = x.new_empty(x.shape)  # without gaps, as its parts are written
         parts = [rows.flatten(0, -2).split(size) for rows in (x, mixed, total)]
         for x_ND, mixed_ND, total_ND in zip(*parts, strict=True):
             added_ND = self._add_to_rows(x_ND, mixed_ND, total_ND)

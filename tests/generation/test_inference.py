@@ -334,3 +334,31 @@ def test_nothing_is_read_or_written_outside(tokens: list, rows: list, positions:
     model = random_model()
     with pytest.raises(AssertionError):
         Inference(model).read(tokens, rows, positions, Cache(model.config, 1, CPU), [0])
+
+
+def test_memory_that_a_weight_leaves_is_kept_while_passes_read_it() -> None:
+    """`module.to` gives a parameter other memory; passes made before read what they were made of."""
+    model = random_model()
+    own, cache = Inference(model), Cache.of(model, 1, CPU)
+    expected = own.read([1], [0], [0], cache, [0])
+    with torch.no_grad():
+        model.double().float()
+        for parameter in model.parameters():
+            parameter.zero_()
+    kept = [torch.full_like(parameter, 7.0) for parameter in model.parameters()]
+    assert torch.equal(own.read([1], [0], [0], cache, [0]), expected) and kept
+
+
+@pytest.mark.parametrize("wanted", [[1], [-1], [0, 0]], ids=str)
+def test_logits_of_no_token_are_refused(wanted: list[int]) -> None:
+    model = random_model()
+    with pytest.raises(AssertionError):
+        Inference(model).read([1], [0], [0], Cache.of(model, 1, CPU), wanted)
+
+
+def test_a_cache_of_another_shape_is_refused() -> None:
+    model = random_model()
+    for more in ({"places": 2 * CONTEXT}, {"layers": 1}):
+        other = Cache(model.config, 1, CPU, **more)
+        with pytest.raises(AssertionError):
+            Inference(model).read([1], [0], [0], other, [0])
