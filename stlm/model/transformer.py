@@ -35,7 +35,7 @@ from stlm.model.projection import (
 )
 from stlm.model.rotary import Rotary, rope_tables, rotate
 
-# Of the hidden units that a feed-forward network holds at once in scoring on a CPU.
+# Bytes of hidden units that a feed-forward network holds at once in scoring on a CPU.
 _PART_BYTES = 2**23
 
 # RMSNorm (Zhang and Sennrich 2019) has a gain, LayerNorm (Ba et al. 2016) a gain and a bias.
@@ -218,8 +218,9 @@ class Block(nn.Module):
         """How many tokens at a time the feed-forward network processes in scoring on a CPU; None: all.
 
         So few that its hidden units stay in the processor's cache, and that the allocator keeps their memory.
+        A network with hooks gets all tokens, since the hooks see its output.
         """
-        if x.device.type != "cpu" or not is_plain(self.ffn):
+        if x.device.type != "cpu" or not is_plain(self.ffn) or self.ffn._forward_hooks:
             return None
         hidden = hidden_numbers(self.ffn) * (2 if torch.is_autocast_enabled("cpu") else 4)
         size = max(64, _PART_BYTES // hidden // 64 * 64)

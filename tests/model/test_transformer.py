@@ -181,3 +181,18 @@ def test_a_fresh_model_guesses_uniformly_and_masked_loss_is_a_sum():
         alone = torch.nn.functional.cross_entropy(model(x_BL)[1, :5], y_BL[1, :5], reduction="sum")
         assert model.loss(x_BL, y_BL, mask_BL).item() == pytest.approx(alone.item(), rel=1e-5)
         assert model.loss(x_BL, y_BL, torch.ones_like(mask_BL)).item() / 64 == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_network_with_hooks_gets_all_tokens_in_scoring(monkeypatch):
+    """Without hooks it computes parts of them, to the same output."""
+    model = Transformer(ModelConfig(**TINY)).eval()
+    monkeypatch.setattr("stlm.model.transformer._PART_BYTES", 1)
+    tokens_BL = torch.randint(0, model.config.vocab_size, (9, 16))
+    seen: list[int] = []
+    with torch.no_grad():
+        expected = model(tokens_BL)
+        hook = model.blocks[0].ffn.register_forward_hook(lambda _, given, output: seen.append(output.numel()))
+        found = model(tokens_BL)
+        hook.remove()
+    assert seen == [9 * 16 * model.config.width]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
