@@ -80,6 +80,17 @@ def tokenize(options: argparse.Namespace) -> None:
     )
 
 
+def teach(options: argparse.Namespace) -> None:
+    """Ask the teacher of a run about the text that the run will train on, once, and keep its answers."""
+    study = _study(options)
+    run = study.run(options.run)
+    from stlm.preflight import check_teaching
+    from stlm.teaching.teach import teach as teach_run
+
+    check_teaching(run)
+    teach_run(run)
+
+
 def train(options: argparse.Namespace) -> None:
     """Train one run of a study; after a kill, the same command continues from the last state."""
     study = _study(options)
@@ -334,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
         help="memory of the search for near-duplicate documents; changes no result of up to some million "
         "documents (default: 256)",
     )
+    verb(teach, of_study, of_run, overridable=True)
     verb(train, of_study, of_run, overridable=True)
     of_model = ("run", "a run of the study, or a model under its key `published`")
     verb(evaluate, of_study, of_model, overridable=True)

@@ -60,9 +60,31 @@ def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] |
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm train`` reads: tokens and, if it depends on other runs, their weights."""
+    """The folders that ``stlm train`` reads: tokens, weights of other runs, teachers' answers."""
+    return [*_text_and_weights(study, run), *_answers(run)]
+
+
+def _text_and_weights(study: Study, run: Run) -> list[str]:
     others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
     return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others)]
+
+
+def _answers(run: Run) -> list[str]:
+    return [str(folder) for technique in run.techniques.values() for folder in technique.inputs(run)]
+
+
+def teach_inputs(study: Study, run: Run) -> list[str]:
+    """The folders that ``stlm teach`` reads: those of training but for the answers, which it writes."""
+    return _text_and_weights(study, run)
+
+
+def taught(study: Study) -> dict[str, Run]:
+    """The folders of teachers' answers that the study's runs train on; the first of its runs makes each."""
+    found: dict[str, Run] = {}
+    for run in study.runs.values():
+        for folder in _answers(run):
+            found.setdefault(folder, run)
+    return found
 
 
 def evaluate_inputs(study: Study, run: Run) -> list[str]:
@@ -181,6 +203,13 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
             "cmd": f"stlm tokenize {corpus} {tokenizer}",
             "deps": tokenize_inputs(corpus, tokenizer, vocabularies),
             "outs": [f"data/tokens/{corpus}/{tokenizer}"],
+        }
+    for folder, run in taught(study).items():
+        # No parameters: the folder's name stands for them. It persists: the stage itself knows what to keep.
+        stages[f"teach-{study.name}-{run.name}"] = {
+            "cmd": f"stlm teach {study.name} {run.name}",
+            "deps": teach_inputs(study, run),
+            "outs": [{folder: {"persist": True}}],
         }
     for run in runs:
         stages |= _run_stages(study, run, present)

@@ -80,6 +80,8 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     for other in run.depends.values():
         with found.look():
             last_checkpoint(run, other)
+    with found.look():
+        check_answers(run)
     check_folders(found, run)
     if run.training.wandb:
         from stlm.training.tracking import check_tracking
@@ -93,6 +95,29 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     # Last, because it records the files that it has read only if nothing is wrong.
     check_benchmark_files(found, study.evaluation, raw)
     found.conclude(f"run {run.name}")
+
+
+def check_teaching(run: Run) -> None:
+    """Refuse to ask a run's teacher if it, or the text, is missing; UserError with all problems."""
+    from stlm.training.checkpoints import last_checkpoint
+
+    found = Findings()
+    with found.look():
+        check_tokens(run)
+    for other in run.depends.values():
+        with found.look():
+            last_checkpoint(run, other)
+    with found.look():
+        check_writable(Path("data/taught"))
+    found.conclude(f"run {run.name}")
+
+
+def check_answers(run: Run) -> None:
+    """Refuse to train on a teacher's answers that are not there."""
+    for technique in run.techniques.values():
+        for folder in technique.inputs(run):
+            if not (folder / "meta.json").exists():
+                raise UserError(f"{folder}: no such folder; run: stlm teach {run.study} {run.name}")
 
 
 def check_evaluation(name: str, results: Path, state: Path) -> None:

@@ -25,6 +25,8 @@ def _command(first: str, *rest: str) -> str | None:
             return f"run: stlm fetch {name}"
         case ("data", "tokens", corpus, tokenizer, *_) if rest[3:]:
             return f"run: stlm tokenize {corpus} {tokenizer}"
+        case ("data", "taught", corpus, tokenizer, folder, *_) if rest[4:]:
+            return "run: stlm teach STUDY RUN, for a run that reads these answers"
         case ("results", study, "runs", run, file) if file in names(EVALUATION):
             return f"run: stlm evaluate {study} {run}"
         case ("results", study, "published", model, _):

@@ -7,6 +7,7 @@ A technique is one file in this folder, named like its key under `techniques` in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -95,6 +96,19 @@ class Technique(BaseModel):
 
         Training begins with the weights of the role `start` (see `inherited`) and goes on in its text, as
         with `training.start_from`.
+        """
+        return {}
+
+    def inputs(self, run: Run) -> list[Path]:
+        """Folders that training reads besides tokens and the weights of other runs; both engines make them
+        first, by the stage that `stlm.engines` has for them."""
+        return []
+
+    def prepared(self, run: Run) -> dict[str, Any]:
+        """What a stage before training has computed for this run, as train.json records it; empty: nothing.
+
+        Its `seconds` count as the run's own, before the first step. Its `sha256` is part of the run's
+        fingerprint: weights depend on it.
         """
         return {}
 

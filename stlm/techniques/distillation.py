@@ -1,25 +1,36 @@
-"""Distillation: a run of the study teaches another (Hinton et al. 2015; the paper's section 2.2).
+"""Distillation: a model teaches a run (Hinton et al. 2015; the paper's section 2.2).
 
 Shapes: B rows, L positions, N = B L, C of them at a time, D the student's width, E the teacher's, V
-vocabulary, S sampled tokens.
+vocabulary, W the teacher's, S sampled tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from stlm.errors import UserError
+from stlm.files import read_record, record_sha256
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
+from stlm.teaching.config import TaughtConfig
+from stlm.teaching.loss import states_loss, taught_loss
+from stlm.teaching.names import settings, taught_folder
+from stlm.teaching.shards import META, AnswersMeta, TaughtText
 from stlm.techniques.base import Technique, refuse
 from stlm.tokens.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stlm.teaching.shards import Answers
+    from stlm.model.config import ModelConfig
     from stlm.model.transformer import Transformer
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
@@ -34,6 +45,7 @@ class Distillation(Technique):
     Kullback-Leibler divergence of the student's distribution from the teacher's, both at temperature T.
 
     The teacher is another run of the study, trained before. Its training and its forward pass are counted.
+    With `taught` a stage of its own asks it before training, once for each part of the text.
     """
 
     supports = frozenset(
@@ -63,12 +75,26 @@ class Distillation(Technique):
         "(Rawat et al. 2024).",
     )
 
+    # Omitted from records when null, so that records of earlier runs, without this key, compare equal.
+    taught: TaughtConfig | None = Field(
+        None,
+        exclude_if=lambda taught: taught is None,
+        description="What `stlm teach` keeps of the teacher's answers, which training then reads instead of "
+        "asking: see `techniques.distillation.taught`. null: training asks the teacher at every step.",
+    )
+
     _teacher: Transformer | None = PrivateAttr(default=None)
+    _answers: TaughtText | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Distillation:
         if self.begin >= self.end:
             raise ValueError(f"end: {self.end} is not above begin: {self.begin}")
+        if self.taught is not None and self.sampled_tokens is not None:
+            raise ValueError(
+                f"sampled_tokens: {self.sampled_tokens} tokens are drawn where training asks the teacher; "
+                "with taught, set taught.tokens instead"
+            )
         return self
 
     def neutral(self) -> bool:
@@ -109,9 +135,51 @@ class Distillation(Technique):
             raise ValueError(
                 f"end: between {self.begin} and {self.end} of {run.training.steps} steps there is none"
             )
+        if self.taught is not None:
+            self._check_taught(run, teacher.model)
 
-    def prepare(self, run: Run, device: torch.device, group: Group) -> None:
-        """Load the teacher's last checkpoint, without gradients and dropout.
+    def _check_taught(self, run: Run, teacher: ModelConfig) -> None:
+        """What is kept of the teacher's answers must exist, and fit the student."""
+        taught, context = self.taught, run.model.context
+        kept, size = "tokens" if taught.top_k is None else "top_k", run.model.vocab_size
+        if taught.kept >= size:
+            raise ValueError(f"taught.{kept}: {taught.kept} of a vocabulary of {size}; expected fewer")
+        if (window := taught.context) is not None:
+            if window % context:
+                near = max(1, round(window / context)) * context
+                raise ValueError(
+                    f"taught.context: {window} is no multiple of the run's context, {context}; nearest: "
+                    f"{near}"
+                )
+            if window > teacher.context:
+                raise ValueError(f"taught.context: {window} is above the teacher's, {teacher.context}")
+        if (states := taught.states) is None:
+            return
+        for whose, layers, most in (
+            ("the teacher", states.layers, teacher.layers),
+            ("the run", states.layers.values(), run.model.layers),
+        ):
+            if max(layers) > most:
+                raise ValueError(f"taught.states.layers: {max(layers)}: {whose} has {most} layers")
+        if (states.width or run.model.width) != teacher.width:
+            raise ValueError(
+                f"taught.states.width: {states.width} is not the teacher's width; expected {teacher.width}"
+            )
+
+    def build(self, model: Transformer) -> None:
+        """Add the matrices that map the student's states to the teacher's, where the widths differ."""
+        states = None if self.taught is None else self.taught.states
+        if states is not None and states.width is not None and not self.neutral():
+            layers = sorted(set(states.layers.values()))
+            model.state_projections = StateProjections(layers, model.config.width, states.width)
+
+    def inputs(self, run: Run) -> list[Path]:
+        """The folder of the teacher's answers, if a stage of its own asks for them."""
+        folder = taught_folder(run)
+        return [] if folder is None else [folder]
+
+    def load_teacher(self, run: Run, device: torch.device) -> Transformer:
+        """The teacher's last checkpoint, in evaluation mode, without gradients.
 
         Raises ``UserError`` where it is missing or damaged, or of another vocabulary.
         """
@@ -121,20 +189,66 @@ class Distillation(Technique):
         folder = last_checkpoint(run, run.depends["teacher"])
         check_tokenizer(folder.parent / "tokenizer", check_tokenizer(run.tokens_folder / "tokenizer"))
         teacher, _ = load_checkpoint(folder, device)
-        self._teacher = teacher.eval().requires_grad_(False)
+        return teacher.eval().requires_grad_(False)
 
-    def _taught(self, steps: int) -> range:
+    def prepare(self, run: Run, device: torch.device, group: Group) -> None:
+        """Load the teacher, or the answers that it has given."""
+        if (folder := taught_folder(run)) is None:
+            self._teacher = self.load_teacher(run, device)
+        else:
+            self.check_answers(run)
+            self._answers = TaughtText(folder)
+
+    def check_answers(self, run: Run) -> None:
+        """Raise ``UserError`` if the kept answers are those of another teacher, text or setting."""
+        from stlm.training.dependencies import read_dependencies
+
+        folder = taught_folder(run)
+        plan = read_record(folder / META, AnswersMeta).plan
+        expected = {
+            **settings(run, self),
+            "weights_sha256": read_dependencies(run)["teacher"].weights_sha256,
+            "tokens_sha256": record_sha256(run.tokens_folder / "meta.json"),
+        }
+        names = {"weights_sha256": "the teacher's weights", "tokens_sha256": "the text's tokens"}
+        for key, value in expected.items():
+            if plan.get(key) != value:
+                raise UserError(
+                    f"{folder / META}: {names.get(key, key)} changed since the teacher was asked: found "
+                    f"{plan.get(key)}, expected {value}; run: stlm teach {run.study} {run.name}"
+                )
+
+    def prepared(self, run: Run) -> dict[str, Any]:
+        """What asking the teacher has cost, whole, even if other runs read the same answers."""
+        folder = taught_folder(run)
+        if folder is None:
+            return {}
+        meta = read_record(folder / META, AnswersMeta)
+        costs = meta.model_dump(include={"positions", "tokens", "flops", "seconds"})
+        return {"folder": str(folder), "sha256": record_sha256(folder / META), **costs}
+
+    def taught_steps(self, steps: int) -> range:
         """The steps, from 1, of `steps` at which the teacher is asked."""
         return range(round(self.begin * steps) + 1, round(self.end * steps) + 1)
 
+    def taught_rows(self, run: Run) -> tuple[int, int]:
+        """The first of the training's rows that are taught, and the one after the last."""
+        training = run.training
+        steps, rows = self.taught_steps(training.steps), training.accumulation * training.batch_size
+        return (steps.start - 1) * rows, (steps.stop - 1) * rows
+
     def _share(self, steps: int) -> float:
-        return len(self._taught(steps)) / steps
+        return len(self.taught_steps(steps)) / steps
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
-        """The parts `next_token` and `distillation`; where the teacher is not asked, the latter is zero."""
+        """The parts `next_token` and `distillation`, and `states` where hidden states are imitated; where the
+        teacher is not asked, all but the first are zero."""
         zero = torch.zeros((), device=forward.tokens_BL.device)
-        if self.neutral() or forward.step not in self._taught(forward.steps):
-            return {"next_token": forward.next_token_loss(), "distillation": zero}
+        states = {} if self.taught is None or self.taught.states is None else {"states": zero}
+        if self.neutral() or forward.step not in self.taught_steps(forward.steps):
+            return {"next_token": forward.next_token_loss(), "distillation": zero, **states}
+        if self.taught is not None:
+            return self._from_answers(forward)
         next_token = (1 - self.weight) * forward.next_token_loss() if self.weight < 1 else zero
         student, teacher = forward.model, self._teacher
         with torch.no_grad():
@@ -151,22 +265,99 @@ class Distillation(Technique):
         )
         return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * divergence}
 
+    def _from_answers(self, forward: Forward) -> dict[str, Tensor]:
+        """The parts, of what the teacher has said about these rows."""
+        tokens_BL = forward.tokens_BL
+        answers = self._answers.answers(tokens_BL.cpu().numpy())
+
+        def flat(values_RLX: np.ndarray) -> Tensor:
+            return torch.from_numpy(values_RLX.reshape(tokens_BL.numel(), -1)).to(tokens_BL.device)
+
+        states = {} if self.taught.states is None else {"states": self._imitation(forward, answers, flat)}
+        ids_NK, log_q_NK = flat(answers.ids_RLK.astype(np.int64)), flat(answers.log_q_RLK)
+        log_rest_N = None if answers.log_rest_RL is None else flat(answers.log_rest_RL)[:, 0]
+        student, targets_N = forward.model, forward.targets_BL.reshape(-1)
+        head = (forward.hidden_ND, student.output.weight, targets_N, ids_NK, log_q_NK, log_rest_N)
+        softcap = student.config.logit_softcap
+        if self.temperature == 1:
+            # One pass over the logits has both parts, and the gradient of their sum.
+            loss, next_token, _ = taught_loss(*head, self.weight, 1.0, softcap)
+            next_token = (1 - self.weight) * next_token
+            return {"next_token": next_token, "distillation": loss - next_token, **states}
+        loss = taught_loss(*head, 1.0, self.temperature, softcap).loss
+        next_token = torch.zeros_like(loss)
+        if self.weight < 1:
+            next_token = (1 - self.weight) * forward.next_token_loss()
+        return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * loss, **states}
+
+    def _imitation(
+        self, forward: Forward, answers: Answers, flat: Callable[[np.ndarray], Tensor]
+    ) -> Tensor:
+        """The weighted loss on hidden states, the mean over pairs of layers."""
+        states, model = self.taught.states, forward.model
+        mine = sorted({layer - 1 for layer in states.layers.values()})
+        last = len(model.blocks) - 1
+        kept = forward.residuals(mine)
+        by_layer = dict(zip([number for number in mine if number < last], kept, strict=False))
+        losses = []
+        for theirs, own in states.layers.items():
+            state_ND = by_layer.get(own - 1, kept[-1]).flatten(0, 1)
+            if states.width is not None:
+                state_ND = model.state_projections(own, state_ND)
+            losses.append(states_loss(state_ND, flat(answers.states[theirs]), states.loss))
+        return states.weight * torch.stack(losses).mean()
+
     def extra_flops_per_token(self, run: Run) -> float:
-        """The teacher's forward pass, and the student's head once more, in the steps that are taught."""
+        """The teacher's forward pass, and the student's head once more, in the steps that are taught.
+
+        Of kept answers: what the teacher's passes cost as recorded, or, before it was asked, at most.
+        """
         if self.neutral():
             return 0.0
-        teacher, context = self.others["teacher"], run.model.context
-        network = build_on_meta(teacher.model, tuple(teacher.techniques.values()))
-        flops = forward_flops(network, context) / context
-        if self.weight < 1:
+        share, flops = self._share(run.training.steps), self._teacher_flops(run)
+        joint = self.taught is not None and self.temperature == 1
+        if self.weight < 1 and not joint:
             # Both parts of the loss compute the student's logits and their gradients.
             student = build_on_meta(run.model, tuple(run.techniques.values()))
-            flops += TRAINING_PASSES * forward_flops(student.output, 1)
-        return self._share(run.training.steps) * flops
+            flops += share * TRAINING_PASSES * forward_flops(student.output, 1)
+        if self.taught is not None and (states := self.taught.states) and states.width is not None:
+            matrices = len(states.layers) * run.model.width * states.width
+            flops += share * TRAINING_PASSES * 2 * matrices
+        return flops
+
+    def _teacher_flops(self, run: Run) -> float:
+        """FLOPs of the teacher's forward passes, for each token that the run trains on."""
+        folder = taught_folder(run)
+        if folder is not None and (folder / META).is_file():
+            return read_record(folder / META, AnswersMeta).flops / run.tokens
+        context = run.model.context if folder is None else self.taught.context or run.model.context
+        teacher = self.others["teacher"]
+        network = build_on_meta(teacher.model, tuple(teacher.techniques.values()))
+        return self._share(run.training.steps) * forward_flops(network, context) / context
 
     def extra_bytes(self, run: Run) -> float:
-        """See `Technique.extra_bytes`: the teacher's weights, in float32."""
-        return 4 * self.others["teacher"].parameters.total
+        """See `Technique.extra_bytes`: the teacher's weights, in float32; kept answers are mapped."""
+        return 0 if self.taught is not None else 4 * self.others["teacher"].parameters.total
+
+
+class StateProjections(nn.Module):
+    """Linear maps from the student's residual stream to the teacher's; training alone uses them."""
+
+    parameter_group = "state projections"
+    # Neither export nor a run that starts from this one needs the weights.
+    training_only: ClassVar[bool] = True
+
+    def __init__(self, layers: Iterable[int], width: int, teacher_width: int) -> None:
+        super().__init__()
+        maps = {str(layer): nn.Linear(width, teacher_width, bias=False) for layer in layers}
+        self.maps = nn.ModuleDict(maps)
+
+    def forward(self, layer: int, x_ND: Tensor) -> Tensor:
+        return self.maps[str(layer)](x_ND)
+
+    def flops(self, length: float) -> float:
+        """None in a forward pass of the model: see `Distillation.extra_flops_per_token`."""
+        return 0.0
 
 
 class _Divergence(torch.autograd.Function):

@@ -169,6 +169,7 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
     """The content of train.json."""
     setup, progress = state.setup, state.progress
     run, depends = setup.run, {role: one.record for role, one in setup.dependencies.items()}
+    before = sum(record["seconds"] for record in setup.prepared.values())
     validated = next(row for row in reversed(progress.rows) if "val_loss" in row)
     layers = {row["layer"]: row for row in state.watch.rows if row["step"] == validated["step"]}
     remarks = [remark for one in run.techniques.values() for remark in one.remarks(layers)]
@@ -177,10 +178,11 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "run": run.name,
         "parameters": run.parameters.record(),
         **({"depends": depends} if depends else {}),
+        **({"prepared": setup.prepared} if setup.prepared else {}),
         "steps": run.training.steps,
         "tokens": run.tokens,
         "seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(run.tokens / progress.seconds, 1),
+        "tokens_per_second": round(run.tokens / (progress.seconds - before), 1),
         "flops": run.flops,
         **(progress.parts or [state.environment])[-1],  # of the process that computed the last step
         # A run may have stopped and continued elsewhere, or with other code.

@@ -34,7 +34,9 @@ class TrainingState:
             "processor": processor_name(),
             "code": code_version(),
         }
-        self.take(Progress(kernels=setup.device.kernels, compiled=setup.device.compiled))
+        # What stages before training spent for this run counts as its own time.
+        spent = float(sum(record["seconds"] for record in setup.prepared.values()))
+        self.take(Progress(seconds=spent, kernels=setup.device.kernels, compiled=setup.device.compiled))
 
     def take(self, progress: Progress, watched: bool = True) -> None:
         """Continue from `progress`; `watched`: whether the leader watches the layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from stlm.study.runs import Run
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import check_tokenizer, load_tokenizer, tokens_table
 from stlm.training.config import RECORD_KEYS
-from stlm.training.dependencies import read_dependencies
+from stlm.training.dependencies import Dependency, read_dependencies
 from stlm.training.devices import Device, choose_device
 from stlm.training.difficulty import Reference
 from stlm.training.distributed import Group
@@ -23,6 +24,23 @@ from stlm.training.micro_batches import MicroBatches
 from stlm.training.objective import Objective, total
 from stlm.training.optimizers import build_optimizer
 from stlm.training.warm_start import inherit_weights
+
+
+class TrainingText:
+    """What a run reads: its micro-batches, and the reference that their order depends on, if there is one."""
+
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        dependencies: Mapping[str, Dependency],
+        group: Group | None = None,
+    ) -> None:
+        self.reference = Reference(run, device, group) if "reference" in dependencies else None
+        origin = dependencies.get("start")
+        # The text continues where the run that this one starts from stopped.
+        rows_before = origin.tokens // run.model.context if origin else 0
+        self.batches = MicroBatches(run, device, self.reference, rows_before)
 
 
 class Setup:
@@ -40,11 +58,9 @@ class Setup:
             self.device = replace(self.device, compiled=False)
         device = self.device.device
         self.dependencies = read_dependencies(run)
-        reference = Reference(run, device, group) if "reference" in self.dependencies else None
+        text = TrainingText(run, device, self.dependencies, group)
+        self.micro_batches = text.batches
         origin = self.dependencies.get("start")
-        # The text continues where the run that this one starts from stopped.
-        rows_before = origin.tokens // run.model.context if origin else 0
-        self.micro_batches = MicroBatches(run, device, reference, rows_before)
         # It is copied to the checkpoints at the end; they are of no use without it.
         check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
         _check_vocabulary(run)
@@ -54,7 +70,10 @@ class Setup:
         if origin:
             inherit_weights(self.model, origin)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
-        self.fingerprint = self._fingerprint(reference)
+        # What stages before training have computed for the run, by technique.
+        prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
+        self.prepared = {name: record for name, record in prepared.items() if record}
+        self.fingerprint = self._fingerprint(text.reference)
 
     def _fingerprint(self, reference: Reference | None) -> str:
         run, weights = self.run, {role: one.weights_sha256 for role, one in self.dependencies.items()}
@@ -68,8 +87,13 @@ class Setup:
                 "precision": self.device.precision,
                 **({"depends": weights} if weights else {}),
                 **({"difficulty": reference.given} if reference else {}),
+                **({"prepared": prepared} if (prepared := self._prepared_sha256) else {}),
             }
         )
+
+    @property
+    def _prepared_sha256(self) -> dict[str, str]:
+        return {name: record["sha256"] for name, record in self.prepared.items()}
 
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
         """The head's input as in training, but without torch.compile, whose graphs hold no hooks."""

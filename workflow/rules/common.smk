@@ -145,6 +145,24 @@ def tokenize_inputs(wildcards) -> list[str]:
     return engines.tokenize_inputs(wildcards.corpus, wildcards.tokenizer)
 
 
+def teach_inputs(wildcards) -> list[str]:
+    return engines.teach_inputs(STUDY, taught_run(wildcards))
+
+
+def taught_run(wildcards):
+    """The first of the runs that train on these answers of a teacher."""
+    return TAUGHT[f"data/taught/{wildcards.corpus}/{wildcards.tokenizer}/{wildcards.answers}"]
+
+
+def teach_arguments(wildcards, threads) -> str:
+    """The study and the run, as arguments of `stlm teach`.
+
+    Takes `threads` like `set_arguments`: the folder's name stands for all that the answers depend on,
+    whichever run asks for them.
+    """
+    return f"{STUDY.name} {taught_run(wildcards).name}"
+
+
 def train_inputs(wildcards) -> list[str]:
     return engines.train_inputs(STUDY, STUDY.run(wildcards.run))
 
@@ -213,6 +231,7 @@ def finish() -> None:
 
 
 STUDY, FETCHED = load()
+TAUGHT = engines.taught(STUDY)
 UNRECORDED = workflow.is_main_process and recording.unrecorded(STUDY)
 # Rules that can use all threads request this number; Snakemake reduces it to --cores.
 MACHINE = os.cpu_count() or 1
