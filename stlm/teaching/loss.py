@@ -186,7 +186,9 @@ def _softmax(
     targets, where it is undefined."""
     if temperature == 1 and (kernels := kernels_for(logits_CV)) is not None:
         losses_C = logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
-        kernels.cross_entropy(*logits_CV.shape, logits_CV, targets_C.contiguous(), softcap, gradient, losses_C)
+        kernels.cross_entropy(
+            *logits_CV.shape, logits_CV, targets_C.contiguous(), softcap, gradient, losses_C
+        )
         return losses_C + z_C
     z_CV, slope_CV = _bounded(logits_CV.float(), softcap)
     log_sum_C = torch.logsumexp(z_CV / temperature, dim=1)

@@ -113,7 +113,9 @@ def teach(run: Run, progress: bool = True) -> Path:
     return folder
 
 
-def _plan(run: Run, technique: Distillation, parts: list[Part], weights: str, device: Device) -> dict[str, Any]:
+def _plan(
+    run: Run, technique: Distillation, parts: list[Part], weights: str, device: Device
+) -> dict[str, Any]:
     """Everything that the answers depend on: others are not kept."""
     return {
         "format": _FORMAT,

@@ -29,10 +29,10 @@ from stlm.tokens.tokenizer import check_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stlm.teaching.shards import Answers
     from stlm.model.config import ModelConfig
     from stlm.model.transformer import Transformer
     from stlm.study.runs import Run
+    from stlm.teaching.shards import Answers
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
 
@@ -290,9 +290,7 @@ class Distillation(Technique):
             next_token = (1 - self.weight) * forward.next_token_loss()
         return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * loss, **states}
 
-    def _imitation(
-        self, forward: Forward, answers: Answers, flat: Callable[[np.ndarray], Tensor]
-    ) -> Tensor:
+    def _imitation(self, forward: Forward, answers: Answers, flat: Callable[[np.ndarray], Tensor]) -> Tensor:
         """The weighted loss on hidden states, the mean over pairs of layers."""
         states, model = self.taught.states, forward.model
         mine = sorted({layer - 1 for layer in states.layers.values()})
