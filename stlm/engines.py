@@ -60,9 +60,10 @@ def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] |
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm train`` reads: tokens and, if it depends on other runs, their weights."""
+    """The folders that ``stlm train`` reads: tokens, and the weights of what it depends on."""
     others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
-    return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others)]
+    models = dict.fromkeys(f"data/raw/{name}" for name in run.sources.values())
+    return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others), *models]
 
 
 def evaluate_inputs(study: Study, run: Run) -> list[str]:

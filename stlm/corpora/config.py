@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -304,6 +304,16 @@ class VocabularyEntry(_Entry):
     sha256: dict[str, Sha256] = Field(
         min_length=1, description="Output file -> its SHA-256, the same for every source."
     )
+    sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
+
+
+class ModelEntry(_Entry):
+    """A published model of the Llama layout."""
+
+    origin: str = Field(default="", description="Where it comes from.")
+    tokens: int | None = Field(default=None, description="Tokens that it was trained on.")
+    prefix: str | None = Field(default=None, description="The token that starts a text.")
+    model: dict[str, Any] = Field(description="Keys of `model` in a study.")
     sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
 
 

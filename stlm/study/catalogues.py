@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
+from stlm.corpora.config import BenchmarkEntry, CorpusEntry, ModelEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.study.strict import read_yaml, validate
 
@@ -56,3 +56,9 @@ def load_benchmarks(root: Path = Path()) -> dict[str, BenchmarkEntry]:
 def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
     """The published vocabularies by name, from params/vocabularies.yaml."""
     return _catalogue(root, "vocabularies", VocabularyEntry)
+
+
+def load_models(root: Path = Path()) -> dict[str, ModelEntry]:
+    """The published models by name, from params/models.yaml; none where there is no such file."""
+    there = (root / PARAMS / "models.yaml").is_file()
+    return _catalogue(root, "models", ModelEntry) if there else {}
