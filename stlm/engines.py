@@ -22,10 +22,11 @@ from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
 from stlm.manifests import Manifests, model_manifest, refresh_all
 from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.strict import read_yaml
+from stlm.tokens.names import hf_name
 
 DVC_FILE = Path("dvc.yaml")
 # Stages with this prefix list what DVC watches on this machine; they differ on other machines.
@@ -60,13 +61,14 @@ def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] |
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm train`` reads: tokens, weights of other runs, teachers' answers."""
+    """The folders that ``stlm train`` reads: tokens, weights, teachers' answers."""
     return [*_text_and_weights(study, run), *_answers(run)]
 
 
 def _text_and_weights(study: Study, run: Run) -> list[str]:
     others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
-    return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others)]
+    models = dict.fromkeys(f"data/raw/{name}" for name in run.sources.values())
+    return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others), *models]
 
 
 def _answers(run: Run) -> list[str]:
@@ -100,9 +102,13 @@ def contamination_inputs(study: Study) -> list[str]:
 
 
 def published_inputs(study: Study, published: PublishedModel) -> list[str]:
-    """The inputs of ``stlm evaluate`` for a published model: its manifest, test text and benchmarks."""
+    """The inputs of ``stlm evaluate`` for a published model: its files, test text and benchmarks.
+
+    A fetched model's files are its folder; another's are known by their manifest.
+    """
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
-    return [str(model_manifest(published)), str(published.tokens_folder), *benchmarks]
+    files = model_manifest(published) if published.model is None else published.place
+    return [str(files), str(published.tokens_folder), *benchmarks]
 
 
 def report_inputs(study: Study) -> list[str]:
@@ -126,6 +132,7 @@ def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
         "corpora": load_corpora(root),
         "benchmarks": load_benchmarks(root),
         "vocabularies": load_vocabularies(root),
+        "models": load_models(root),
     }
 
 
@@ -160,8 +167,17 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     catalogues = _catalogues(root)
     tokenizers = {run.tokenizer for run in study.runs.values()}
     vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
-    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks))
+    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks), *models_of(study))
     return {name: _source_entries(name, catalogues) for name in names}
+
+
+def models_of(study: Study) -> list[str]:
+    """The names in params/models.yaml that the study needs: scored, started from or taught by, tokenizers."""
+    scored = [published.model for published in study.published.values()]
+    read = [name for run in study.runs.values() for name in run.sources.values()]
+    tokenizers = [hf_name(run.tokenizer) for run in study.runs.values()]
+    names = (*scored, *read, *(name.model for name in tokenizers if name is not None))
+    return [name for name in dict.fromkeys(names) if name is not None]
 
 
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -173,8 +189,9 @@ def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]
     }
     for name, model in study.published.items():
         key = (f"{WATCH}{study.name}-{name}", f"stlm fingerprint {study.name} {name}")
-        here = (root / model.folder).is_dir()
-        watched[*key, str(model_manifest(model))] = [model.folder] if here else []
+        if model.folder is not None:
+            here = (root / model.folder).is_dir()
+            watched[*key, str(model_manifest(model))] = [model.folder] if here else []
     return {
         stage: {"cmd": command, "deps": deps, "outs": [{path: {"cache": False, "persist": True}}]}
         for (stage, command, path), deps in watched.items()

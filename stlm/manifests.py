@@ -29,7 +29,7 @@ from stlm.corpora.fingerprint import (
 from stlm.corpora.sources import matched_files
 from stlm.errors import UserError, nearest
 from stlm.files import disk_errors, read_json, write_json
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Study
 
@@ -59,6 +59,7 @@ class Manifests:
             **self._corpora,
             **load_benchmarks(root),
             **load_vocabularies(root),
+            **load_models(root),
         }
 
     def path(self, name: str) -> Path | None:
@@ -139,7 +140,9 @@ class Manifests:
         return ", ".join(os.readlink(link) for link in links if link.is_symlink())
 
     def refresh_model(self, model: PublishedModel) -> bool:
-        """Write the manifest of a published model for its present files; whether it changed."""
+        """Write the manifest of a published model's folder for its present files; whether it changed."""
+        if model.model is not None:
+            return False  # fetched like the data, whose sources have manifests of their own
         path = self.root / model_manifest(model)
         now = self._of_model(model)
         return _write(path, _json(now) if now else _read(path) or None)
@@ -150,14 +153,16 @@ class Manifests:
         return now is not None and _json(now) != _read(self.root / model_manifest(model))
 
     def _of_model(self, model: PublishedModel) -> Fingerprint | None:
-        now = of_folder(self.root / model.folder, MODEL_FILES, self._digests)
+        if model.model is not None:
+            return None
+        now = of_folder(self.root / model.place, MODEL_FILES, self._digests)
         self._digests.save()
         return now
 
     def _parts(self, name: str) -> dict[str, Entry]:
         if name not in self._entries:
             raise UserError(
-                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies}}.yaml"
+                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies,models}}.yaml"
                 f"{nearest(name, self._entries)}"
             )
         return components(self._entries[name], self._corpora)

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from stlm.errors import UserError, shortened
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
+
+
+class HfName(NamedTuple):
+    """The parts of `hf:MODEL` or `hf:MODEL:N`."""
+
+    model: str
+    size: int | None
+
+
+def hf_name(tokenizer: str) -> HfName | None:
+    """The parts of the name of a published model's tokenizer; None for other kinds."""
+    kind, _, rest = tokenizer.partition(":")
+    model, _, size = rest.partition(":")
+    return HfName(model, int(size) if size else None) if kind == "hf" else None
+
 
 LEAST, MOST = 258, 1_000_000
 

@@ -27,7 +27,10 @@ from stlm.training.warm_start import inherit_weights
 
 
 class TrainingText:
-    """What a run reads: its micro-batches, and the reference that their order depends on, if there is one."""
+    """What a run reads: its micro-batches, and the reference that their order depends on, if there is one.
+
+    `tokens_before`: those of the text that were read before, by what the run starts from.
+    """
 
     def __init__(
         self,
@@ -38,8 +41,9 @@ class TrainingText:
     ) -> None:
         self.reference = Reference(run, device, group) if "reference" in dependencies else None
         origin = dependencies.get("start")
-        # The text continues where the run that this one starts from stopped.
-        rows_before = origin.tokens // run.model.context if origin else 0
+        # The text may continue where the run that this one starts from stopped.
+        self.tokens_before = origin.text_tokens if origin and origin.goes_on(run) else 0
+        rows_before = self.tokens_before // run.model.context
         self.batches = MicroBatches(run, device, self.reference, rows_before)
 
 
@@ -68,7 +72,8 @@ class Setup:
         self.objective.prepare(device, group)
         self.model = _build(run, device)
         if origin:
-            inherit_weights(self.model, origin)
+            origin.record["text_tokens"] = text.tokens_before
+            inherit_weights(self.model, origin, run)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         # What stages before training have computed for the run, by technique.
         prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
