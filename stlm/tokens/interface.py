@@ -22,6 +22,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eot: int
+    eot_spelling: str = EOT
     files: Mapping[str, bytes]  # what `save` writes in addition to the description
 
     @property

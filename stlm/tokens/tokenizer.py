@@ -1,9 +1,10 @@
-"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, bytes, and chunks of bytes.
+"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, those of published models
+(`stlm.tokens.published`), bytes, and chunks of bytes.
 
-All are byte-level: `decode(encode(text))` is the text, for every text that UTF-8 can hold. The end-of-text
-token has the last id; `encode` never returns it, whatever the text contains.
+All are byte-level: `decode(encode(text))` is the text, for every text that UTF-8 can hold. `encode` never
+returns the end-of-text token, whatever the text contains. It has the last id, except in `hf:NAME`.
 
-Both byte-pair kinds are encoded by tiktoken. The library that trains ours could encode too, with the same
+All byte-pair kinds are encoded by tiktoken. The library that trains ours could encode too, with the same
 tokens, but took 8 times as long on books (4 against 27-38 MB/s on two cores).
 """
 
@@ -24,7 +25,8 @@ from stlm.remedy import remedy
 from stlm.tokens.byte_pairs import GPT2, BytePairs, letters
 from stlm.tokens.chunks import Chunker, ChunkTable, Pieces, chunk_table, cuts_chunks, make_chunker
 from stlm.tokens.interface import DESCRIPTION, EOT, Tokenizer
-from stlm.tokens.names import bpe_size
+from stlm.tokens.names import KINDS, bpe_size, hf_name
+from stlm.tokens.published import PARENT, TOKENIZER, PublishedTokenizer
 
 # The digests that tiktoken itself checks for GPT-2's published vocabulary.
 GPT2_SHA256 = {
@@ -107,6 +109,8 @@ def chunker_of(tokenizer: Tokenizer) -> Chunker:
     """The chunker of a byte-level model: at the tokens of a tokenizer, or that of a chunk tokenizer."""
     if isinstance(tokenizer, ChunkTokenizer):
         return tokenizer.chunker
+    if isinstance(tokenizer, PublishedTokenizer):
+        raise UserError(f"tokenizer: {tokenizer.name} cuts no chunks for byte-level models (model.bytes)")
     tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
     return Pieces(
         tokenizer.name,
@@ -188,6 +192,8 @@ def _files_of(name: str) -> list[str]:
         return list(GPT2_SHA256)
     if cuts_chunks(name):
         return ["chunks.bin", "chunk-lengths.bin"]
+    if hf_name(name) is not None:
+        return [TOKENIZER, PARENT]
     bpe_vocab_size(name)
     return ["tokenizer.json"]
 
@@ -201,6 +207,8 @@ def _from_files(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenize
             return ChunkTokenizer.of(name, files)
         if name == "gpt2":
             return BpeTokenizer(name, _gpt2_ranks(files[file]), files)
+        if hf_name(name) is not None:
+            return PublishedTokenizer.of(name, files)
         return trained_tokenizer(name, files[file])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
@@ -229,9 +237,7 @@ def bpe_vocab_size(name: str) -> int:
     size = bpe_size(name)
     if size is None:
         hint = nearest(name, ["gpt2", "bytes", "bpe-4096", "words", "spaces", "stride-4"])
-        raise UserError(
-            f"unknown tokenizer {name!r}: expected gpt2, bytes, bpe-N, words, spaces or stride-N{hint}"
-        )
+        raise UserError(f"unknown tokenizer {name!r}: expected {KINDS}{hint}")
     return size
 
 
