@@ -34,17 +34,17 @@ def _study(options: argparse.Namespace):
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Fetch a corpus, mix, benchmark or vocabulary into data/raw/NAME/."""
+    """Fetch a corpus, mix, benchmark, vocabulary or published model into data/raw/NAME/."""
     from stlm.corpora.fetch import fetch as fetch_entry
     from stlm.errors import nearest, shortened
-    from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+    from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 
     corpora = load_corpora()
-    entries = {**corpora, **load_benchmarks(), **load_vocabularies()}
+    entries = {**corpora, **load_benchmarks(), **load_vocabularies(), **load_models()}
     if options.name not in entries:
         raise UserError(
-            f"{shortened(options.name)!r} is in none of params/corpora.yaml, benchmarks.yaml and "
-            f"vocabularies.yaml{nearest(options.name, entries)}"
+            f"{shortened(options.name)!r} is in none of params/corpora.yaml, benchmarks.yaml, "
+            f"vocabularies.yaml and models.yaml{nearest(options.name, entries)}"
         )
     mirror = options.mirror or os.environ.get("STLM_MIRROR")
     mirror = Path(mirror).expanduser() if mirror else None

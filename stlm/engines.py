@@ -22,7 +22,7 @@ from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
 from stlm.manifests import Manifests, model_manifest, refresh_all
 from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.strict import read_yaml
@@ -104,6 +104,7 @@ def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
         "corpora": load_corpora(root),
         "benchmarks": load_benchmarks(root),
         "vocabularies": load_vocabularies(root),
+        "models": load_models(root),
     }
 
 

@@ -1,4 +1,4 @@
-"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies."""
+"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies, published models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from stlm.corpora.config import BenchmarkEntry, CorpusEntry, VocabularyEntry
+from stlm.corpora.config import BenchmarkEntry, CorpusEntry, ModelEntry, VocabularyEntry
 from stlm.errors import UserError, nearest
 from stlm.study.strict import read_yaml, validate
 
 PARAMS = Path("params")
-CATALOGUES = ("corpora", "benchmarks", "vocabularies")
+CATALOGUES = ("corpora", "benchmarks", "vocabularies", "models")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -56,3 +56,8 @@ def load_benchmarks(root: Path = Path()) -> dict[str, BenchmarkEntry]:
 def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
     """The published vocabularies by name, from params/vocabularies.yaml."""
     return _catalogue(root, "vocabularies", VocabularyEntry)
+
+
+def load_models(root: Path = Path()) -> dict[str, ModelEntry]:
+    """The published models by name, from params/models.yaml; none in a project without that file."""
+    return _catalogue(root, "models", ModelEntry) if (root / PARAMS / "models.yaml").is_file() else {}
