@@ -14,7 +14,7 @@ KINDS = "gpt2, bytes, bpe-N, hf:NAME, hf:NAME:N, words, spaces or stride-N"
 
 
 class HfName(NamedTuple):
-    """`hf:NAME` (`size` is None) or `hf:NAME:N`: a model in params/models.yaml, and how many of its tokens."""
+    """`hf:NAME` (`size` is None) or `hf:NAME:N`: a model of params/models.yaml, how many of its tokens."""
 
     model: str
     size: int | None

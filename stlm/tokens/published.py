@@ -1,7 +1,8 @@
 """The tokenizer of a published model (`hf:NAME`): its `tokenizer.json`, where that is a byte-level BPE.
 
-Ids are the model's, those of `transformers` with `split_special_tokens`: special tokens in a text are ordinary
-text. Every text comes back, also where the published tokenizer loses characters (see `Vocabulary.of`).
+Ids are the model's, those of `transformers` with `split_special_tokens`: special tokens in a text are
+ordinary text. Every text comes back, also where the published tokenizer loses characters (see
+`Vocabulary.of`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ class Vocabulary:
         merges were done as for its bytes alone.
         """
         products = self.products
-        if any(a >= b for a, b in zip(products, products[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(products)):
             return None
         made = self.encode_pieces(self.tokens)
         if any(made[id_] != [id_] for id_ in range(len(made)) if id_ not in self.special):
@@ -202,8 +204,8 @@ def _stand_in(tokens: list[str], special: set[int], keep: int) -> set[int]:
     spare = sorted(special - {keep})
     if len(absent) > len(spare):
         raise NotByteLevelError(
-            f"model.vocab: no token for {len(absent)} bytes that texts may have, first 0x{absent[0]:02X}, and "
-            f"only {len(spare)} special tokens to write them with"
+            f"model.vocab: no token for {len(absent)} bytes that texts may have, first 0x{absent[0]:02X}, "
+            f"and only {len(spare)} special tokens to write them with"
         )
     taken = spare[len(spare) - len(absent) :]
     for id_, byte in zip(taken, absent, strict=True):
@@ -228,9 +230,9 @@ def _check_products(vocabulary: Vocabulary) -> None:
 class PublishedTokenizer(Tokenizer):
     """`hf:NAME`, or `hf:NAME:N`, the N of its tokens that a corpus needs (`stlm.tokens.reduced`).
 
-    `parent_ids` [vocab_size]: the model's id of each token. `first_pieces` [the model's vocabulary]: the token
-    that a text begins with which begins with a token of the model (a removed token is written with several);
-    special tokens become the end of text. Those of `hf:NAME` are identities.
+    `parent_ids` [vocab_size]: the model's id of each token. `first_pieces` [the model's vocabulary]: the id
+    of the first of the tokens that each of the model's is written with, its own if it was kept; for special
+    tokens, the end of text. Those of `hf:NAME` are identities.
 
     Encoding is tiktoken's where it writes the same tokens (on Wikipedia articles 8.5 MB/s of one core, the
     library `tokenizers` 2.2), otherwise that of `tokenizers`.
