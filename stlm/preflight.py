@@ -104,6 +104,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
 def check_teaching(run: Run) -> None:
     """Refuse to ask a run's teacher if it, or the text, is missing; UserError with all problems."""
     from stlm.training.checkpoints import last_checkpoint
+    from stlm.training.dependencies import check_fetched
 
     found = Findings()
     with found.look():
@@ -111,6 +112,9 @@ def check_teaching(run: Run) -> None:
     for other in run.depends.values():
         with found.look():
             last_checkpoint(run, other)
+    for name in run.sources.values():
+        with found.look():
+            check_fetched(name)
     with found.look():
         check_writable(Path("data/taught"))
     found.conclude(f"run {run.name}")

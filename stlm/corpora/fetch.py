@@ -42,7 +42,12 @@ from stlm.corpora.text_files import MAX_DOCUMENT, Cut
 from stlm.errors import UserError
 from stlm.files import atomic_directory, disk_errors, sha256, write_record
 
-ROOM = {CorpusEntry: "corpus", BenchmarkEntry: "benchmark", VocabularyEntry: "vocabulary", ModelEntry: "model"}
+ROOM = {
+    CorpusEntry: "corpus",
+    BenchmarkEntry: "benchmark",
+    VocabularyEntry: "vocabulary",
+    ModelEntry: "model",
+}
 # Entries whose files have no rows.
 _WITHOUT_ROWS = (VocabularyEntry, ModelEntry)
 

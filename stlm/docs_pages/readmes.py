@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -36,7 +36,7 @@ from stlm.report.table import Table, markdown
 from stlm.study.catalogues import PARAMS
 from stlm.study.schema import Published, StudyFile, Variant
 from stlm.techniques.registry import technique_class, technique_names
-from stlm.tokens.config import DataConfig
+from stlm.tokens.config import DataConfig, SelectConfig
 from stlm.training.config import TrainingConfig
 
 PARAMS_README = PARAMS / "README.md"
@@ -99,6 +99,11 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
         InheritConfig,
     ),
     ("`data`", "What is read, in which order, and how often; see docs/data.md.", DataConfig),
+    (
+        "`data.select`",
+        "Which chunks are trained on, chosen by a model; see docs/data.md.",
+        SelectConfig,
+    ),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
     ("`evaluation.perplexity`", "", PerplexityConfig),
     ("`evaluation.benchmarks.<name>`", "", BenchmarkConfig),
@@ -179,12 +184,19 @@ def check_repository(root: Path = Path()) -> None:
 
 
 def _technique_sections() -> list[tuple[str, str, type[BaseModel]]]:
-    """A section for each technique, as the files of stlm/techniques/ describe theirs."""
-    kinds = {name: technique_class(name) for name in technique_names()}
-    return [
-        (f"`techniques.{name}`", " ".join((kind.__doc__ or "").split("\n\n")[0].split()), kind)
-        for name, kind in kinds.items()
-    ]
+    """A section for each technique, as the files of stlm/techniques/ describe theirs, and for nested keys."""
+    sections = []
+    for name in technique_names():
+        sections += _with_nested(f"techniques.{name}", technique_class(name))
+    return sections
+
+
+def _with_nested(key: str, kind: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
+    yield f"`{key}`", " ".join((kind.__doc__ or "").split("\n\n")[0].split()), kind
+    for name, field in kind.model_fields.items():
+        for member in get_args(field.annotation):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield from _with_nested(f"{key}.{name}", member)
 
 
 def params_readme() -> str:

@@ -13,6 +13,7 @@ from stlm.corpora.config import CorpusEntry
 from stlm.corpora.language import WITHOUT_SPACES
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
+from stlm.study.reading import check_reader
 from stlm.study.runs import Run, SourceModel
 from stlm.techniques.base import refuse
 
@@ -61,7 +62,13 @@ def check_benchmarks(
             )
 
 
-def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[str, CorpusEntry]) -> None:
+def check_data(
+    file: str,
+    run: Run,
+    runs: Mapping[str, Run],
+    corpora: Mapping[str, CorpusEntry],
+    models: Mapping[str, SourceModel] | None = None,
+) -> None:
     """Names in `data` must exist, and a reference must be able to read the run's text."""
     location, data = f"{file}: run {run.name}: data", run.data
     mix = corpora[run.corpus].mix or {run.corpus: 1.0}
@@ -77,25 +84,12 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
             f"{location}.sequence: {', '.join(data.sequence)} is not each component trained on once: "
             f"{', '.join(trained)}"
         )
-    if "reference" not in run.depends:
-        return
-    key = f"{location}.reference: {data.reference!r}"
-    reference = runs[run.depends["reference"]]
-    if reference.model.bytes is not None:
-        raise UserError(f"{key} is byte-level; the difficulty of chunks is measured by a model of tokens")
-    if reference.tokenizer != run.tokenizer:
-        raise UserError(
-            f"{key} has the tokenizer {reference.tokenizer}, the run {run.tokenizer}; they must be the same"
-        )
-    if reference.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
-        raise UserError(
-            f"{key} was trained on {reference.corpus}, with another vocabulary of the name {run.tokenizer}; "
-            f"choose a variant on {run.corpus}"
-        )
-    if reference.model.context < run.model.context:
-        raise UserError(
-            f"{key} has a context of {reference.model.context}, shorter than the run's {run.model.context}"
-        )
+    for role, key in (("reference", "reference"), ("smaller", "select.smaller")):
+        if role in run.dependencies:
+            try:
+                check_reader(run.dependencies[role].name, dependency(run, role, runs, models or {}), run)
+            except ValueError as error:
+                raise UserError(f"{location}.{key}: {error}") from None
 
 
 def check_dependencies(file: str, run: Run, runs: Mapping[str, Run], models: Collection[str] = ()) -> None:

@@ -163,9 +163,7 @@ def _source_models(file: str, parsed: StudyFile, root: Path) -> dict[str, Source
         raise UserError(
             f"{file}: variants.{name}: a model in params/models.yaml has this name; choose another"
         )
-    return {
-        name: SourceModel(name=name, model=entry.model.config) for name, entry in models.items()
-    }
+    return {name: SourceModel(name=name, model=entry.model.config) for name, entry in models.items()}
 
 
 def _with_sources(run: Run, models: Mapping[str, SourceModel]) -> Run:
@@ -223,7 +221,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     check_cycles(file, by_name)
     for run in runs:
         check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
-        check_data(file, run, by_name, corpora)
+        check_data(file, run, by_name, corpora, models)
         check_start(file, run, by_name, models)
         check_techniques(file, run, by_name, models)
     for key in by_name.keys() & parsed.published.keys():

@@ -99,8 +99,8 @@ class Run(BaseModel):
     def depends(self) -> dict[str, str]:
         """Map each role to the run of the study whose last weights this run reads.
 
-        With several seeds, it is the run with the same seed. Roles: `reference` measures the difficulty of
-        the data, training begins from `start`, and techniques have others. Roles of published models are in
+        With several seeds, it is the run with the same seed. Roles: `reference` and `smaller` measure the
+        data, training begins from `start`, and techniques have others. Roles of published models are in
         `sources` instead.
         """
         seed = self.name.removeprefix(self.variant)
@@ -115,6 +115,8 @@ class Run(BaseModel):
         found: dict[str, NamedVariant] = {}
         if self.data.reference is not None:
             found["reference"] = NamedVariant("data.reference", self.data.reference)
+        if self.data.select is not None and self.data.select.smaller is not None:
+            found["smaller"] = NamedVariant("data.select.smaller", self.data.select.smaller)
         if self.training.start_from is not None:
             found["start"] = NamedVariant("training.start_from", self.training.start_from)
         for name, technique in self.techniques.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_Layer = Annotated[int, Field(ge=1)]
 
 
 class StatesConfig(BaseModel):
@@ -12,9 +14,10 @@ class StatesConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    layers: dict[int, int] = Field(
+    layers: tuple[tuple[_Layer, _Layer], ...] = Field(
         min_length=1,
-        description="Layer of the teacher, from 1 -> layer of the student that imitates its residual stream.",
+        description="Pairs of layers, numbered from 1: the teacher's, and the student's that imitates its "
+        "residual stream, for example `[[15, 6], [30, 12]]`.",
     )
     width: int | None = Field(
         None,
@@ -30,12 +33,15 @@ class StatesConfig(BaseModel):
     )
     weight: float = Field(1.0, gt=0, description="Weight of this loss, in addition to the others.")
 
-    @field_validator("layers")
-    @classmethod
-    def _from_one(cls, layers: dict[int, int]) -> dict[int, int]:
-        if min(*layers, *layers.values()) < 1:
-            raise ValueError(f"layers are numbered from 1; found {dict(layers)}")
-        return layers
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        """The teacher's layers, each once, in order."""
+        return tuple(sorted({teacher for teacher, _ in self.layers}))
+
+    @property
+    def students(self) -> tuple[int, ...]:
+        """The student's layers, likewise."""
+        return tuple(sorted({student for _, student in self.layers}))
 
 
 class TaughtConfig(BaseModel):
@@ -84,4 +90,4 @@ class TaughtConfig(BaseModel):
     @property
     def teacher_layers(self) -> tuple[int, ...]:
         """The teacher's layers, from 1, whose states are kept, in order."""
-        return () if self.states is None else tuple(sorted(self.states.layers))
+        return () if self.states is None else self.states.teachers

@@ -53,11 +53,10 @@ from stlm.teaching.shards import (
     open_answers,
     write_answers,
 )
-from stlm.teaching.teacher import Subset, Teacher
+from stlm.teaching.teacher import Teacher
 from stlm.techniques.distillation import Distillation
 from stlm.tokens.ahead import ahead
 from stlm.tokens.shards import read_meta
-from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.dependencies import read_dependencies
 from stlm.training.devices import Device, choose_device
 from stlm.training.setup import TrainingText
@@ -105,8 +104,7 @@ def teach(run: Run, progress: bool = True) -> Path:
         if (folder / META).exists() and read_json(folder / META).get("plan") == plan:
             print(f"{folder}: the teacher's answers are there", file=sys.stderr)
             return folder
-        model = technique.load_teacher(run, device.device)
-        subset = Subset.of(load_tokenizer(run.tokens_folder / "tokenizer"))
+        model, subset = technique.load_teacher(run, device.device)
         teacher = Teacher(model, subset, device.dtype, technique.temperature)
         with disk_errors(folder):
             _write(run, technique, teacher, parts, folder, plan, progress)
@@ -276,8 +274,8 @@ def _announce(
     if each * missing * _TO_SPARE > free:
         raise UserError(
             f"{folder}: the teacher's answers take {byte_size(each * missing)}, and {byte_size(free)} are "
-            "free on that disk; free some, keep fewer tokens (techniques.distillation.taught), or train fewer "
-            "steps"
+            "free on that disk; free some, keep fewer tokens (techniques.distillation.taught), or train "
+            "fewer steps"
         )
 
 

@@ -5,11 +5,9 @@ Shapes: B rows, L positions, D width, V tokens of the run, W tokens of the teach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,42 +16,10 @@ from stlm.model.layout import Layout
 from stlm.model.projection import Dense, projections
 from stlm.model.transformer import Transformer
 from stlm.teaching.draw import padded, weights_of
+from stlm.teaching.subset import Subset
 
 # Logits computed at once: few enough for a core's cache on a CPU.
 _LOGITS = {"cpu": 2**22, "cuda": 2**26}
-
-
-class Subset(NamedTuple):
-    """A vocabulary that is a part of the teacher's: each of its V tokens is one of the teacher's W.
-
-    The teacher reads a token by its own id, `parents_V`. What it predicts is projected: the probability of a
-    token that the run lacks goes to the first piece with which the run writes its bytes, `first_pieces_W`.
-    For if the text went on with that token, the run's next token would be that piece: the projection is the
-    distribution of the run's next token. (Given a text cut as the teacher would cut it. After a first piece
-    the teacher sees a text that it would have written otherwise, and says what it makes of that.)
-    """
-
-    parents_V: np.ndarray
-    first_pieces_W: np.ndarray
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Subset | None:
-        """That of a tokenizer which is a subset of a published one; None if it has the same tokens."""
-        parents = getattr(tokenizer, "parent_ids", None)
-        if parents is None:
-            return None
-        parents, pieces = np.asarray(parents, np.int64), np.asarray(tokenizer.first_pieces, np.int64)
-        same = len(parents) == len(pieces) and np.array_equal(parents, np.arange(len(parents)))
-        return None if same else cls(parents, pieces)
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """The teacher's ids of the run's tokens, of any shape."""
-        return torch.from_numpy(self.parents_V).to(tokens.device)[tokens]
-
-    def project(self, q_CW: Tensor) -> Tensor:
-        """The distribution [C, V] over the run's tokens, given one over the teacher's; sums stay."""
-        pieces_W = torch.from_numpy(self.first_pieces_W).to(q_CW.device)
-        return q_CW.new_zeros(len(q_CW), len(self.parents_V)).index_add_(1, pieces_W, q_CW)
 
 
 class Teacher:
@@ -116,10 +82,10 @@ class Teacher:
             yield here, q_CV
 
     @torch.inference_mode()
-    def losses(self, tokens_BM: Tensor, layout_of: Callable[[Tensor], Layout | None]) -> Tensor:
+    def losses(self, tokens_BM: Tensor) -> Tensor:
         """The loss [B, L], in nats, float32, of the tokens after the first in rows [B, L + 1]."""
         inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:]
-        x_ND = self.states(inputs_BL, layout_of(inputs_BL))[-1].flatten(0, 1)
+        x_ND = self.states(inputs_BL, None)[-1].flatten(0, 1)
         targets_N1, losses_N = targets_BL.reshape(-1, 1), x_ND.new_empty(len(x_ND), dtype=torch.float32)
         for here, q_CV in self.distributions(x_ND):
             wanted_C = q_CV.gather(1, targets_N1[here])[:, 0].clamp(min=torch.finfo(torch.float32).tiny)

@@ -19,12 +19,13 @@ from stlm.errors import UserError
 from stlm.files import read_record, record_sha256
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
+from stlm.study.reading import check_reader
 from stlm.teaching.config import TaughtConfig
 from stlm.teaching.loss import states_loss, taught_loss
 from stlm.teaching.names import settings, taught_folder
 from stlm.teaching.shards import META, AnswersMeta, TaughtText
+from stlm.teaching.subset import Subset
 from stlm.techniques.base import Technique, refuse
-from stlm.tokens.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,13 +39,16 @@ if TYPE_CHECKING:
 
 # Logits computed at once, of the student and of the teacher each; several tensors of this size coexist.
 _LOGITS = {"cpu": 2**23, "cuda": 2**26}
+# The least probability of a token that a projection may leave without any.
+_LEAST = 1e-30
 
 
 class Distillation(Technique):
     """The loss is (1 - weight) times the next token's cross-entropy, plus weight times T^2 times the
     Kullback-Leibler divergence of the student's distribution from the teacher's, both at temperature T.
 
-    The teacher is another run of the study, trained before. Its training and its forward pass are counted.
+    The teacher is another run of the study, trained before, or a published model. Its forward pass is
+    counted, and the training of a run. The student's vocabulary may be a part of a published teacher's.
     With `taught` a stage of its own asks it before training, once for each part of the text.
     """
 
@@ -54,7 +58,8 @@ class Distillation(Technique):
     replaces_next_token: ClassVar[bool] = True
 
     teacher: str = Field(
-        description="The variant that teaches: with the run's tokenizer, and a context at least as long."
+        description="What teaches: a variant, or a model in params/models.yaml. It has the run's tokenizer, "
+        "or the whole of which that is a part (`hf:NAME:N` of `hf:NAME`), and a context at least as long."
     )
     weight: float = Field(
         0.5, ge=0, le=1, description="Weight of the divergence; the next token's is the rest."
@@ -84,6 +89,7 @@ class Distillation(Technique):
     )
 
     _teacher: Transformer | None = PrivateAttr(default=None)
+    _subset: Subset | None = PrivateAttr(default=None)
     _answers: TaughtText | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -106,7 +112,7 @@ class Distillation(Technique):
         return {"teacher": self.teacher}
 
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
-        """The teacher reads the run's tokens, as many of them, and predicts tokens of the same vocabulary."""
+        """The teacher reads the run's tokens, as many of them, and predicts tokens of its vocabulary."""
         teacher = self.others["teacher"]
         if run.data.attention == "within":
             refuse(
@@ -114,23 +120,10 @@ class Distillation(Technique):
                 "attention_within",
                 lambda what: ValueError(f"teacher: its {what}"),
             )
-        if teacher.model.bytes is not None:
-            raise ValueError(f"teacher: {self.teacher!r} is byte-level; expected a model of tokens")
-        if teacher.tokenizer != run.tokenizer:
-            raise ValueError(
-                f"teacher: {self.teacher!r} has the tokenizer {teacher.tokenizer}, the run {run.tokenizer}; "
-                "they must be the same"
-            )
-        if teacher.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
-            raise ValueError(
-                f"teacher: {self.teacher!r} was trained on {teacher.corpus}, with another vocabulary of the "
-                f"name {run.tokenizer}; choose a variant on {run.corpus}"
-            )
-        if teacher.model.context < run.model.context:
-            raise ValueError(
-                f"teacher: {self.teacher!r} has a context of {teacher.model.context}, shorter than the run's "
-                f"{run.model.context}"
-            )
+        try:
+            check_reader(self.teacher, teacher, run)
+        except ValueError as error:
+            raise ValueError(f"teacher: {error}") from None
         if not self._share(run.training.steps):
             raise ValueError(
                 f"end: between {self.begin} and {self.end} of {run.training.steps} steps there is none"
@@ -156,8 +149,8 @@ class Distillation(Technique):
         if (states := taught.states) is None:
             return
         for whose, layers, most in (
-            ("the teacher", states.layers, teacher.layers),
-            ("the run", states.layers.values(), run.model.layers),
+            ("the teacher", states.teachers, teacher.layers),
+            ("the run", states.students, run.model.layers),
         ):
             if max(layers) > most:
                 raise ValueError(f"taught.states.layers: {max(layers)}: {whose} has {most} layers")
@@ -170,31 +163,29 @@ class Distillation(Technique):
         """Add the matrices that map the student's states to the teacher's, where the widths differ."""
         states = None if self.taught is None else self.taught.states
         if states is not None and states.width is not None and not self.neutral():
-            layers = sorted(set(states.layers.values()))
-            model.state_projections = StateProjections(layers, model.config.width, states.width)
+            model.state_projections = StateProjections(states.students, model.config.width, states.width)
 
     def inputs(self, run: Run) -> list[Path]:
         """The folder of the teacher's answers, if a stage of its own asks for them."""
         folder = taught_folder(run)
         return [] if folder is None else [folder]
 
-    def load_teacher(self, run: Run, device: torch.device) -> Transformer:
-        """The teacher's last checkpoint, in evaluation mode, without gradients.
+    def load_teacher(self, run: Run, device: torch.device) -> tuple[Transformer, Subset | None]:
+        """The teacher in evaluation mode, without gradients, and how it reads a part of its vocabulary.
 
         Raises ``UserError`` where it is missing or damaged, or of another vocabulary.
         """
         # Training comes after techniques: what it has is imported where it is used.
-        from stlm.training.checkpoints import last_checkpoint, load_checkpoint
+        from stlm.training.dependencies import Dependency
 
-        folder = last_checkpoint(run, run.depends["teacher"])
-        check_tokenizer(folder.parent / "tokenizer", check_tokenizer(run.tokens_folder / "tokenizer"))
-        teacher, _ = load_checkpoint(folder, device)
-        return teacher.eval().requires_grad_(False)
+        dependency = Dependency.read(run, "teacher")
+        subset = Subset.of(dependency, run.tokens_folder)
+        return dependency.load(device).eval().requires_grad_(False), subset
 
     def prepare(self, run: Run, device: torch.device, group: Group) -> None:
         """Load the teacher, or the answers that it has given."""
         if (folder := taught_folder(run)) is None:
-            self._teacher = self.load_teacher(run, device)
+            self._teacher, self._subset = self.load_teacher(run, device)
         else:
             self.check_answers(run)
             self._answers = TaughtText(folder)
@@ -252,7 +243,8 @@ class Distillation(Technique):
         next_token = (1 - self.weight) * forward.next_token_loss() if self.weight < 1 else zero
         student, teacher = forward.model, self._teacher
         with torch.no_grad():
-            teacher_NE = teacher.hidden(forward.tokens_BL, forward.layout).flatten(0, 1)
+            tokens_BL = forward.tokens_BL if self._subset is None else self._subset.read(forward.tokens_BL)
+            teacher_NE = teacher.hidden(tokens_BL, forward.layout).flatten(0, 1)
         divergence = _Divergence.apply(
             forward.hidden_ND,
             student.output.weight,
@@ -261,6 +253,7 @@ class Distillation(Technique):
             (student.config.logit_softcap, teacher.config.logit_softcap),
             self.temperature,
             self.sampled_tokens,
+            self._subset,
             torch.is_grad_enabled(),  # inside of a Function it is not
         )
         return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * divergence}
@@ -293,13 +286,12 @@ class Distillation(Technique):
     def _imitation(self, forward: Forward, answers: Answers, flat: Callable[[np.ndarray], Tensor]) -> Tensor:
         """The weighted loss on hidden states, the mean over pairs of layers."""
         states, model = self.taught.states, forward.model
-        mine = sorted({layer - 1 for layer in states.layers.values()})
-        last = len(model.blocks) - 1
-        kept = forward.residuals(mine)
-        by_layer = dict(zip([number for number in mine if number < last], kept, strict=False))
+        last = len(model.blocks)
+        kept = forward.residuals([layer - 1 for layer in states.students])
+        by_layer = dict(zip([layer for layer in states.students if layer < last], kept, strict=False))
         losses = []
-        for theirs, own in states.layers.items():
-            state_ND = by_layer.get(own - 1, kept[-1]).flatten(0, 1)
+        for theirs, own in states.layers:
+            state_ND = by_layer.get(own, kept[-1]).flatten(0, 1)
             if states.width is not None:
                 state_ND = model.state_projections(own, state_ND)
             losses.append(states_loss(state_ND, flat(answers.states[theirs]), states.loss))
@@ -371,10 +363,11 @@ class _Divergence(torch.autograd.Function):
         x_ND: Tensor,
         weight_VD: Tensor,
         teacher_NE: Tensor,
-        teacher_VE: Tensor,
+        teacher_WE: Tensor,
         softcaps: tuple[float, float],
         temperature: float,
         sampled: int | None,
+        subset: Subset | None,
         wanted: bool,
     ) -> Tensor:
         device = x_ND.device.type
@@ -385,13 +378,15 @@ class _Divergence(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if wants_x else None
         dweight_VD = torch.zeros_like(weight_VD) if wants_weight else None
         with torch.autocast(device, enabled=False):
-            x_ND, weight_VD, teacher_NE, teacher_VE = (
-                x.to(dtype) for x in (x_ND, weight_VD, teacher_NE, teacher_VE)
+            x_ND, weight_VD, teacher_NE, teacher_WE = (
+                x.to(dtype) for x in (x_ND, weight_VD, teacher_NE, teacher_WE)
             )
-            positions = max(1, _LOGITS[device] // len(weight_VD))
+            positions = max(1, _LOGITS[device] // max(len(weight_VD), len(teacher_WE)))
             for begin in range(0, N, positions):
                 here = slice(begin, begin + positions)
-                log_q_CV, _ = _log_softmax(teacher_NE[here] @ teacher_VE.T, softcaps[1], temperature)
+                log_q_CV, _ = _log_softmax(teacher_NE[here] @ teacher_WE.T, softcaps[1], temperature)
+                if subset is not None:
+                    log_q_CV = subset.project(log_q_CV.exp_()).clamp_(min=_LEAST).log_()
                 log_p_CV, slope_CV = _log_softmax(x_ND[here] @ weight_VD.T, softcaps[0], temperature)
                 q_CV = _target(log_q_CV, sampled)
                 loss += (q_CV * log_q_CV.sub_(log_p_CV)).sum() / N
@@ -409,7 +404,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors]
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 7
 
 
 def _log_softmax(logits_CV: Tensor, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:

@@ -30,8 +30,8 @@ class Batches:
     smaller share is an error.
 
     `rows` is the number of rows of the whole training; orders that depend on its length, and limits on
-    repetition, need it. `difficulty` scores chunks if `config` orders by it. The first `skip` rows, which an
-    earlier training run has read, are left out.
+    repetition, need it. `difficulty` scores chunks if `config` orders by it, `selection` if it selects some.
+    The first `skip` rows, which an earlier training run has read, are left out.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Batches:
         rows: int | None = None,
         difficulty: Difficulty | None = None,
         skip: int = 0,
+        selection: Difficulty | None = None,
     ) -> None:
         self.context, self.batch_size, self.seed, self.skip = context, batch_size, seed, skip
         self.config = config or DataConfig()
@@ -81,6 +82,7 @@ class Batches:
                 None if self.shares is None else self.shares[turn],
                 self._unique_chunks(component.weight / sum(weights)),
                 difficulty,
+                selection,
             )
             for turn, component in enumerate(self.components)
         ]

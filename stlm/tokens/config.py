@@ -7,6 +7,52 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class SelectConfig(BaseModel):
+    """Which chunks are trained on, chosen by a model. Frozen; unknown keys are rejected.
+
+    Perplexity: Ankner et al. 2024; difference: Mindermann et al. 2022.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    by: Literal["perplexity", "difference"] = Field(
+        description="`perplexity`: the mean loss of a chunk's tokens under `data.reference`. `difference`: "
+        "that under `smaller` minus that under the reference, high where there is something to learn."
+    )
+    share: float = Field(
+        gt=0,
+        lt=1,
+        description="Share of a component's chunks that is kept. They are chosen from a random part of the "
+        "component, so large that the run needs what is kept of it. Reading it costs a model of the run's "
+        "size a third of training on it, and counts as the run's time.",
+    )
+    side: Literal["low", "middle", "high"] | None = Field(
+        None,
+        description="Which end of the order, or its middle, is kept. null: low of `perplexity`, high of "
+        "`difference`.",
+    )
+    smaller: str | None = Field(
+        None,
+        description="For `difference`: a variant, or a model in params/models.yaml, that knows less than the "
+        "reference.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> SelectConfig:
+        if (self.by == "difference") != (self.smaller is not None):
+            raise ValueError(
+                "by: difference needs smaller: a variant, or a model in params/models.yaml"
+                if self.by == "difference"
+                else f"smaller: {self.smaller} is used by difference alone; found by: {self.by}"
+            )
+        return self
+
+    @property
+    def kept_side(self) -> str:
+        """`side`, with its default."""
+        return self.side or {"perplexity": "low", "difference": "high"}[self.by]
+
+
 class DataConfig(BaseModel):
     """Mix, order, repetition and packing of the training text. Frozen; unknown keys are rejected.
 
@@ -53,8 +99,14 @@ class DataConfig(BaseModel):
     )
     reference: str | None = Field(
         None,
-        description="For order `difficulty`: the variant of this study whose last checkpoint measures it. It "
-        "is trained first.",
+        description="For order `difficulty` and for `select`: what measures the chunks' loss, a variant of "
+        "this study, which is trained first, or a model in params/models.yaml.",
+    )
+    # Omitted from records when null, so that records of earlier runs, without this key, compare equal.
+    select: SelectConfig | None = Field(
+        None,
+        description="Train on a part of the chunks, chosen by the reference: see `data.select`. null: all.",
+        exclude_if=lambda select: select is None,
     )
     unique_tokens: int | None = Field(
         None,
@@ -71,11 +123,13 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> DataConfig:
-        if (self.order == "difficulty") != (self.reference is not None):
+        needs = "order: difficulty" if self.order == "difficulty" else "select" if self.select else None
+        if (needs is not None) != (self.reference is not None):
             raise ValueError(
-                "order: difficulty needs reference: a variant of the study"
-                if self.order == "difficulty"
-                else f"reference: {self.reference} is used by order: difficulty alone; found {self.order}"
+                f"{needs} needs reference: a variant of the study, or a model in params/models.yaml"
+                if needs
+                else f"reference: {self.reference} is used by order: difficulty and by select alone; found "
+                f"order: {self.order}"
             )
         if self.order not in ("length", "difficulty"):
             for key, plain in (("direction", "easy_first"), ("pacing", "sorted")):

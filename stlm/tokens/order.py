@@ -35,21 +35,41 @@ class Order:
         rows: int | None,
         unique_chunks: int | None = None,
         difficulty: Difficulty | None = None,
+        selection: Difficulty | None = None,
     ) -> None:
         self.number, self.seed, self.config, self.rows = number, seed, config, rows
         self.chunks = (component.n_tokens - 1) // context
-        self.part: np.ndarray | None = None
-        if unique_chunks is not None and unique_chunks < self.chunks:
-            # A prefix of one permutation: a larger part contains a smaller one.
-            drawn = np.random.default_rng((seed, number, 1 << 32)).permutation(self.chunks)
-            self.part = np.sort(drawn[:unique_chunks]).astype(np.uint32)
-            self.chunks = unique_chunks
+        self.part = self._part(component, unique_chunks, selection)
+        if self.part is not None:
+            self.chunks = len(self.part)
         self.scores: np.ndarray | None = None
         if config.order in ("length", "difficulty"):
             self.scores = self._score(component, context, difficulty)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         if config.pacing == "competence":
             self._sorted = self._epoch(0)
+
+    def _part(
+        self, component: ComponentTokens, unique: int | None, selection: Difficulty | None
+    ) -> np.ndarray | None:
+        """The chunks to train on, sorted, uint32; None: all. At most so many `unique` ones."""
+        select, count = self.config.select, self.chunks if unique is None else min(unique, self.chunks)
+        if select is not None:
+            # No more are measured than what is kept of them is needed for.
+            needed = count if self.rows is None else min(count, self.rows)
+            count = min(self.chunks, math.ceil(needed / select.share))
+        if count == self.chunks and select is None:
+            return None
+        # A prefix of one permutation: a larger part contains a smaller one.
+        drawn = np.random.default_rng((self.seed, self.number, 1 << 32)).permutation(self.chunks)
+        part = np.sort(drawn[:count]).astype(np.uint32)
+        if select is None:
+            return part
+        assert selection is not None, "select needs scores"
+        order = np.argsort(selection(component, self.number, part), kind="stable")
+        kept = max(1, round(select.share * count))
+        begin = {"low": 0, "middle": (count - kept) // 2, "high": count - kept}[select.kept_side]
+        return np.sort(part[order[begin : begin + kept]])
 
     def chunk(self, row: int) -> int:
         """The chunk that the component's row `row`, from 0, reads."""

@@ -126,7 +126,7 @@ class Dependency:
             and self.model.context == run.model.context
             and data.unlimited == run.data.unlimited
         )
-        return same and run.data.order == "shuffled" and not run.data.sequence
+        return same and run.data.order == "shuffled" and not run.data.sequence and run.data.select is None
 
     def ids(self, folder: Path) -> np.ndarray | None:
         """int64: the dependency's id of each token of the tokenizer in `folder`; None: the ids are the same.

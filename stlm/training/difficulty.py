@@ -8,38 +8,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from stlm.errors import UserError
 from stlm.files import atomic_path, sha256
 from stlm.integrity import check_seal, seal
-from stlm.model.transformer import Transformer
 from stlm.remedy import remedy
 from stlm.study.runs import Run
+from stlm.teaching.subset import Subset
+from stlm.teaching.teacher import Teacher
 from stlm.tokens.shards import ComponentTokens
-from stlm.training.checkpoints import last_checkpoint, load_checkpoint, read_description
+from stlm.training.dependencies import Dependency
+from stlm.training.devices import cpu_multiplies_bfloat16
 from stlm.training.distributed import Group
 
-# The tokens and logits in one batch (a logit has 4 bytes; the loss needs a few times that).
-_TOKENS, _LOGITS = 8192, 2**25
+# The tokens in one batch.
+_TOKENS = 8192
 
 
 class Reference:
-    """The last checkpoint of a run as a measure of difficulty: the mean loss of a chunk's tokens, in nats.
+    """A model as a measure of difficulty: the mean loss of a chunk's tokens, in nats.
 
+    The model is what `run` depends on in `role`: the last checkpoint of another run, or a published model.
     Call it with a component of `run`'s training text, its number, and chunks (positions in its token stream
-    in units of the context); it returns a float32 for each chunk. The scores are computed once, in float32,
-    and stored next to the runs' states, in files named by a hash of everything that they depend on, so runs
-    with the same chunks share them. All processes of a group make the same calls; the leader computes, and
-    the others wait.
+    in units of the context); it returns a float32 for each chunk. The scores are computed once, in float32
+    (for a published model in bfloat16 where the processor multiplies it), and stored next to the runs'
+    states, in files named by a hash of everything that they depend on, so runs with the same chunks share
+    them. All processes of a group make the same calls; the leader computes, and the others wait.
     """
 
-    def __init__(self, run: Run, device: torch.device, group: Group | None = None) -> None:
-        assert "reference" in run.depends
+    def __init__(
+        self, run: Run, device: torch.device, group: Group | None = None, role: str = "reference"
+    ) -> None:
         self.run, self.device, self.group = run, device, group or Group()
-        self.checkpoint = last_checkpoint(run, run.depends["reference"])
-        self.weights_sha256 = str(read_description(self.checkpoint)[1]["weights_sha256"])
+        self.model = Dependency.read(run, role)
+        self.weights_sha256 = self.model.weights_sha256
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name starts with a dot
         self._given = hashlib.sha256()
 
@@ -88,25 +91,35 @@ class Reference:
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
     def _measure(self, component: ComponentTokens, chunks: np.ndarray) -> np.ndarray:
-        model, _ = load_checkpoint(self.checkpoint, self.device)
+        narrow = self.model.published and self.device.type == "cpu" and cpu_multiplies_bfloat16()
+        subset = Subset.of(self.model, self.run.tokens_folder)
+        dtype = torch.bfloat16 if narrow else torch.float32
+        reader = Teacher(self.model.load(self.device), subset, dtype)
         context = self.run.model.context
-        rows = max(1, min(_TOKENS, _LOGITS // self.run.model.vocab_size) // context)
+        rows = max(1, _TOKENS // context)
         scores = np.empty(len(chunks), np.float32)
         tokens = np.empty((rows, context + 1), np.int64)
         starts = range(0, len(chunks), rows)
-        for start in tqdm(starts, f"{self.run.name}: difficulty of {component.name}", mininterval=5.0):
+        what = f"{self.run.name}: difficulty of {component.name} for {self.model.name}"
+        for start in tqdm(starts, what, mininterval=5.0):
             batch = chunks[start : start + rows]
             for row, chunk in enumerate(batch):
                 component.read(int(chunk) * context, tokens[row])
-            scores[start : start + len(batch)] = mean_losses(model, tokens[: len(batch)], self.device)
+            scores[start : start + len(batch)] = mean_losses(reader, tokens[: len(batch)])
             self.group.largest(0)  # a sign of life for the waiting processes, which time out otherwise
         return scores
 
 
-@torch.no_grad()
-def mean_losses(model: Transformer, tokens: np.ndarray, device: torch.device) -> np.ndarray:
+class Difference:
+    """How much more a chunk's tokens surprise a smaller model than a larger one, in nats a token."""
+
+    def __init__(self, smaller: Reference, larger: Reference) -> None:
+        self.smaller, self.larger = smaller, larger
+
+    def __call__(self, component: ComponentTokens, number: int, chunks: np.ndarray) -> np.ndarray:
+        return self.smaller(component, number, chunks) - self.larger(component, number, chunks)
+
+
+def mean_losses(reader: Teacher, tokens: np.ndarray) -> np.ndarray:
     """The mean loss [B], in nats, of the tokens after the first in each row [B, L + 1]."""
-    tokens_BM = torch.from_numpy(tokens).to(device)
-    logits_BLV = model(tokens_BM[:, :-1]).float()
-    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BM[:, 1:], reduction="none")
-    return losses_BL.mean(dim=1).cpu().numpy()
+    return reader.losses(torch.from_numpy(tokens).to(reader.device)).mean(dim=1).cpu().numpy()

@@ -11,19 +11,25 @@ from stlm.model.documents import Documents
 from stlm.study.runs import Run
 from stlm.tokens.batches import Batches
 from stlm.tokens.shards import read_meta
-from stlm.training.difficulty import Reference
+from stlm.training.difficulty import Difference, Reference
 from stlm.training.distributed import Share
 from stlm.training.state import draws
 
 
 class MicroBatches:
     """The micro-batches of a run's steps. `rows_before`: rows of the text that an earlier run trained on.
+    `smaller`: if chunks are selected by the difference of its loss to the reference's.
 
     `rows`, read from the files, lets others look at a batch without training on it.
     """
 
     def __init__(
-        self, run: Run, device: torch.device, reference: Reference | None = None, rows_before: int = 0
+        self,
+        run: Run,
+        device: torch.device,
+        reference: Reference | None = None,
+        rows_before: int = 0,
+        smaller: Reference | None = None,
     ) -> None:
         self._run, self._device = run, device
         config = run.training
@@ -36,6 +42,7 @@ class MicroBatches:
             config.steps * config.accumulation * config.batch_size + rows_before,
             reference,
             rows_before,
+            reference if smaller is None else Difference(smaller, reference),
         )
         # The end-of-text token, if attention stays within documents.
         self._eot = read_meta(run.tokens_folder).eot if run.data.attention == "within" else None

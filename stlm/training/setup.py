@@ -27,7 +27,7 @@ from stlm.training.warm_start import inherit_weights
 
 
 class TrainingText:
-    """What a run reads: its micro-batches, and the reference that their order depends on, if there is one.
+    """What a run reads: its micro-batches, and the references that their choice and order depend on.
 
     `tokens_before`: those of the text that were read before, by what the run starts from.
     """
@@ -39,12 +39,23 @@ class TrainingText:
         dependencies: Mapping[str, Dependency],
         group: Group | None = None,
     ) -> None:
-        self.reference = Reference(run, device, group) if "reference" in dependencies else None
+        self.references = {
+            role: Reference(run, device, group, role)
+            for role in ("reference", "smaller")
+            if role in dependencies
+        }
+        reference, smaller = (self.references.get(role) for role in ("reference", "smaller"))
         origin = dependencies.get("start")
         # The text may continue where the run that this one starts from stopped.
         self.tokens_before = origin.text_tokens if origin and origin.goes_on(run) else 0
         rows_before = self.tokens_before // run.model.context
-        self.batches = MicroBatches(run, device, self.reference, rows_before)
+        self.batches = MicroBatches(run, device, reference, rows_before, smaller)
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """Digests of the scores that the choice and the order of the text depend on."""
+        names = {"reference": "difficulty", "smaller": "difficulty_smaller"}
+        return {names[role]: reference.given for role, reference in self.references.items()}
 
 
 class Setup:
@@ -78,9 +89,9 @@ class Setup:
         # What stages before training have computed for the run, by technique.
         prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
         self.prepared = {name: record for name, record in prepared.items() if record}
-        self.fingerprint = self._fingerprint(text.reference)
+        self.fingerprint = self._fingerprint(text)
 
-    def _fingerprint(self, reference: Reference | None) -> str:
+    def _fingerprint(self, text: TrainingText) -> str:
         run, weights = self.run, {role: one.weights_sha256 for role, one in self.dependencies.items()}
         not_of_weights = {"label": True, "paper_row": True, "name": True, "study": True}
         return fingerprint(
@@ -91,7 +102,7 @@ class Setup:
                 "tokens": read_json(run.tokens_folder / "meta.json"),
                 "precision": self.device.precision,
                 **({"depends": weights} if weights else {}),
-                **({"difficulty": reference.given} if reference else {}),
+                **text.scores,
                 **({"prepared": prepared} if (prepared := self._prepared_sha256) else {}),
             }
         )

@@ -214,7 +214,7 @@ def test_a_limit_on_epochs(tokens: Path) -> None:
     ("config", "expected"),
     [
         ({"order": "difficulty"}, "needs reference"),
-        ({"reference": "baseline"}, "order: difficulty alone"),
+        ({"reference": "baseline"}, "order: difficulty and by select alone"),
         ({"direction": "hard_first"}, "needs order: length or difficulty; found shuffled"),
         ({"order": "source", "pacing": "competence"}, "needs order: length or difficulty; found source"),
         ({"weights": {"a": 0}}, "greater than 0"),

@@ -14,6 +14,8 @@ from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.integrity import seal
 from stlm.tokens.config import DataConfig
+from stlm.teaching import teacher
+from stlm.teaching.draw import padded
 from stlm.training import difficulty
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.curve import validate
@@ -78,17 +80,16 @@ def test_difficulty_is_the_references_loss(make):
 
 def test_a_large_vocabulary_is_measured_in_smaller_parts(make, monkeypatch):
     train(make("reference"))
-    sizes = []
-    measure = difficulty.mean_losses
-    monkeypatch.setattr(difficulty, "mean_losses", lambda m, t, d: sizes.append(len(t)) or measure(m, t, d))
-    found = []
-    for logits in (2**25, 257 * 32 * 5, 1):
-        monkeypatch.setattr(difficulty, "_LOGITS", logits)
+    sizes, found = [], []
+    weights_of = teacher.weights_of
+    monkeypatch.setattr(teacher, "weights_of", lambda logits: sizes.append(len(logits)) or weights_of(logits))
+    for logits in (2**25, padded(257) * 500):
+        monkeypatch.setitem(teacher._LOGITS, "cpu", logits)
         trainer = Trainer(make("easy", order="difficulty", reference="reference"))
         (kept,) = trainer.setup.run.state_folder.parent.glob("*difficulty/*.npy")
         found.append(np.load(kept))
         kept.unlink()
-    assert sizes == [48, *[5] * 9, 3, *[1] * 48]
+    assert sizes == [48 * 32, 500, 500, 500, 36]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5)
 
