@@ -68,6 +68,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     """
     from stlm.evaluation.text_items import check_text_items
     from stlm.training.checkpoints import last_checkpoint
+    from stlm.training.dependencies import check_fetched
     from stlm.training.devices import choose_device
 
     found = Findings()
@@ -80,6 +81,9 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     for other in run.depends.values():
         with found.look():
             last_checkpoint(run, other)
+    for name in run.sources.values():
+        with found.look():
+            check_fetched(name)
     check_folders(found, run)
     if run.training.wandb:
         from stlm.training.tracking import check_tracking

@@ -30,6 +30,7 @@ from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, Perplexity
 from stlm.files import write_text
 from stlm.model.byte_config import ByteConfig
 from stlm.model.config import ModelConfig
+from stlm.model.inherit_config import InheritConfig
 from stlm.model.reduction import LoraConfig, LowRankConfig, SharingConfig
 from stlm.report.table import Table, markdown
 from stlm.study.catalogues import PARAMS
@@ -91,6 +92,12 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ),
     ("`model.bytes`", "What replaces embedding and head; see docs/bytes.md.", ByteConfig),
     ("`training`", "The recipe.", TrainingConfig),
+    (
+        "`training.inherit`",
+        "What a model keeps of a larger one that it starts from; the sizes are those of `model`. See "
+        "docs/inheriting.md.",
+        InheritConfig,
+    ),
     ("`data`", "What is read, in which order, and how often; see docs/data.md.", DataConfig),
     ("`evaluation`", "What is scored, and how.", EvaluationConfig),
     ("`evaluation.perplexity`", "", PerplexityConfig),

@@ -21,6 +21,7 @@ GENERATION = "generation_config.json"
 # All files of an exported folder.
 FILES = {WEIGHTS, GENERATION, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
+
 def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
     """Write `checkpoint` (`.../checkpoints/step-N`, with its tokenizer next to it) to `folder`, atomically.
 
@@ -74,7 +75,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     if "tokenizer.json" in tokenizer.files:
         return tokenizer.files["tokenizer.json"].decode()
     if tokenizer.name != "gpt2":
-        raise UserError(f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2, bpe-N or hf:NAME")
+        raise UserError(
+            f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2, bpe-N or hf:NAME"
+        )
     vocabulary = json.loads(tokenizer.files["encoder.json"])
     # The first line is the version; each merge consists of two words.
     merges = [tuple(line.split()) for line in tokenizer.files["vocab.bpe"].decode().splitlines()[1:] if line]

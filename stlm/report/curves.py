@@ -119,12 +119,12 @@ def _cost_before(run: RunResult, results: Results) -> dict[Cost, float]:
     waiting = [run.train]
     while waiting:
         for dependency in waiting.pop().depends.values():
-            if dependency.run not in needed:
+            if dependency.run is not None and dependency.run not in needed:
                 needed[dependency.run] = results[dependency.run].train
                 waiting.append(needed[dependency.run])
     start = run.train.start
     return {
-        "tokens": spent(results[start.run], results)["tokens"] if start else 0.0,
+        "tokens": spent(results[start.run], results)["tokens"] if start and start.run else 0.0,
         "flops": sum(train.flops for train in needed.values()),
         "seconds": sum(train.seconds for train in needed.values()),
     }

@@ -174,6 +174,9 @@ def _settings(records: Sequence[TrainRecord], used: Mapping[str, list[str]]) -> 
         "training FLOPs": f"{train.flops:.2e}",
     }
     for role, dependency in train.depends.items():
+        if dependency.source is not None:
+            size["starts from" if role == "start" else role] = dependency.source
+            continue
         label = "of the run it starts from" if role == "start" else f"of the run that is its {role}"
         size[label] = f"{sum(dependency.costs.values()):.2e}"
     data = {

@@ -56,19 +56,28 @@ class Truncation(Strict):
 
 
 class DependencyRecord(Strict):
-    """A run whose last weights another needed, and what its training had cost."""
+    """A run whose last weights another needed, and what its training had cost; or a published model.
 
-    run: str
+    `run` is None for a published model, and `source` for a run. What the training of a published model had
+    cost is not known; `training_tokens` is what its makers trained it on.
+    """
+
+    run: str | None = None
+    source: str | None = None
+    licence: str | None = None
+    training_tokens: int | None = None
     weights_sha256: str | None = None
     tokens: int
     flops: float
     truncation: Truncation | None = None  # of weights that a run started from
+    inherited: dict[str, Any] | None = None  # what was kept of a larger model, and how it was chosen
     depends: dict[str, DependencyRecord] = {}  # role -> what it depended on itself
 
     @property
     def costs(self) -> dict[str, float]:
         """Run -> FLOPs of its training: this one and all that it depended on."""
-        return {self.run: self.flops} | _costs(self.depends)
+        own = {} if self.run is None else {self.run: self.flops}
+        return own | _costs(self.depends)
 
 
 def _costs(depends: Mapping[str, DependencyRecord]) -> dict[str, float]:

@@ -45,9 +45,11 @@ def check_trained(run: Run, train: TrainRecord, path: Path, command: str) -> Non
     recorded |= {f"techniques.{name}": keys for name, keys in train.techniques.items()}
     roles = {role: dependency.run for role, dependency in train.depends.items()}
     # Earlier versions recorded the role `start` alone.
-    for role in {"start", *roles, *(run.depends if "depends" in train.model_fields_set else ())}:
-        key = f"depends.{role}.run"
-        expected[key], recorded[key] = run.depends.get(role), roles.get(role)
+    for role in {"start", *roles, *(run.dependencies if "depends" in train.model_fields_set else ())}:
+        key = f"depends.{role}"
+        expected[f"{key}.run"], recorded[f"{key}.run"] = run.depends.get(role), roles.get(role)
+        source = train.depends[role].source if role in train.depends else None
+        expected[f"{key}.source"], recorded[f"{key}.source"] = run.sources.get(role), source
     record.compare(recorded, expected, ignored={f"training.{key}" for key in RECORD_KEYS})
 
 

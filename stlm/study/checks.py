@@ -5,17 +5,15 @@ Each check raises ``UserError``, which names the file, the key, what was found a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
-
-from pydantic import BaseModel
 
 from stlm.corpora.config import CorpusEntry
 from stlm.corpora.language import WITHOUT_SPACES
 from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
-from stlm.study.runs import Run
+from stlm.study.runs import Run, SourceModel
 from stlm.techniques.base import refuse
 from stlm.tokens.names import is_per_corpus
 
@@ -101,15 +99,23 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
         )
 
 
-def check_dependencies(file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """Every run that a run depends on must be one of the study's."""
+def check_dependencies(file: str, run: Run, runs: Mapping[str, Run], models: Collection[str] = ()) -> None:
+    """Every run that a run depends on must be one of the study's, or a published model (`models`)."""
     variants = {other.variant for other in runs.values()}
-    for key, variant in run.dependencies.values():
-        if variant not in variants:
+    for role, (key, name) in run.dependencies.items():
+        if name not in variants and role not in run.sources:
+            also = " and no model in params/models.yaml" if models else ""
             raise UserError(
-                f"{file}: run {run.name}: {key}: {variant!r} is no variant of this study"
-                f"{nearest(variant, variants)}"
+                f"{file}: run {run.name}: {key}: {name!r} is no variant of this study{also}"
+                f"{nearest(name, [*variants, *models])}"
             )
+
+
+def dependency(
+    run: Run, role: str, runs: Mapping[str, Run], models: Mapping[str, SourceModel]
+) -> Run | SourceModel:
+    """What a run depends on in a role: one of the study's runs, or a published model."""
+    return models[run.sources[role]] if role in run.sources else runs[run.depends[role]]
 
 
 def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
@@ -128,43 +134,9 @@ def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
         ) from None
 
 
-def check_start(file: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """The run that a run starts from must be a variant whose weights fit and whose text continues."""
-    if "start" not in run.depends:
-        return
-    named = run.dependencies["start"]
-    key = f"{file}: run {run.name}: {named.key}: {named.variant!r}"
-    first = {other.variant for other in runs.values() if not other.depends.keys() & {"start", "reference"}}
-    if named.variant not in first:
-        raise UserError(
-            f"{key} is no variant that itself begins with new weights and no reference"
-            f"{nearest(named.variant, first)}"
-        )
-    origin = runs[run.depends["start"]]
-    for name in ("corpus", "tokenizer"):
-        ours, theirs = getattr(run, name), getattr(origin, name)
-        if ours != theirs:
-            raise UserError(f"{key} has the {name} {theirs}, the run {ours}; they must be the same")
-    refuse(origin.techniques.values(), "start_from", lambda message: UserError(f"{key}: its {message}"))
-    if not (run.data.plain and origin.data.plain):
-        raise UserError(f"{key}: a run goes on in its origin's text only where neither has keys in data")
-    for name in type(run.model).model_fields:
-        ours, theirs = getattr(run.model, name), getattr(origin.model, name)
-        # Missing parts can be made: factors by decomposition, adapters that change nothing at first.
-        made = name in ("low_rank", "embedding_rank", "lora") and theirs is None
-        if ours != theirs and not made and name not in ("dropout", "attention_dropout"):
-            raise UserError(
-                f"{key} has model.{name}: {_plain(theirs)}, the run {_plain(ours)}; weights of the one "
-                "do not fit the other"
-            )
-
-
-def _plain(value: object) -> object:
-    """A value as it is written in a file."""
-    return value.model_dump() if isinstance(value, BaseModel) else value
-
-
-def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
+def check_techniques(
+    file: str, run: Run, runs: Mapping[str, Run], models: Mapping[str, SourceModel] | None = None
+) -> None:
     """Refuse, by name, everything that a run's techniques do not support."""
     key = f"{file}: run {run.name}"
 
@@ -173,7 +145,9 @@ def check_techniques(file: str, run: Run, runs: Mapping[str, Run]) -> None:
 
     techniques = list(run.techniques.values())
     for technique in techniques:
-        technique.set_others({role: runs[run.depends[role]] for role in technique.depends()})
+        technique.set_others(
+            {role: dependency(run, role, runs, models or {}) for role in technique.depends()}
+        )
     for condition, capability in (
         (run.model.bytes is not None, "bytes"),
         (run.model.sharing is not None, "sharing"),

@@ -13,19 +13,19 @@ from typing import Any
 
 from stlm.errors import UserError, nearest, shortened
 from stlm.model.config import ModelConfig
-from stlm.study.catalogues import PARAMS, load_corpora
+from stlm.study.catalogues import PARAMS, load_corpora, load_models
 from stlm.study.checks import (
     check_benchmarks,
     check_cycles,
     check_data,
     check_dependencies,
     check_names,
-    check_start,
     check_techniques,
 )
 from stlm.study.names import LONGEST_NAME, check_study_name, is_name
-from stlm.study.runs import PublishedModel, Run, Study
-from stlm.study.schema import StudyFile, Variant
+from stlm.study.runs import PublishedModel, Run, SourceModel, Study
+from stlm.study.schema import Published, StudyFile, Variant
+from stlm.study.start import check_start
 from stlm.study.strict import parse_yaml, read_yaml, validate
 from stlm.techniques.base import Technique
 from stlm.techniques.registry import load_techniques
@@ -163,6 +163,42 @@ def _check_file(file: str, parsed: StudyFile) -> None:
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
 
 
+def _source_models(file: str, parsed: StudyFile, root: Path) -> dict[str, SourceModel]:
+    """The models in params/models.yaml, whose names no variant may have: a run could depend on either."""
+    models = load_models(root)
+    for name in parsed.variants.keys() & models.keys():
+        raise UserError(
+            f"{file}: variants.{name}: a model in params/models.yaml has this name; choose another"
+        )
+    return {
+        name: SourceModel(name=name, model=entry.model.config) for name, entry in models.items()
+    }
+
+
+def _with_sources(run: Run, models: Mapping[str, SourceModel]) -> Run:
+    """The run, which knows which of the names that it depends on are published models."""
+    sources = {role: name for role, (_, name) in run.dependencies.items() if name in models}
+    return run.model_copy(update={"sources": sources}) if sources else run
+
+
+def _with_prefix(key: str, item: Published, root: Path) -> Published:
+    """A published model of the study; one of params/models.yaml has its prefix there."""
+    if item.model is None:
+        return item
+    models = load_models(root)
+    if item.model not in models:
+        raise UserError(
+            f"{key}.model: no model {shortened(item.model)!r} in params/models.yaml"
+            f"{nearest(item.model, models)}"
+        )
+    entry = models[item.model]
+    if item.context is not None and item.context > entry.model.context:
+        raise UserError(
+            f"{key}.context: {item.context} is longer than the {entry.model.context} positions of {item.model}"
+        )
+    return item.model_copy(update={"prefix": item.prefix or entry.prefix})
+
+
 def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
     """Read, override, check and resolve the study ``params/<name>.yaml``.
 
@@ -186,15 +222,17 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         for variant in parsed.variants
         for seed in parsed.seeds
     ]
+    models = _source_models(file, parsed, root)
+    runs = [_with_sources(run, models) for run in runs]
     by_name = {run.name: run for run in runs}
     for run in runs:
-        check_dependencies(file, run, by_name)
+        check_dependencies(file, run, by_name, models)
     check_cycles(file, by_name)
     for run in runs:
         check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora)
-        check_start(file, run, by_name)
-        check_techniques(file, run, by_name)
+        check_start(file, run, by_name, models)
+        check_techniques(file, run, by_name, models)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"
@@ -208,7 +246,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         corpora=list(dict.fromkeys(run.corpus for run in runs)),
         published={
             key: PublishedModel(
-                **item.model_dump(exclude={"label"}),
+                **_with_prefix(f"{file}: published.{key}", item, root).model_dump(exclude={"label"}),
                 study=name,
                 name=key,
                 label=item.label or key,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
@@ -18,10 +19,36 @@ from stlm.training.config import TrainingConfig
 
 
 class NamedVariant(NamedTuple):
-    """A variant that a run depends on, and the key of params/ that names it."""
+    """A variant, or a published model, that a run depends on, and the key of params/ that names it."""
 
     key: str
-    variant: str
+    name: str
+
+
+class SourceModel(BaseModel):
+    """A published model of params/models.yaml that a run depends on: what checks ask of it as of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    model: ModelConfig
+
+    # As of a run: it has no techniques, depends on nothing, and its vocabulary is that of no corpus.
+    corpus: ClassVar[None] = None
+    techniques: ClassVar[Mapping[str, Technique]] = {}
+    depends: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def tokenizer(self) -> str:
+        """The name of its own tokenizer."""
+        return f"hf:{self.name}"
+
+    @property
+    def parameters(self) -> ParameterCounts:
+        """Its parameters, counted on the modules (this imports torch)."""
+        from stlm.model.counts import parameter_counts
+
+        return parameter_counts(self.model)
 
 
 class Run(BaseModel):
@@ -45,6 +72,8 @@ class Run(BaseModel):
     techniques: dict[str, SerializeAsAny[Technique]] = Field(
         default={}, exclude_if=lambda techniques: not techniques
     )
+    # Role -> the published model in params/models.yaml that it names. Likewise.
+    sources: dict[str, str] = Field(default={}, exclude_if=lambda sources: not sources)
 
     @property
     def folder(self) -> Path:
@@ -71,14 +100,18 @@ class Run(BaseModel):
         """Map each role to the run of the study whose last weights this run reads.
 
         With several seeds, it is the run with the same seed. Roles: `reference` measures the difficulty of
-        the data, training begins from `start`, and techniques have others.
+        the data, training begins from `start`, and techniques have others. Roles of published models are in
+        `sources` instead.
         """
         seed = self.name.removeprefix(self.variant)
-        return {role: named.variant + seed for role, named in self.dependencies.items()}
+        return {
+            role: named.name + seed for role, named in self.dependencies.items() if role not in self.sources
+        }
 
     @property
     def dependencies(self) -> dict[str, NamedVariant]:
-        """Map each role to the variant whose run, with the same seed, this run depends on."""
+        """Map each role to the variant whose run, with the same seed, this run depends on, or to a published
+        model (`sources` says which)."""
         found: dict[str, NamedVariant] = {}
         if self.data.reference is not None:
             found["reference"] = NamedVariant("data.reference", self.data.reference)
@@ -146,8 +179,13 @@ class PublishedModel(Published):
     tokens_folder: Path
 
     @property
+    def place(self) -> Path:
+        """The folder with its files: its own, or where a model of params/models.yaml is fetched to."""
+        return Path(self.folder) if self.model is None else Path("data/raw") / self.model
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine its scores: its folder and how it is loaded, but not its names."""
+        """The settings that determine its scores: its folder or name and how it is loaded, but not its names."""
         names = Published.model_fields.keys() - {"label", "parameters"}
         return self.model_dump(mode="json", include=names)
 

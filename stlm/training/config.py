@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stlm.model.inherit_config import InheritConfig
+
 # Keys of earlier versions that old records still have; none of them changed the weights.
 FORMER_KEYS = frozenset({"validation_documents", "validation_tokens"})
 # Keys that change what is recorded and when, but not the weights: a resumed run may have other values.
@@ -24,13 +26,22 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Omitted from records when null, so that older configs compare equal.
     start_from: str | None = Field(
         None,
-        description="The variant of this study from whose last checkpoint training starts; it is trained "
-        "first. Its model may differ in `low_rank`, `embedding_rank`, `lora` and dropout: dense matrices are "
-        "cut to the rank by their singular values. `steps` counts further steps, on the text that follows. "
-        "null: new weights.",
+        description="What training starts from: a variant of this study, which is trained first, or a model "
+        "in params/models.yaml. The run's model may be smaller, see `training.inherit`; its tokenizer may be "
+        "a part of the other's (`hf:NAME:N`). `low_rank` and `embedding_rank` cut dense matrices by their "
+        "singular values. `steps` counts further steps, on the text that follows where text, tokens and "
+        "context are the same, otherwise from its beginning. null: new weights.",
         exclude_if=lambda value: value is None,
+    )
+    inherit: InheritConfig = Field(
+        InheritConfig(),
+        description="How what is kept is chosen where the model is smaller than what it starts from; see "
+        "`training.inherit`.",
+        # Likewise where it changes nothing.
+        exclude_if=lambda value: value == InheritConfig(),
     )
     steps: int = Field(25000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(24, ge=1, description="Sequences of `model.context` tokens in a micro-batch.")

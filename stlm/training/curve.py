@@ -145,7 +145,7 @@ def keep_checkpoint(state: TrainingState) -> None:
     tokens = step * run.training.tokens_per_step(run.model.context)
     name = checkpoint_name(step)
     depends = {
-        role: {key: value for key, value in one.record.items() if key != "truncation"}
+        role: {key: value for key, value in one.record.items() if key not in ("truncation", "inherited")}
         for role, one in state.setup.dependencies.items()
     }
     digest = save_checkpoint(
@@ -153,7 +153,9 @@ def keep_checkpoint(state: TrainingState) -> None:
         state.setup.model,
         {
             "training": run.training.model_dump(mode="json"),
-            **run.model_dump(include={"study", "variant", "seed", "corpus", "tokenizer"}),
+            **run.model_dump(
+                mode="json", include={"study", "variant", "seed", "corpus", "tokenizer", "data"}
+            ),
             "run": run.name,
             "step": step,
             "tokens": tokens,

@@ -42,8 +42,9 @@ class Setup:
         self.dependencies = read_dependencies(run)
         reference = Reference(run, device, group) if "reference" in self.dependencies else None
         origin = self.dependencies.get("start")
-        # The text continues where the run that this one starts from stopped.
-        rows_before = origin.tokens // run.model.context if origin else 0
+        # The text may continue where the run that this one starts from stopped.
+        before = origin.text_tokens if origin and origin.goes_on(run) else 0
+        rows_before = before // run.model.context
         self.micro_batches = MicroBatches(run, device, reference, rows_before)
         # It is copied to the checkpoints at the end; they are of no use without it.
         check_tokenizer(run.tokens_folder / "tokenizer", read_meta(run.tokens_folder).tokenizer_sha256)
@@ -52,7 +53,8 @@ class Setup:
         self.objective.prepare(device, group)
         self.model = _build(run, device)
         if origin:
-            inherit_weights(self.model, origin)
+            origin.record["text_tokens"] = before
+            inherit_weights(self.model, origin, run)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         self.fingerprint = self._fingerprint(reference)
 

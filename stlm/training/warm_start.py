@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from stlm.model.inherit import inherit
 from stlm.model.transformer import Transformer
-from stlm.training.checkpoints import load_checkpoint
+from stlm.study.runs import Run
 from stlm.training.dependencies import Dependency
 
 
-def inherit_weights(model: Transformer, origin: Dependency) -> None:
+def inherit_weights(model: Transformer, origin: Dependency, run: Run) -> None:
     """Give `model` the weights of `origin`; its record gets the error of cutting to lower ranks."""
-    source, _ = load_checkpoint(origin.checkpoint)
+    source = origin.load()
     truncation = inherit(model, source)
     if truncation.by_matrix:
         origin.record["truncation"] = {

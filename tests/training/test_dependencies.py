@@ -148,5 +148,5 @@ def test_a_checkpoint_that_does_not_say_its_cost_is_counted(make_run):
     said = read_json(path)
     del said["flops"]
     write_record(path, said)
-    found = Dependency(make_run("run", model={"low_rank": {"ffn": 9}}, start_from="baseline"), "start")
+    found = Dependency.read(make_run("run", model={"low_rank": {"ffn": 9}}, start_from="baseline"), "start")
     assert found.record["flops"] == origin.flops
