@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stlm.tokens.names import hf_name
+from stlm.tokens.names import hf_name, is_per_corpus
 
 if TYPE_CHECKING:
     from stlm.study.runs import Run, SourceModel
@@ -25,8 +25,7 @@ def check_reader(name: str, model: Run | SourceModel, run: Run) -> None:
         raise ValueError(
             f"{name!r} has the tokenizer {model.tokenizer}, the run {run.tokenizer}; they must be {expected}"
         )
-    made = run.tokenizer.startswith("bpe-") or (ours is not None and ours.size is not None and not part)
-    if made and model.corpus != run.corpus:
+    if is_per_corpus(run.tokenizer) and not part and model.corpus != run.corpus:
         raise ValueError(
             f"{name!r} was trained on {model.corpus}, with another vocabulary of the name {run.tokenizer}; "
             f"choose a variant on {run.corpus}"

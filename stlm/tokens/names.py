@@ -54,6 +54,12 @@ def bpe_size(name: str) -> int | None:
     return None if match is None else _bounded(match[1], name)
 
 
+def is_per_corpus(tokenizer: str) -> bool:
+    """Whether the vocabulary is made for the corpus: the same name is another one for another corpus."""
+    published = hf_name(tokenizer)
+    return bpe_size(tokenizer) is not None or (published is not None and published.size is not None)
+
+
 def vocabulary_size(tokenizer: str, root: Path = Path()) -> int:
     """Number of tokens in the vocabulary of a tokenizer, given by name, with the end-of-text token.
 
