@@ -107,11 +107,8 @@ def check_cut(run: Run, origin: ModelConfig) -> None:
         )
     if model.width < origin.width and model.positions == "sinusoidal":
         raise ValueError("model.width: sinusoidal positions are fixed, so the width cannot be cut")
-    if model.width < origin.width and how.width == "components" and model.norm != "rmsnorm":
-        raise ValueError(
-            f"training.inherit.width: components: a rotated stream needs model.norm: rmsnorm, found "
-            f"{model.norm}; use importance"
-        )
+    if model.width < origin.width and model.norm != "rmsnorm":
+        raise ValueError(f"model.norm: {model.norm}: the width of such a model is not cut; only rmsnorm's is")
     if isinstance(how.layers, tuple):
         if len(how.layers) != model.layers:
             raise ValueError(
