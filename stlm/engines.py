@@ -22,10 +22,11 @@ from stlm.evaluation.benchmarks import data_names
 from stlm.files import disk_errors, write_text
 from stlm.manifests import Manifests, model_manifest, refresh_all
 from stlm.outputs import CONTAMINATION, EVALUATION, METRICS, REPORT, TRAINING, Output, names
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Run, Study
 from stlm.study.strict import read_yaml
+from stlm.tokens.names import hf_name
 
 DVC_FILE = Path("dvc.yaml")
 # Stages with this prefix list what DVC watches on this machine; they differ on other machines.
@@ -49,14 +50,26 @@ def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
 
 
 def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] | None = None) -> list[str]:
-    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary.
+    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary, or
+    the model that it belongs to.
 
     ``vocabularies``: the names of the published ones, if they have been read already.
     """
-    published = (
-        [tokenizer] if tokenizer in (load_vocabularies() if vocabularies is None else vocabularies) else []
-    )
-    return [f"data/raw/{name}" for name in (corpus, *published)]
+    known = load_vocabularies() if vocabularies is None else vocabularies
+    return [f"data/raw/{name}" for name in (corpus, *published_tokenizers([tokenizer], known))]
+
+
+def published_tokenizers(tokenizers: Iterable[str], vocabularies: Iterable[str]) -> list[str]:
+    """What must be fetched for ``tokenizers``: of ``vocabularies`` those that they are, and models."""
+    models = [found.model for name in tokenizers if (found := hf_name(name)) is not None]
+    return list(dict.fromkeys([*(name for name in vocabularies if name in tokenizers), *models]))
+
+
+def tokenize_stage(corpus: str, tokenizer: str) -> str:
+    """The name of DVC's stage that tokenizes ``corpus``; DVC allows no colon: hf:NAME:N is hf-NAME-N."""
+    if (found := hf_name(tokenizer)) is not None:
+        tokenizer = f"hf-{found.model}-{found.size or 'all'}"
+    return f"tokenize-{corpus}-{tokenizer}"
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
@@ -105,6 +118,7 @@ def _catalogues(root: Path) -> dict[str, Mapping[str, Any]]:
         "corpora": load_corpora(root),
         "benchmarks": load_benchmarks(root),
         "vocabularies": load_vocabularies(root),
+        "models": load_models(root),
     }
 
 
@@ -137,9 +151,10 @@ def _study_params(study: Study, present: Mapping[str, Any], *keys: str) -> dict[
 def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
     """The data that must be fetched for the study: name -> its ``source_entries``."""
     catalogues = _catalogues(root)
-    tokenizers = {run.tokenizer for run in study.runs.values()}
-    vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
-    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks))
+    tokenizers = list(dict.fromkeys(run.tokenizer for run in study.runs.values()))
+    published = published_tokenizers(tokenizers, catalogues["vocabularies"])
+    models = [name for run in study.runs.values() for name in run.sources.values()]
+    names = dict.fromkeys((*study.corpora, *published, *models, *data_names(study.benchmarks)))
     return {name: _source_entries(name, catalogues) for name in names}
 
 
@@ -178,7 +193,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
             "outs": [f"data/raw/{name}"],
         }
     for corpus, tokenizer in tokens:
-        stages[f"tokenize-{corpus}-{tokenizer}"] = {
+        stages[tokenize_stage(corpus, tokenizer)] = {
             "cmd": f"stlm tokenize {corpus} {tokenizer}",
             "deps": tokenize_inputs(corpus, tokenizer, vocabularies),
             "outs": [f"data/tokens/{corpus}/{tokenizer}"],

@@ -29,7 +29,7 @@ from stlm.corpora.fingerprint import (
 from stlm.corpora.sources import matched_files
 from stlm.errors import UserError, nearest
 from stlm.files import disk_errors, read_json, write_json
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Study
 
@@ -59,6 +59,7 @@ class Manifests:
             **self._corpora,
             **load_benchmarks(root),
             **load_vocabularies(root),
+            **load_models(root),
         }
 
     def path(self, name: str) -> Path | None:
@@ -157,7 +158,7 @@ class Manifests:
     def _parts(self, name: str) -> dict[str, Entry]:
         if name not in self._entries:
             raise UserError(
-                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies}}.yaml"
+                f"{name!r} is in none of params/{{corpora,benchmarks,vocabularies,models}}.yaml"
                 f"{nearest(name, self._entries)}"
             )
         return components(self._entries[name], self._corpora)

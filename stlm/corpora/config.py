@@ -1,4 +1,4 @@
-"""Schemas of params/corpora.yaml, params/benchmarks.yaml and params/vocabularies.yaml.
+"""Schemas of params/corpora.yaml, benchmarks.yaml, vocabularies.yaml and models.yaml.
 
 An entry names a data set and lists its *sources* in the order in which they are tried. Every source gives the
 same files in data/raw/<name>/: `files` maps each output (a split such as `train`, or a file like
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stlm.corpora.text_files import Cut, Documents
 from stlm.errors import nearest, shortened
+from stlm.model.config import ModelConfig
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -193,7 +194,7 @@ class SyntheticSource(_Strict):
     note: str = Field(default="", description="Copied to source.json.")
 
 
-FileSource = HubSource | MirrorSource | FolderSource | WheelSource
+FileSource = Annotated[HubSource | MirrorSource | FolderSource | WheelSource, Field(discriminator="kind")]
 Source = Annotated[
     HubSource | MirrorSource | FolderSource | WheelSource | SyntheticSource, Field(discriminator="kind")
 ]
@@ -307,14 +308,74 @@ class VocabularyEntry(_Entry):
     sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
 
 
+class LlamaShape(_Strict):
+    """The sizes of a model in Llama's layout, under the keys of `model`; none has a default."""
+
+    layers: int = Field(ge=1, description="Transformer blocks.")
+    width: int = Field(ge=1, description="Width of the residual stream.")
+    heads: int = Field(ge=1, description="Query heads.")
+    kv_heads: int = Field(ge=1, description="Key/value heads.")
+    ffn_width: int = Field(ge=1, description="Hidden units of the feed-forward network.")
+    rope_theta: float = Field(gt=0, description="Base of the rotary wavelengths.")
+    norm_eps: float = Field(gt=0, description="Added to the variance in each normalization.")
+    context: int = Field(ge=2, description="Longest sequence, in tokens.")
+    tied: bool = Field(description="Whether the embedding and the output head share one matrix.")
+    vocab_size: int = Field(ge=2, description="Rows of the embedding.")
+
+    @model_validator(mode="after")
+    def _is_a_model(self) -> Self:
+        _ = self.config  # raises ValueError, for example for heads that do not divide the width
+        return self
+
+    @property
+    def config(self) -> ModelConfig:
+        """The same as a configuration of our model."""
+        return ModelConfig(**self.model_dump())
+
+
+# The outputs of a source of a published model: one file of GGUF, or those of a folder of transformers.
+GGUF = "model.gguf"
+NEEDED = ("model.safetensors", "config.json", "tokenizer.json")
+OPTIONAL = ("tokenizer_config.json", "generation_config.json")
+
+
 class ModelEntry(_Entry):
-    """A published model of the Llama layout."""
+    """A published model in Llama's layout; whatever its source, fetch writes a folder of transformers."""
 
-    origin: str = Field(default="", description="Where it comes from.")
-    tokens: int | None = Field(default=None, description="Tokens that it was trained on.")
-    prefix: str | None = Field(default=None, description="The token that starts a text.")
-    model: dict[str, Any] = Field(description="Keys of `model` in a study.")
-    sources: tuple[Source, ...] = Field(min_length=1, description=_SOURCES)
+    origin: str = Field(min_length=1, description="Who published it and where; shown on model cards.")
+    training_tokens: float = Field(
+        gt=0, description="Tokens that it was trained on; shown on the cards of models made from it."
+    )
+    prefix: str = Field(
+        min_length=1,
+        description="The token that starts a text, as its tokenizer spells it, for example `<|endoftext|>`.",
+    )
+    model: LlamaShape = Field(
+        description="Its sizes, so that a study is checked before anything is fetched; compared with the "
+        "files by fetch."
+    )
+    sources: tuple[FileSource, ...] = Field(
+        min_length=1,
+        description=f"{_SOURCES} Outputs: `{GGUF}`; or {', '.join(f'`{name}`' for name in NEEDED)} (its "
+        f"weights may be several files) and perhaps {', '.join(f'`{name}`' for name in OPTIONAL)}.",
+    )
+
+    @model_validator(mode="after")
+    def _outputs_are_a_model(self) -> Self:
+        for source in self.sources:
+            outputs = set(source.files)
+            if outputs == {GGUF}:
+                continue
+            for output in sorted(outputs - {*NEEDED, *OPTIONAL}):
+                hint = "" if output == GGUF else nearest(output, (GGUF, *NEEDED, *OPTIONAL))
+                raise ValueError(
+                    f"sources: files: {output!r} is no file of a model of transformers{hint}; expected "
+                    f"{GGUF} alone, or {', '.join(NEEDED)} and perhaps {', '.join(OPTIONAL)}"
+                )
+            for output in NEEDED:
+                if output not in outputs:
+                    raise ValueError(f"sources: files: {output} is missing; expected {', '.join(NEEDED)}")
+        return self
 
 
-Entry = CorpusEntry | BenchmarkEntry | VocabularyEntry
+Entry = CorpusEntry | BenchmarkEntry | VocabularyEntry | ModelEntry

@@ -1,4 +1,4 @@
-"""Fetch a corpus, benchmark or vocabulary into data/raw/<name>/, from its first source that has it.
+"""Fetch a corpus, benchmark, vocabulary or published model into data/raw/<name>/, from its first source that has it.
 
 The folder appears whole or not at all. Its source.json records the source, why earlier sources failed, and
 the SHA-256 of every file.
@@ -27,6 +27,7 @@ from stlm.corpora.config import (
     FolderSource,
     HubSource,
     MirrorSource,
+    ModelEntry,
     Source,
     SyntheticSource,
     VocabularyEntry,
@@ -41,7 +42,14 @@ from stlm.corpora.text_files import MAX_DOCUMENT, Cut
 from stlm.errors import UserError
 from stlm.files import atomic_directory, disk_errors, sha256, write_record
 
-ROOM = {CorpusEntry: "corpus", BenchmarkEntry: "benchmark", VocabularyEntry: "vocabulary"}
+ROOM = {
+    CorpusEntry: "corpus",
+    BenchmarkEntry: "benchmark",
+    VocabularyEntry: "vocabulary",
+    ModelEntry: "model",
+}
+# Entries whose files have no rows.
+_WITHOUT_ROWS = (VocabularyEntry, ModelEntry)
 
 
 def fetch(
@@ -218,17 +226,23 @@ def _from_source(
             used = _used(source, found)
             if isinstance(entry, VocabularyEntry):
                 _vocabulary(entry, source, found, folder)
+            elif isinstance(entry, ModelEntry):
+                from stlm.corpora.model_folder import write_model
+
+                about = write_model(entry, source.kind, found, folder)
             elif isinstance(entry, BenchmarkEntry):
                 _benchmark(entry, source, found, folder)
             else:
                 layout, about = _corpus(entry, source, found, folder)
     files = [_described(entry, source, path, layout) for path in sorted(folder.iterdir())]
     record = {"name": entry.name, "kind": ROOM[type(entry)], "source": used, "tried": [], "files": files}
-    if not isinstance(entry, VocabularyEntry):
+    if not isinstance(entry, _WITHOUT_ROWS):
         record["rows"] = sum(file["rows"] for file in files)
         if record["rows"] == 0:
             raise SourceError(f"{source.kind}: {entry.name} has no rows")
     record["licence"] = entry.licence
+    if isinstance(entry, ModelEntry):
+        record |= about
     if layout is not None:
         record |= {"text": layout.raw_text, "group": layout.raw_group}
         record |= {"split_column": layout.raw_split, "pieces": layout.pieces, **about}
@@ -354,7 +368,7 @@ def _write(
 def _described(entry: Entry, source: Source, path: Path, layout: Layout | None) -> dict[str, Any]:
     """Read a file through; its entry in source.json."""
     described: dict[str, Any] = {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
-    if isinstance(entry, VocabularyEntry):
+    if isinstance(entry, _WITHOUT_ROWS):
         return described
     columns = layout.raw_columns if layout is not None else getattr(entry, "columns", ())
     split = layout.raw_split if layout is not None else None

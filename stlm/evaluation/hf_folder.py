@@ -22,17 +22,7 @@ _AGAIN = "get the model again"
 
 def check_files(folder: Path) -> None:
     """Raise UserError unless the folder has a readable config.json and all listed safetensors, intact."""
-    if not folder.is_dir():
-        what = "a file" if folder.is_file() else "no such folder"
-        raise UserError(f"{folder}: {what}; expected a folder of transformers with safetensors and tokenizer")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
-        )
-    content = _json_object(path)
-    if not isinstance(content.get("model_type"), str):
-        raise UserError(f"{path}: model_type: {content.get('model_type')!r}: expected a name; {_AGAIN}")
+    content = read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no weights as *.safetensors{_found(folder)}; other formats are not read")
     files = weight_files(folder)
@@ -51,6 +41,22 @@ def check_files(folder: Path) -> None:
             f"{folder}/config.json: num_hidden_layers: {layers}, but the weights are {tensors} tensors; "
             f"{_AGAIN}"
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of the folder's config.json. Raises UserError if there is none, or it names no model."""
+    if not folder.is_dir():
+        what = "a file" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected a folder of transformers with safetensors and tokenizer")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no config.json; expected a folder of transformers with safetensors and tokenizer"
+        )
+    content = _json_object(path)
+    if not isinstance(content.get("model_type"), str):
+        raise UserError(f"{path}: model_type: {content.get('model_type')!r}: expected a name; {_AGAIN}")
+    return content
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from stlm.errors import UserError
 from stlm.evaluation.hf_model import HfModel, load_hf
 from stlm.evaluation.hf_tokenizer import HfTokenizer
 from stlm.generation.tokens import window_begin
-from stlm.tokens.tokenizer import letters, utf8
+from stlm.tokens.byte_pairs import letters
+from stlm.tokens.interface import utf8
 
 # Any tokenizer must return this text token by token: words, spaces, letters of several bytes.
 _SAMPLE = "A text, né on  two lines:\n\u6c34 \U0001f642!"

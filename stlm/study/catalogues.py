@@ -1,4 +1,4 @@
-"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies."""
+"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies, published models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stlm.errors import UserError, nearest
 from stlm.study.strict import read_yaml, validate
 
 PARAMS = Path("params")
-CATALOGUES = ("corpora", "benchmarks", "vocabularies")
+CATALOGUES = ("corpora", "benchmarks", "vocabularies", "models")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -59,6 +59,5 @@ def load_vocabularies(root: Path = Path()) -> dict[str, VocabularyEntry]:
 
 
 def load_models(root: Path = Path()) -> dict[str, ModelEntry]:
-    """The published models by name, from params/models.yaml; none where there is no such file."""
-    there = (root / PARAMS / "models.yaml").is_file()
-    return _catalogue(root, "models", ModelEntry) if there else {}
+    """The published models by name, from params/models.yaml; none in a project without that file."""
+    return _catalogue(root, "models", ModelEntry) if (root / PARAMS / "models.yaml").is_file() else {}

@@ -11,7 +11,7 @@ from stlm.model.config import ModelConfig
 from stlm.study.checks import dependency
 from stlm.study.runs import Run, SourceModel
 from stlm.techniques.base import refuse
-from stlm.tokens.names import hf_name
+from stlm.tokens.names import hf_name, is_per_corpus
 
 # Keys of which the run may have less: the rest is cut.
 SIZES = ("layers", "width", "heads", "kv_heads", "ffn_width")
@@ -61,8 +61,7 @@ def _check_tokens(key: str, run: Run, origin: Run | SourceModel) -> None:
         raise UserError(
             f"{key} has the tokenizer {origin.tokenizer}, the run {run.tokenizer}; they must be {expected}"
         )
-    made = run.tokenizer.startswith("bpe-") or (ours is not None and ours.size is not None)
-    if made and run.corpus != origin.corpus:
+    if is_per_corpus(run.tokenizer) and run.corpus != origin.corpus:
         raise UserError(
             f"{key} has the corpus {origin.corpus}, the run {run.corpus}, and so another vocabulary of the "
             f"name {run.tokenizer}; they must be the same"

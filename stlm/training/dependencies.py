@@ -91,11 +91,11 @@ class Dependency:
             "licence": entry.licence,
             "weights_sha256": digest,
             # What its makers trained it on; nothing of that was spent here.
-            "training_tokens": entry.tokens,
+            "training_tokens": entry.training_tokens,
             "tokens": 0,
             "flops": 0.0,
         }
-        model = ModelConfig.model_validate(entry.model)
+        model = entry.model.config
         return cls(name, True, folder, model, digest, f"hf:{name}", record=record)
 
     def load(self, device: str | torch.device = "cpu") -> Transformer:
