@@ -46,6 +46,15 @@ def cut_vocabulary(model: Transformer, ids: Tensor) -> Transformer:
     return rebuilt(model, {"vocab_size": len(ids)}, weights)
 
 
+@torch.no_grad()
+def cut_context(model: Transformer, context: int) -> Transformer:
+    """The model for rows of at most `context` tokens, with the first of its positions if it learned them."""
+    weights = dict(model.state_dict())
+    if model.config.positions == "learned":
+        weights["positions.weight"] = weights["positions.weight"][:context]
+    return rebuilt(model, {"context": context}, weights)
+
+
 def _tables(model: Transformer) -> list[str]:
     return [f"value_embeddings.{number}.weight" for number in range(len(model.value_embeddings))]
 
@@ -84,17 +93,20 @@ def cut_layers(model: Transformer, layers: Sequence[int], value_embeddings: int 
 
 
 def choose_heads(scores_H: Tensor, kv_heads: int, heads: int, kept_kv: int) -> tuple[list[int], list[int]]:
-    """The query heads and the key/value heads to keep, in order, by the importance of query heads.
+    """The query heads to keep, in order, and the key/value heads that they read, by query heads' importance.
 
-    Of `kv_heads` groups, `kept_kv` remain, and `heads / kept_kv` heads in each. A group counts the squares of
-    the heads that it would keep.
+    Of `kv_heads` groups, `kept_kv` remain, and `heads / kept_kv` heads in each; a group counts the squares of
+    the heads that it would keep. With as many key/value heads as query heads, the best query heads remain,
+    each with a copy of its own of the key/value head that it reads.
     """
-    group = heads // kept_kv
     scores_KG = scores_H.reshape(kv_heads, -1)
-    best_KG = scores_KG.argsort(dim=1, descending=True, stable=True)[:, :group]
-    value_K = scores_KG.gather(1, best_KG).square().sum(dim=1)
-    groups = sorted(value_K.argsort(descending=True, stable=True)[:kept_kv].tolist())
     size = scores_KG.shape[1]
+    if heads == kept_kv:
+        queries = choose(scores_H, heads)
+        return queries, [query // size for query in queries]
+    best_KG = scores_KG.argsort(dim=1, descending=True, stable=True)[:, : heads // kept_kv]
+    value_K = scores_KG.gather(1, best_KG).square().sum(dim=1)
+    groups = choose(value_K, kept_kv)
     return [k * size + g for k in groups for g in sorted(best_KG[k].tolist())], groups
 
 

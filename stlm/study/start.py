@@ -77,7 +77,7 @@ def _check_model(key: str, ours: ModelConfig, theirs: ModelConfig) -> None:
         longer = name == "context" and (ours.positions != "learned" or own <= other)
         if own == other or made or untied or longer or name in _FREE:
             continue
-        if name in SIZES and own < other:
+        if name in SIZES and (own < other or (name == "kv_heads" and ours.width < theirs.width)):
             continue
         if name == "value_embeddings" and ours.layers < theirs.layers:
             continue
@@ -99,10 +99,10 @@ def check_cut(run: Run, origin: ModelConfig) -> None:
             f"{origin.head_width}: width {model.width} has {model.width / origin.head_width:g} of them"
         )
     group, groups = model.heads // model.kv_heads, origin.heads // origin.kv_heads
-    if group > groups:
+    if group > groups or (group > 1 and model.kv_heads > origin.kv_heads):
         raise ValueError(
-            f"model.kv_heads: {model.kv_heads} for {model.heads} heads makes groups of {group} heads, but "
-            f"they have {groups}; expected at least {-(-model.heads // groups)}"
+            f"model.kv_heads: {model.kv_heads} for {model.heads} heads are groups of {group}, and the origin "
+            f"has {origin.kv_heads} groups of {groups}; expected {_kv_heads(model.heads, origin)}"
         )
     if model.width < origin.width and model.positions == "sinusoidal":
         raise ValueError("model.width: sinusoidal positions are fixed, so the width cannot be cut")
@@ -118,6 +118,15 @@ def check_cut(run: Run, origin: ModelConfig) -> None:
             raise ValueError(
                 f"training.inherit.layers: {how.layers[-1]}: the last of its layers is {origin.layers - 1}"
             )
+
+
+def _kv_heads(heads: int, origin: ModelConfig) -> str:
+    """The numbers of key/value heads with which `heads` can be cut from `origin`."""
+    groups = origin.heads // origin.kv_heads
+    valid = [k for k in range(1, heads) if heads % k == 0 and k <= origin.kv_heads and heads // k <= groups]
+    return ", ".join(map(str, [*valid, heads])) + (
+        " (a copy for each head)" if heads > origin.kv_heads else ""
+    )
 
 
 def _plain(value: object) -> object:
