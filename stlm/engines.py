@@ -50,19 +50,17 @@ def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
 
 
 def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] | None = None) -> list[str]:
-    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary, or
-    the model that it belongs to.
+    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary or
+    its model.
 
     ``vocabularies``: the names of the published ones, if they have been read already.
     """
-    known = load_vocabularies() if vocabularies is None else vocabularies
-    return [f"data/raw/{name}" for name in (corpus, *published_tokenizers([tokenizer], known))]
-
-
-def published_tokenizers(tokenizers: Iterable[str], vocabularies: Iterable[str]) -> list[str]:
-    """What must be fetched for ``tokenizers``: of ``vocabularies`` those that they are, and models."""
-    models = [found.model for name in tokenizers if (found := hf_name(name)) is not None]
-    return list(dict.fromkeys([*(name for name in vocabularies if name in tokenizers), *models]))
+    if (found := hf_name(tokenizer)) is not None:
+        published = [found.model]
+    else:
+        known = load_vocabularies() if vocabularies is None else vocabularies
+        published = [tokenizer] if tokenizer in known else []
+    return [f"data/raw/{name}" for name in (corpus, *published)]
 
 
 def tokenize_stage(corpus: str, tokenizer: str) -> str:
@@ -92,9 +90,13 @@ def contamination_inputs(study: Study) -> list[str]:
 
 
 def published_inputs(study: Study, published: PublishedModel) -> list[str]:
-    """The inputs of ``stlm evaluate`` for a published model: its manifest, test text and benchmarks."""
+    """The inputs of ``stlm evaluate`` for a published model: its files, test text and benchmarks.
+
+    A fetched model's files are its folder; another's are known by their manifest.
+    """
     benchmarks = [f"data/raw/{name}" for name in data_names(study.benchmarks)]
-    return [str(model_manifest(published)), str(published.tokens_folder), *benchmarks]
+    files = model_manifest(published) if published.model is None else published.place
+    return [str(files), str(published.tokens_folder), *benchmarks]
 
 
 def report_inputs(study: Study) -> list[str]:
@@ -153,9 +155,17 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     catalogues = _catalogues(root)
     tokenizers = list(dict.fromkeys(run.tokenizer for run in study.runs.values()))
     published = published_tokenizers(tokenizers, catalogues["vocabularies"])
-    models = [name for run in study.runs.values() for name in run.sources.values()]
-    names = dict.fromkeys((*study.corpora, *published, *models, *data_names(study.benchmarks)))
+    names = dict.fromkeys((*study.corpora, *published, *data_names(study.benchmarks), *models_of(study)))
     return {name: _source_entries(name, catalogues) for name in names}
+
+
+def models_of(study: Study) -> list[str]:
+    """The names in params/models.yaml that the study needs: scored, started from or taught by, tokenizers."""
+    scored = [published.model for published in study.published.values()]
+    read = [name for run in study.runs.values() for name in run.sources.values()]
+    tokenizers = [hf_name(run.tokenizer) for run in study.runs.values()]
+    names = (*scored, *read, *(name.model for name in tokenizers if name is not None))
+    return [name for name in dict.fromkeys(names) if name is not None]
 
 
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
@@ -167,8 +177,9 @@ def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]
     }
     for name, model in study.published.items():
         key = (f"{WATCH}{study.name}-{name}", f"stlm fingerprint {study.name} {name}")
-        here = (root / model.folder).is_dir()
-        watched[*key, str(model_manifest(model))] = [model.folder] if here else []
+        if model.folder is not None:
+            here = (root / model.folder).is_dir()
+            watched[*key, str(model_manifest(model))] = [model.folder] if here else []
     return {
         stage: {"cmd": command, "deps": deps, "outs": [{path: {"cache": False, "persist": True}}]}
         for (stage, command, path), deps in watched.items()

@@ -140,7 +140,9 @@ class Manifests:
         return ", ".join(os.readlink(link) for link in links if link.is_symlink())
 
     def refresh_model(self, model: PublishedModel) -> bool:
-        """Write the manifest of a published model for its present files; whether it changed."""
+        """Write the manifest of a published model's folder for its present files; whether it changed."""
+        if model.model is not None:
+            return False  # fetched like the data, whose sources have manifests of their own
         path = self.root / model_manifest(model)
         now = self._of_model(model)
         return _write(path, _json(now) if now else _read(path) or None)
@@ -151,7 +153,9 @@ class Manifests:
         return now is not None and _json(now) != _read(self.root / model_manifest(model))
 
     def _of_model(self, model: PublishedModel) -> Fingerprint | None:
-        now = of_folder(self.root / model.folder, MODEL_FILES, self._digests)
+        if model.model is not None:
+            return None
+        now = of_folder(self.root / model.place, MODEL_FILES, self._digests)
         self._digests.save()
         return now
 

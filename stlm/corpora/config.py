@@ -343,7 +343,7 @@ class ModelEntry(_Entry):
     """A published model in Llama's layout; whatever its source, fetch writes a folder of transformers."""
 
     origin: str = Field(min_length=1, description="Who published it and where; shown on model cards.")
-    training_tokens: float = Field(
+    training_tokens: int = Field(
         gt=0, description="Tokens that it was trained on; shown on the cards of models made from it."
     )
     prefix: str = Field(

@@ -80,7 +80,7 @@ def find_generator(
         return load_published(folder, device, cached)
     if name in published:
         model = published[name]
-        return load_published(Path(model.folder), device, cached, context=model.context, prefix=model.prefix)
+        return load_published(model.place, device, cached, context=model.context, prefix=model.prefix)
     return load_generator(find_checkpoint(name, published), device, cached, readout)
 
 

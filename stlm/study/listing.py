@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from stlm.errors import UserError
 from stlm.study.runs import PublishedModel, Run, Study
@@ -58,7 +57,10 @@ def runs_table(study: Study) -> str:
 
 
 def _published_table(study: Study) -> list[str]:
-    """The published models of ``study``: parameters, folder, and whether the folder can be read."""
+    """The published models of ``study``: parameters, folder, and whether the folder can be read.
+
+    One of params/models.yaml that is not there is fetched with the data.
+    """
     header = ("published", "label", "parameters", "folder", "")
     return text_table([header, *map(_published_row, study.published.values())], left={0, 1, 3, 4})
 
@@ -67,12 +69,14 @@ def _published_row(model: PublishedModel) -> tuple[str, ...]:
     from stlm.evaluation.hf_folder import check_files, loading, stored_numbers
 
     try:
-        with loading(Path(model.folder), "the folder"):
-            check_files(Path(model.folder))
+        with loading(model.place, "the folder"):
+            check_files(model.place)
         state = "there"
     except UserError as error:
-        state = "not there" if not os.path.isdir(model.folder) else f"cannot be read: {error}"
+        absent = "not there" if model.model is None else "to be fetched"
+        state = absent if not os.path.isdir(model.place) else f"cannot be read: {error}"
     # Counted in the weights' headers, which may hold a matrix with two uses twice.
-    stored = stored_numbers(Path(model.folder)) if state == "there" else None
+    stored = stored_numbers(model.place) if state == "there" else None
     parameters = model.parameters or ("?" if stored is None else f"~{count(stored, digits=3)}")
-    return model.name, model.label, parameters, model.folder, state
+    # As it was written: a path may be relative.
+    return model.name, model.label, parameters, model.folder or str(model.place), state

@@ -24,7 +24,7 @@ from stlm.study.checks import (
 )
 from stlm.study.names import LONGEST_NAME, check_study_name, is_name
 from stlm.study.runs import PublishedModel, Run, SourceModel, Study
-from stlm.study.schema import StudyFile, Variant
+from stlm.study.schema import Published, StudyFile, Variant
 from stlm.study.start import check_start
 from stlm.study.strict import parse_yaml, read_yaml, validate
 from stlm.techniques.base import Technique
@@ -179,6 +179,24 @@ def _with_sources(run: Run, models: Mapping[str, SourceModel]) -> Run:
     return run.model_copy(update={"sources": sources}) if sources else run
 
 
+def _with_prefix(key: str, item: Published, root: Path) -> Published:
+    """A published model of the study; one of params/models.yaml has its prefix there."""
+    if item.model is None:
+        return item
+    models = load_models(root)
+    if item.model not in models:
+        raise UserError(
+            f"{key}.model: no model {shortened(item.model)!r} in params/models.yaml"
+            f"{nearest(item.model, models)}"
+        )
+    entry = models[item.model]
+    if item.context is not None and item.context > entry.model.context:
+        raise UserError(
+            f"{key}.context: {item.context} is longer than the {entry.model.context} positions of {item.model}"
+        )
+    return item.model_copy(update={"prefix": item.prefix or entry.prefix})
+
+
 def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) -> Study:
     """Read, override, check and resolve the study ``params/<name>.yaml``.
 
@@ -226,7 +244,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         corpora=list(dict.fromkeys(run.corpus for run in runs)),
         published={
             key: PublishedModel(
-                **item.model_dump(exclude={"label"}),
+                **_with_prefix(f"{file}: published.{key}", item, root).model_dump(exclude={"label"}),
                 study=name,
                 name=key,
                 label=item.label or key,

@@ -179,8 +179,13 @@ class PublishedModel(Published):
     tokens_folder: Path
 
     @property
+    def place(self) -> Path:
+        """The folder with its files: its own, or where a model of params/models.yaml is fetched to."""
+        return Path(self.folder) if self.model is None else Path("data/raw") / self.model
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine its scores: its folder and how it is loaded, but not its names."""
+        """The settings that determine its scores: its folder or name and how it is loaded, but not its names."""
         names = Published.model_fields.keys() - {"label", "parameters"}
         return self.model_dump(mode="json", include=names)
 

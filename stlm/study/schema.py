@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stlm.evaluation.config import EvaluationConfig
 
@@ -35,9 +35,16 @@ class Published(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    folder: str = Field(
+    folder: str | None = Field(
+        None,
         min_length=1,
+        exclude_if=lambda folder: folder is None,
         description="Local folder in the format of transformers: config.json, *.safetensors, the tokenizer.",
+    )
+    model: str | None = Field(
+        None,
+        exclude_if=lambda model: model is None,
+        description="Instead of `folder`: a model in params/models.yaml, which is fetched like the data.",
     )
     label: str | None = Field(None, description="Name in tables; default: the entry's key.")
     parameters: str | None = Field(
@@ -52,8 +59,15 @@ class Published(BaseModel):
         min_length=1,
         exclude_if=lambda prefix: prefix is None,
         description="The token that starts a text, as its tokenizer spells it, for example `<|endoftext|>`; "
-        "default: the declared bos or else eos, as lm_eval has it. Recorded, and shown in tables.",
+        "default: for a `model`, the one in params/models.yaml; for a `folder`, the declared bos or else "
+        "eos, as lm_eval has it. Recorded, and shown in tables.",
     )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.folder is None) == (self.model is None):
+            raise ValueError("give either `folder` or `model`, a name in params/models.yaml")
+        return self
 
 
 class StudyFile(BaseModel):
