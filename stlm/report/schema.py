@@ -65,7 +65,7 @@ class DependencyRecord(Strict):
     run: str | None = None
     source: str | None = None
     licence: str | None = None
-    training_tokens: int | None = None
+    training_tokens: float | None = None
     weights_sha256: str | None = None
     tokens: int
     flops: float

@@ -84,7 +84,7 @@ class Setup:
         self.model = _build(run, device)
         if origin:
             origin.record["text_tokens"] = text.tokens_before
-            inherit_weights(self.model, origin, run)
+            inherit_weights(self.model, origin, run, group)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         # What stages before training have computed for the run, by technique.
         prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
