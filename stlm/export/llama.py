@@ -21,6 +21,7 @@ GENERATION = "generation_config.json"
 # All files of an exported folder.
 FILES = {WEIGHTS, GENERATION, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
+
 def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
     """Write `checkpoint` (`.../checkpoints/step-N`, with its tokenizer next to it) to `folder`, atomically.
 
