@@ -66,7 +66,7 @@ class DependencyRecord(Strict):
     source: str | None = None
     licence: str | None = None
     origin: str | None = None
-    training_tokens: float | None = None
+    training_tokens: int | None = None
     weights_sha256: str | None = None
     tokens: int
     flops: float
