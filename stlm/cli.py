@@ -63,7 +63,7 @@ def tokenize(options: argparse.Namespace) -> None:
     """Tokenize data/raw/CORPUS/ into data/tokens/CORPUS/TOKENIZER/."""
     from stlm.errors import nearest, shortened
     from stlm.study.catalogues import load_corpora
-    from stlm.tokens.names import vocabulary_size
+    from stlm.tokens.names import hf_name, vocabulary_size
 
     corpora = load_corpora()
     if options.corpus not in corpora:
@@ -71,11 +71,12 @@ def tokenize(options: argparse.Namespace) -> None:
     vocabulary_size(options.tokenizer)  # refuses an unknown name before the heavy imports
     from stlm.tokens.tokenize import tokenize_corpus
 
+    published = hf_name(options.tokenizer)
     tokenize_corpus(
         RAW / options.corpus,
         TOKENS / options.corpus / options.tokenizer,
         options.tokenizer,
-        RAW / options.tokenizer,
+        RAW / (published.model if published else options.tokenizer),
         memory_bytes=options.memory << 20,
     )
 
@@ -322,8 +323,9 @@ def parser() -> argparse.ArgumentParser:
         ("corpus", "a corpus or mix in params/corpora.yaml"),
         (
             "tokenizer",
-            "gpt2, bytes, bpe-N: a byte-pair vocabulary of N tokens trained on the corpus; or for byte-level "
-            "models words, spaces, stride-N",
+            "gpt2, bytes, bpe-N: a byte-pair vocabulary of N tokens trained on the corpus; hf:NAME: that of "
+            "a model in params/models.yaml, hf:NAME:N: the N of its tokens that the corpus needs; or for "
+            "byte-level models words, spaces, stride-N",
         ),
     )
     tokenizing.add_argument(
@@ -349,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     sizer.add_argument(
         "parameters", metavar="PARAMETERS", nargs="*", help="for example 20M; default: 10M 50M 100M"
     )
-    sizer.add_argument("--tokenizer", default="gpt2", help="whose vocabulary: gpt2, bytes or bpe-N")
+    sizer.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, bpe-N, hf:NAME or hf:NAME:N")
     sizer.add_argument(
         "--context", type=whole_number(2, 10**9), default=512, help="longest sequence, in tokens"
     )

@@ -50,14 +50,24 @@ def fetch_inputs(name: str, manifests: Manifests) -> list[str]:
 
 
 def tokenize_inputs(corpus: str, tokenizer: str, vocabularies: Collection[str] | None = None) -> list[str]:
-    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary.
+    """The folders that ``stlm tokenize`` reads: the corpus and, for a published tokenizer, its vocabulary or
+    its model.
 
     ``vocabularies``: the names of the published ones, if they have been read already.
     """
-    published = (
-        [tokenizer] if tokenizer in (load_vocabularies() if vocabularies is None else vocabularies) else []
-    )
+    if (found := hf_name(tokenizer)) is not None:
+        published = [found.model]
+    else:
+        known = load_vocabularies() if vocabularies is None else vocabularies
+        published = [tokenizer] if tokenizer in known else []
     return [f"data/raw/{name}" for name in (corpus, *published)]
+
+
+def tokenize_stage(corpus: str, tokenizer: str) -> str:
+    """The name of DVC's stage that tokenizes ``corpus``; DVC allows no colon: hf:NAME:N is hf-NAME-N."""
+    if (found := hf_name(tokenizer)) is not None:
+        tokenizer = f"hf-{found.model}-{found.size or 'all'}"
+    return f"tokenize-{corpus}-{tokenizer}"
 
 
 def train_inputs(study: Study, run: Run) -> list[str]:
@@ -194,7 +204,7 @@ def dvc_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:
             "outs": [f"data/raw/{name}"],
         }
     for corpus, tokenizer in tokens:
-        stages[f"tokenize-{corpus}-{tokenizer}"] = {
+        stages[tokenize_stage(corpus, tokenizer)] = {
             "cmd": f"stlm tokenize {corpus} {tokenizer}",
             "deps": tokenize_inputs(corpus, tokenizer, vocabularies),
             "outs": [f"data/tokens/{corpus}/{tokenizer}"],

@@ -26,7 +26,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
-from stlm.tokens.tokenizer import EOT, load_tokenizer
+from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
 
@@ -189,7 +189,8 @@ class StlmLM(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="stlm: generation") as bar:
             for numbers in groups.values():
                 options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_GENERATED))
-                stops = handle_stop_sequences(options.pop("until", None), eos=EOT)
+                eos = self.stlm_tokenizer.eot_spelling
+                stops = handle_stop_sequences(options.pop("until", None), eos=eos)
                 length = options.pop("max_gen_toks")
                 for key in options.keys() - _SAMPLING:
                     raise UserError(f"gen_kwargs {key}: not supported{nearest(key, _SAMPLING)}")

@@ -54,8 +54,8 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
             temporary / "tokenizer_config.json",
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": EOT,
-                "eos_token": EOT,
+                "bos_token": tokenizer.eot_spelling,
+                "eos_token": tokenizer.eot_spelling,
                 "add_bos_token": False,
                 "add_eos_token": False,
                 "split_special_tokens": True,
@@ -68,14 +68,16 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The `tokenizer.json` of the library `tokenizers`, for GPT-2's and trained byte-pair vocabularies.
+    """The `tokenizer.json` of the library `tokenizers`: of GPT-2's, trained and published vocabularies.
 
     Raises UserError for other kinds.
     """
     if "tokenizer.json" in tokenizer.files:
         return tokenizer.files["tokenizer.json"].decode()
     if tokenizer.name != "gpt2":
-        raise UserError(f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2 or bpe-N")
+        raise UserError(
+            f"tokenizer: {tokenizer.name} has no byte-pair vocabulary; expected gpt2, bpe-N or hf:NAME"
+        )
     vocabulary = json.loads(tokenizer.files["encoder.json"])
     # The first line is the version; each merge consists of two words.
     merges = [tuple(line.split()) for line in tokenizer.files["vocab.bpe"].decode().splitlines()[1:] if line]

@@ -9,7 +9,8 @@ from stlm.generation.tokens import window_begin
 from stlm.model.byte_transformer import ByteTransformer
 from stlm.model.cache import Cache
 from stlm.tokens.chunks import CERTAIN, END, END_OF_TEXT, chunk_table
-from stlm.tokens.tokenizer import Tokenizer, chunker_of, utf8
+from stlm.tokens.interface import Tokenizer, utf8
+from stlm.tokens.tokenizer import chunker_of
 
 
 class ByteGenerator:

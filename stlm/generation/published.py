@@ -22,7 +22,8 @@ from stlm.evaluation.plain_llama import load_plain_llama
 from stlm.generation.tokens import TokenGenerator, window_begin
 from stlm.model.cache import Cache
 from stlm.model.transformer import Transformer
-from stlm.tokens.tokenizer import letters, utf8
+from stlm.tokens.byte_pairs import letters
+from stlm.tokens.interface import utf8
 
 # Any tokenizer must return this text token by token: words, spaces, letters of several bytes.
 _SAMPLE = "A text, né on  two lines:\n\u6c34 \U0001f642!"

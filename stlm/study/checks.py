@@ -15,6 +15,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.benchmarks import BENCHMARKS, TextBenchmark
 from stlm.study.runs import Run, SourceModel
 from stlm.techniques.base import refuse
+from stlm.tokens.names import is_per_corpus
 
 if TYPE_CHECKING:
     from stlm.study.schema import StudyFile
@@ -87,7 +88,7 @@ def check_data(file: str, run: Run, runs: Mapping[str, Run], corpora: Mapping[st
         raise UserError(
             f"{key} has the tokenizer {reference.tokenizer}, the run {run.tokenizer}; they must be the same"
         )
-    if reference.corpus != run.corpus and run.tokenizer.startswith("bpe-"):
+    if reference.corpus != run.corpus and is_per_corpus(run.tokenizer):
         raise UserError(
             f"{key} was trained on {reference.corpus}, with another vocabulary of the name {run.tokenizer}; "
             f"choose a variant on {run.corpus}"

@@ -31,7 +31,7 @@ from stlm.techniques.base import Technique
 from stlm.techniques.registry import load_techniques
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks
 from stlm.tokens.config import DataConfig
-from stlm.tokens.names import vocabulary_size
+from stlm.tokens.names import hf_name, vocabulary_size
 from stlm.training.config import TrainingConfig
 
 _DEEPEST = 20
@@ -69,13 +69,18 @@ def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
     return _merge(content, nested)
 
 
-def _ids(tokenizer: str, byte_level: bool) -> int:
+def _ids(tokenizer: str, byte_level: bool, root: Path) -> int:
     """The `vocab_size` of a model on a tokenizer; raises ``UserError`` if they do not fit."""
-    size = vocabulary_size(tokenizer)
+    size = vocabulary_size(tokenizer, root)
     if byte_level and tokenizer == "bytes":
         raise UserError(
             "tokenizer: 'bytes' cuts no chunks, which a byte-level model (model.bytes) needs; choose "
             "stride-N, spaces, words, bpe-N or gpt2"
+        )
+    if byte_level and hf_name(tokenizer) is not None:
+        raise UserError(
+            f"tokenizer: {tokenizer!r} cuts no chunks for byte-level models (model.bytes); choose stride-N, "
+            "spaces, words, bpe-N or gpt2"
         )
     if not byte_level and cuts_chunks(tokenizer):
         raise UserError(
@@ -85,7 +90,9 @@ def _ids(tokenizer: str, byte_level: bool) -> int:
     return SYMBOLS if byte_level else size
 
 
-def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any]) -> Run:
+def _resolve(
+    study: str, file: str, parsed: StudyFile, name: str, seed: int, raw: Mapping[str, Any], root: Path
+) -> Run:
     variant = parsed.variants[name]
     key_path = f"variants.{name}"
     tokenizer = variant.tokenizer or parsed.tokenizer
@@ -98,7 +105,7 @@ def _resolve(study: str, file: str, parsed: StudyFile, name: str, seed: int, raw
             model, _merge(base, differences), file, f"{key_path}.{section}" if differences else section
         )
     try:
-        vocab_size = _ids(tokenizer, sections["model"].bytes is not None)
+        vocab_size = _ids(tokenizer, sections["model"].bytes is not None, root)
     except UserError as error:
         raise UserError(f"{file}: {key_path + '.' if variant.tokenizer else ''}{error}") from None
     if sections["model"].vocab_size not in (None, vocab_size):
@@ -209,7 +216,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     corpora = load_corpora(root)
     check_names(file, parsed, corpora)
     runs = [
-        _resolve(name, file, parsed, variant, seed, raw)
+        _resolve(name, file, parsed, variant, seed, raw, root)
         for variant in parsed.variants
         for seed in parsed.seeds
     ]

@@ -79,6 +79,8 @@ class StudyFile(BaseModel):
     corpus: str = Field(description="Name of a corpus or mix in params/corpora.yaml.")
     tokenizer: str = Field(
         description="`gpt2`, `bytes`, or `bpe-N`: a byte-pair vocabulary of N tokens, trained on the corpus. "
+        "`hf:NAME`: that of a published model in params/models.yaml, `hf:NAME:N`: the N of its tokens that "
+        "the corpus needs; see docs/vocabulary.md. "
         "Of byte-level models (`model.bytes`): where chunks are cut, at the tokens of `gpt2` or `bpe-N`, or "
         "`words`, `spaces` or `stride-N`, every N bytes; see docs/bytes.md."
     )

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
-from stlm.errors import UserError, shortened
+from stlm.errors import UserError, nearest, shortened
 from stlm.tokens.chunks import SYMBOLS, cuts_chunks, make_chunker
+
+LEAST, MOST = 258, 1_000_000
+KINDS = "gpt2, bytes, bpe-N, hf:NAME, hf:NAME:N, words, spaces or stride-N"
 
 
 class HfName(NamedTuple):
-    """The parts of `hf:MODEL` or `hf:MODEL:N`."""
+    """`hf:NAME` (`size` is None) or `hf:NAME:N`: a model of params/models.yaml, how many of its tokens."""
 
     model: str
     size: int | None
 
 
 def hf_name(tokenizer: str) -> HfName | None:
-    """The parts of the name of a published model's tokenizer; None for other kinds."""
-    kind, _, rest = tokenizer.partition(":")
-    model, _, size = rest.partition(":")
-    return HfName(model, int(size) if size else None) if kind == "hf" else None
+    """The parts of `hf:NAME` and `hf:NAME:N`; None for a name of another kind.
 
-
-LEAST, MOST = 258, 1_000_000
-
-
-def bpe_size(name: str) -> int | None:
-    """The N of `bpe-N`; None for a name of another kind. UserError where N is out of bounds."""
-    match = re.fullmatch(r"bpe-([1-9][0-9]*)", name)
-    if match is None:
+    Raises UserError for a name that begins so and is neither, or an N out of bounds.
+    """
+    if not tokenizer.startswith("hf:"):
         return None
-    digits = match[1]
+    match = re.fullmatch(r"hf:([A-Za-z0-9][A-Za-z0-9_-]*)(?::([1-9][0-9]*))?", tokenizer)
+    if match is None:
+        raise UserError(
+            f"tokenizer: {shortened(tokenizer)!r}: expected hf:NAME or hf:NAME:N, for example "
+            "hf:smollm2_135m:8192"
+        )
+    model, digits = match.groups()
+    return HfName(model, None if digits is None else _bounded(digits, tokenizer))
+
+
+def _bounded(digits: str, name: str) -> int:
+    """The N of a tokenizer's name; UserError where it is out of bounds."""
     if len(digits) > len(str(MOST)) or int(digits) > MOST:
         raise UserError(f"tokenizer: {shortened(name)!r} is too large: N is at most {MOST:,}")
     if int(digits) < LEAST:
@@ -41,11 +48,26 @@ def bpe_size(name: str) -> int | None:
     return int(digits)
 
 
-def vocabulary_size(tokenizer: str) -> int:
+def bpe_size(name: str) -> int | None:
+    """The N of `bpe-N`; None for a name of another kind. UserError where N is out of bounds."""
+    match = re.fullmatch(r"bpe-([1-9][0-9]*)", name)
+    return None if match is None else _bounded(match[1], name)
+
+
+def is_per_corpus(tokenizer: str) -> bool:
+    """Whether the vocabulary is made for the corpus: the same name is another one for another corpus."""
+    published = hf_name(tokenizer)
+    return bpe_size(tokenizer) is not None or (published is not None and published.size is not None)
+
+
+def vocabulary_size(tokenizer: str, root: Path = Path()) -> int:
     """Number of tokens in the vocabulary of a tokenizer, given by name, with the end-of-text token.
 
-    For `words`, `spaces` and `stride-N`, which cut chunks of bytes: the number of symbols.
+    For `words`, `spaces` and `stride-N`, which cut chunks of bytes: the number of symbols. That of a
+    published model is looked up in params/models.yaml of `root`.
     """
+    if (published := hf_name(tokenizer)) is not None:
+        return _published_size(published, root)
     if tokenizer == "gpt2":
         return 50257
     if tokenizer == "bytes":
@@ -57,6 +79,25 @@ def vocabulary_size(tokenizer: str) -> int:
     if size is None:
         raise UserError(
             f"tokenizer: {shortened(tokenizer)!r} is none of gpt2, bytes, bpe-N (for example bpe-4096), "
-            "words, spaces, stride-N (for example stride-4)"
+            "hf:NAME, hf:NAME:N (for example hf:smollm2_135m:8192), words, spaces, stride-N (for example "
+            "stride-4)"
         )
     return size
+
+
+def _published_size(name: HfName, root: Path) -> int:
+    from stlm.study.catalogues import load_models  # a study's files are no concern of other tokenizers
+
+    models = load_models(root)
+    if name.model not in models:
+        raise UserError(
+            f"tokenizer: hf:{shortened(name.model)}: no model of params/models.yaml"
+            f"{nearest(name.model, models)}"
+        )
+    whole = models[name.model].model.vocab_size
+    if name.size is not None and name.size > whole:
+        raise UserError(
+            f"tokenizer: hf:{name.model}:{name.size}: {name.model} has {whole:,} tokens; choose "
+            f"hf:{name.model}, or a smaller N"
+        )
+    return whole if name.size is None else name.size

@@ -12,13 +12,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -29,26 +29,16 @@ from stlm.errors import UserError
 from stlm.files import disk_errors, read_json, replace_directory, write_record
 from stlm.integrity import Listed, check_files, check_listed
 from stlm.tokens.ahead import ahead
-from stlm.tokens.bpe import train_bpe
-from stlm.tokens.chunks import cuts_chunks, make_chunker
+from stlm.tokens.published import PublishedTokenizer
 from stlm.tokens.raw import RawComponent, raw_components
 from stlm.tokens.shards import SPLITS, Document, write_shard
-from stlm.tokens.splits import DROPPED, digest
+from stlm.tokens.splits import DROPPED
 from stlm.tokens.summary import summary
 from stlm.tokens.survey import MEMORY, Survey, in_passages, survey
-from stlm.tokens.tokenizer import (
-    DESCRIPTION,
-    ByteTokenizer,
-    ChunkTokenizer,
-    Tokenizer,
-    bpe_vocab_size,
-    check_tokenizer,
-    gpt2_tokenizer,
-    load_tokenizer,
-)
+from stlm.tokens.tokenizer import DESCRIPTION, Tokenizer, check_tokenizer
+from stlm.tokens.vocabulary import Batch, batches, make_tokenizer, published_tokenizer
 
 SHARD_BYTES = 64 << 20
-TRAINING_BYTES = 64 << 20  # approximate text that a vocabulary is trained on
 _FORMAT = 3
 
 
@@ -65,24 +55,28 @@ def tokenize_corpus(
 ) -> dict[str, Any]:
     """Tokenize `data/raw/<corpus>/` into `out_folder`, which it replaces; the content of its meta.json.
 
-    `tokenizer_name`: gpt2 (from the files of `vocabulary_folder`), bytes, bpe-N (trained on the train split),
-    or words, spaces or stride-N (the chunks of all splits of the corpus).
+    `tokenizer_name`: gpt2 or hf:NAME (from the files of `vocabulary_folder`, data/raw/NAME), hf:NAME:N (the N
+    of its tokens that the train split needs), bytes, bpe-N (trained on the train split), or words, spaces or
+    stride-N (the chunks of all splits of the corpus).
     Memory: about four shards of `shard_bytes`, and a few megabytes of text a worker (default: one a core).
     The output does not depend on `workers`. Raises `UserError` for bad input and a failing disk.
     """
-    if cuts_chunks(tokenizer_name):
-        make_chunker(tokenizer_name)
-    elif tokenizer_name not in ("gpt2", "bytes"):
-        bpe_vocab_size(tokenizer_name)
+    published = published_tokenizer(tokenizer_name, vocabulary_folder)
     components = in_passages(raw_components(raw_folder))
     partial = out_folder.parent / f".{out_folder.name}.partial"
-    plan = _plan(components, tokenizer_name, shard_bytes)
+    plan = _plan(components, tokenizer_name, published, shard_bytes)
     try:
         with disk_errors(out_folder):
             _prepare(partial, plan)
             counts = survey(components, partial, progress, memory_bytes)
-            tokenizer = _tokenizer(
-                tokenizer_name, vocabulary_folder, components, counts, partial / "tokens", progress
+            tokenizer = make_tokenizer(
+                tokenizer_name,
+                published,
+                vocabulary_folder,
+                components,
+                counts,
+                partial / "tokens",
+                progress,
             )
             journal = Journal(partial / "journal.jsonl")
             with tqdm(
@@ -107,12 +101,21 @@ def tokenize_corpus(
     return meta
 
 
-def _plan(components: Sequence[RawComponent], tokenizer_name: str, shard_bytes: int) -> dict[str, Any]:
+def _plan(
+    components: Sequence[RawComponent],
+    tokenizer_name: str,
+    published: PublishedTokenizer | None,
+    shard_bytes: int,
+) -> dict[str, Any]:
     """Everything that the output depends on: a killed run is continued only if this is the same."""
     return {
         "format": _FORMAT,
         "libraries": {"tokenizers": tokenizers.__version__, "tiktoken": tiktoken.__version__},
         "tokenizer": tokenizer_name,
+        "published": {
+            file: hashlib.sha256(content).hexdigest()
+            for file, content in (published.files if published is not None else {}).items()
+        },
         "shard_bytes": shard_bytes,
         "components": [
             {
@@ -199,80 +202,6 @@ class Journal:
         return [s for s in self.shards if (s["component"], s["split"]) == (component, split)]
 
 
-def _tokenizer(
-    name: str,
-    vocabulary_folder: Path,
-    components: Sequence[RawComponent],
-    counts: Survey,
-    folder: Path,
-    progress: bool,
-) -> Tokenizer:
-    """The tokenizer of this name in `folder`/tokenizer: that of a killed run, otherwise a new one."""
-    if (folder / "tokenizer" / DESCRIPTION).exists():
-        return load_tokenizer(folder / "tokenizer")
-    if name == "bytes":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif name == "gpt2":
-        tokenizer = gpt2_tokenizer(vocabulary_folder)
-    elif cuts_chunks(name):
-        tokenizer = ChunkTokenizer(name, _chunks(name, components, counts, progress))
-    else:
-        tokenizer = train_bpe(name, _training_texts(components, counts, progress), progress)
-    tokenizer.save(folder / "tokenizer")
-    return tokenizer
-
-
-def _training_texts(components: Sequence[RawComponent], counts: Survey, progress: bool) -> Iterator[str]:
-    """The train split, or a sample of about TRAINING_BYTES of it, a mix's components by their weights.
-
-    Whether a document is in the sample follows from its hash, so that the sample is the same every time.
-    """
-    total = sum(component.weight for component in components)
-    rates = [
-        TRAINING_BYTES * component.weight / total / max(train_bytes, 1)
-        for component, train_bytes in zip(components, counts.train_bytes, strict=True)
-    ]
-    total_bytes = sum(min(rate, 1) * size for rate, size in zip(rates, counts.train_bytes, strict=True))
-    with tqdm(
-        total=int(total_bytes), desc="vocabulary", unit="B", unit_scale=True, disable=not progress
-    ) as bar:
-        for batch in _batches(components, counts):
-            rate = rates[batch.component]
-            for text, split in zip(batch.texts, batch.splits, strict=True):
-                if split == 0 and (rate >= 1 or int.from_bytes(digest(text)[8:], "little") < rate * 2**64):
-                    bar.update(len(text))
-                    yield text.decode()
-
-
-def _chunks(name: str, components: Sequence[RawComponent], counts: Survey, progress: bool) -> list[bytes]:
-    """The distinct chunks of all documents that are kept, sorted."""
-    chunker, chunks = make_chunker(name), set()
-    with tqdm(total=counts.text_bytes, desc="chunks", unit="B", unit_scale=True, disable=not progress) as bar:
-        for batch in _batches(components, counts):
-            for text, split in zip(batch.texts, batch.splits.tolist(), strict=True):
-                if split != DROPPED:
-                    chunks.update(chunker.split(text))
-            bar.update(sum(len(text or b"") for text in batch.texts))
-    return sorted(chunks)
-
-
-class _Batch(NamedTuple):
-    """Raw documents: their component's index, the number of the first (over all components), their splits."""
-
-    component: int
-    first: int
-    texts: list[bytes | None]
-    splits: np.ndarray
-
-
-def _batches(components: Sequence[RawComponent], counts: Survey) -> Iterator[_Batch]:
-    first = 0
-    for index, component in enumerate(components):
-        for batch in component.batches():
-            yield _Batch(index, first, batch.texts, counts.splits[first : first + len(batch.texts)])
-            first += len(batch.texts)
-
-
 class _Shards:
     """The growing shards of one split of one component; those in the journal are not made again."""
 
@@ -324,14 +253,14 @@ def _encode(
     with ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
         stack.callback(stop.set)  # ctrl-C waits for the document in hand, not for the batches
 
-        def encode(batch: _Batch) -> list[tuple[int, int, Document]]:
+        def encode(batch: Batch) -> list[tuple[int, int, Document]]:
             return [
                 (row, split, _document(tokenizer, text))
                 for row, text, split in zip(count(batch.first), batch.texts, batch.splits.tolist())
                 if split != DROPPED and not stop.is_set() and row > finished[batch.component][split]
             ]
 
-        tasks = ((batch, pool.submit(encode, batch)) for batch in _batches(components, counts))
+        tasks = ((batch, pool.submit(encode, batch)) for batch in batches(components, counts))
         current = 0
         for batch, task in ahead(tasks, workers + 1):
             # Those before are complete: of a mix only one component's shards are held.

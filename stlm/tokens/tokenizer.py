@@ -1,9 +1,10 @@
-"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, bytes, and chunks of bytes.
+"""Tokenizers: GPT-2's vocabulary, byte-pair vocabularies trained on a corpus, those of published models
+(`stlm.tokens.published`), bytes, and chunks of bytes.
 
-All are byte-level: `decode(encode(text))` is the text, for every text that UTF-8 can hold. The end-of-text
-token has the last id; `encode` never returns it, whatever the text contains.
+All are byte-level: `decode(encode(text))` is the text, for every text that UTF-8 can hold. `encode` never
+returns the end-of-text token, whatever the text contains. It has the last id, except in `hf:NAME`.
 
-Both byte-pair kinds are encoded by tiktoken. The library that trains ours could encode too, with the same
+All byte-pair kinds are encoded by tiktoken. The library that trains ours could encode too, with the same
 tokens, but took 8 times as long on books (4 against 27-38 MB/s on two cores).
 """
 
@@ -11,93 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from pydantic import BaseModel
 
 from stlm.errors import UserError, nearest
-from stlm.files import atomic_path, read_record, record_sha256, write_record
+from stlm.files import read_record, record_sha256
 from stlm.remedy import remedy
+from stlm.tokens.byte_pairs import GPT2, BytePairs, letters
 from stlm.tokens.chunks import Chunker, ChunkTable, Pieces, chunk_table, cuts_chunks, make_chunker
-from stlm.tokens.names import bpe_size
-
-EOT = "<|endoftext|>"
-DESCRIPTION = "tokenizer-name.json"
+from stlm.tokens.interface import DESCRIPTION, EOT, Tokenizer
+from stlm.tokens.names import KINDS, bpe_size, hf_name
+from stlm.tokens.published import PARENT, TOKENIZER, PublishedTokenizer
 
 # The digests that tiktoken itself checks for GPT-2's published vocabulary.
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-
-# GPT-2's pre-tokenization (Radford et al. 2019) in tiktoken's possessive form: the same pieces, faster.
-_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# A run of white space (Unicode's White_Space, the pattern's \s) up to its last character.
-_LONG_SPACE = re.compile(
-    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}"
-    "(?=[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000])"
-)
-
-
-class Tokenizer(ABC):
-    """Text <-> token ids in [0, vocab_size); `eot` is the id of the end-of-text token."""
-
-    name: str
-    vocab_size: int
-    eot: int
-    files: Mapping[str, bytes]  # what `save` writes in addition to the description
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The type that token shards store: uint16 up to 65,535 ids, uint32 above."""
-        return np.dtype(np.uint16 if self.vocab_size <= 65_535 else np.uint32)
-
-    @abstractmethod
-    def encode_array(self, text: str) -> np.ndarray:
-        """The tokens of `text`, which must be encodable as UTF-8, as an array of `dtype`."""
-
-    @abstractmethod
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 of `ids`, which contain no end of text; a part of a text may end within a character."""
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text`; nothing is added. A lone surrogate is a `UserError`: UTF-8 cannot hold it."""
-        utf8(text)
-        return self.encode_array(text).tolist()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` without end-of-text tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes([token for token in ids if token != self.eot]).decode(errors="replace")
-
-    def save(self, folder: Path) -> None:
-        """Write the self-contained folder that :func:`load_tokenizer` reads."""
-        for name, content in self.files.items():
-            with atomic_path(folder / name) as temporary:
-                temporary.write_bytes(content)
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        description = {"name": self.name, "vocab_size": self.vocab_size, "eot": self.eot, "sha256": digests}
-        write_record(folder / DESCRIPTION, description)
-
-
-def utf8(text: str) -> bytes:
-    """The bytes of a text. Raises UserError for a lone surrogate, which UTF-8 cannot hold."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text has a lone surrogate ({text[error.start]!a} at character {error.start}), which UTF-8 "
-            "cannot hold"
-        ) from None
 
 
 class ByteTokenizer(Tokenizer):
@@ -120,25 +55,14 @@ class BpeTokenizer(Tokenizer):
         self.name, self.files = name, files
         self.eot = len(ranks)
         self.vocab_size = len(ranks) + 1
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=_PIECES, mergeable_ranks=ranks, special_tokens={EOT: self.eot}
-        )
+        self._bytes = {id_: content for content, id_ in ranks.items()} | {self.eot: EOT.encode()}
+        self._pairs = BytePairs(name, GPT2, ranks)
 
     def encode_array(self, text: str) -> np.ndarray:
-        try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:
-            # The backtracking step of the pattern exhausts the regex engine's stack on about a million white
-            # space characters. Cutting before a run and before its last character does not change the pieces.
-            cuts = [0, *(place for run in _LONG_SPACE.finditer(text) for place in run.span()), len(text)]
-            parts = [text[a:b] for a, b in pairwise(cuts)]
-            ids = np.concatenate(
-                [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-            )
-        return ids.astype(self.dtype)
+        return self._pairs.encode(text).astype(self.dtype)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        return self._encoding.decode_bytes(ids)
+        return b"".join([self._bytes[token] for token in ids])
 
 
 class ChunkTokenizer(Tokenizer):
@@ -185,6 +109,8 @@ def chunker_of(tokenizer: Tokenizer) -> Chunker:
     """The chunker of a byte-level model: at the tokens of a tokenizer, or that of a chunk tokenizer."""
     if isinstance(tokenizer, ChunkTokenizer):
         return tokenizer.chunker
+    if isinstance(tokenizer, PublishedTokenizer):
+        raise UserError(f"tokenizer: {tokenizer.name} cuts no chunks for byte-level models (model.bytes)")
     tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.eot)]
     return Pieces(
         tokenizer.name,
@@ -266,6 +192,8 @@ def _files_of(name: str) -> list[str]:
         return list(GPT2_SHA256)
     if cuts_chunks(name):
         return ["chunks.bin", "chunk-lengths.bin"]
+    if hf_name(name) is not None:
+        return [TOKENIZER, PARENT]
     bpe_vocab_size(name)
     return ["tokenizer.json"]
 
@@ -279,6 +207,8 @@ def _from_files(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenize
             return ChunkTokenizer.of(name, files)
         if name == "gpt2":
             return BpeTokenizer(name, _gpt2_ranks(files[file]), files)
+        if hf_name(name) is not None:
+            return PublishedTokenizer.of(name, files)
         return trained_tokenizer(name, files[file])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
@@ -307,9 +237,7 @@ def bpe_vocab_size(name: str) -> int:
     size = bpe_size(name)
     if size is None:
         hint = nearest(name, ["gpt2", "bytes", "bpe-4096", "words", "spaces", "stride-4"])
-        raise UserError(
-            f"unknown tokenizer {name!r}: expected gpt2, bytes, bpe-N, words, spaces or stride-N{hint}"
-        )
+        raise UserError(f"unknown tokenizer {name!r}: expected {KINDS}{hint}")
     return size
 
 
@@ -348,14 +276,3 @@ def _ranks(vocabulary: Mapping[str, int]) -> dict[bytes, int]:
     if b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError("not every byte has a token")
     return ranks
-
-
-def letters() -> dict[str, int]:
-    """GPT-2's printable alphabet of bytes: letter -> byte.
-
-    Printable Latin-1 bytes stand for themselves, the other 68 are U+0100 onwards.
-    """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    to_byte = {chr(byte): byte for byte in printable}
-    return to_byte | {chr(256 + place): byte for place, byte in enumerate(others)}

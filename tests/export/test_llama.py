@@ -149,7 +149,7 @@ def test_what_is_no_llama_is_refused(tmp_path: Path, bpe: Tokenizer, model: dict
 def test_bytes_and_foreign_tokenizers_are_refused(tmp_path: Path, bpe: Tokenizer) -> None:
     ours = checkpoint(tmp_path / "checkpoints", ByteTokenizer())
     with pytest.raises(
-        UserError, match="tokenizer: bytes has no byte-pair vocabulary; expected gpt2 or bpe-N"
+        UserError, match="tokenizer: bytes has no byte-pair vocabulary; expected gpt2, bpe-N or hf:NAME"
     ):
         export_llama(ours, tmp_path / "llama")
     shutil.rmtree(tmp_path / "checkpoints" / "tokenizer")
