@@ -153,9 +153,9 @@ def _study_params(study: Study, present: Mapping[str, Any], *keys: str) -> dict[
 def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, Any]]]:
     """The data that must be fetched for the study: name -> its ``source_entries``."""
     catalogues = _catalogues(root)
-    tokenizers = list(dict.fromkeys(run.tokenizer for run in study.runs.values()))
-    published = published_tokenizers(tokenizers, catalogues["vocabularies"])
-    names = dict.fromkeys((*study.corpora, *published, *data_names(study.benchmarks), *models_of(study)))
+    tokenizers = {run.tokenizer for run in study.runs.values()}
+    vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
+    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks), *models_of(study))
     return {name: _source_entries(name, catalogues) for name in names}
 
 

@@ -1,4 +1,6 @@
-"""Fetch a corpus, benchmark, vocabulary or published model into data/raw/<name>/, from its first source that has it.
+"""Fetch a corpus, benchmark, vocabulary or published model into data/raw/<name>/.
+
+The first of its sources that has it is taken.
 
 The folder appears whole or not at all. Its source.json records the source, why earlier sources failed, and
 the SHA-256 of every file.

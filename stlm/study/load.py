@@ -192,7 +192,7 @@ def _with_prefix(key: str, item: Published, root: Path) -> Published:
     entry = models[item.model]
     if item.context is not None and item.context > entry.model.context:
         raise UserError(
-            f"{key}.context: {item.context} is longer than the {entry.model.context} positions of {item.model}"
+            f"{key}.context: {item.context} is longer than the {entry.model.context} of {item.model}"
         )
     return item.model_copy(update={"prefix": item.prefix or entry.prefix})
 
