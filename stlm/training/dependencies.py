@@ -90,7 +90,6 @@ class Dependency:
             "source": name,
             "licence": entry.licence,
             "origin": entry.origin,
-            "origin": entry.origin,
             "weights_sha256": digest,
             # What its makers trained it on; nothing of that was spent here.
             "training_tokens": entry.training_tokens,
