@@ -10,12 +10,15 @@ import torch
 import yaml
 from counting_corpus import sentences, write_corpus
 
+from stlm.corpora.config import NEEDED
+from stlm.corpora.fetch import fetch
 from stlm.engines import dvc_stages
 from stlm.errors import UserError
 from stlm.export.llama import export_llama
-from stlm.files import read_json, write_record
+from stlm.files import read_json
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
+from stlm.study.catalogues import load_models
 from stlm.study.load import load_study
 from stlm.study.runs import Run, SourceModel
 from stlm.teaching.config import TaughtConfig
@@ -49,8 +52,7 @@ def write_model() -> ModelConfig:
                 parameter.normal_(std=0.2)
     train_bpe(f"bpe-{WHOLE}", sentences(400)).save(Path("made/checkpoints/tokenizer"))
     save_checkpoint(Path("made/checkpoints/step-0000001"), model, {"step": 1, "tokens": 9})
-    export_llama(Path("made/checkpoints/step-0000001"), Path("data/raw/made"))
-    write_record(Path("data/raw/made/source.json"), {"prefix": "<|endoftext|>"})
+    export_llama(Path("made/checkpoints/step-0000001"), Path("exported"))
     keys = ("rope_theta", "norm_eps", "tied", "vocab_size")
     entry = {
         "description": "made up",
@@ -59,12 +61,11 @@ def write_model() -> ModelConfig:
         "training_tokens": 9,
         "prefix": "<|endoftext|>",
         "model": SHAPE | {key: getattr(config, key) for key in keys},
-        "sources": [
-            {"kind": "folder", "path": "made", "files": {"model.gguf": "made.gguf"}},
-        ],
+        "sources": [{"kind": "folder", "path": "exported", "files": {name: name for name in NEEDED}}],
     }
     Path("params").mkdir(exist_ok=True)
     Path("params/models.yaml").write_text(yaml.safe_dump({"made": entry}))
+    fetch(load_models()["made"], Path("data/raw/made"))
     return config
 
 
