@@ -12,10 +12,12 @@ from stlm.model.cut import cut_layers, cut_vocabulary
 from stlm.model.importance import influence
 from stlm.report.schema import TrainRecord
 from stlm.study.runs import Run
+from stlm.tokens.batches import ValidationSet
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.dependencies import Dependency
+from stlm.training.importance_tables import bits_per_byte, importance_tables
 from stlm.training.inherited import calibration_rows
 from stlm.training.loop import Trainer, train
 
@@ -249,3 +251,38 @@ def test_other_tokens_are_refused(published, make_run):
     run = make().model_copy(update={"tokenizer": "bytes"})
     with pytest.raises(UserError, match="bytes has other tokens than made: hf:made"):
         Trainer(run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 257})}))
+
+
+def test_importance_is_listed_without_training(published):
+    parent, make = published
+    run = make(keys=SMALL, tokenizer="hf:made:280", inherit={"bytes": 2000})
+    text = importance_tables(run, [2, 1], with_loss=True)
+    lines = text.splitlines()
+    assert lines[0].startswith("run cut starts from made: 3 layers, width 32, 4 heads (2 of keys and values)")
+    header = next(
+        line for line in lines if line.startswith("layer  influence  left out as  heads, magnitude")
+    )
+    assert "best 24 units, taylor, %" in header
+    at = lines.index(header)
+    assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["0", "1", "2"]
+    cuts = next(number for number, line in enumerate(lines) if line.startswith("layers left"))
+    assert lines[cuts].split()[2:] == ["first", "spread", "influence", "loss"]
+    assert [line.split()[0] for line in lines[cuts + 1 : cuts + 4]] == ["3", "2", "1"]
+    ids = torch.from_numpy(load_tokenizer(run.tokens_folder / "tokenizer").parent_ids)
+    validation = ValidationSet(run.tokens_folder, 32, 500)
+    assert lines[cuts + 1].split()[1] == f"{bits_per_byte(cut_vocabulary(parent, ids), validation):.4f}"
+    assert lines[-1].startswith("the run's model, cut as training.inherit says: ")
+    assert not run.folder.exists() and not run.state_folder.parent.exists()
+    with pytest.raises(UserError, match="--layers: 4: made has 3"):
+        importance_tables(run, [4])
+    with pytest.raises(UserError, match="run cut starts from new weights"):
+        importance_tables(make(start=None))
+
+
+def test_bits_per_byte_are_those_of_training(make_run):
+    run = make_run()
+    train(run)
+    model, _ = load_checkpoint(run.folder / "checkpoints" / LAST)
+    validation = ValidationSet(run.tokens_folder, 32, 500)
+    final = read_json(run.folder / "train.json")["final"]["val_bits_per_byte"]
+    assert bits_per_byte(model, validation) == pytest.approx(final, abs=1e-5)
