@@ -22,7 +22,8 @@ from tokenizers import models
 
 from stlm.errors import UserError
 from stlm.files import read_record
-from stlm.integrity import check_listed
+from stlm.integrity import Listed, check_files
+from stlm.remedy import remedy
 from stlm.tokens.byte_pairs import DIGITS, GPT2, BytePairs, letters
 from stlm.tokens.interface import Tokenizer
 
@@ -314,10 +315,17 @@ def _without_special(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
+class _File(BaseModel):
+    path: str
+    sha256: str
+    bytes: int
+
+
 class _Source(BaseModel):
     """The part of a fetched model's source.json that is read here."""
 
     prefix: str
+    files: list[_File]
 
 
 def fetched_tokenizer(name: str, folder: Path) -> PublishedTokenizer:
@@ -327,12 +335,16 @@ def fetched_tokenizer(name: str, folder: Path) -> PublishedTokenizer:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; run: stlm fetch {folder.name}")
-    eot = read_record(folder / "source.json", _Source).prefix
-    check_listed(folder / "source.json", TOKENIZER)
+    source = read_record(folder / "source.json", _Source)
     path = folder / TOKENIZER
+    check_files(Listed(path, file.sha256, file.bytes) for file in source.files if file.path == TOKENIZER)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy(path)}")
     try:
-        return PublishedTokenizer(name, Vocabulary.of(path.read_bytes(), eot), eot)
+        return PublishedTokenizer(name, Vocabulary.of(path.read_bytes(), source.prefix), source.prefix)
     except NotByteLevelError as error:
         raise UserError(
             f"{path}: no tokenizer that {name} can be made of, a byte-level BPE: {error}"
         ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not as the library tokenizers writes it; {remedy(path)}") from None
