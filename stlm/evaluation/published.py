@@ -19,6 +19,7 @@ from stlm.evaluation.part_store import Failures, PartStore
 from stlm.evaluation.plain_llama import load_plain_llama
 from stlm.study.runs import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.dependencies import check_fetched
 
 
 def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw: Path = RAW) -> None:
@@ -29,7 +30,7 @@ def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw:
     tokenizer. The checkpoint is named `published` and has step 0. Raises UserError for missing, damaged or
     foreign files.
     """
-    folder = published.place
+    folder = published.place if published.model is None else check_fetched(published.model)
     loaded = load_plain_llama(folder, published.context, published.prefix)
     transformer, tokenizer = loaded or load_hf(folder, published.context, published.prefix)
     encoder = HfRequestEncoder(tokenizer)
