@@ -15,6 +15,11 @@ times one benchmark with a model of random weights, of the shape of a study's ba
 the file, whose other results must have been made in the same way on the same machine. One that the file
 already has gets further rounds.
 
+    python benchmarks/evaluation.py --random paper --dtype float32 --benchmark blimp --add --whole
+
+scores all items of a benchmark with `stlm`, once: a sample shares fewer beginnings of texts than all items
+do, so its seconds, extrapolated, are too many. `lm_eval` shares none, and takes as long for each item.
+
 Writes results/benchmarks/evaluation.json after each benchmark.
 """
 
@@ -76,6 +81,11 @@ def main() -> int:
     )
     parser.add_argument("--benchmark", action="append", choices=SUITE, help="default: all (repeatable)")
     parser.add_argument("--share", type=float, default=0.05, help="fraction of the items; default: 0.05")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="time `stlm` on all items, once; the file has a sample",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
     parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts; default: 2")
     parser.add_argument("--batch", type=int, default=32, help="lm_eval's batch size; default: 32")
@@ -122,7 +132,10 @@ def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: 
         known = own.setdefault(dtype, {})
         measured, peak = known.setdefault("benchmarks", {}), known.get("peak_gflops", 0.0)
         for name in options.benchmark or SUITE:
-            measured[name] = _with_rounds_of(measured.get(name), _time(checkpoint, dtype, name, options))
+            if options.whole:
+                measured[name] = _with_whole(measured.get(name), checkpoint, dtype, name, options)
+            else:
+                measured[name] = _with_rounds_of(measured.get(name), _time(checkpoint, dtype, name, options))
             in_order = {one: measured[one] for one in SUITE if one in measured}
             peak = max(peak, peak_gflops(dtype, options.device))
             own[dtype] = {
@@ -142,7 +155,26 @@ def _with_rounds_of(before: dict[str, Any] | None, found: dict[str, Any]) -> dic
     rounds = {side: before["all_seconds"][side] + times for side, times in found["all_seconds"].items()}
     best = {side: min(times) for side, times in rounds.items()}
     ratio = round(best["lm_eval"] / best["stlm"], 2)
-    return {**found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
+    return {**before, **found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
+
+
+def _with_whole(
+    sampled: dict[str, Any] | None, checkpoint: Path, dtype: str, name: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The result of a sample with the seconds that `stlm` takes for all items that fit the context."""
+    transformer, description = load_checkpoint(checkpoint)
+    if sampled is None or sampled["weights_sha256"] != description["weights_sha256"]:
+        raise UserError(f"{options.output}: {name} {dtype}: no sample of this model; leave --whole out first")
+    encoder = RequestEncoder(load_tokenizer(checkpoint.parent / "tokenizer"))
+    with tempfile.TemporaryDirectory() as temporary:
+        raw = options.raw / (HARNESS_TASKS[name].data or name)
+        context = transformer.config.context
+        items = prepare(name, raw, Path(temporary), encoder, context, 1.0, options.seed).items
+    model = TokenModel(transformer, RequestEncoder(encoder.tokenizer), options.device, dtype)
+    begin = time.perf_counter()
+    scoring.score(model, items, ["harness"])
+    seconds = time.perf_counter() - begin
+    return {**sampled, "whole": {"items": len(items), "stlm_seconds": round(seconds, 1)}}
 
 
 def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -231,6 +263,8 @@ class Stopwatch:
 def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str, Any]:
     """All benchmarks together, each with the weight of its whole size, and how far accuracies moved.
 
+    Seconds are extrapolated from the samples, those of `stlm` only where no whole benchmark was timed.
+
     `points_from_float32`: percentage points between the accuracies here and in float32, of each side.
     """
     whole = {name: WHOLE[name] / result["items"] for name, result in benchmarks.items()}
@@ -238,6 +272,12 @@ def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str,
         side: sum(result["seconds"][side] * whole[name] for name, result in benchmarks.items())
         for side in ("stlm", "lm_eval")
     }
+    seconds["stlm"] = sum(
+        result["whole"]["stlm_seconds"] * WHOLE[name] / result["whole"]["items"]
+        if "whole" in result
+        else result["seconds"]["stlm"] * whole[name]
+        for name, result in benchmarks.items()
+    )
     exactly = exact["benchmarks"] if exact else {}
     points = {
         side: {
