@@ -15,6 +15,15 @@ times one benchmark with a model of random weights, of the shape of a study's ba
 the file, whose other results must have been made in the same way on the same machine. One that the file
 already has gets further rounds.
 
+    python benchmarks/evaluation.py --published data/raw/smollm2_135m --prefix '<|endoftext|>' --share .01
+
+times a published model that is a plain Llama, loaded by ours and by `transformers` from the same folder.
+
+    python benchmarks/evaluation.py --random paper --dtype float32 --benchmark blimp --add --whole
+
+scores all items of a benchmark with `stlm`, once: a sample shares fewer beginnings of texts than all items
+do, so its seconds, extrapolated, are too many. `lm_eval` shares none, and takes as long for each item.
+
 Writes results/benchmarks/evaluation.json after each benchmark.
 """
 
@@ -25,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +51,14 @@ from random_models import add_random, chosen_models
 from stlm.errors import UserError
 from stlm.evaluation import scoring
 from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.hf_folder import weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder
+from stlm.evaluation.plain_llama import load_plain_llama
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, write_json
+from stlm.generation.published import is_published
+from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
@@ -64,6 +79,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_models(parser)
     add_random(parser)
+    parser.add_argument(
+        "--published",
+        action="append",
+        default=[],
+        type=Path,
+        help="the folder of a published model, a plain Llama (repeatable)",
+    )
+    parser.add_argument("--prefix", help="the token that starts its texts; default: its bos or eos")
     parser.add_argument("--add", action="store_true", help="keep the other results of the file")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
@@ -76,6 +99,11 @@ def main() -> int:
     )
     parser.add_argument("--benchmark", action="append", choices=SUITE, help="default: all (repeatable)")
     parser.add_argument("--share", type=float, default=0.05, help="fraction of the items; default: 0.05")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="time `stlm` on all items, once; the file has a sample",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample; default: 0")
     parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts; default: 2")
     parser.add_argument("--batch", type=int, default=32, help="lm_eval's batch size; default: 32")
@@ -88,7 +116,10 @@ def run(options: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
     content = _content(options)
     with tempfile.TemporaryDirectory() as folder:
-        for name, checkpoint in chosen_models(options, Path(folder)).items():
+        published = {one.name: one for one in options.published}
+        named = options.model or options.random or not published
+        models = chosen_models(options, Path(folder)) if named else {}
+        for name, checkpoint in {**models, **published}.items():
             _time_model(name, checkpoint, content, options)
 
 
@@ -122,7 +153,10 @@ def _time_model(model: str, checkpoint: Path, content: dict[str, Any], options: 
         known = own.setdefault(dtype, {})
         measured, peak = known.setdefault("benchmarks", {}), known.get("peak_gflops", 0.0)
         for name in options.benchmark or SUITE:
-            measured[name] = _with_rounds_of(measured.get(name), _time(checkpoint, dtype, name, options))
+            if options.whole:
+                measured[name] = _with_whole(measured.get(name), checkpoint, dtype, name, options)
+            else:
+                measured[name] = _with_rounds_of(measured.get(name), _time(checkpoint, dtype, name, options))
             in_order = {one: measured[one] for one in SUITE if one in measured}
             peak = max(peak, peak_gflops(dtype, options.device))
             own[dtype] = {
@@ -142,32 +176,68 @@ def _with_rounds_of(before: dict[str, Any] | None, found: dict[str, Any]) -> dic
     rounds = {side: before["all_seconds"][side] + times for side, times in found["all_seconds"].items()}
     best = {side: min(times) for side, times in rounds.items()}
     ratio = round(best["lm_eval"] / best["stlm"], 2)
-    return {**found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
+    return {**before, **found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
+
+
+def _with_whole(
+    sampled: dict[str, Any] | None, checkpoint: Path, dtype: str, name: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The result of a sample with the seconds that `stlm` takes for all items that fit the context."""
+    with tempfile.TemporaryDirectory() as temporary:
+        transformer, make_encoder, digest, _ = _load(checkpoint, Path(temporary), options.prefix)
+        if sampled is None or sampled["weights_sha256"] != digest:
+            raise UserError(
+                f"{options.output}: {name} {dtype}: no sample of this model; first without --whole"
+            )
+        raw, context = options.raw / (HARNESS_TASKS[name].data or name), transformer.config.context
+        folder = Path(temporary) / name
+        items = prepare(name, raw, folder, make_encoder(), context, 1.0, options.seed).items
+    model = TokenModel(transformer, make_encoder(), options.device, dtype)
+    begin = time.perf_counter()
+    scoring.score(model, items, ["harness"])
+    seconds = time.perf_counter() - begin
+    return {**sampled, "whole": {"items": len(items), "stlm_seconds": round(seconds, 1)}}
+
+
+def _load(
+    checkpoint: Path, temporary: Path, prefix: str | None
+) -> tuple[Transformer, Callable[[], RequestEncoder], str, Path]:
+    """Our model, what makes new encoders, the digest of the weights, and the folder for `transformers`."""
+    if is_published(checkpoint):
+        loaded = load_plain_llama(checkpoint, prefix=prefix)
+        if loaded is None:
+            raise UserError(f"{checkpoint}: no plain Llama; ours would be a model of transformers, too")
+        transformer, words = loaded
+        return transformer, partial(HfRequestEncoder, words), weights_sha256(checkpoint), checkpoint
+    transformer, description = load_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    export_llama(checkpoint, temporary / "model")
+    digest = description["weights_sha256"]
+    return transformer, partial(RequestEncoder, tokenizer), digest, temporary / "model"
 
 
 def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One benchmark on both sides, in turns. The sides keep nothing from round to round."""
-    transformer, description = load_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
     with tempfile.TemporaryDirectory() as temporary:
-        export_llama(checkpoint, Path(temporary) / "model")
+        transformer, make_encoder, digest, exported = _load(checkpoint, Path(temporary), options.prefix)
         sample = prepare(
             name,
             options.raw / (HARNESS_TASKS[name].data or name),
             Path(temporary) / name,
-            RequestEncoder(tokenizer),
+            make_encoder(),
             transformer.config.context,
             options.share,
             options.seed,
         )
         theirs = HFLM(
-            pretrained=str(Path(temporary) / "model"),
+            pretrained=str(exported),
             device=options.device,
             dtype=dtype,
             batch_size=options.batch,
+            prefix_token_id=make_encoder().eot,
         )
         manager = task_manager(sample.folder)
-        model = TokenModel(transformer, RequestEncoder(tokenizer), options.device, dtype)
+        model = TokenModel(transformer, make_encoder(), options.device, dtype)
         watch = Stopwatch(theirs.loglikelihood)
         theirs.loglikelihood = watch
         seconds: dict[str, list[float]] = {"stlm": [], "lm_eval": [], "lm_eval_whole": []}
@@ -180,7 +250,7 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             seconds["lm_eval_whole"].append(time.perf_counter() - begin)
             seconds["lm_eval"].append(watch.seconds)
             # Encoders remember texts.
-            model.encoder = model.precise.encoder = RequestEncoder(tokenizer)
+            model.encoder = model.precise.encoder = make_encoder()
             begin = time.perf_counter()
             scores = scoring.score(model, sample.items, ["harness"])["harness"]
             summary = scoring.summarize(sample.benchmark, "harness", sample.items, scores)
@@ -189,7 +259,7 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
     reported = found["results"][HARNESS_TASKS[name].name]
     return {
         "parameters": sum(p.numel() for p in transformer.parameters()),
-        "weights_sha256": description["weights_sha256"],
+        "weights_sha256": digest,
         "items": len(sample.items),
         "options": sum(len(item.options) for item in sample.items),
         "seconds": {side: round(value, 3) for side, value in best.items()},
@@ -231,6 +301,8 @@ class Stopwatch:
 def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str, Any]:
     """All benchmarks together, each with the weight of its whole size, and how far accuracies moved.
 
+    Seconds are extrapolated from the samples, those of `stlm` only where no whole benchmark was timed.
+
     `points_from_float32`: percentage points between the accuracies here and in float32, of each side.
     """
     whole = {name: WHOLE[name] / result["items"] for name, result in benchmarks.items()}
@@ -238,6 +310,12 @@ def suite(benchmarks: dict[str, Any], exact: dict[str, Any] | None) -> dict[str,
         side: sum(result["seconds"][side] * whole[name] for name, result in benchmarks.items())
         for side in ("stlm", "lm_eval")
     }
+    seconds["stlm"] = sum(
+        result["whole"]["stlm_seconds"] * WHOLE[name] / result["whole"]["items"]
+        if "whole" in result
+        else result["seconds"]["stlm"] * whole[name]
+        for name, result in benchmarks.items()
+    )
     exactly = exact["benchmarks"] if exact else {}
     points = {
         side: {
