@@ -186,9 +186,7 @@ def _with_whole(
     with tempfile.TemporaryDirectory() as temporary:
         transformer, make_encoder, digest, _ = _load(checkpoint, Path(temporary), options.prefix)
         if sampled is None or sampled["weights_sha256"] != digest:
-            raise UserError(
-                f"{options.output}: {name} {dtype}: no sample of this model; first without --whole"
-            )
+            raise UserError(f"{options.output}: {name} {dtype}: no sample of it; first without --whole")
         raw, context = options.raw / (HARNESS_TASKS[name].data or name), transformer.config.context
         folder = Path(temporary) / name
         items = prepare(name, raw, folder, make_encoder(), context, 1.0, options.seed).items
