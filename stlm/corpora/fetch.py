@@ -1,4 +1,6 @@
-"""Fetch a corpus, benchmark, vocabulary or published model into data/raw/<name>/, from its first source that has it.
+"""Fetch a corpus, benchmark, vocabulary or published model into data/raw/<name>/.
+
+The first of its sources that has it is taken.
 
 The folder appears whole or not at all. Its source.json records the source, why earlier sources failed, and
 the SHA-256 of every file.
@@ -42,7 +44,12 @@ from stlm.corpora.text_files import MAX_DOCUMENT, Cut
 from stlm.errors import UserError
 from stlm.files import atomic_directory, disk_errors, sha256, write_record
 
-ROOM = {CorpusEntry: "corpus", BenchmarkEntry: "benchmark", VocabularyEntry: "vocabulary", ModelEntry: "model"}
+ROOM = {
+    CorpusEntry: "corpus",
+    BenchmarkEntry: "benchmark",
+    VocabularyEntry: "vocabulary",
+    ModelEntry: "model",
+}
 # Entries whose files have no rows.
 _WITHOUT_ROWS = (VocabularyEntry, ModelEntry)
 

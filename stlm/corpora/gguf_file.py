@@ -56,7 +56,9 @@ class GgufFile:
                 raise GgufError(f"{key}: {self._get(key)!r} is not what a plain Llama has")
         for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
             if self._get(f"llama.{key}") not in (None, self._head_width):
-                raise GgufError(f"llama.{key}: {self._get(f'llama.{key}')} is not the heads' {self._head_width}")
+                raise GgufError(
+                    f"llama.{key}: {self._get(f'llama.{key}')} is not the heads' {self._head_width}"
+                )
 
     def _get(self, key: str) -> Any:
         """The value of a key of the file's metadata; None without it."""
@@ -194,5 +196,3 @@ def _halves(weight_YX: np.ndarray, heads: int) -> np.ndarray:
     """The rows of queries or keys in transformers' order: in each head, first halves before second ones."""
     Y, X = weight_YX.shape
     return weight_YX.reshape(heads, Y // heads // 2, 2, X).swapaxes(1, 2).reshape(Y, X)
-
-

@@ -17,7 +17,9 @@ from stlm.corpora.config import (
     CorpusEntry,
     FolderSource,
     HubSource,
+    LlamaShape,
     MirrorSource,
+    ModelEntry,
     SyntheticSource,
     VocabularyEntry,
     WheelSource,
@@ -57,7 +59,8 @@ schema that checks the files (a test fails when they differ): do not edit it.
 
 - A **study** is a file: `smoke.yaml`, `desk.yaml`, `paper.yaml`, or one you add; `stlm new` writes one for
   your own text (docs/own-text.md). It has a baseline, and variants as differences from the baseline.
-- `corpora.yaml`, `benchmarks.yaml` and `vocabularies.yaml` say where data comes from; all studies share them.
+- `corpora.yaml`, `benchmarks.yaml`, `vocabularies.yaml` and `models.yaml` say where data and published models
+  come from; all studies share them.
 - Before any work starts, an error names each key that is misspelt, of the wrong type or impossible, with the
   nearest valid choice. `stlm study NAME` checks a study and lists its runs.
 - Files are read as YAML 1.2: `off`, `yes`, `1:30` and dates are texts, `010` is ten, `0o10` eight. A key that
@@ -107,6 +110,8 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`corpora.yaml`", "One entry for each corpus or mix.", CorpusEntry),
     ("`benchmarks.yaml`", "One entry for each benchmark.", BenchmarkEntry),
     ("`vocabularies.yaml`", "One entry for each published vocabulary.", VocabularyEntry),
+    ("`models.yaml`", "One entry for each published model; see docs/published_models.md.", ModelEntry),
+    ("`model` of `models.yaml`", "Each key is as in `model` of a study, and required.", LlamaShape),
     ("`hub` source", "A repository on the Hugging Face hub.", HubSource),
     ("`mirror` source", "A folder of the local mirror.", MirrorSource),
     ("`folder` source", "Any local folder, such as your own text.", FolderSource),

@@ -154,15 +154,9 @@ def load_hf(
     folder = Path(folder)
     with loading(folder, "the folder"):
         check_files(folder)
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise UserError("transformers is not installed; run: pip install 'stlm[harness]'") from None
-    # What matters is reported below, in one line.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _import_transformers()
     model, config = _load_model(folder)
-    tokenizer = _load_tokenizer(folder, prefix)
+    tokenizer = load_tokenizer(folder, prefix)
     check_kinds(model, folder)
     check_finite(model, folder)
     with loading(folder, "the configuration"):
@@ -178,6 +172,16 @@ def load_hf(
         tokenizer.check_rows(min(wrapped.config.vocab_size, model.get_input_embeddings().weight.shape[0]))
         probe(wrapped, folder, packing)
     return wrapped, tokenizer
+
+
+def _import_transformers() -> None:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise UserError("transformers is not installed; run: pip install 'stlm[harness]'") from None
+    # What matters is reported by us, in one line.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _load_model(folder: Path) -> tuple[nn.Module, Any]:
@@ -205,7 +209,9 @@ def _load_model(folder: Path) -> tuple[nn.Module, Any]:
     return model, config
 
 
-def _load_tokenizer(folder: Path, prefix: str | None) -> HfTokenizer:
+def load_tokenizer(folder: Path, prefix: str | None = None) -> HfTokenizer:
+    """The tokenizer in `folder`; `prefix` and errors as in `load_hf`."""
+    _import_transformers()
     from transformers import AutoTokenizer
 
     wanted = "; expected tokenizer.json, or the vocabulary files that tokenizer_config.json's class reads"

@@ -16,18 +16,23 @@ from stlm.evaluation.evaluate import (
 from stlm.evaluation.hf_folder import tokenizer_sha256, weights_sha256
 from stlm.evaluation.hf_model import HfRequestEncoder, load_hf
 from stlm.evaluation.part_store import Failures, PartStore
+from stlm.evaluation.plain_llama import load_plain_llama
 from stlm.study.runs import PublishedModel
 from stlm.tokens.tokenizer import load_tokenizer
+from stlm.training.dependencies import check_fetched
 
 
 def evaluate_published(published: PublishedModel, config: EvaluationConfig, raw: Path = RAW) -> None:
     """Score a published model on the data of the study's runs; write the same files as for a run.
 
-    The test text is that of `published.tokens_folder`, encoded by the model's own tokenizer. The checkpoint
-    is named `published` and has step 0. Raises UserError for missing, damaged or foreign files.
+    A plain Llama is scored by our own transformer, others by that of transformers; the results are the same,
+    except for rounding. The test text is that of `published.tokens_folder`, encoded by the model's own
+    tokenizer. The checkpoint is named `published` and has step 0. Raises UserError for missing, damaged or
+    foreign files.
     """
-    folder = Path(published.folder)
-    transformer, tokenizer = load_hf(folder, published.context, published.prefix)
+    folder = published.place if published.model is None else check_fetched(published.model)
+    loaded = load_plain_llama(folder, published.context, published.prefix)
+    transformer, tokenizer = loaded or load_hf(folder, published.context, published.prefix)
     encoder = HfRequestEncoder(tokenizer)
     material = gather_material(config, published.tokens_folder, raw, encoder, tokenizer_sha256(folder))
     written = load_tokenizer(published.tokens_folder / "tokenizer")

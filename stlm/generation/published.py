@@ -18,7 +18,10 @@ from torch import Tensor
 from stlm.errors import UserError
 from stlm.evaluation.hf_model import HfModel, load_hf
 from stlm.evaluation.hf_tokenizer import HfTokenizer
-from stlm.generation.tokens import window_begin
+from stlm.evaluation.plain_llama import load_plain_llama
+from stlm.generation.tokens import TokenGenerator, window_begin
+from stlm.model.cache import Cache
+from stlm.model.transformer import Transformer
 from stlm.tokens.byte_pairs import letters
 from stlm.tokens.interface import utf8
 
@@ -45,9 +48,7 @@ class HfGenerator:
         self._device = next(model.model.parameters()).device
         self.eot = tokenizer.eos
         self._pieces = _Pieces(tokenizer)
-        empty_V = torch.ones(model.config.vocab_size, dtype=torch.bool)
-        empty_V[list(tokenizer.ids.values())] = False
-        self._empty_V = empty_V.to(self._device)
+        self._empty_V = rows_without_token(model.config.vocab_size, tokenizer).to(self._device)
         takes = inspect.signature(model.model.forward).parameters
         self._chooses_logits = "logits_to_keep" in takes
         self._tokens: list[int] = []
@@ -145,6 +146,46 @@ class HfGenerator:
         return logits_NV, getattr(found, "past_key_values", None)
 
 
+class LlamaGenerator(TokenGenerator):
+    """As `HfGenerator`, for a published model that is a plain Llama: our transformer, with passes in C."""
+
+    def __init__(self, transformer: Transformer, tokenizer: HfTokenizer, cached: bool = True) -> None:
+        super().__init__(transformer, tokenizer, cached)
+        self._begins, self.eot = tokenizer.eot, tokenizer.eos
+        self._pieces = _Pieces(tokenizer)
+        empty_V = rows_without_token(transformer.config.vocab_size, tokenizer)
+        self._empty_V = empty_V.to(self._device) if empty_V.any() else None
+
+    def start(self, prompt: str) -> Tensor:
+        """See `TextGenerator`."""
+        utf8(prompt)  # raises UserError if the prompt cannot be encoded
+        self.restart([self._begins, *self.tokenizer.encode(prompt)])
+        return self._logits(1)[0]
+
+    def vocabulary(self) -> dict[int, bytes]:
+        """See `TokenReader`."""
+        return {id_: self._pieces[id_] for id_ in self.tokenizer.ids.values() if id_ != self.eot}
+
+    def piece(self, symbol: int) -> bytes:
+        """See `TextGenerator`."""
+        return self._pieces[symbol]
+
+    def _pass(
+        self, begin: int, end: int, last: int, cache: Cache | None, largest: int | None = None
+    ) -> Tensor:
+        """See `TokenGenerator`; rows of the model without a token get no probability."""
+        if self._empty_V is None:
+            return super()._pass(begin, end, last, cache, largest)
+        return super()._pass(begin, end, last, cache).masked_fill(self._empty_V, -torch.inf)
+
+
+def rows_without_token(rows: int, tokenizer: HfTokenizer) -> Tensor:
+    """Whether each of a model's rows [V] has no token, as where a vocabulary is padded."""
+    empty_V = torch.ones(rows, dtype=torch.bool)
+    empty_V[list(tokenizer.ids.values())] = False
+    return empty_V
+
+
 class _Pieces:
     """The bytes that each token adds to a text, according to the tokenizer's decoder.
 
@@ -186,7 +227,11 @@ def is_published(folder: Path) -> bool:
     return isinstance(content, dict) and "model_type" in content and "weights_sha256" not in content
 
 
-def load_published(folder: Path, device: torch.device, cached: bool = True, **options: Any) -> HfGenerator:
+def load_published(
+    folder: Path, device: torch.device, cached: bool = True, **options: Any
+) -> HfGenerator | LlamaGenerator:
     """The generator for a published model's folder; `options` and errors are those of `load_hf`."""
+    if loaded := load_plain_llama(folder, **options):
+        return LlamaGenerator(loaded[0].to(device), loaded[1], cached)
     model, tokenizer = load_hf(folder, packing=False, **options)
     return HfGenerator(model.to(device), tokenizer, cached)

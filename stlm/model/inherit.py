@@ -21,7 +21,8 @@ class Truncation(NamedTuple):
 
 @torch.no_grad()
 def inherit(model: Transformer, source: Transformer) -> Truncation:
-    """Give `model` the weights of `source`; the models may differ in ranks, adapters and techniques only.
+    """Give `model` the weights of `source`; the models may differ in ranks, adapters and techniques only, and
+    in parts that change nothing at first.
 
     Where only `model` has low rank, its factors come from the truncated singular value decomposition, the
     nearest product of that rank (Eckart and Young 1936). Weights that `source` lacks are left as they are.

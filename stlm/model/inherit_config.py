@@ -39,6 +39,11 @@ class InheritConfig(BaseModel):
         "are cut (SliceGPT, Ashkboos et al. 2024, with one rotation for all layers). `importance`: the "
         "channels that matter most to the matrices that read them are kept, as they are.",
     )
+    refit: bool = Field(
+        True,
+        description="Whether the matrices that read heads, hidden units or the stream are refitted to what "
+        "is left of their inputs, by least squares on the text; otherwise columns are left out and no more.",
+    )
     bytes: int = Field(
         100_000, ge=1, description="Bytes of the training text that what is measured is measured on."
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stlm.model.config import ModelConfig
@@ -112,23 +113,30 @@ def read_llama_config(content: Mapping[str, Any]) -> ModelConfig:
             raise NotLlamaError(
                 f"head_dim: {content['head_dim']} is not hidden_size / num_attention_heads ({head_width:g})"
             )
-        return ModelConfig(
-            layers=content["num_hidden_layers"],
-            width=content["hidden_size"],
-            heads=heads,
-            kv_heads=content.get("num_key_value_heads") or heads,
-            ffn_width=content["intermediate_size"],
-            rope_theta=rope.get("rope_theta", content.get("rope_theta", 10000.0)),
-            norm_eps=content.get("rms_norm_eps", 1e-6),
-            context=content["max_position_embeddings"],
-            tied=content.get("tie_word_embeddings", False),
-            vocab_size=content["vocab_size"],
-        )
+        sizes = {
+            "layers": content["num_hidden_layers"],
+            "width": content["hidden_size"],
+            "heads": heads,
+            "kv_heads": content.get("num_key_value_heads") or heads,
+            "ffn_width": content["intermediate_size"],
+            "rope_theta": rope.get("rope_theta", content.get("rope_theta", 10000.0)),
+            "norm_eps": content.get("rms_norm_eps", 1e-6),
+            "context": content["max_position_embeddings"],
+            "tied": content.get("tie_word_embeddings", False),
+            "vocab_size": content["vocab_size"],
+        }
+        if sizes["vocab_size"] is None:
+            raise NotLlamaError("vocab_size: null, expected a number")
+        return ModelConfig.model_validate(sizes, strict=True)
     except KeyError as error:
         raise NotLlamaError(f"{error.args[0]}: this key is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, NotLlamaError):
-            raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise NotLlamaError(
+            f"its sizes describe no model: {key + ': ' if key else ''}{first['msg']}"
+        ) from None
+    except (TypeError, ZeroDivisionError) as error:
         raise NotLlamaError(f"its sizes describe no model: {error}") from None
 
 

@@ -27,7 +27,7 @@ from stlm.report.hyperparameters import settings_of
 from stlm.report.names import benchmark_label, bounds, percent
 from stlm.report.results import Results
 from stlm.report.run_files import read_outcomes
-from stlm.report.schema import CheckpointResult, EvaluationRecord, Score, TrainRecord
+from stlm.report.schema import CheckpointResult, EvaluationRecord, Score, TrainRecord, published_in
 from stlm.report.sources import Text, read_texts
 from stlm.report.table import Table, markdown
 from stlm.techniques.registry import load_techniques
@@ -95,6 +95,7 @@ class Card:
             data=markdown(self._data()).strip(),
             settings=self._settings,
             groups=markdown(self._groups()).strip(),
+            parents=published_in(train.depends),
             percent=percent,
             program=", ".join(f"{name} {version}" for name, version in train.code.items() if version),
             amount=amount,

@@ -65,6 +65,7 @@ class DependencyRecord(Strict):
     run: str | None = None
     source: str | None = None
     licence: str | None = None
+    origin: str | None = None
     training_tokens: int | None = None
     weights_sha256: str | None = None
     tokens: int
@@ -74,10 +75,21 @@ class DependencyRecord(Strict):
     depends: dict[str, DependencyRecord] = {}  # role -> what it depended on itself
 
     @property
+    def published(self) -> dict[str, DependencyRecord]:
+        """Name -> the published models that it is or descends from, directly or through runs."""
+        own = {} if self.source is None else {self.source: self}
+        return own | published_in(self.depends)
+
+    @property
     def costs(self) -> dict[str, float]:
         """Run -> FLOPs of its training: this one and all that it depended on."""
         own = {} if self.run is None else {self.run: self.flops}
         return own | _costs(self.depends)
+
+
+def published_in(depends: Mapping[str, DependencyRecord]) -> dict[str, DependencyRecord]:
+    """Name -> the published models in what a run depended on, directly or through runs."""
+    return {name: model for record in depends.values() for name, model in record.published.items()}
 
 
 def _costs(depends: Mapping[str, DependencyRecord]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies, published models."""
+"""The catalogues in params/ for all studies: corpora and mixes, benchmarks, vocabularies, models."""
 
 from __future__ import annotations
 

@@ -170,9 +170,7 @@ def _source_models(file: str, parsed: StudyFile, root: Path) -> dict[str, Source
         raise UserError(
             f"{file}: variants.{name}: a model in params/models.yaml has this name; choose another"
         )
-    return {
-        name: SourceModel(name=name, model=entry.model.config) for name, entry in models.items()
-    }
+    return {name: SourceModel(name=name, model=entry.model.config) for name, entry in models.items()}
 
 
 def _with_sources(run: Run, models: Mapping[str, SourceModel]) -> Run:
@@ -194,7 +192,7 @@ def _with_prefix(key: str, item: Published, root: Path) -> Published:
     entry = models[item.model]
     if item.context is not None and item.context > entry.model.context:
         raise UserError(
-            f"{key}.context: {item.context} is longer than the {entry.model.context} positions of {item.model}"
+            f"{key}.context: {item.context} is longer than the {entry.model.context} of {item.model}"
         )
     return item.model_copy(update={"prefix": item.prefix or entry.prefix})
 

@@ -185,7 +185,7 @@ class PublishedModel(Published):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine its scores: its folder or name and how it is loaded, but not its names."""
+        """The settings that determine its scores: where it is and how it is loaded, not its names."""
         names = Published.model_fields.keys() - {"label", "parameters"}
         return self.model_dump(mode="json", include=names)
 

@@ -11,7 +11,7 @@ from stlm.model.config import ModelConfig
 from stlm.study.checks import dependency
 from stlm.study.runs import Run, SourceModel
 from stlm.techniques.base import refuse
-from stlm.tokens.names import hf_name
+from stlm.tokens.names import hf_name, is_per_corpus
 
 # Keys of which the run may have less: the rest is cut.
 SIZES = ("layers", "width", "heads", "kv_heads", "ffn_width")
@@ -61,8 +61,7 @@ def _check_tokens(key: str, run: Run, origin: Run | SourceModel) -> None:
         raise UserError(
             f"{key} has the tokenizer {origin.tokenizer}, the run {run.tokenizer}; they must be {expected}"
         )
-    made = run.tokenizer.startswith("bpe-") or (ours is not None and ours.size is not None)
-    if made and run.corpus != origin.corpus:
+    if is_per_corpus(run.tokenizer) and run.corpus != origin.corpus:
         raise UserError(
             f"{key} has the corpus {origin.corpus}, the run {run.corpus}, and so another vocabulary of the "
             f"name {run.tokenizer}; they must be the same"
@@ -78,7 +77,7 @@ def _check_model(key: str, ours: ModelConfig, theirs: ModelConfig) -> None:
         longer = name == "context" and (ours.positions != "learned" or own <= other)
         if own == other or made or untied or longer or name in _FREE:
             continue
-        if name in SIZES and own < other:
+        if name in SIZES and (own < other or (name == "kv_heads" and ours.width < theirs.width)):
             continue
         if name == "value_embeddings" and ours.layers < theirs.layers:
             continue
@@ -100,18 +99,15 @@ def check_cut(run: Run, origin: ModelConfig) -> None:
             f"{origin.head_width}: width {model.width} has {model.width / origin.head_width:g} of them"
         )
     group, groups = model.heads // model.kv_heads, origin.heads // origin.kv_heads
-    if group > groups:
+    if group > groups or (group > 1 and model.kv_heads > origin.kv_heads):
         raise ValueError(
-            f"model.kv_heads: {model.kv_heads} for {model.heads} heads makes groups of {group} heads, but "
-            f"they have {groups}; expected at least {-(-model.heads // groups)}"
+            f"model.kv_heads: {model.kv_heads} for {model.heads} heads are groups of {group}, and the origin "
+            f"has {origin.kv_heads} groups of {groups}; expected {_kv_heads(model.heads, origin)}"
         )
     if model.width < origin.width and model.positions == "sinusoidal":
         raise ValueError("model.width: sinusoidal positions are fixed, so the width cannot be cut")
-    if model.width < origin.width and how.width == "components" and model.norm != "rmsnorm":
-        raise ValueError(
-            f"training.inherit.width: components: a rotated stream needs model.norm: rmsnorm, found "
-            f"{model.norm}; use importance"
-        )
+    if model.width < origin.width and model.norm != "rmsnorm":
+        raise ValueError(f"model.norm: {model.norm}: the width of such a model is not cut; only rmsnorm's is")
     if isinstance(how.layers, tuple):
         if len(how.layers) != model.layers:
             raise ValueError(
@@ -122,6 +118,15 @@ def check_cut(run: Run, origin: ModelConfig) -> None:
             raise ValueError(
                 f"training.inherit.layers: {how.layers[-1]}: the last of its layers is {origin.layers - 1}"
             )
+
+
+def _kv_heads(heads: int, origin: ModelConfig) -> str:
+    """The numbers of key/value heads with which `heads` can be cut from `origin`."""
+    groups = origin.heads // origin.kv_heads
+    valid = [k for k in range(1, heads) if heads % k == 0 and k <= origin.kv_heads and heads // k <= groups]
+    return ", ".join(map(str, [*valid, heads])) + (
+        " (a copy for each head)" if heads > origin.kv_heads else ""
+    )
 
 
 def _plain(value: object) -> object:

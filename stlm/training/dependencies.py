@@ -89,6 +89,7 @@ class Dependency:
         record = {
             "source": name,
             "licence": entry.licence,
+            "origin": entry.origin,
             "weights_sha256": digest,
             # What its makers trained it on; nothing of that was spent here.
             "training_tokens": entry.training_tokens,

@@ -34,12 +34,25 @@ def load_published(folder: Path, device: str | torch.device = "cpu") -> Transfor
     """
     folder = Path(folder)
     check_files(folder)
-    config = published_config(folder)
+    try:
+        return read_llama(folder).to(device)
+    except NotLlamaError as error:
+        raise UserError(f"{folder}: not a plain Llama: {error}") from None
+
+
+def read_llama(folder: Path, context: int | None = None) -> Transformer:
+    """`load_published` for a folder whose files are intact (`check_files`), without texts for users.
+
+    `context` bounds the sequences; None: as the model states. Raises NotLlamaError for other models, and
+    UserError for a longer context than the model's.
+    """
+    config = read_llama_config(read_config(folder))
+    if context is not None:
+        if context > config.context:
+            raise UserError(f"context: {context} is longer than the {config.context} positions of {folder}")
+        config = config.model_copy(update={"context": context})
     weights = {}
     for path in weight_files(folder):
         weights |= load_file(path)
-    try:
-        check_llama_weights(config, weights)
-    except NotLlamaError as error:
-        raise UserError(f"{folder}: not the weights of the Llama in config.json: {error}") from None
-    return from_llama(config, weights).to(device)
+    check_llama_weights(config, weights)
+    return from_llama(config, weights)

@@ -54,7 +54,7 @@ class Setup:
         self.model = _build(run, device)
         if origin:
             origin.record["text_tokens"] = before
-            inherit_weights(self.model, origin, run)
+            inherit_weights(self.model, origin, run, group)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         self.fingerprint = self._fingerprint(reference)
 

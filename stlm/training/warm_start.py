@@ -1,4 +1,4 @@
-"""Training that starts from the last checkpoint of another run of the study."""
+"""Training that starts from the weights of another run of the study, or of a published model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from stlm.model.inherit import inherit
 from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.training.dependencies import Dependency
+from stlm.training.distributed import Group
+from stlm.training.inherited import inherited_model
 
 
-def inherit_weights(model: Transformer, origin: Dependency, run: Run) -> None:
-    """Give `model` the weights of `origin`; its record gets the error of cutting to lower ranks."""
-    source = origin.load()
-    truncation = inherit(model, source)
+def inherit_weights(model: Transformer, origin: Dependency, run: Run, group: Group | None = None) -> None:
+    """Give the run's `model` the weights of `origin`, cut to its sizes and ranks.
+
+    The record of `origin` gets what was kept, and the error of cutting to lower ranks.
+    """
+    truncation = inherit(model, inherited_model(run, origin, group))
     if truncation.by_matrix:
         origin.record["truncation"] = {
             "relative_error": round(truncation.error, 5),

@@ -1,4 +1,4 @@
-"""params/corpora.yaml, benchmarks.yaml and vocabularies.yaml, and their schemas."""
+"""params/corpora.yaml, benchmarks.yaml, vocabularies.yaml and models.yaml, and their schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from stlm.corpora.config import CorpusEntry, HubSource, SyntheticSource
-from stlm.study.catalogues import load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import load_benchmarks, load_corpora, load_models, load_vocabularies
 
 ROOT = Path(__file__).parents[2]
 ASKED_FOR = {
@@ -17,7 +17,7 @@ ASKED_FOR = {
 }  # fmt: skip
 
 
-def test_every_corpus_benchmark_and_vocabulary_that_the_studies_may_name_is_there() -> None:
+def test_everything_that_the_studies_may_name_is_there() -> None:
     corpora, benchmarks = load_corpora(ROOT), load_benchmarks(ROOT)
     assert set(corpora) >= ASKED_FOR
     assert set(benchmarks) == {
@@ -25,11 +25,20 @@ def test_every_corpus_benchmark_and_vocabulary_that_the_studies_may_name_is_ther
         "synthetic_choice",
     }  # fmt: skip
     assert set(load_vocabularies(ROOT)) == {"gpt2"}
+    assert set(load_models(ROOT)) == {"smollm2_135m"}
+    catalogues = (corpora, benchmarks, load_vocabularies(ROOT), load_models(ROOT))
+    names = [name for catalogue in catalogues for name in catalogue]
+    assert len(names) == len(set(names)), "each names a folder of data/raw"
     assert sum(corpora["paper_mix"].mix.values()) == pytest.approx(1.0)
 
 
 def test_what_is_on_the_hub_is_pinned_except_where_the_readme_says_so() -> None:
-    entries = {**load_corpora(ROOT), **load_benchmarks(ROOT), **load_vocabularies(ROOT)}
+    entries = {
+        **load_corpora(ROOT),
+        **load_benchmarks(ROOT),
+        **load_vocabularies(ROOT),
+        **load_models(ROOT),
+    }
     unpinned = {
         name
         for name, entry in entries.items()
@@ -42,7 +51,12 @@ def test_what_is_on_the_hub_is_pinned_except_where_the_readme_says_so() -> None:
 
 def test_every_entry_is_in_the_readme() -> None:
     readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    entries = {**load_corpora(ROOT), **load_benchmarks(ROOT), **load_vocabularies(ROOT)}
+    entries = {
+        **load_corpora(ROOT),
+        **load_benchmarks(ROOT),
+        **load_vocabularies(ROOT),
+        **load_models(ROOT),
+    }
     assert [name for name in entries if f"`{name}`" not in readme] == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from tiny_hf import CONTEXT, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stlm.cli import main
+from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
 from stlm.evaluation.predictions import read_facts
 from stlm.evaluation.published import evaluate_published
 from stlm.files import read_json
+from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.study.runs import PublishedModel, Run
 from stlm.study.strict import read_yaml
@@ -207,3 +210,109 @@ def test_names_are_checked(project: Path) -> None:
     study = load_study("own")
     assert str(study.published["tiny-llama"].tokens_folder) == "data/tokens/synthetic/bytes"
     assert main(["evaluate", "own", "tiny-lama"]) == 2
+
+
+def test_a_plain_llama_is_scored_by_our_model_with_the_same_results(published: Path, monkeypatch) -> None:
+    from stlm.evaluation import published as module
+
+    loaded = []
+    ours = module.load_plain_llama
+
+    def spy(*arguments):
+        loaded.append(ours(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(module, "load_plain_llama", spy)
+    assert main(["evaluate", "own", "tiny-llama"]) == 0
+    assert type(loaded[0][0]) is Transformer
+    first = pq.read_table(published / "items.parquet"), read_json(published / "evaluation.json")
+    shutil.rmtree(published)
+    monkeypatch.setattr(module, "load_plain_llama", lambda *arguments: None)
+    assert main(["evaluate", "own", "tiny-llama"]) == 0
+    second = pq.read_table(published / "items.parquet"), read_json(published / "evaluation.json")
+    for column in first[0].schema.names:
+        one, other = (table[column].to_pylist() for table, _ in (first, second))
+        assert one == (pytest.approx(other, abs=2e-3) if column == "logprob" else other), column
+    for key in ("parameters", "context", "prefix", "published", "tokenizer"):
+        assert first[1][key] == second[1][key]
+    bits = [
+        record["checkpoints"]["published"]["perplexity"]["bits_per_byte"] for _, record in (first, second)
+    ]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+
+
+def test_other_layouts_are_scored_by_transformers(published: Path) -> None:
+    from tiny_llama import save as save_llama
+
+    from stlm.evaluation.plain_llama import load_plain_llama
+
+    assert load_plain_llama(save(Path("models/gpt2"), "gpt2")) is None
+    assert load_plain_llama(save_llama(Path("models/biased"), attention_bias=True)) is None
+    assert load_plain_llama(save_llama(Path("models/plain")))[0].config.context == 128
+    assert load_plain_llama(Path("models/plain"), context=20)[0].config.context == 20
+    with pytest.raises(UserError, match="context: 129 is longer than the 128 positions"):
+        load_plain_llama(Path("models/plain"), context=129)
+
+
+CATALOGUED = """
+llama:
+  description: a tiny Llama
+  licence: Apache-2.0
+  origin: the tests
+  training_tokens: 123
+  prefix: <|endoftext|>
+  model:
+    layers: 2
+    width: 64
+    heads: 4
+    kv_heads: 2
+    ffn_width: 96
+    rope_theta: 5000.0
+    norm_eps: 1.0e-5
+    context: 128
+    tied: true
+    vocab_size: 384
+  sources:
+    - {kind: folder, path: models/gguf, files: {model.gguf: model.gguf}}
+"""
+
+
+def test_a_model_of_the_catalogue_is_fetched_and_named(published: Path, capsys) -> None:
+    """`published.NAME.model`: its prefix is the catalogue's, and its files are where fetch wrote them."""
+    from tiny_llama import write_gguf
+
+    write_gguf(Path("models/gguf/model.gguf"))
+    Path("params/models.yaml").write_text(CATALOGUED)
+    study = STUDY.replace("{folder: models/tiny, label: TinyLlama}", "{model: llama, context: 100}")
+    Path("params/own.yaml").write_text(study)
+    assert main(["evaluate", "own", "tiny-llama"]) == 2
+    assert "data/raw/llama/model.safetensors: no such file; run: stlm fetch llama" in capsys.readouterr().err
+    assert main(["study", "own"]) == 0
+    assert "to be fetched" in capsys.readouterr().out
+    assert main(["fetch", "llama"]) == 0
+    assert main(["evaluate", "own", "tiny-llama"]) == 0
+    record = read_json(published / "evaluation.json")
+    assert (record["prefix"], record["context"]) == ("<|endoftext|>", 100)
+    assert record["published"] == {"model": "llama", "context": 100, "prefix": "<|endoftext|>"}
+    capsys.readouterr()
+    assert main(["study", "own"]) == 0
+    assert re.search(r"data/raw/llama +there", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "{model: lama}",
+            "params/own.yaml: published.tiny-llama.model: no model 'lama' in params/models.yaml",
+        ),
+        ("{model: llama, context: 200}", "published.tiny-llama.context: 200 is longer than the 128 of llama"),
+        ("{model: llama, folder: a}", "give either `folder` or `model`"),
+        ("{label: a}", "give either `folder` or `model`"),
+    ],
+)
+def test_mistaken_names_are_refused(published: Path, settings: str, message: str, capsys) -> None:
+    Path("params/models.yaml").write_text(CATALOGUED)
+    Path("params/own.yaml").write_text(STUDY.replace("{folder: models/tiny, label: TinyLlama}", settings))
+    assert main(["study", "own"]) == 2
+    assert message in capsys.readouterr().err

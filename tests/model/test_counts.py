@@ -35,7 +35,7 @@ from stlm.study.runs import Run
 from stlm.techniques.base import Technique
 
 ROOT = Path(__file__).parents[2]
-CATALOGUES = {"benchmarks", "corpora", "vocabularies"}
+CATALOGUES = {"benchmarks", "corpora", "models", "vocabularies"}
 STUDIES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml") if path.stem not in CATALOGUES)
 TINY = {"layers": 5, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "context": 16, "vocab_size": 61}
 BYTES = {"width": 16, "heads": 2, "ffn_width": 24, "encoder_layers": 1, "decoder_layers": 3}

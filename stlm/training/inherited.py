@@ -1,0 +1,105 @@
+"""What a run inherits: the model that it starts from, with the run's tokens, cut to the sizes of the run's.
+
+Cutting takes time, and what is measured differs in its last digits between machines. So the cut model is kept
+next to the runs' states, in a folder named by a hash of all that it depends on: a resumed run, all processes
+of a group, and runs that differ in nothing else start from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stlm.files import read_json, sha256
+from stlm.model.cut import cut_context, cut_vocabulary
+from stlm.model.cutting import cut
+from stlm.model.transformer import Transformer
+from stlm.study.runs import Run
+from stlm.study.start import SIZES, is_cut
+from stlm.tokens.batches import Batches
+from stlm.tokens.config import DataConfig
+from stlm.tokens.shards import read_split
+from stlm.training.checkpoints import load_checkpoint, save_checkpoint
+from stlm.training.dependencies import Dependency
+from stlm.training.distributed import Group
+
+# The text that is measured on does not depend on the run's seed: what is kept is a property of the model.
+_SEED = 0
+
+
+def inherited_model(run: Run, origin: Dependency, group: Group | None = None) -> Transformer:
+    """The model of `origin` with the run's vocabulary and sizes; `origin.record` gets what was kept, and why.
+
+    Without anything to cut it is the origin's model itself. In a group, the leader cuts.
+    """
+    group = group or Group()
+    ids = origin.ids(run.tokens_folder / "tokenizer")
+    shorter = run.model.positions == "learned" and run.model.context < origin.model.context
+    if ids is None and not shorter and not is_cut(run.model, origin.model):
+        return origin.load()
+    folder = run.state_folder.parent / ".inherited" / _fingerprint(run, origin)[:24]
+    if group.leads:
+        if not folder.exists():
+            model, record = _cut(run, origin)
+            save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
+        group.largest(1)
+    else:
+        while not group.largest(0):
+            pass
+    model, description = load_checkpoint(folder)
+    origin.record["inherited"] = description["inherited"]
+    return model
+
+
+def _fingerprint(run: Run, origin: Dependency) -> str:
+    depends = {
+        "weights": origin.weights_sha256,
+        "tokens": sha256(run.tokens_folder / "meta.json"),
+        "model": run.model.model_dump(mode="json", include={*SIZES, "context", "value_embeddings", "tied"}),
+        "inherit": run.training.inherit.model_dump(mode="json"),
+        "weights_of_mix": run.data.weights,
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _cut(run: Run, origin: Dependency) -> tuple[Transformer, dict[str, Any]]:
+    """The smaller model, and the record of what it kept."""
+    started, model = time.perf_counter(), with_tokens(run, origin)
+    record: dict[str, Any] = {"from": {name: getattr(origin.model, name) for name in (*SIZES, "vocab_size")}}
+    if is_cut(run.model, model.config):
+        rows_NM = calibration_rows(run)
+        model, chosen = cut(model, run.model, run.training.inherit, rows_NM)
+        record |= {"measured_on_tokens": rows_NM[:, 1:].numel(), **chosen}
+    return model, record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def with_tokens(run: Run, origin: Dependency) -> Transformer:
+    """The model of `origin` that reads the run's tokens, in rows of the run's length."""
+    model, ids = origin.load(), origin.ids(run.tokens_folder / "tokenizer")
+    if ids is not None:
+        model = cut_vocabulary(model, torch.from_numpy(ids))
+    if run.model.context < model.config.context:
+        model = cut_context(model, run.model.context)
+    return model
+
+
+def calibration_rows(run: Run) -> Tensor:
+    """Rows [N, L + 1] of the run's training text, about `training.inherit.bytes` long; L is its context."""
+    folder, context = run.tokens_folder, run.model.context
+    chunks = sum((component.n_tokens - 1) // context for component in read_split(folder, "train"))
+    rows = min(chunks, max(1, round(run.training.inherit.bytes / _row_bytes(folder, context))))
+    text = Batches(folder, context, rows, _SEED, DataConfig(weights=run.data.weights))
+    return torch.from_numpy(text.batch(0))
+
+
+def _row_bytes(folder: Path, context: int) -> float:
+    """Mean bytes of a row of the train split."""
+    components = read_json(folder / "meta.json")["components"].values()
+    splits = [component["splits"]["train"] for component in components]
+    return context * sum(split["bytes"] for split in splits) / sum(split["tokens"] for split in splits)
