@@ -25,9 +25,9 @@ from torch import Tensor
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 
-# Added to the diagonal of the moments of heads' and hidden units' outputs, as a share of its mean. Measured on
-# SmolLM2 with the moments of 4,096 tokens, a third of its heads cut: 1.734 bits per byte, refitted 1.295 with 1,
-# 1.418 with 10; with 1e-4 it was beyond repair (docs/inheriting.md).
+# Added to the diagonal of the moments of heads' and hidden units' outputs, a share of its mean. On SmolLM2,
+# with the moments of 4,096 tokens and a third of the heads cut: 1.734 bits per byte, refitted with 1 1.295,
+# with 10 1.418; with 1e-4 far above what it was without (docs/inheriting.md).
 _RIDGE = 1.0
 
 
@@ -172,7 +172,7 @@ def fewer_inputs(weight_YX: Tensor, kept: Tensor, moment_XX: Tensor | None) -> T
 
 
 def solve(moment_xx: Tensor, cross_Yx: Tensor, ridge: float) -> Tensor:
-    """cross times the inverse of the symmetric `moment_xx` with `ridge` times its diagonal's mean; float64."""
+    """cross times the inverse of `moment_xx`, to which `ridge` times its mean diagonal is added; float64."""
     added = ridge * moment_xx.diagonal().mean() + torch.finfo(torch.float64).tiny
     ridged_xx = moment_xx + added * torch.eye(len(moment_xx), dtype=moment_xx.dtype, device=moment_xx.device)
     return torch.linalg.solve(ridged_xx, cross_Yx.T).T
