@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from hand_made import begin_from
@@ -158,18 +159,37 @@ def test_the_published_models_behind_a_run_are_told(make_study) -> None:
     texts = {run: read_card_text(study, run) for run in study.runs}
     for text in texts.values():
         assert (
-            "- giant, from https://example.org/giant; licence: MIT; trained by its makers on 2e+12 tokens"
-            in text
+            "- giant, from https://example.org/giant; licence: MIT; trained by its makers on 2,000," in text
         )
         assert f"SHA-256 of the weights that were read: {'ab' * 32}." in text
         assert "- giant, a model: MIT" in text and "text and of the published models behind it allow" in text
     assert "It began with the weights of the published model giant." in texts["baseline"]
+    assert "from the weights of giant; step" in texts["baseline"]
+    assert all("\n\n## Published models behind it\n\n" in text for text in texts.values())
+    assert all(
+        "\n\n## Results\n\n" in text and "\n\n\n" not in text.split("---", 2)[2] for text in texts.values()
+    )
     assert "Its teacher was the published model other." in texts["baseline"]
     assert (
         "- other, a model: GPL" in texts["baseline"]
         and "other" not in texts["sincos"].split("## Licences")[1]
     )
     assert "It began with the last weights of the run baseline" in texts["sincos"]
+
+
+def test_the_model_that_lends_a_tokenizer_is_told(make_study, root) -> None:
+    study = make_study(TWO, benchmarks={"blimp": 200})
+    path = study.runs["baseline"].folder / "train.json"
+    write_json(path, json.loads(path.read_text()) | {"tokenizer": "hf:smollm2_135m:8192"})
+    assert "- smollm2_135m, a model, of which only the tokenizer is used: not known" in read_card_text(
+        study, "baseline"
+    )
+    Path("params").mkdir(exist_ok=True)
+    shutil.copy(root / "params/models.yaml", "params")
+    text = read_card_text(study, "baseline")
+    assert "- smollm2_135m, a model, of which only the tokenizer is used: Apache-2.0" in text
+    assert "Published models behind it" not in text
+    assert "only the tokenizer" not in read_card_text(study, "sincos")
 
 
 def read_card_text(study, run: str) -> str:
