@@ -15,6 +15,10 @@ times one benchmark with a model of random weights, of the shape of a study's ba
 the file, whose other results must have been made in the same way on the same machine. One that the file
 already has gets further rounds.
 
+    python benchmarks/evaluation.py --published data/raw/smollm2_135m --prefix '<|endoftext|>' --share .01
+
+times a published model that is a plain Llama, loaded by ours and by `transformers` from the same folder.
+
 Writes results/benchmarks/evaluation.json after each benchmark.
 """
 
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +46,14 @@ from random_models import add_random, chosen_models
 from stlm.errors import UserError
 from stlm.evaluation import scoring
 from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.hf_folder import weights_sha256
+from stlm.evaluation.hf_model import HfRequestEncoder
+from stlm.evaluation.plain_llama import load_plain_llama
 from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json, write_json
+from stlm.generation.published import is_published
+from stlm.model.transformer import Transformer
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import load_checkpoint
 
@@ -64,6 +74,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_models(parser)
     add_random(parser)
+    parser.add_argument(
+        "--published",
+        action="append",
+        default=[],
+        type=Path,
+        help="the folder of a published model, a plain Llama (repeatable)",
+    )
+    parser.add_argument("--prefix", help="the token that starts its texts; default: its bos or eos")
     parser.add_argument("--add", action="store_true", help="keep the other results of the file")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of both sides; default: cpu"
@@ -88,7 +106,10 @@ def run(options: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
     content = _content(options)
     with tempfile.TemporaryDirectory() as folder:
-        for name, checkpoint in chosen_models(options, Path(folder)).items():
+        published = {one.name: one for one in options.published}
+        named = options.model or options.random or not published
+        models = chosen_models(options, Path(folder)) if named else {}
+        for name, checkpoint in {**models, **published}.items():
             _time_model(name, checkpoint, content, options)
 
 
@@ -145,29 +166,45 @@ def _with_rounds_of(before: dict[str, Any] | None, found: dict[str, Any]) -> dic
     return {**found, "seconds": best, "all_seconds": rounds, "ratio": ratio}
 
 
-def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One benchmark on both sides, in turns. The sides keep nothing from round to round."""
+def _load(
+    checkpoint: Path, temporary: Path, prefix: str | None
+) -> tuple[Transformer, Callable[[], RequestEncoder], str, Path]:
+    """Our model, what makes new encoders, the digest of the weights, and the folder for `transformers`."""
+    if is_published(checkpoint):
+        loaded = load_plain_llama(checkpoint, prefix=prefix)
+        if loaded is None:
+            raise UserError(f"{checkpoint}: no plain Llama; ours would be a model of transformers, too")
+        transformer, words = loaded
+        return transformer, partial(HfRequestEncoder, words), weights_sha256(checkpoint), checkpoint
     transformer, description = load_checkpoint(checkpoint)
     tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
+    export_llama(checkpoint, temporary / "model")
+    digest = description["weights_sha256"]
+    return transformer, partial(RequestEncoder, tokenizer), digest, temporary / "model"
+
+
+def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One benchmark on both sides, in turns. The sides keep nothing from round to round."""
     with tempfile.TemporaryDirectory() as temporary:
-        export_llama(checkpoint, Path(temporary) / "model")
+        transformer, make_encoder, digest, exported = _load(checkpoint, Path(temporary), options.prefix)
         sample = prepare(
             name,
             options.raw / (HARNESS_TASKS[name].data or name),
             Path(temporary) / name,
-            RequestEncoder(tokenizer),
+            make_encoder(),
             transformer.config.context,
             options.share,
             options.seed,
         )
         theirs = HFLM(
-            pretrained=str(Path(temporary) / "model"),
+            pretrained=str(exported),
             device=options.device,
             dtype=dtype,
             batch_size=options.batch,
+            prefix_token_id=make_encoder().eot,
         )
         manager = task_manager(sample.folder)
-        model = TokenModel(transformer, RequestEncoder(tokenizer), options.device, dtype)
+        model = TokenModel(transformer, make_encoder(), options.device, dtype)
         watch = Stopwatch(theirs.loglikelihood)
         theirs.loglikelihood = watch
         seconds: dict[str, list[float]] = {"stlm": [], "lm_eval": [], "lm_eval_whole": []}
@@ -180,7 +217,7 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
             seconds["lm_eval_whole"].append(time.perf_counter() - begin)
             seconds["lm_eval"].append(watch.seconds)
             # Encoders remember texts.
-            model.encoder = model.precise.encoder = RequestEncoder(tokenizer)
+            model.encoder = model.precise.encoder = make_encoder()
             begin = time.perf_counter()
             scores = scoring.score(model, sample.items, ["harness"])["harness"]
             summary = scoring.summarize(sample.benchmark, "harness", sample.items, scores)
@@ -189,7 +226,7 @@ def _time(checkpoint: Path, dtype: str, name: str, options: argparse.Namespace) 
     reported = found["results"][HARNESS_TASKS[name].name]
     return {
         "parameters": sum(p.numel() for p in transformer.parameters()),
-        "weights_sha256": description["weights_sha256"],
+        "weights_sha256": digest,
         "items": len(sample.items),
         "options": sum(len(item.options) for item in sample.items),
         "seconds": {side: round(value, 3) for side, value in best.items()},

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf import GGMLQuantizationType
+from tiny_llama import ENTRY, write_gguf
 
 from stlm import engines, recording
 from stlm.cli import main
@@ -59,6 +61,18 @@ def test_a_manifest_is_written_when_the_content_changes(mirror):
     assert manifest("books")["books"]["files"] == 2
     assert manifests.refresh("synthetic") is False
     assert not Path("data/sources/synthetic.json").exists(), "no source of it is a local file"
+
+
+def test_a_published_model_has_the_manifest_of_its_local_file(mirror, project):
+    entry = {**ENTRY, "sources": [{"kind": "folder", "path": "giant", "files": {"model.gguf": "model.gguf"}}]}
+    del entry["name"]
+    (project / "params/models.yaml").write_text(yaml.safe_dump({"giant": entry}))
+    write_gguf(project / "giant/model.gguf")
+    assert main(["fetch", "giant"]) == 0
+    assert manifest("giant")["giant"]["files"] == 1 and not Manifests().changed("giant")
+    assert Manifests().watched("giant") == ["data/sources/giant/giant/model.gguf"]
+    write_gguf(project / "giant/model.gguf", GGMLQuantizationType.F16)
+    assert Manifests().changed("giant")
 
 
 def test_a_mix_has_the_files_of_its_components(mirror):

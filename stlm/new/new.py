@@ -24,7 +24,7 @@ from stlm.new.look import Look, look
 from stlm.new.sources import Sources, find_sources, text_column
 from stlm.new.speed import Speed
 from stlm.new.write import Chosen, Corpus, append_entry, corpus_entry, study_text
-from stlm.study.catalogues import PARAMS, load_benchmarks, load_corpora, load_vocabularies
+from stlm.study.catalogues import PARAMS, load_benchmarks, load_corpora, load_models, load_vocabularies
 from stlm.study.load import load_study
 from stlm.study.names import LONGEST_NAME, NOT_STUDIES, is_name, study_names
 from stlm.tokens.splits import FEW_UNITS, held_out
@@ -88,7 +88,7 @@ def check_name(name: str, force: bool) -> None:
             f"between them, at most {LONGEST_NAME}, and begins with a letter{hint}"
         )
     other = dict.fromkeys(load_benchmarks(), "benchmark")
-    other |= dict.fromkeys(load_vocabularies(), "vocabulary")
+    other |= dict.fromkeys(load_vocabularies(), "vocabulary") | dict.fromkeys(load_models(), "model")
     if name in other:
         raise UserError(f"{name!r} is the name of a {other[name]}, which has data/raw/{name}; choose another")
     taken = [f"the corpus {name} in params/corpora.yaml"] if name in load_corpora() else []

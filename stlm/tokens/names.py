@@ -91,7 +91,7 @@ def _published_size(name: HfName, root: Path) -> int:
     models = load_models(root)
     if name.model not in models:
         raise UserError(
-            f"tokenizer: hf:{shortened(name.model)}: no model of params/models.yaml"
+            f"tokenizer: hf:{shortened(name.model)}: no model in params/models.yaml"
             f"{nearest(name.model, models)}"
         )
     whole = models[name.model].model.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import SYMBOLS
+from stlm.tokens.interface import EOT
+from stlm.tokens.published import PublishedTokenizer, Vocabulary
 from stlm.tokens.tokenizer import ByteTokenizer, Tokenizer, gpt2_tokenizer
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint, save_checkpoint
 
@@ -112,6 +115,18 @@ def check_ids(folder: Path, tokenizer: Tokenizer) -> None:
 def test_ids_of_a_trained_vocabulary(tmp_path: Path, bpe: Tokenizer) -> None:
     export_llama(checkpoint(tmp_path / "checkpoints", bpe), tmp_path / "llama")
     check_ids(tmp_path / "llama", bpe)
+
+
+def test_ids_of_a_published_vocabulary(tmp_path: Path, bpe: Tokenizer) -> None:
+    """Its end of text has the first id."""
+    content = json.loads(bpe.files["tokenizer.json"])
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: (id_ + 1) % 300 for token, id_ in vocabulary.items()} | {EOT: 0}
+    content["added_tokens"][0]["id"] = 0
+    published = PublishedTokenizer("hf:a", Vocabulary.of(json.dumps(content).encode(), EOT), EOT)
+    assert published.eot == 0
+    export_llama(checkpoint(tmp_path / "checkpoints", published), tmp_path / "llama")
+    check_ids(tmp_path / "llama", published)
 
 
 def test_ids_of_gpt2(tmp_path: Path, mirror: Path) -> None:

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 from test_scheduling import program
+from tiny_llama import ENTRY, write_gguf
 
 PARAMS = {
     "corpora": """\
@@ -26,8 +28,14 @@ other:
 """,
     "benchmarks": "{}\n",
     "vocabularies": "{}\n",
+    "models": json.dumps(
+        {
+            "tiny": {key: value for key, value in ENTRY.items() if key != "name"}
+            | {"sources": [{"kind": "mirror", "path": "models/tiny", "files": {"model.gguf": "model.gguf"}}]}
+        }
+    ),
     "own": """\
-description: a study of two corpora and a published model
+description: a study of two corpora and two published models
 corpus: books
 tokenizer: bytes
 model: {layers: 1, width: 32, heads: 2, kv_heads: 1, ffn_width: 64, context: 64}
@@ -35,6 +43,7 @@ training: {steps: 10, batch_size: 4, accumulation: 1, warmup_steps: 2}
 evaluation: {benchmarks: []}
 published:
   model: {folder: ../model}
+  parent: {model: tiny}
 variants:
   baseline: {}
   elsewhere: {corpus: other}
@@ -87,6 +96,7 @@ AFTER_BOOKS = [
     "contamination own",
     "evaluate own baseline",
     "evaluate own model",
+    "evaluate own parent",
     "fetch books",
     "report own",
     "tokenize books bytes",
@@ -118,6 +128,7 @@ class Project:
         }.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text)
+        self.gguf = write_gguf(self.mirror / "models/tiny/model.gguf")
         self.bin = folder / "bin"
         self.bin.mkdir()
         (self.bin / "python").symlink_to(sys.executable)
@@ -190,6 +201,7 @@ def project(root, tmp_path_factory) -> Project:
 def test_snakemake_sees_what_changes_in_a_mirror(project):
     everything = project.ran()
     assert {"fetch books", "fetch other", "train own elsewhere", "evaluate own model"} <= set(everything)
+    assert {"fetch tiny", "evaluate own parent"} <= set(everything)
     assert project.status() == {}, "both engines agree"
     part = project.mirror / "corpora/books/part"
     os.utime(part / "a.txt")
@@ -243,6 +255,21 @@ def test_a_published_model_is_evaluated_again_when_its_files_change(project):
     (project.top / "model/tokenizer.json").write_text("{}")
     project.run("dvc", "repro")
     assert project.work() == ["evaluate own model", "report own"]
+    project.run("stlm", "sync")
+    project.ran()
+
+
+@pytest.mark.engine
+def test_a_model_of_the_catalogue_is_fetched_again_when_its_file_changes(project):
+    write_gguf(project.gguf, GGMLQuantizationType.F16)
+    project.snakemake()
+    assert project.ran() == ["evaluate own parent", "fetch tiny", "report own"]
+    assert project.status() == {}
+    write_gguf(project.gguf, GGMLQuantizationType.Q8_0)
+    project.run("dvc", "repro")
+    assert project.work() == ["evaluate own parent", "fetch tiny", "report own"]
+    record = json.loads((project.folder / "data/raw/tiny/source.json").read_text())
+    assert record["stored"]["Q8_0"] == 15
     project.run("stlm", "sync")
     project.ran()
 

@@ -70,6 +70,25 @@ def test_a_published_vocabulary_is_fetched_and_read(root):
     assert "data/raw/gpt2" in stages["tokenize-openwebtext-gpt2"]["deps"]
 
 
+def test_a_model_of_the_catalogue_is_fetched_once_and_read(project):
+    """Whether it is scored, started from or only lends its tokenizer."""
+    with (project / "params/smoke.yaml").open("a") as file:
+        file.write("published:\n  parent: {model: smollm2_135m}\n")
+    stages = engines.dvc_stages(load_study("smoke"))
+    assert stages["fetch-smollm2_135m"] == {
+        "cmd": "stlm fetch smollm2_135m",
+        "params": [{"params/models.yaml": ["smollm2_135m"]}],
+        "outs": ["data/raw/smollm2_135m"],
+    }
+    assert stages["evaluate-smoke-parent"]["deps"][0] == "data/raw/smollm2_135m"
+    assert not any("files.json" in dep for dep in stages["evaluate-smoke-parent"]["deps"])
+    edit(project / "params/smoke.yaml", "  parent: {model: smollm2_135m}", "  parent: {folder: models/a}")
+    assert "fetch-smollm2_135m" not in engines.dvc_stages(load_study("smoke"))
+    edit(project / "params/smoke.yaml", "\ntokenizer: ", "\ntokenizer: hf:smollm2_135m:2048 # ")
+    stages = engines.dvc_stages(load_study("smoke"))
+    assert [name for name in stages if name.startswith("fetch-s")].count("fetch-smollm2_135m") == 1
+
+
 def test_a_training_depends_on_its_own_variant_alone(root):
     stage = engines.dvc_stages(load_study("smoke", root=root), root)["train-smoke-sincos"]
     assert stage["params"] == [{"params/smoke.yaml": ["model", "training", "seeds", "variants.sincos"]}]

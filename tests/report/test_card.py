@@ -9,14 +9,15 @@ from hand_made import begin_from
 from huggingface_hub import ModelCard
 
 from stlm.evaluation.statistics import wilson
-from stlm.files import write_json
+from stlm.files import read_record, write_json
 from stlm.model.byte_config import ByteConfig
 from stlm.model.counts import build_on_meta, parameter_groups
-from stlm.report.card import write_cards
+from stlm.report.card import Card, write_cards
 from stlm.report.comparison import compare_all
 from stlm.report.contamination import read_contamination
 from stlm.report.names import bounds
 from stlm.report.results import read_results
+from stlm.report.schema import TrainRecord
 
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 
@@ -121,6 +122,60 @@ def test_what_a_run_began_with_is_told(make_study) -> None:
     assert "after those of baseline" in found["sincos"]
     assert "123,456 tokens and about 7.50e+12" in found["sincos"] and "12.5% of their norm" in found["sincos"]
     assert "began with" not in found["baseline"]
+
+
+def test_the_published_models_behind_a_run_are_told(make_study) -> None:
+    """Those that it reads, and those that a run that it reads has read."""
+    study = make_study(TWO, benchmarks={"blimp": 200})
+    study = begin_from(study, "sincos", "baseline", 123_456, 7.5e12)
+    parent = {
+        "source": "giant",
+        "licence": "MIT",
+        "origin": "https://example.org/giant",
+        "training_tokens": 2_000_000_000_000,
+        "weights_sha256": "ab" * 32,
+        "tokens": 0,
+        "flops": 0.0,
+    }
+    for run, add in (
+        (
+            "baseline",
+            {"depends": {"start": parent, "teacher": {**parent, "source": "other", "licence": "GPL"}}},
+        ),
+        (
+            "sincos",
+            {
+                "start": None,
+                "depends": {
+                    "start": {"run": "baseline", "tokens": 9, "flops": 9.0, "depends": {"start": parent}}
+                },
+            },
+        ),
+    ):
+        path = study.runs[run].folder / "train.json"
+        record = json.loads(path.read_text()) | add
+        write_json(path, {key: value for key, value in record.items() if value is not None})
+    texts = {run: read_card_text(study, run) for run in study.runs}
+    for text in texts.values():
+        assert (
+            "- giant, from https://example.org/giant; licence: MIT; trained by its makers on 2e+12 tokens"
+            in text
+        )
+        assert f"SHA-256 of the weights that were read: {'ab' * 32}." in text
+        assert "- giant, a model: MIT" in text and "text and of the published models behind it allow" in text
+    assert "It began with the weights of the published model giant." in texts["baseline"]
+    assert "Its teacher was the published model other." in texts["baseline"]
+    assert (
+        "- other, a model: GPL" in texts["baseline"]
+        and "other" not in texts["sincos"].split("## Licences")[1]
+    )
+    assert "It began with the last weights of the run baseline" in texts["sincos"]
+
+
+def read_card_text(study, run: str) -> str:
+    """The card of a run's train.json alone."""
+    train = read_record(study.runs[run].folder / "train.json", TrainRecord)
+    return Card(run, train, 1, 1, None, {}, {}, None, []).markdown()
 
 
 def test_the_language_is_told(make_study) -> None:

@@ -15,9 +15,14 @@ from published_sample import ABSENT, EOT, SPECIAL, reference, write_model
 from raw_samples import stories
 from tokenizers import Regex, pre_tokenizers
 
+from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
-from stlm.tokens.published import PublishedTokenizer, fetched_tokenizer
+from stlm.study.catalogues import load_models
+from stlm.tokens.published import UTF8, PublishedTokenizer, fetched_tokenizer
+from stlm.tokens.reduced import reduced_tokenizer
 from stlm.tokens.tokenizer import chunker_of, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TEXTS = [
     *EDGES,
@@ -250,3 +255,31 @@ def test_the_stored_file_is_that_of_the_library(tiny: PublishedTokenizer) -> Non
     written = json.loads(tokenizers.Tokenizer.from_str(content).to_str())
     assert written["model"]["merges"] == json.loads(content)["model"]["merges"]
     assert written["added_tokens"][0]["content"] == EOT and written["post_processor"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_real_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SmolLM2's 49,152 tokens, of which none is for eight bytes of UTF-8; and 2,000 of them."""
+    asked = load_models(ROOT)["smollm2_135m"]
+    asked = asked.model_copy(update={"sources": asked.sources[:1]})
+    folder = tmp_path / "raw" / "smollm2_135m"
+    try:
+        fetch(asked, folder, cache=tmp_path_factory.getbasetemp())
+    except UserError as error:
+        pytest.skip(str(error))
+    real = fetched_tokenizer("hf:smollm2_135m", folder)
+    assert real.is_fast and (real.vocab_size, real.eot) == (49_152, 0)
+    of = reference(folder / "tokenizer.json")
+    lost = {byte for byte in UTF8 if bytes([byte]) not in real.vocabulary.contents[17:]}
+    assert lost == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+    for text in TEXTS + random_texts(1000) + stories(20):
+        ids = real.encode(text)
+        assert real.decode(ids) == text
+        if not set(text.encode()) & lost:
+            assert ids == of(text), ascii(text)
+    reduced = reduced_tokenizer("hf:smollm2_135m:2000", real, stories(200))
+    reduced.save(tmp_path / "stored")
+    of = reference(tmp_path / "stored" / "tokenizer.json")
+    for text in TEXTS + random_texts(1000) + stories(20):
+        assert reduced.encode(text) == of(text) and reduced.decode(reduced.encode(text)) == text

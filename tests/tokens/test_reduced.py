@@ -10,6 +10,7 @@ import pytest
 from awkward_texts import EDGES, random_texts
 from published_sample import EOT, SPECIAL, reference, write_model
 from raw_samples import stories, write_raw
+from vocabulary import most_frequent
 
 from stlm.errors import UserError
 from stlm.tokens.names import hf_name, is_per_corpus
@@ -134,20 +135,6 @@ def test_as_many_tokens_as_predicted_and_no_more_than_by_frequency(
     assert 0.97 * kept.text_tokens < found <= kept.text_tokens
     other = with_tokens("hf:tiny:9", whole, most_frequent(whole.vocabulary, counts, size))
     assert found <= int(count_tokens(other, CORPUS).sum())
-
-
-def most_frequent(vocabulary: Vocabulary, counts: np.ndarray, size: int) -> list[int]:
-    """Bytes, then the most frequent tokens with all that lead to them, as long as there is room."""
-    parts = dict(zip(vocabulary.products, vocabulary.merges, strict=True))
-    kept = {id_ for id_ in range(len(counts)) if id_ not in parts and id_ not in vocabulary.special}
-
-    def leading_to(token: int) -> set[int]:
-        return set() if token in kept else {token}.union(*map(leading_to, parts[token]))
-
-    for token in np.argsort(-counts, kind="stable").tolist():
-        if token in parts and len(kept) + len(wanted := leading_to(token)) <= size:
-            kept |= wanted
-    return sorted(kept)
 
 
 def test_all_of_them_are_the_whole(whole: PublishedTokenizer) -> None:
