@@ -17,7 +17,13 @@ import stlm
 from stlm.cpu_runtime import tune_process
 from stlm.errors import Interrupted, UserError
 from stlm.files import of_the_machine
-from stlm.options import add_drafts_options, add_generate_options, add_new_options, whole_number
+from stlm.options import (
+    add_drafts_options,
+    add_generate_options,
+    add_importance_options,
+    add_new_options,
+    whole_number,
+)
 from stlm.terminal import flush_output, tell, tune_streams
 
 RAW = Path("data/raw")
@@ -217,6 +223,14 @@ def export(options: argparse.Namespace) -> None:
     export_run(options.run, Path(options.folder), options.force)
 
 
+def importance(options: argparse.Namespace) -> None:
+    """Measure what matters in the model that a run starts from, and what cutting it costs; trains nothing."""
+    run = _study(options).run(options.run)
+    from stlm.training.importance_tables import importance_tables
+
+    print(importance_tables(run, options.layers, options.loss))
+
+
 def study(options: argparse.Namespace) -> None:
     """List the runs of a study with their size and cost, and its published models; trains nothing."""
     from stlm.engines import active_study
@@ -349,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb(teach, of_study, of_run, overridable=True)
     verb(train, of_study, of_run, overridable=True)
+    add_importance_options(verb(importance, of_study, of_run, overridable=True))
     of_model = ("run", "a run of the study, or a model under its key `published`")
     verb(evaluate, of_study, of_model, overridable=True)
     verb(contamination, of_study, overridable=True)

@@ -55,6 +55,21 @@ def add_new_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--force", action="store_true", help="replace a corpus and study of this name")
 
 
+def add_importance_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `stlm importance`."""
+    verb.add_argument(
+        "--layers",
+        type=whole_number(1),
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="numbers of layers to cut to; default: three quarters, a half, a third, and the run's",
+    )
+    verb.add_argument(
+        "--loss", action="store_true", help="also leave out layers by the loss without them, which takes long"
+    )
+
+
 def add_drafts_options(verb: argparse.ArgumentParser) -> None:
     """The options of `stlm drafts`."""
     at_least_1 = whole_number(1, 10**18)

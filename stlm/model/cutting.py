@@ -61,7 +61,7 @@ def choose_layers(model: Transformer, count: int, how: InheritConfig, rows_NM: T
         layers = choose(torch.tensor(scores), count)
         return Chosen(layers, {"kept": layers, "influence": [round(score, 5) for score in scores]})
     if how.layers == "loss":
-        gone = removals(model, rows_NM, total - count)
+        gone = removals(model, short(rows_NM), total - count)
         layers = sorted(set(range(total)) - {layer for layer, _ in gone})
         return Chosen(layers, {"kept": layers, "left_out": [[layer, round(loss, 5)] for layer, loss in gone]})
     if how.layers == "first":
@@ -71,6 +71,14 @@ def choose_layers(model: Transformer, count: int, how: InheritConfig, rows_NM: T
     else:
         layers = list(how.layers)
     return Chosen(layers, {"kept": layers})
+
+
+def short(rows_NM: Tensor) -> Tensor:
+    """A part of the text for `removals`, which reads it hundreds of times: a 16th of the rows, cut to 256.
+
+    On SmolLM2, 500 tokens chose better layers than all of the text by their influence (docs/inheriting.md).
+    """
+    return rows_NM[::16, : 256 + 1]
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from stlm.model.config import ModelConfig
 from stlm.report.names import count
 from stlm.report.results import Results
-from stlm.report.schema import TrainRecord
+from stlm.report.schema import DependencyRecord, TrainRecord
 from stlm.report.table import Cell, Section, Table
 from stlm.tokens.config import DataConfig
 from stlm.training.config import RECORD_KEYS, TrainingConfig
@@ -192,6 +192,7 @@ def _settings(records: Sequence[TrainRecord], used: Mapping[str, list[str]]) -> 
         "Data": data | _labelled(train.data.model_dump(), used["data"]),
         "Recipe": _labelled(train.training, used["training"])
         | {"precision": train.precision, "seeds" if len(seeds) > 1 else "seed": ", ".join(seeds)},
+        "Inherited": _inherited(train.start),
         "Techniques": {name.replace("_", " "): _value(keys) for name, keys in train.techniques.items()},
         "Recorded": _recorded(train.further),
     }
@@ -200,6 +201,23 @@ def _settings(records: Sequence[TrainRecord], used: Mapping[str, list[str]]) -> 
 
 def _values(content: Mapping[str, object]) -> dict[str, str]:
     return {_LABELS.get(key, key.replace("_", " ")): _value(value) for key, value in content.items()}
+
+
+def _inherited(start: DependencyRecord | None) -> dict[str, str]:
+    """What a run kept of a larger model; scores are left to the record."""
+    kept = (start and start.inherited) or {}
+    rows = {}
+    if "layers" in kept:
+        rows["layers kept, from 0"] = _value(kept["layers"]["kept"])
+    if "ffn" in kept:
+        shares = kept["ffn"]["share_of_scores_by_layer"]
+        rows["hidden units by"] = kept["ffn"]["measure"]
+        rows["of their scores, mean of layers"] = f"{sum(shares) / len(shares):.1%}"
+    if "width" in kept:
+        rows["heads by"] = kept["width"]["measure"]
+        rows["stream by"] = "components" if "components" in kept["width"] else "importance"
+        rows["of its squares"] = f"{kept['width']['share_of_squares']:.1%}"
+    return rows
 
 
 def _recorded(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

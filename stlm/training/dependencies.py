@@ -135,13 +135,12 @@ class Dependency:
         Raises ``UserError`` where a token is not in the dependency's vocabulary.
         """
         tokenizer = load_tokenizer(folder)
-        name = hf_name(tokenizer.name)
-        if name is None or name == hf_name(self.tokenizer):
+        name, whole = hf_name(tokenizer.name), hf_name(self.tokenizer)
+        if tokenizer.name == self.tokenizer:
             if not self.published and self.model.bytes is None:
                 check_tokenizer(self.tokenizer_folder, check_tokenizer(folder))
             return None
-        whole = hf_name(self.tokenizer)
-        if whole is None or whole.model != name.model:
+        if name is None or whole is None or whole.model != name.model:
             raise UserError(f"{folder}: {tokenizer.name} has other tokens than {self.name}: {self.tokenizer}")
         if whole.size is None:
             return _parent_ids(tokenizer)

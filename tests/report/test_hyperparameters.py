@@ -5,6 +5,7 @@ import json
 from stlm.model.reduction import LoraConfig, SharingConfig
 from stlm.report.hyperparameters import table1, variants_table
 from stlm.report.results import read_results
+from stlm.report.schema import DependencyRecord
 from stlm.report.table import Section
 from stlm.tokens.config import DataConfig
 
@@ -132,3 +133,22 @@ def test_what_else_a_record_holds_has_rows(make_study):
     found = {r["hyper_parameter"]: r["sincos"] for r in table1(read_results(study)).records}
     assert found["distillation, teacher"] == "baseline" and found["distillation, flops"] == "1.5e+09"
     assert found["kept tokens"] == "0.25" and "losses" not in found
+
+
+def test_what_was_inherited_has_rows(make_study):
+    study = make_study({"baseline": ("Baseline", {}), "cut": ("Cut", {})}, benchmarks={})
+    results = read_results(study)
+    inherited = {
+        "layers": {"kept": [0, 3], "influence": [1.0, 0.1, 0.1, 0.5]},
+        "ffn": {"measure": "wanda", "share_of_scores_by_layer": [0.5, 0.7]},
+        "width": {"components": 16, "share_of_squares": 0.875, "measure": "taylor", "heads": [[0], [1]]},
+    }
+    start = {"source": "made", "licence": "MIT", "tokens": 0, "flops": 0.0, "inherited": inherited}
+    results["cut"].train.depends["start"] = DependencyRecord.model_validate(start)
+    rows = {row[0].text: row[1].text for row in table1(results).rows if not isinstance(row, Section)}
+    cut = {row[0].text: row[2].text for row in table1(results).rows if not isinstance(row, Section)}
+    assert cut["starts from"] == "made" and rows["starts from"] == "–"
+    assert cut["layers kept, from 0"] == "0, 3"
+    assert (cut["hidden units by"], cut["of their scores, mean of layers"]) == ("wanda", "60.0%")
+    assert (cut["heads by"], cut["stream by"], cut["of its squares"]) == ("taylor", "components", "87.5%")
+    assert results["cut"].train.total_flops == results["cut"].train.flops

@@ -33,6 +33,7 @@ DIFFERENCES = [
     ("model", {"value_embeddings": 1}, "value_embeddings"),
     ("model", {"zero_init": True}, "zero_init"),
     ("training", {"start_from": "baseline"}, "start_from"),
+    ("training", {"inherit": {"layers": "loss"}}, "inherit.layers"),
     ("training", {"matrix_learning_rate": 1e-3}, "matrix_learning_rate"),
     ("training", {"compile": True}, "compile"),
     ("data", {"weights": {"a": 1.0}}, "weights.a"),
