@@ -81,6 +81,10 @@ class Vocabulary:
             merges.append((ids[left], ids[right]))
         vocabulary = cls(tuple(tokens), tuple(merges), frozenset(special), found["pre_tokenizer"])
         _check_products(vocabulary)
+        if found["model"].get("ignore_merges") and (odd := vocabulary.not_made()):
+            raise NotByteLevelError(
+                f"model.ignore_merges: true, and {tokens[odd[0]]!r} is not what its bytes are merged to"
+            )
         return vocabulary
 
     @cached_property
@@ -115,13 +119,14 @@ class Vocabulary:
         token's own merges make it: inside a token that is about to be made, whatever surrounds it, the same
         merges were done as for its bytes alone.
         """
-        products = self.products
-        if any(a >= b for a, b in pairwise(products)):
-            return None
-        made = self.encode_pieces(self.tokens)
-        if any(made[id_] != [id_] for id_ in range(len(made)) if id_ not in self.special):
+        if any(a >= b for a, b in pairwise(self.products)) or self.not_made():
             return None
         return _all_ranks(self)
+
+    def not_made(self) -> list[int]:
+        """The tokens that are not what their own bytes are merged to; special ones do not count."""
+        made = self.encode_pieces(self.tokens)
+        return [id_ for id_, ids in enumerate(made) if ids != [id_] and id_ not in self.special]
 
     def to_json(self) -> bytes:
         """The `tokenizer.json` that `tokenizers` and `transformers` load; it adds no token to a text."""

@@ -164,6 +164,11 @@ def test_tiktoken_is_not_used_where_it_writes_other_tokens(tmp_path: Path, chang
     check(other, folder / "tokenizer.json", [*TEXTS, *stories(10), "vwx vwxyz"])
 
 
+def _unreachable_whole(content: dict) -> None:
+    _unreachable(content)
+    content["model"]["ignore_merges"] = True
+
+
 def _set(key: str, value: object):
     def change(content: dict) -> None:
         *sections, last = key.split(".")
@@ -213,6 +218,7 @@ def _set(key: str, value: object):
             "character that stands for no byte",
         ),
         (lambda content: content["model"]["vocab"].update(more=800), "no token has id 500"),
+        (_unreachable_whole, "ignore_merges: true, and 'vwx' is not what"),
         (lambda content: content.pop("model"), "expected 'BPE'"),
         (lambda content: content["model"].pop("merges"), "not as the library tokenizers writes it"),
     ],

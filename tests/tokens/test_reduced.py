@@ -13,7 +13,8 @@ from raw_samples import stories, write_raw
 from vocabulary import most_frequent
 
 from stlm.errors import UserError
-from stlm.tokens.names import hf_name, is_per_corpus
+from stlm.study.load import load_study
+from stlm.tokens.names import hf_name, is_per_corpus, vocabulary_size
 from stlm.tokens.published import PublishedTokenizer, Vocabulary, fetched_tokenizer
 from stlm.tokens.reduced import count_tokens, needed, reduced_tokenizer, with_tokens
 from stlm.tokens.shards import read_split
@@ -209,3 +210,19 @@ def test_names() -> None:
         *(True, True),
         *(False, False, False),
     ]
+
+
+def test_a_study_knows_the_sizes_before_anything_is_fetched(project: Path) -> None:
+    run = load_study("smoke", ["tokenizer=hf:smollm2_135m:2000"]).runs["baseline"]
+    assert run.model.vocab_size == vocabulary_size("hf:smollm2_135m:2000") == 2000
+    assert run.tokens_folder == Path("data/tokens/synthetic/hf:smollm2_135m:2000")
+    assert vocabulary_size("hf:smollm2_135m") == 49_152
+    for override, message in (
+        ("hf:smollm2", "no model in params/models.yaml .*did you mean 'smollm2_135m'"),
+        ("hf:smollm2_135m:50000", "has 49,152 tokens; choose hf:smollm2_135m, or a smaller N"),
+        ("hf:smollm2_135m:1e4", "expected hf:NAME or hf:NAME:N"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_study("smoke", [f"tokenizer={override}"])
+    with pytest.raises(UserError, match="hf:smollm2_135m' cuts no chunks for byte-level models"):
+        load_study("bytes", ["tokenizer=hf:smollm2_135m"])
