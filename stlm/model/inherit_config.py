@@ -40,9 +40,10 @@ class InheritConfig(BaseModel):
         "channels that matter most to the matrices that read them are kept, as they are.",
     )
     refit: bool = Field(
-        True,
+        False,
         description="Whether the matrices that read heads, hidden units or the stream are refitted to what "
-        "is left of their inputs, by least squares on the text; otherwise columns are left out and no more.",
+        "is left of their inputs, by ridge regression on the text; it needs many tokens, see "
+        "docs/inheriting.md. Otherwise columns are left out and no more.",
     )
     bytes: int = Field(
         100_000, ge=1, description="Bytes of the training text that what is measured is measured on."

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tokenizers
 import torch
 from published_folder import write_published, write_published_tokens
 
+from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.files import read_json
-from stlm.model.cut import cut_layers, cut_vocabulary
-from stlm.model.importance import influence
+from stlm.model.cut import choose, cut_layers, cut_vocabulary
+from stlm.model.cutting import spread
+from stlm.model.importance import influence, mean_loss
 from stlm.report.schema import TrainRecord
+from stlm.study.catalogues import load_models
 from stlm.study.runs import Run
 from stlm.tokens.batches import ValidationSet
 from stlm.tokens.config import DataConfig
@@ -20,6 +26,7 @@ from stlm.training.dependencies import Dependency
 from stlm.training.importance_tables import bits_per_byte, importance_tables
 from stlm.training.inherited import calibration_rows
 from stlm.training.loop import Trainer, train
+from stlm.training.published import load_published
 
 LARGE = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "dropout": 0.0}
 SMALL = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24, "dropout": 0.0}
@@ -286,3 +293,27 @@ def test_bits_per_byte_are_those_of_training(make_run):
     validation = ValidationSet(run.tokens_folder, 32, 500)
     final = read_json(run.folder / "train.json")["final"]["val_bits_per_byte"]
     assert bits_per_byte(model, validation) == pytest.approx(final, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2_needs_the_layers_of_most_influence(tmp_path):
+    """Of a third of its layers, it matters which go; all of them are the model to the bit."""
+    root = Path(__file__).parents[2]
+    folder = tmp_path / "raw/smollm2_135m"
+    try:
+        fetch(load_models(root)["smollm2_135m"], folder)
+    except UserError as error:
+        pytest.skip(str(error))
+    model = load_published(folder)
+    words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = words.encode((root / "docs/decisions.md").read_text()[:4000], add_special_tokens=False).ids
+    rows = torch.tensor([[0, *ids[:256]], [0, *ids[256:512]]])
+    whole, scores = mean_loss(model, rows), influence(model, rows)
+    assert mean_loss(cut_layers(model, range(30)), rows) == whole
+    assert sorted(scores)[-2:] == sorted((scores[0], scores[29]))
+    best, even = (
+        mean_loss(cut_layers(model, kept), rows)
+        for kept in (choose(torch.tensor(scores), 20), spread(30, 20))
+    )
+    assert whole < best < even - 1
