@@ -173,17 +173,8 @@ def fetched(study: Study, root: Path = Path()) -> dict[str, dict[str, dict[str, 
     catalogues = _catalogues(root)
     tokenizers = {run.tokenizer for run in study.runs.values()}
     vocabularies = [name for name in catalogues["vocabularies"] if name in tokenizers]
-    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks), *models_of(study))
+    names = (*study.corpora, *vocabularies, *data_names(study.benchmarks), *study.models)
     return {name: _source_entries(name, catalogues) for name in names}
-
-
-def models_of(study: Study) -> list[str]:
-    """The names in params/models.yaml that the study needs: scored, started from or taught by, tokenizers."""
-    scored = [published.model for published in study.published.values()]
-    read = [name for run in study.runs.values() for name in run.sources.values()]
-    tokenizers = [hf_name(run.tokenizer) for run in study.runs.values()]
-    names = (*scored, *read, *(name.model for name in tokenizers if name is not None))
-    return [name for name in dict.fromkeys(names) if name is not None]
 
 
 def watch_stages(study: Study, root: Path = Path()) -> dict[str, dict[str, Any]]:

@@ -76,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(TEXTS * 9, trainer)
     found = bpe.get_vocab_size()
-    bpe.add_tokens([f"<filler-{number}>" for number in range(VOCABULARY - found)])
+    bpe.add_special_tokens([f"<filler-{number}>" for number in range(VOCABULARY - found)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
     )

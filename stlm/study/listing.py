@@ -51,6 +51,7 @@ def runs_table(study: Study) -> str:
             f"{len(study.runs)} runs, baseline: {study.baseline}; training takes {total:.2e} FLOPs in all "
             "(estimated, forward and backward)",
             f"benchmarks: {', '.join(study.benchmarks) or 'none'}",
+            *([f"models of params/models.yaml: {', '.join(study.models)}"] if study.models else []),
             *(["", *_published_table(study)] if study.published else []),
         ]
     )

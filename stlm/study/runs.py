@@ -15,6 +15,7 @@ from stlm.model.config import CHUNK_BYTES, ModelConfig, ParameterCounts
 from stlm.study.schema import Published
 from stlm.techniques.base import Technique
 from stlm.tokens.config import DataConfig
+from stlm.tokens.names import hf_name
 from stlm.training.config import TrainingConfig
 
 
@@ -225,6 +226,16 @@ class Study(BaseModel):
     def benchmarks(self) -> list[str]:
         """The benchmarks to score, in the order of the study file."""
         return list(self.evaluation.benchmarks)
+
+    @property
+    def models(self) -> list[str]:
+        """The models of params/models.yaml that the study reads: it scores them, a run depends on them, or
+        tokenizes with their vocabulary."""
+        scored = [published.model for published in self.published.values()]
+        read = [name for run in self.runs.values() for name in run.sources.values()]
+        tokenizers = [hf_name(run.tokenizer) for run in self.runs.values()]
+        names = (*scored, *read, *(name.model for name in tokenizers if name is not None))
+        return [name for name in dict.fromkeys(names) if name is not None]
 
     @property
     def training_texts(self) -> dict[str, Path]:

@@ -288,7 +288,8 @@ def test_a_model_of_the_catalogue_is_fetched_and_named(published: Path, capsys) 
     assert main(["evaluate", "own", "tiny-llama"]) == 2
     assert "data/raw/llama/model.safetensors: no such file; run: stlm fetch llama" in capsys.readouterr().err
     assert main(["study", "own"]) == 0
-    assert "to be fetched" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "to be fetched" in listed and "models of params/models.yaml: llama\n" in listed
     assert main(["fetch", "llama"]) == 0
     assert main(["evaluate", "own", "tiny-llama"]) == 0
     record = read_json(published / "evaluation.json")

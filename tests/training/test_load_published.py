@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
-from tiny_llama import save
+from tiny_llama import ENTRY, save, write_gguf
 from transformers import AutoModelForCausalLM
 
+from stlm.corpora.config import ModelEntry
+from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
+from stlm.export.llama import export_llama
 from stlm.model.config import ModelConfig
 from stlm.model.llama import (
     NotLlamaError,
@@ -23,6 +27,8 @@ from stlm.model.llama import (
     read_llama_config,
 )
 from stlm.model.transformer import Transformer
+from stlm.tokens.published import fetched_tokenizer
+from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.published import load_published, published_config
 
 SMALL = ModelConfig(layers=2, width=48, heads=6, kv_heads=2, ffn_width=40, context=64, vocab_size=100)
@@ -191,3 +197,25 @@ def test_folders_that_cannot_be_loaded(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"truncated or no safetensors"):
         load_published(folder)
+
+
+def test_export_writes_the_parent_back(tmp_path: Path) -> None:
+    """A checkpoint with a published model's weights and tokenizer is exported as what was fetched."""
+    fetched = tmp_path / "raw/tiny"
+    entry = {
+        **ENTRY,
+        "sources": [{"kind": "folder", "path": str(tmp_path), "files": {"model.gguf": "a.gguf"}}],
+    }
+    write_gguf(tmp_path / "a.gguf", GGMLQuantizationType.Q8_0)
+    fetch(ModelEntry.model_validate(entry), fetched)
+    checkpoint = tmp_path / "checkpoints" / checkpoint_name(7)
+    save_checkpoint(checkpoint, load_published(fetched), {"step": 7, "tokens": 70})
+    fetched_tokenizer("hf:tiny", fetched).save(checkpoint.parent / "tokenizer")
+    export_llama(checkpoint, tmp_path / "exported")
+    before, after = (load_file(folder / "model.safetensors") for folder in (fetched, tmp_path / "exported"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    first, second = (json.loads((f / "config.json").read_text()) for f in (fetched, tmp_path / "exported"))
+    ends = {"bos_token_id", "eos_token_id"}  # of an exported model, both are the token that starts texts
+    assert first.keys() == second.keys()
+    assert all(first[key] == second[key] for key in first.keys() - ends)
