@@ -33,17 +33,18 @@ class InheritConfig(BaseModel):
         f"of its heads' squares. {_MEASURES}",
     )
     ffn: Measure = Field("wanda", description="The measure of hidden units; as for `heads`.")
-    width: Literal["components", "importance"] = Field(
-        "components",
-        description="`components`: the residual stream is rotated to its principal components, and the last "
-        "are cut (SliceGPT, Ashkboos et al. 2024, with one rotation for all layers). `importance`: the "
-        "channels that matter most to the matrices that read them are kept, as they are.",
+    width: Literal["importance", "components"] = Field(
+        "importance",
+        description="`importance`: the channels of the residual stream that matter most to the matrices that "
+        "read them are kept, as they are. `components`: the stream is rotated to its principal components, "
+        "and the last are cut (SliceGPT, Ashkboos et al. 2024, with one rotation for all layers); it suits "
+        "models with `tied: false`.",
     )
     refit: bool = Field(
-        False,
+        True,
         description="Whether the matrices that read heads, hidden units or the stream are refitted to what "
-        "is left of their inputs, by ridge regression on the text; it needs many tokens, see "
-        "docs/inheriting.md. Otherwise columns are left out and no more.",
+        "is left of their inputs, by ridge regression on the text; otherwise columns are left out and no "
+        "more.",
     )
     bytes: int = Field(
         100_000, ge=1, description="Bytes of the training text that what is measured is measured on."

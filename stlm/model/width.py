@@ -29,6 +29,8 @@ from stlm.model.cut import head_inputs, rebuilt, solve
 from stlm.model.importance import second_moments
 from stlm.model.transformer import Transformer
 
+# Of the moments of the stream, which has far fewer channels than there are tokens; see `stlm.model.cut`.
+_RIDGE = 1e-4
 _EMBEDDINGS = ("embedding.weight", "positions.weight")
 
 
@@ -112,7 +114,7 @@ def cut_width(
             read_Yd = read_YD @ basis_Dd
             if refit:
                 lost_Dd = moment_DD @ basis_Dd - basis_Dd @ moment_dd
-                read_Yd = read_Yd + read_YD @ solve(moment_dd, lost_Dd)
+                read_Yd = read_Yd + read_YD @ solve(moment_dd, lost_Dd, _RIDGE)
             weights[matrix] = _as(weights[matrix], read_Yd)
         weights[f"{name}.weight"] = _as(norm.weight, gain_d)
     sizes = {"width": d, "heads": len(heads[0]), "kv_heads": len(kv_heads[0]), "tied": tied}
@@ -134,7 +136,7 @@ def _tied_gain(table_VD: Tensor, gain_D: Tensor, basis_Dd: Tensor, moment_DD: Te
     wanted_d = (gram_dD @ (gain_D[:, None] * moment_DD @ basis_Dd)).diagonal()
     # The gains of channels that are kept as they are; what they miss is solved for.
     first_d = basis_Dd.square().T @ gain_D
-    return first_d + solve(left_dd, (wanted_d - left_dd @ first_d)[None])[0]
+    return first_d + solve(left_dd, (wanted_d - left_dd @ first_d)[None], _RIDGE)[0]
 
 
 def _of_heads(
