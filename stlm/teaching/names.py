@@ -38,6 +38,7 @@ def settings(run: Run, technique: Distillation) -> dict[str, Any]:
         "rows": [first, last, training.steps * training.accumulation * training.batch_size],
         **({"depends": others} if others else {}),
         "temperature": technique.temperature,
+        "precision": training.precision,
         "taught": technique.taught.model_dump(mode="json", exclude={"states"}),
         "layers": list(technique.taught.teacher_layers),
     }
