@@ -30,7 +30,9 @@ from stlm.report.run_files import read_outcomes
 from stlm.report.schema import CheckpointResult, EvaluationRecord, Score, TrainRecord, published_in
 from stlm.report.sources import Text, read_texts
 from stlm.report.table import Table, markdown
+from stlm.study.catalogues import load_models
 from stlm.techniques.registry import load_techniques
+from stlm.tokens.names import hf_name
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -96,6 +98,7 @@ class Card:
             settings=self._settings,
             groups=markdown(self._groups()).strip(),
             parents=published_in(train.depends),
+            lender=self._lender(),
             percent=percent,
             program=", ".join(f"{name} {version}" for name, version in train.code.items() if version),
             amount=amount,
@@ -141,6 +144,14 @@ class Card:
         rows = [(name, f"{number:,}") for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
         return Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
+
+    def _lender(self) -> tuple[str, str | None] | None:
+        """The published model whose tokenizer alone the run uses, and its licence, if params/ says it."""
+        name = hf_name(self.train.tokenizer)
+        if name is None or name.model in published_in(self.train.depends):
+            return None
+        entry = load_models().get(name.model)
+        return name.model, entry and entry.licence
 
     def _settings(self, *sections: str) -> str:
         by_section = settings_of({"": [self.train]})[""]

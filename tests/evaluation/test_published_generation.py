@@ -18,7 +18,7 @@ from stlm.errors import UserError
 from stlm.evaluation.hf_model import load_hf
 from stlm.evaluation.hf_tokenizer import HfTokenizer
 from stlm.generation.generate import continuation
-from stlm.generation.published import HfGenerator, _Pieces
+from stlm.generation.published import HfGenerator, LlamaGenerator, _Pieces, load_published
 from stlm.generation.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -183,3 +183,22 @@ def test_a_prompt_longer_than_the_context(project: Path, capsys) -> None:
     assert main(["generate", "models/tiny", STORIES[0] * 9, "--tokens", "1"]) == 0
     begin = -(-(count + 1 - CONTEXT) // (CONTEXT // 2)) * (CONTEXT // 2)
     assert f"its first {begin - 1:,} tokens are not read" in capsys.readouterr().err
+
+
+def test_a_plain_llama_writes_by_our_transformer_what_transformers_writes(tmp_path: Path) -> None:
+    """Greedy and sampled, past the context, with the cache and without; padding rows are never drawn."""
+    folder, device = save(tmp_path, "llama"), torch.device("cpu")
+    theirs = HfGenerator(*load_hf(folder, packing=False))
+    for cached in (True, False):
+        ours = load_published(folder, device, cached)
+        assert type(ours) is LlamaGenerator and ours.eot == theirs.eot == 1
+        for sampling in (GREEDY, Sampling(temperature=1.0, top_k=30)):
+            expected = drawn(theirs, STORIES[0][:50], CONTEXT + 30, sampling)
+            assert drawn(ours, STORIES[0][:50], CONTEXT + 30, sampling) == expected
+        assert ours.dropped == theirs.dropped > 0
+        logits_V, expected_V = ours.start(""), theirs.start("")
+        assert torch.equal(torch.isneginf(logits_V), torch.isneginf(expected_V))
+        assert torch.isneginf(logits_V).sum() == VOCABULARY - len(ours.vocabulary()) - 1
+        torch.testing.assert_close(logits_V, expected_V, atol=1e-3, rtol=0)
+        assert ours.vocabulary() == theirs.vocabulary()
+    assert type(load_published(save(tmp_path / "gpt2", "gpt2"), device)) is HfGenerator

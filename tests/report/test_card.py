@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from hand_made import begin_from
@@ -170,6 +171,21 @@ def test_the_published_models_behind_a_run_are_told(make_study) -> None:
         and "other" not in texts["sincos"].split("## Licences")[1]
     )
     assert "It began with the last weights of the run baseline" in texts["sincos"]
+
+
+def test_the_model_that_lends_a_tokenizer_is_told(make_study, root) -> None:
+    study = make_study(TWO, benchmarks={"blimp": 200})
+    path = study.runs["baseline"].folder / "train.json"
+    write_json(path, json.loads(path.read_text()) | {"tokenizer": "hf:smollm2_135m:8192"})
+    assert "- smollm2_135m, a model, of which only the tokenizer is used: not known" in read_card_text(
+        study, "baseline"
+    )
+    Path("params").mkdir(exist_ok=True)
+    shutil.copy(root / "params/models.yaml", "params")
+    text = read_card_text(study, "baseline")
+    assert "- smollm2_135m, a model, of which only the tokenizer is used: Apache-2.0" in text
+    assert "Published models behind it" not in text
+    assert "only the tokenizer" not in read_card_text(study, "sincos")
 
 
 def read_card_text(study, run: str) -> str:
