@@ -58,6 +58,8 @@ def test_study_lists_runs(project):
         (["tokenize", "synthetc", "bytes"], "did you mean 'synthetic'?"),
         (["tokenize", "synthetic", "bpe-x"], "'bpe-x'"),
         (["train", "smoke", "baseline"], "data/tokens/synthetic"),
+        (["importance", "smoke", "baseline"], "run baseline starts from new weights (training.start_from)"),
+        (["importance", "smoke", "baseline", "--layers", "0"], "expected a whole number of at least 1"),
         (["evaluate", "smoke", "baseline"], "results/smoke/runs/baseline"),
         (["contamination", "smoke"], "data/raw/synthetic_pairs"),
         (["report", "smoke"], "results/smoke/runs/baseline"),

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 from published_folder import write_published, write_published_tokens
+from technique_runs import with_techniques
 
 from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
@@ -18,6 +19,7 @@ from stlm.model.importance import influence, mean_loss
 from stlm.report.schema import TrainRecord
 from stlm.study.catalogues import load_models
 from stlm.study.runs import Run
+from stlm.techniques.early_exit import EarlyExit
 from stlm.tokens.batches import ValidationSet
 from stlm.tokens.config import DataConfig
 from stlm.tokens.tokenizer import load_tokenizer
@@ -216,6 +218,17 @@ def test_a_run_of_our_own_is_cut(make_run, keys):
     train(fresh)
     final = [read_json(one.folder / "train.json")["final"]["val_loss"] for one in (run, fresh)]
     assert final[0] < final[1]
+
+
+def test_a_run_with_early_exits_is_cut(make_run):
+    """The technique has no weights of its own; the smaller run has it, or does not."""
+    origin = with_techniques(make_run("origin", model=LARGE), early_exit=EarlyExit())
+    train(origin)
+    run = make_run("plain", model={**LARGE, "layers": 2}, start_from="origin", inherit={"layers": "first"})
+    source, _ = load_checkpoint(origin.folder / "checkpoints" / LAST)
+    wanted = logits(cut_layers(source, [0, 1]), 257)
+    assert torch.equal(logits(model_of(run), 257), wanted)
+    torch.testing.assert_close(logits(model_of(with_techniques(run, early_exit=EarlyExit())), 257), wanted)
 
 
 def test_cut_and_factorized_at_once(make_run):
