@@ -72,10 +72,11 @@ def tokenize_stage(corpus: str, tokenizer: str) -> str:
 
 def train_inputs(study: Study, run: Run) -> list[str]:
     """The folders that ``stlm train`` reads: tokens, weights, teachers' answers."""
-    return [*_text_and_weights(study, run), *_answers(run)]
+    return [*teach_inputs(study, run), *_answers(run)]
 
 
-def _text_and_weights(study: Study, run: Run) -> list[str]:
+def teach_inputs(study: Study, run: Run) -> list[str]:
+    """The folders that ``stlm teach`` reads: those of training but for the answers, which it writes."""
     others = dict.fromkeys(study.runs[name].folder for name in run.depends.values())
     models = dict.fromkeys(f"data/raw/{name}" for name in run.sources.values())
     return [str(run.tokens_folder), *(f"{folder}/checkpoints" for folder in others), *models]
@@ -83,11 +84,6 @@ def _text_and_weights(study: Study, run: Run) -> list[str]:
 
 def _answers(run: Run) -> list[str]:
     return [str(folder) for technique in run.techniques.values() for folder in technique.inputs(run)]
-
-
-def teach_inputs(study: Study, run: Run) -> list[str]:
-    """The folders that ``stlm teach`` reads: those of training but for the answers, which it writes."""
-    return _text_and_weights(study, run)
 
 
 def taught(study: Study) -> dict[str, Run]:

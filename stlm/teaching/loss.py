@@ -196,12 +196,3 @@ def _softmax(
         p_CV = z_CV.div_(temperature).sub_(log_sum_C[:, None]).exp_()
         logits_CV.copy_(p_CV.mul_(slope_CV).div_(temperature))
     return log_sum_C
-
-
-def states_loss(student_ND: Tensor, teacher_ND: Tensor, kind: str) -> Tensor:
-    """The mean over positions of a distance of hidden states, float32: see `StatesConfig.loss`."""
-    student_ND, teacher_ND = student_ND.float(), teacher_ND.float()
-    if kind == "cosine":
-        return (1 - torch.cosine_similarity(student_ND, teacher_ND, dim=1)).mean()
-    lengths_N = teacher_ND.square().sum(dim=1).clamp(min=1e-12)
-    return ((student_ND - teacher_ND).square().sum(dim=1) / lengths_N).mean()

@@ -28,15 +28,17 @@ def settings(run: Run, technique: Distillation) -> dict[str, Any]:
     """
     training, (first, last) = run.training, technique.taught_rows(run)
     name = run.depends.get("teacher")
-    start = {"start": run.training.start_from} if run.training.start_from is not None else {}
+    # Runs of the study that the choice of the text depends on. After a published model it begins anew.
+    others = {role: f"{run.study}/{other}" for role, other in run.depends.items() if role != "teacher"}
     return {
         "teacher": technique.teacher if name is None else f"{run.study}/{name}",
         "context": run.model.context,
         "seed": run.seed,
         "data": run.data.unlimited.model_dump(mode="json"),
         "rows": [first, last, training.steps * training.accumulation * training.batch_size],
-        **start,
+        **({"depends": others} if others else {}),
         "temperature": technique.temperature,
+        "precision": training.precision,
         "taught": technique.taught.model_dump(mode="json", exclude={"states"}),
         "layers": list(technique.taught.teacher_layers),
     }

@@ -49,13 +49,17 @@ class Part:
 
 def chunks_needed(run: Run, batches: Batches, technique: Distillation) -> dict[str, np.ndarray]:
     """Component -> the chunks that `run` reads in its taught steps, sorted, each once; uint32."""
-    found: dict[str, set[int]] = {}
+    read = {
+        component.name: np.zeros(component.n_tokens // batches.context + 1, bool)
+        for component in batches.components
+    }
     accumulation = run.training.accumulation
     for step in technique.taught_steps(run.training.steps):
         for micro in range(accumulation):
             for component, start in batches.sources(step - 1, micro, accumulation):
-                found.setdefault(component.name, set()).add(start // batches.context)
-    return {name: np.array(sorted(chunks), np.uint32) for name, chunks in sorted(found.items())}
+                read[component.name][start // batches.context] = True
+    chunks = {name: np.flatnonzero(flags).astype(np.uint32) for name, flags in sorted(read.items())}
+    return {name: numbers for name, numbers in chunks.items() if len(numbers)}
 
 
 def digest(chunks: dict[str, np.ndarray]) -> str:

@@ -123,7 +123,7 @@ def _plan(
         "weights_sha256": weights,
         "tokens_sha256": record_sha256(run.tokens_folder / "meta.json"),
         "chunks_sha256": digest({part.component.name: part.chunks for part in parts}),
-        "precision": device.precision,
+        "arithmetic": device.precision,
     }
 
 

@@ -6,13 +6,13 @@ vocabulary, W the teacher's, S sampled tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stlm.errors import UserError
@@ -21,9 +21,10 @@ from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.study.reading import check_reader
 from stlm.teaching.config import TaughtConfig
-from stlm.teaching.loss import states_loss, taught_loss
+from stlm.teaching.loss import taught_loss
 from stlm.teaching.names import settings, taught_folder
 from stlm.teaching.shards import META, AnswersMeta, TaughtText
+from stlm.teaching.states import StateProjections, imitation
 from stlm.teaching.subset import Subset
 from stlm.techniques.base import Technique, refuse
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from stlm.model.config import ModelConfig
     from stlm.model.transformer import Transformer
     from stlm.study.runs import Run
-    from stlm.teaching.shards import Answers
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
 
@@ -266,7 +266,10 @@ class Distillation(Technique):
         def flat(values_RLX: np.ndarray) -> Tensor:
             return torch.from_numpy(values_RLX.reshape(tokens_BL.numel(), -1)).to(tokens_BL.device)
 
-        states = {} if self.taught.states is None else {"states": self._imitation(forward, answers, flat)}
+        states = {}
+        if self.taught.states is not None:  # before the head: both read one pass through the blocks
+            theirs = {layer: flat(state) for layer, state in answers.states.items()}
+            states["states"] = imitation(self.taught.states, forward, theirs)
         ids_NK, log_q_NK = flat(answers.ids_RLK.astype(np.int64)), flat(answers.log_q_RLK)
         log_rest_N = None if answers.log_rest_RL is None else flat(answers.log_rest_RL)[:, 0]
         student, targets_N = forward.model, forward.targets_BL.reshape(-1)
@@ -282,20 +285,6 @@ class Distillation(Technique):
         if self.weight < 1:
             next_token = (1 - self.weight) * forward.next_token_loss()
         return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * loss, **states}
-
-    def _imitation(self, forward: Forward, answers: Answers, flat: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """The weighted loss on hidden states, the mean over pairs of layers."""
-        states, model = self.taught.states, forward.model
-        last = len(model.blocks)
-        kept = forward.residuals([layer - 1 for layer in states.students])
-        by_layer = dict(zip([layer for layer in states.students if layer < last], kept, strict=False))
-        losses = []
-        for theirs, own in states.layers:
-            state_ND = by_layer.get(own, kept[-1]).flatten(0, 1)
-            if states.width is not None:
-                state_ND = model.state_projections(own, state_ND)
-            losses.append(states_loss(state_ND, flat(answers.states[theirs]), states.loss))
-        return states.weight * torch.stack(losses).mean()
 
     def extra_flops_per_token(self, run: Run) -> float:
         """The teacher's forward pass, and the student's head once more, in the steps that are taught.
@@ -328,26 +317,6 @@ class Distillation(Technique):
     def extra_bytes(self, run: Run) -> float:
         """See `Technique.extra_bytes`: the teacher's weights, in float32; kept answers are mapped."""
         return 0 if self.taught is not None else 4 * self.others["teacher"].parameters.total
-
-
-class StateProjections(nn.Module):
-    """Linear maps from the student's residual stream to the teacher's; training alone uses them."""
-
-    parameter_group = "state projections"
-    # Neither export nor a run that starts from this one needs the weights.
-    training_only: ClassVar[bool] = True
-
-    def __init__(self, layers: Iterable[int], width: int, teacher_width: int) -> None:
-        super().__init__()
-        maps = {str(layer): nn.Linear(width, teacher_width, bias=False) for layer in layers}
-        self.maps = nn.ModuleDict(maps)
-
-    def forward(self, layer: int, x_ND: Tensor) -> Tensor:
-        return self.maps[str(layer)](x_ND)
-
-    def flops(self, length: float) -> float:
-        """None in a forward pass of the model: see `Distillation.extra_flops_per_token`."""
-        return 0.0
 
 
 class _Divergence(torch.autograd.Function):

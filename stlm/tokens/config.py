@@ -24,7 +24,7 @@ class SelectConfig(BaseModel):
         lt=1,
         description="Share of a component's chunks that is kept. They are chosen from a random part of the "
         "component, so large that the run needs what is kept of it. Reading it costs a model of the run's "
-        "size a third of training on it, and counts as the run's time.",
+        "size a third of training on it.",
     )
     side: Literal["low", "middle", "high"] | None = Field(
         None,

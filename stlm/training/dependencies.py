@@ -105,7 +105,12 @@ class Dependency:
             from stlm.training.published import load_published
 
             return load_published(self.folder, device).eval()
-        return load_checkpoint(self.folder, device)[0]
+        model = load_checkpoint(self.folder, device)[0]
+        # What served that training alone, such as maps to its teacher's states, has no place in another.
+        for name, child in list(model.named_children()):
+            if getattr(child, "training_only", False):
+                delattr(model, name)
+        return model
 
     @property
     def tokenizer_folder(self) -> Path:

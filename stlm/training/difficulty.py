@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from stlm.errors import UserError
-from stlm.files import atomic_path, sha256
+from stlm.files import atomic_path, sha256, write_text
 from stlm.integrity import check_seal, seal
 from stlm.remedy import remedy
 from stlm.study.runs import Run
@@ -44,6 +46,8 @@ class Reference:
         self.model = Dependency.read(run, role)
         self.weights_sha256 = self.model.weights_sha256
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name starts with a dot
+        # What measuring the scores returned so far took, even if another run's were found.
+        self.seconds = 0.0
         self._given = hashlib.sha256()
 
     @property
@@ -58,7 +62,9 @@ class Reference:
         path = self.folder / f"{component.name}-{self._fingerprint(component, chunks)[:24]}.npy"
         if self.group.leads:
             if not path.exists():
-                self._keep(path, self._measure(component, chunks))
+                begin = time.perf_counter()
+                scores = self._measure(component, chunks)
+                self._keep(path, scores, time.perf_counter() - begin)
             self.group.largest(1)
         else:
             while not self.group.largest(0):
@@ -69,12 +75,15 @@ class Reference:
             raise UserError(
                 f"{path}: found {scores.shape}, expected {len(chunks)} finite numbers; {remedy(path)}"
             )
+        with suppress(OSError, ValueError):  # scores of earlier versions do not say it
+            self.seconds += float(_seconds_path(path).read_text())
         self._given.update(scores.astype("<f4").tobytes())
         return scores
 
-    def _keep(self, path: Path, scores: np.ndarray) -> None:
+    def _keep(self, path: Path, scores: np.ndarray, seconds: float) -> None:
         """Write the scores; keep a file that another run wrote first, as that run's order depends on it."""
         if not path.exists():
+            write_text(_seconds_path(path), f"{seconds:.3f}\n")
             with atomic_path(path) as temporary:
                 with temporary.open("wb") as file:
                     np.save(file, scores, allow_pickle=False)
@@ -108,6 +117,11 @@ class Reference:
             scores[start : start + len(batch)] = mean_losses(reader, tokens[: len(batch)])
             self.group.largest(0)  # a sign of life for the waiting processes, which time out otherwise
         return scores
+
+
+def _seconds_path(scores: Path) -> Path:
+    """The file that says how long measuring `scores` took."""
+    return scores.with_suffix(".seconds")
 
 
 class Difference:

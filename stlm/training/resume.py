@@ -34,7 +34,7 @@ class TrainingState:
             "processor": processor_name(),
             "code": code_version(),
         }
-        # What stages before training spent for this run counts as its own time.
+        # What was spent for this run before its first step counts as its own time.
         spent = float(sum(record["seconds"] for record in setup.prepared.values()))
         self.take(Progress(seconds=spent, kernels=setup.device.kernels, compiled=setup.device.compiled))
 

@@ -86,8 +86,9 @@ class Setup:
             origin.record["text_tokens"] = text.tokens_before
             inherit_weights(self.model, origin, run, group)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
-        # What stages before training have computed for the run, by technique.
+        # What was computed for the run before its first step: by stages of techniques, and of its text.
         prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
+        prepared |= {f"data.{role}": {"seconds": one.seconds} for role, one in text.references.items()}
         self.prepared = {name: record for name, record in prepared.items() if record}
         self.fingerprint = self._fingerprint(text)
 
@@ -109,7 +110,7 @@ class Setup:
 
     @property
     def _prepared_sha256(self) -> dict[str, str]:
-        return {name: record["sha256"] for name, record in self.prepared.items()}
+        return {name: record["sha256"] for name, record in self.prepared.items() if "sha256" in record}
 
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
         """The head's input as in training, but without torch.compile, whose graphs hold no hooks."""

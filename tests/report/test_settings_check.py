@@ -42,6 +42,11 @@ DIFFERENCES = [
     ("data", {"order": "length", "direction": "hard_first"}, "direction"),
     ("data", {"order": "length", "pacing": "competence"}, "pacing"),
     ("data", {"order": "difficulty", "reference": "baseline"}, "reference"),
+    (
+        "data",
+        {"reference": "baseline", "select": {"by": "perplexity", "share": 0.5}},
+        "select.share",
+    ),
     ("data", {"competence_start": 0.5}, "competence_start"),
     ("data", {"unique_tokens": 5}, "unique_tokens"),
 ]

@@ -9,7 +9,8 @@ import torch
 
 from stlm.teaching import loss as module
 from stlm.teaching.draw import largest, padded, sample, weights_of
-from stlm.teaching.loss import states_loss, taught_loss
+from stlm.teaching.loss import taught_loss
+from stlm.teaching.states import states_loss
 
 N, V, D, E, K = 90, 101, 16, 24, 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from counting_corpus import sentences, write_corpus
 
 from stlm.corpora.config import NEEDED
 from stlm.corpora.fetch import fetch
+from stlm.corpora.stories import story
 from stlm.engines import dvc_stages
 from stlm.errors import UserError
 from stlm.export.llama import export_llama
@@ -26,9 +28,12 @@ from stlm.teaching.names import taught_folder
 from stlm.teaching.shards import TaughtText
 from stlm.teaching.subset import Subset
 from stlm.teaching.teach import teach
+from stlm.teaching.teacher import Teacher
 from stlm.techniques.distillation import Distillation
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.config import DataConfig, SelectConfig
+from stlm.tokens.published import fetched_tokenizer
+from stlm.tokens.reduced import reduced_tokenizer
 from stlm.tokens.tokenize import tokenize_corpus
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoints import save_checkpoint
@@ -223,3 +228,41 @@ def test_a_study_names_it(project):
 def test_what_does_not_fit_is_refused(project, overrides, message):
     with pytest.raises(UserError, match=message):
         study(project, *overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_real_model_teaches(project, root, tmp_path_factory):
+    """SmolLM2 in bfloat16 is near to float32, and knows of stories written with 2,000 of its tokens."""
+    asked = load_models(root)["smollm2_135m"]
+    asked = asked.model_copy(update={"sources": asked.sources[:1]})
+    folder = Path("data/raw/smollm2_135m")
+    try:
+        fetch(asked, folder, cache=tmp_path_factory.getbasetemp())
+    except UserError as error:
+        pytest.skip(str(error))
+    check_real_teacher(folder)
+
+
+def check_real_teacher(folder: Path) -> None:
+    """What the real model's teacher says of stories, whole and projected, in both precisions."""
+    whole = fetched_tokenizer("hf:smollm2_135m", folder)
+    rng = random.Random(0)
+    texts = [story(rng) for _ in range(300)]
+    part = reduced_tokenizer("hf:smollm2_135m:2000", whole, texts)
+    subset = Subset(np.asarray(part.parent_ids), np.asarray(part.first_pieces))
+    text = "\n\n".join(texts[:40])
+    found = {}
+    for name, tokenizer, projection in (("whole", whole, None), ("part", part, subset)):
+        ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(text)[:255]]])
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            teacher = Teacher(load_published(folder), projection, dtype)
+            losses.append(teacher.losses(ids).mean().item())
+            sums = [q.sum(dim=1) for _, q in teacher.distributions(torch.randn(4, 576))]
+            assert all((one > 0.99).all() for one in sums)  # up to a factor, of which the largest is one
+        size = len(tokenizer.decode_bytes(ids[0, 1:].tolist()))
+        found[name] = losses[0] * (ids.shape[1] - 1) / size / np.log(2)
+        assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    # Bits a byte; the two read about as much of the text.
+    assert found["whole"] < 1.6 and 0.75 * found["whole"] < found["part"] < 1.35 * found["whole"], found

@@ -333,6 +333,9 @@ def test_hidden_states_are_imitated_through_a_map_that_no_export_has(make_run):
     bare.load_state_dict({name: own[name].clone() for name in bare.state_dict()})
     tokens = torch.arange(32)[None]
     assert torch.equal(bare.eval()(tokens), model(tokens))
+    # Nor has a run that starts from it, with or without a teacher.
+    further = make_run("further", model=PLAIN, start_from="student", steps=1, warmup_steps=1)
+    train(further)
 
 
 def test_keys_are_those_of_the_tokens_alone():

@@ -58,7 +58,9 @@ def plain(x, weight, teacher, head, softcaps=(0.0, 0.0), T=1.0) -> torch.Tensor:
 
 
 def divergence(x, weight, teacher, head, softcaps=(0.0, 0.0), T=1.0, sampled=None) -> torch.Tensor:
-    return module._Divergence.apply(x, weight, teacher, head, softcaps, T, sampled, torch.is_grad_enabled())
+    return module._Divergence.apply(
+        x, weight, teacher, head, softcaps, T, sampled, None, torch.is_grad_enabled()
+    )
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.integrity import seal
-from stlm.tokens.config import DataConfig
 from stlm.teaching import teacher
 from stlm.teaching.draw import padded
+from stlm.tokens.config import DataConfig
 from stlm.training import difficulty
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.curve import validate
@@ -106,6 +106,10 @@ def test_scores_are_computed_once_for_runs_that_read_the_same(make, monkeypatch)
     hard = make("hard", order="difficulty", reference="reference", direction="hard_first")
     train(hard)
     assert len(counted) == scored
+    records = [read_json(run.folder / "train.json") for run in (easy, hard)]
+    spent = [record["prepared"]["data.reference"]["seconds"] for record in records]
+    assert spent[0] == spent[1] > 0, "each counts it whole"
+    assert all(record["seconds"] >= second - 0.1 for record, second in zip(records, spent, strict=True))
     assert not torch.equal(weights(easy)["norm.weight"], weights(hard)["norm.weight"])
     (kept,) = (easy.state_folder.parent / ".difficulty").glob("*.npy")
     kept.write_bytes(kept.read_bytes()[:100])
