@@ -104,8 +104,9 @@ def read_llama_config(content: Mapping[str, Any]) -> ModelConfig:
         if found not in allowed:
             raise NotLlamaError(f"{key}: {found!r} is not what a plain Llama has ({allowed[-1]!r})")
     rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-        raise NotLlamaError(f"rope_parameters: {rope} scales the rotary positions")
+    plain = isinstance(rope, Mapping) and rope.get("partial_rotary_factor", 1) == 1
+    if not plain or rope.get("rope_type", "default") != "default":
+        raise NotLlamaError(f"rope_parameters: {rope} scales the rotary positions, or rotates a part")
     try:
         heads = content["num_attention_heads"]
         head_width = content["hidden_size"] / heads

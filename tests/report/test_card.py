@@ -159,12 +159,16 @@ def test_the_published_models_behind_a_run_are_told(make_study) -> None:
     texts = {run: read_card_text(study, run) for run in study.runs}
     for text in texts.values():
         assert (
-            "- giant, from https://example.org/giant; licence: MIT; trained by its makers on 2e+12 tokens"
-            in text
+            "- giant, from https://example.org/giant; licence: MIT; trained by its makers on 2,000," in text
         )
         assert f"SHA-256 of the weights that were read: {'ab' * 32}." in text
         assert "- giant, a model: MIT" in text and "text and of the published models behind it allow" in text
     assert "It began with the weights of the published model giant." in texts["baseline"]
+    assert "from the weights of giant; step" in texts["baseline"]
+    assert all("\n\n## Published models behind it\n\n" in text for text in texts.values())
+    assert all(
+        "\n\n## Results\n\n" in text and "\n\n\n" not in text.split("---", 2)[2] for text in texts.values()
+    )
     assert "Its teacher was the published model other." in texts["baseline"]
     assert (
         "- other, a model: GPL" in texts["baseline"]

@@ -27,6 +27,7 @@ from stlm.model.llama import (
     read_llama_config,
 )
 from stlm.model.transformer import Transformer
+from stlm.study.catalogues import load_models
 from stlm.tokens.published import fetched_tokenizer
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.published import load_published, published_config
@@ -113,6 +114,7 @@ def test_the_file_is_not_mapped(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling: \{"),
         ({"rope_parameters": {"rope_type": "llama3"}}, r"rope_parameters: .*scales the rotary positions"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters: .*or rotates a part"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config: "),
         ({"head_dim": 16}, r"head_dim: 16 is not hidden_size / num_attention_heads \(8\)"),
         ({"num_key_value_heads": 4}, r"its sizes describe no model: .*kv_heads"),
@@ -130,6 +132,19 @@ def test_what_is_no_plain_llama_is_refused_by_key(change: dict, message: str) ->
 def test_a_missing_size_is_refused_by_key(key: str) -> None:
     with pytest.raises(NotLlamaError, match=f"{key}: this key is missing"):
         read_llama_config({name: value for name, value in llama_config(SMALL).items() if name != key})
+
+
+def test_an_older_file_is_read() -> None:
+    """As version 4 of transformers wrote it: other keys for the same, and numbers without a point."""
+    older = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "is_llama_config": True},
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+        **{"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192},
+        **{"rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000},
+        **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "hidden_act": "silu", "use_cache": True},
+    }
+    root = Path(__file__).parents[2]
+    assert read_llama_config(older) == load_models(root)["smollm2_135m"].model.config
 
 
 def test_defaults_are_those_of_transformers() -> None:
