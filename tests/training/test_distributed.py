@@ -299,3 +299,18 @@ def test_other_errors_of_an_exchange_are_told_as_they_are(error, monkeypatch):
     with pytest.raises(type(error)) as told:
         Group(0, 2).sum([torch.ones(2)])
     assert told.value is error
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_what_one_of_them_cut(make_run):
+    large = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn_width": 48, "dropout": 0.0}
+    small = {**large, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24}
+    train(make_run("origin", model=large))
+    one, two = (make_run(name, model=small, start_from="origin") for name in ("one", "two"))
+    process = torchrun(two, 2)
+    said = finish(process)
+    assert process.returncode == 0, said
+    train(one)
+    assert_near(one, two)
+    start = read_json(two.folder / "train.json")["depends"]["start"]
+    assert start["inherited"] == read_json(one.folder / "train.json")["depends"]["start"]["inherited"]
