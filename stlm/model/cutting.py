@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stlm.model.config import ModelConfig
 from stlm.model.cut import choose, choose_heads, cut_ffn, cut_layers, mask_heads
+from stlm.model.flops import forward_flops
 from stlm.model.importance import first_order, influence, removals, second_moments, unit_scores
 from stlm.model.inherit_config import InheritConfig
 from stlm.model.transformer import Transformer
@@ -71,6 +72,32 @@ def choose_layers(model: Transformer, count: int, how: InheritConfig, rows_NM: T
     else:
         layers = list(how.layers)
     return Chosen(layers, {"kept": layers})
+
+
+def measuring_flops(model: Transformer, config: ModelConfig, how: InheritConfig, rows_NM: Tensor) -> float:
+    """The FLOPs of the passes over the text by which `cut` chooses, from the model's structure.
+
+    Products of single matrices, by which what is cut is fitted, are left out.
+    """
+    length, layers = rows_NM.shape[1] - 1, len(model.blocks)
+    block = forward_flops(model.blocks[0], length)
+    rest, rows, flops = forward_flops(model, length) - layers * block, len(rows_NM), 0.0
+    if config.layers < layers:
+        if how.layers == "influence":
+            flops += rows * (rest + layers * block)
+        elif how.layers == "loss":
+            read = short(rows_NM)
+            share = len(read) * (read.shape[1] - 1) / length
+            for left in range(layers, config.layers, -1):
+                # Without layer p, a pass goes on after it: through left - 1 - p layers.
+                flops += share * ((left + 1) * rest + (left + left * (left - 1) / 2) * block)
+        layers = config.layers
+    passes = 0
+    if config.ffn_width < model.config.ffn_width:
+        passes += 4 if how.ffn == "taylor" else 1
+    if config.width < model.config.width:
+        passes += 5 if how.heads == "taylor" else 2
+    return flops + passes * rows * (rest + layers * block)
 
 
 def short(rows_NM: Tensor) -> Tensor:

@@ -76,4 +76,5 @@ def largest(weights_CV: Tensor, count: int) -> Kept:
         ids_CK = blocks_CK.gather(1, place_CK // BLOCK) * BLOCK + place_CK % BLOCK
     q_CK = top_CK / total_C[:, None]
     rest_C = (1 - q_CK.sum(dim=1)).clamp_(min=2**-24)
-    return Kept(ids_CK, q_CK.log(), rest_C.log())
+    # A probability may underflow at a low temperature; its logarithm stays finite.
+    return Kept(ids_CK, q_CK.clamp(min=2**-100).log(), rest_C.log())

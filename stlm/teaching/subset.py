@@ -54,4 +54,7 @@ class Subset(NamedTuple):
     def project(self, q_CW: Tensor) -> Tensor:
         """The distribution [C, V] over the run's tokens, given one over the teacher's; sums stay."""
         pieces_W = torch.from_numpy(self.first_pieces_W).to(q_CW.device)
-        return q_CW.new_zeros(len(q_CW), len(self.parents_V)).index_add_(1, pieces_W, q_CW)
+        # Rows beyond the teacher's tokens are padding.
+        return q_CW.new_zeros(len(q_CW), len(self.parents_V)).index_add_(
+            1, pieces_W, q_CW[:, : len(pieces_W)]
+        )

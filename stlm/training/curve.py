@@ -159,7 +159,7 @@ def keep_checkpoint(state: TrainingState) -> None:
             "run": run.name,
             "step": step,
             "tokens": tokens,
-            "flops": tokens * run.flops_per_token,
+            "flops": state.setup.extra_flops + tokens * run.flops_per_token,
             **({"depends": depends} if depends else {}),
         },
     )
@@ -185,7 +185,7 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "tokens": run.tokens,
         "seconds": round(progress.seconds, 1),
         "tokens_per_second": round(run.tokens / (progress.seconds - before), 1),
-        "flops": run.flops,
+        "flops": run.flops + setup.extra_flops,
         **(progress.parts or [state.environment])[-1],  # of the process that computed the last step
         # A run may have stopped and continued elsewhere, or with other code.
         **({"parts": progress.parts} if len(progress.parts) > 1 else {}),

@@ -11,6 +11,7 @@ import torch
 
 from stlm.errors import UserError
 from stlm.files import sha256
+from stlm.integrity import check_listed
 from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 from stlm.study.catalogues import load_models
@@ -166,11 +167,12 @@ def _parent_ids(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def check_fetched(name: str) -> Path:
-    """The folder of a published model; raises ``UserError`` if it has not been fetched."""
-    folder = RAW / name
-    for file in (WEIGHTS, "config.json"):
+    """The folder of a published model; raises ``UserError`` if it was not fetched, or changed since."""
+    folder, files = RAW / name, (WEIGHTS, "config.json")
+    for file in files:
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: no such file; run: stlm fetch {name}")
+    check_listed(folder / "source.json", *files)
     return folder
 
 

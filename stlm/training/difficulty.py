@@ -15,6 +15,8 @@ from tqdm import tqdm
 from stlm.errors import UserError
 from stlm.files import atomic_path, sha256, write_text
 from stlm.integrity import check_seal, seal
+from stlm.model.counts import build_on_meta
+from stlm.model.flops import forward_flops
 from stlm.remedy import remedy
 from stlm.study.runs import Run
 from stlm.teaching.subset import Subset
@@ -46,8 +48,9 @@ class Reference:
         self.model = Dependency.read(run, role)
         self.weights_sha256 = self.model.weights_sha256
         self.folder = run.state_folder.parent / ".difficulty"  # no run's name starts with a dot
-        # What measuring the scores returned so far took, even if another run's were found.
+        # What measuring the scores returned so far took, even if another run measured them.
         self.seconds = 0.0
+        self.flops = 0.0
         self._given = hashlib.sha256()
 
     @property
@@ -77,6 +80,8 @@ class Reference:
             )
         with suppress(OSError, ValueError):  # scores of earlier versions do not say it
             self.seconds += float(_seconds_path(path).read_text())
+        context = self.run.model.context
+        self.flops += len(chunks) * forward_flops(build_on_meta(self.model.model), context)
         self._given.update(scores.astype("<f4").tobytes())
         return scores
 

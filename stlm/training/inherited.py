@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from stlm.files import read_json, sha256
 from stlm.model.cut import cut_context, cut_vocabulary
-from stlm.model.cutting import cut
+from stlm.model.cutting import cut, measuring_flops
 from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.study.start import SIZES, is_cut
@@ -31,6 +32,8 @@ from stlm.training.distributed import Group
 
 # The text that is measured on does not depend on the run's seed: what is kept is a property of the model.
 _SEED = 0
+# Increases whenever the same weights, text and settings would be cut in another way.
+_FORMAT = 1
 
 
 def inherited_model(run: Run, origin: Dependency, group: Group | None = None) -> Transformer:
@@ -45,9 +48,11 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
         return origin.load()
     folder = run.state_folder.parent / ".inherited" / _fingerprint(run, origin)[:24]
     if group.leads:
-        if not folder.exists():
-            model, record = _cut(run, origin)
-            save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
+            if not folder.exists():
+                model, record = _cut(run, origin)
+                save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
         group.largest(1)
     else:
         while not group.largest(0):
@@ -59,6 +64,8 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
 
 def _fingerprint(run: Run, origin: Dependency) -> str:
     depends = {
+        "format": _FORMAT,
+        "origin": origin.model.model_dump(mode="json"),
         "weights": origin.weights_sha256,
         "tokens": sha256(run.tokens_folder / "meta.json"),
         "model": run.model.model_dump(mode="json", include={*SIZES, "context", "value_embeddings", "tied"}),
@@ -74,6 +81,7 @@ def _cut(run: Run, origin: Dependency) -> tuple[Transformer, dict[str, Any]]:
     record: dict[str, Any] = {"from": {name: getattr(origin.model, name) for name in (*SIZES, "vocab_size")}}
     if is_cut(run.model, model.config):
         rows_NM = calibration_rows(run)
+        record["flops"] = measuring_flops(model, run.model, run.training.inherit, rows_NM)
         model, chosen = cut(model, run.model, run.training.inherit, rows_NM)
         record |= {"measured_on_tokens": rows_NM[:, 1:].numel(), **chosen}
     return model, record | {"seconds": round(time.perf_counter() - started, 1)}

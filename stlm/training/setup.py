@@ -88,7 +88,15 @@ class Setup:
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         # What was computed for the run before its first step: by stages of techniques, and of its text.
         prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
-        prepared |= {f"data.{role}": {"seconds": one.seconds} for role, one in text.references.items()}
+        prepared |= {
+            f"data.{role}": {"seconds": one.seconds, "extra_flops": one.flops}
+            for role, one in text.references.items()
+        }
+        if origin and (cut := origin.record.get("inherited")):
+            prepared["training.inherit"] = {
+                "seconds": cut["seconds"],
+                "extra_flops": cut.get("flops", 0.0),
+            }
         self.prepared = {name: record for name, record in prepared.items() if record}
         self.fingerprint = self._fingerprint(text)
 
@@ -107,6 +115,11 @@ class Setup:
                 **({"prepared": prepared} if (prepared := self._prepared_sha256) else {}),
             }
         )
+
+    @property
+    def extra_flops(self) -> float:
+        """The FLOPs of what was prepared that the run's FLOPs a token do not contain."""
+        return sum(record.get("extra_flops", 0.0) for record in self.prepared.values())
 
     @property
     def _prepared_sha256(self) -> dict[str, str]:
