@@ -79,25 +79,27 @@ def measuring_flops(model: Transformer, config: ModelConfig, how: InheritConfig,
 
     Products of single matrices, by which what is cut is fitted, are left out.
     """
-    length, layers = rows_NM.shape[1] - 1, len(model.blocks)
-    block = forward_flops(model.blocks[0], length)
-    rest, rows, flops = forward_flops(model, length) - layers * block, len(rows_NM), 0.0
+    length, layers, rows = rows_NM.shape[1] - 1, len(model.blocks), len(rows_NM)
+    block, flops = forward_flops(model.blocks[0], length), 0.0
+    head = forward_flops(model, length) - layers * block
     if config.layers < layers:
         if how.layers == "influence":
-            flops += rows * (rest + layers * block)
+            flops += rows * layers * block
         elif how.layers == "loss":
             read = short(rows_NM)
             share = len(read) * (read.shape[1] - 1) / length
             for left in range(layers, config.layers, -1):
-                # Without layer p, a pass goes on after it: through left - 1 - p layers.
-                flops += share * ((left + 1) * rest + (left + left * (left - 1) / 2) * block)
+                # One pass through all layers; without layer p, one goes on after it, through left - 1 - p.
+                flops += share * (left * head + (left + left * (left - 1) / 2) * block)
         layers = config.layers
-    passes = 0
-    if config.ffn_width < model.config.ffn_width:
-        passes += 4 if how.ffn == "taylor" else 1
-    if config.width < model.config.width:
-        passes += 5 if how.heads == "taylor" else 2
-    return flops + passes * rows * (rest + layers * block)
+    for smaller, measure, passes in (
+        (config.ffn_width < model.config.ffn_width, how.ffn, 1),
+        (config.width < model.config.width, how.heads, 2),
+    ):
+        if smaller:
+            flops += passes * rows * layers * block
+            flops += 3 * rows * (head + layers * block) if measure == "taylor" else 0.0
+    return flops
 
 
 def short(rows_NM: Tensor) -> Tensor:

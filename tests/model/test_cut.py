@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from stlm.model.config import ModelConfig
 from stlm.model.cut import (
@@ -17,7 +18,7 @@ from stlm.model.cut import (
     fewer_inputs,
     mask_heads,
 )
-from stlm.model.cutting import choose_layers, cut, spread
+from stlm.model.cutting import choose_layers, cut, measuring_flops, spread
 from stlm.model.importance import first_order, influence, mean_loss, removals, second_moments, unit_scores
 from stlm.model.inherit_config import InheritConfig
 from stlm.model.transformer import Transformer
@@ -396,3 +397,16 @@ def test_tokens_are_rows_of_the_tables():
     wanted = logits(model, torch.cat([ids[rows], ids[rows][:, :1]], dim=1))[..., ids]
     found = logits(smaller, torch.cat([rows, rows[:, :1]], dim=1))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["influence", "loss"])
+@pytest.mark.usefixtures("torch_operations")
+def test_flops_of_choosing_layers_are_those_that_torch_counts(how):
+    model, rows = trained(layers=5, ffn_width=800), text(48)
+    config = model.config.model_copy(update={"layers": 2})
+    with FlopCounterMode(display=False) as counted:
+        choose_layers(model, 2, InheritConfig(layers=how), rows)
+    found = measuring_flops(model, config, InheritConfig(layers=how), rows)
+    # torch does not count attention on a CPU, which is little beside so wide a network.
+    assert found == pytest.approx(counted.get_total_flops(), rel=0.03)
+    assert measuring_flops(model, config, InheritConfig(layers="first"), rows) == 0

@@ -66,7 +66,10 @@ def test_a_reference_is_a_cost(make_run):
     for one in (reference, run):
         train(one)
     assert record(run).depends["reference"].flops == reference.flops
-    assert record(run).total_flops == reference.flops + run.flops
+    # Its training, and reading the text that it orders, which is a third of training on it.
+    read = read_json(run.folder / "train.json")["prepared"]["data.reference"]["extra_flops"]
+    assert read % (run.flops_per_token / 3) == 0 and read >= run.tokens / 3 * run.flops_per_token
+    assert record(run).total_flops == reference.flops + read + run.flops
     assert record(reference).depends == {} and record(reference).total_flops == reference.flops
 
 

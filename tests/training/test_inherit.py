@@ -90,7 +90,9 @@ def test_a_published_model_is_recorded(published):
     assert inherited["measured_on_tokens"] > 1000 and inherited["seconds"] >= 0
     assert len(inherited["width"]["heads"]) == 2 and inherited["ffn"]["measure"] == "wanda"
     record = TrainRecord.model_validate(content)
-    assert record.total_flops == run.flops and record.start.run is None
+    measured = content["prepared"]["training.inherit"]
+    assert measured == {"seconds": inherited["seconds"], "extra_flops": inherited["flops"]}
+    assert record.total_flops == run.flops + inherited["flops"] > run.flops and record.start.run is None
     _, description = load_checkpoint(run.folder / "checkpoints" / "step-0000003")
     assert description["depends"]["start"]["source"] == "made"
     assert "inherited" not in description["depends"]["start"]
@@ -170,7 +172,12 @@ def test_rounds_of_cutting_and_training(published):
     # The second read on where the first stopped, the third has other tokens.
     assert start["text_tokens"] == 0 and start["depends"]["start"]["text_tokens"] == first.tokens
     record = TrainRecord.model_validate(read_json(third.folder / "train.json"))
-    assert record.total_flops == first.flops + second.flops + third.flops
+    cuts = [
+        read_json(run.folder / "train.json")["depends"]["start"]["inherited"]
+        for run in (first, second, third)
+    ]
+    measured = sum(cut.get("flops", 0.0) for cut in cuts)
+    assert record.total_flops == first.flops + second.flops + third.flops + measured > measured > 0
 
 
 def rows_read(run: Run, step: int = 0):
