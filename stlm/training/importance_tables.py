@@ -52,7 +52,7 @@ def importance_tables(run: Run, counts: Sequence[int] = (), with_loss: bool = Fa
         f"measured on {rows_NM[:, 1:].numel():,} tokens of the training text; bits per byte are of "
         f"{validation.n_bytes:,} bytes of the validation text, right after the cut",
         "",
-        *_part_table(run, model, rows_NM, scores, [layer for layer, _ in gone]),
+        *_part_tables(run, model, rows_NM, scores, [layer for layer, _ in gone]),
         "",
         *_layer_cuts(model, scores, [layer for layer, _ in gone], counts, validation),
     ]
@@ -80,42 +80,32 @@ def bits_per_byte(model: Transformer, validation: ValidationSet) -> float:
     return nats / math.log(2) / validation.n_bytes
 
 
-def _part_table(
+def _part_tables(
     run: Run, model: Transformer, rows_NM: Tensor, scores: Sequence[float], gone: Sequence[int]
 ) -> list[str]:
-    """A line a layer: its influence, its heads' scores, and what the best hidden units have of all."""
+    """A line a layer: its influence and what its best hidden units have of all; then its heads' shares."""
     config = model.config
     outs = {f"{number}": block.attention.out for number, block in enumerate(model.blocks)}
     downs = {f"{number}": block.ffn.down for number, block in enumerate(model.blocks)}
-    heads = _scores(model, rows_NM, outs, config.head_width)
-    units = _scores(model, rows_NM, downs, 1)
-    kept = min(run.model.ffn_width, config.ffn_width - 1) if run.model.ffn_width < config.ffn_width else 0
-    kept = kept or config.ffn_width // 2
-    header = [
-        "layer",
-        "influence",
-        *(["left out as"] if gone else []),
-        *(f"heads, {measure}, %" for measure in MEASURES),
-        *(f"best {kept:,} units, {measure}, %" for measure in MEASURES),
-    ]
-    lines = []
-    for number in range(len(model.blocks)):
+    units, heads = _scores(model, rows_NM, downs, 1), _scores(model, rows_NM, outs, config.head_width)
+    best = run.model.ffn_width if run.model.ffn_width < config.ffn_width else config.ffn_width // 2
+    layers = [["layer", "influence", *(["left out as"] if gone else []), *MEASURES]]
+    groups = [["layer", *MEASURES]]
+    for number, influenced in enumerate(scores):
         place = str(gone.index(number) + 1) if number in gone else "–"
+        held = [units[measure][number].topk(best).values.sum() for measure in MEASURES]
+        held = [part / units[measure][number].sum() for part, measure in zip(held, MEASURES, strict=True)]
         shares = [heads[measure][number] / heads[measure][number].sum() for measure in MEASURES]
-        best = [
-            units[measure][number].topk(kept).values.sum() / units[measure][number].sum()
-            for measure in MEASURES
-        ]
-        lines.append(
-            [
-                str(number),
-                f"{scores[number]:.4f}",
-                *([place] if gone else []),
-                *(" ".join(f"{100 * share:.0f}" for share in row.tolist()) for row in shares),
-                *(f"{100 * share:.1f}" for share in best),
-            ]
-        )
-    return text_table([header, *lines], left=set())
+        left_out = [place] if gone else []
+        layers.append([str(number), f"{influenced:.4f}", *left_out, *(f"{100 * part:.1f}" for part in held)])
+        groups.append([str(number), *(" ".join(f"{100 * part:.0f}" for part in row) for row in shares)])
+    return [
+        f"layers; and of all scores of hidden units, by each measure, the share of the best {best:,} in %:",
+        *text_table(layers, left=set()),
+        "",
+        "heads' shares in a layer in %, by each measure:",
+        *text_table(groups, left=set()),
+    ]
 
 
 def _scores(

@@ -18,7 +18,7 @@ from stlm.model.cut import (
     fewer_inputs,
     mask_heads,
 )
-from stlm.model.cutting import choose_layers, cut, measuring_flops, spread
+from stlm.model.cutting import choose_layers, cut, measuring_flops, short, spread
 from stlm.model.importance import first_order, influence, mean_loss, removals, second_moments, unit_scores
 from stlm.model.inherit_config import InheritConfig
 from stlm.model.transformer import Transformer
@@ -260,6 +260,12 @@ def test_tables_of_values_follow_their_layers():
 def test_spread_keeps_the_first_and_the_last():
     assert spread(30, 6) == [0, 6, 12, 17, 23, 29]
     assert spread(5, 5) == [0, 1, 2, 3, 4] and spread(5, 1) == [0] and spread(5, 2) == [0, 4]
+
+
+def test_a_part_of_the_text_is_spread_over_it():
+    rows = torch.arange(100)[:, None].expand(-1, 513)
+    assert short(rows).shape == (8, 129) and short(rows)[:, 0].tolist() == list(range(0, 96, 12))
+    assert short(rows[:3]).shape == (3, 129) and short(rows[:, :17]).shape == (64, 17)
 
 
 def test_second_moments_are_those_of_the_inputs():

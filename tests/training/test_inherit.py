@@ -286,12 +286,13 @@ def test_importance_is_listed_without_training(published):
     text = importance_tables(run, [2, 1], with_loss=True)
     lines = text.splitlines()
     assert lines[0].startswith("run cut starts from made: 3 layers, width 32, 4 heads (2 of keys and values)")
-    header = next(
-        line for line in lines if line.startswith("layer  influence  left out as  heads, magnitude")
-    )
-    assert "best 24 units, taylor, %" in header
-    at = lines.index(header)
+    at = next(n for n, line in enumerate(lines) if line.split()[:3] == ["layer", "influence", "left"])
+    assert "the share of the best 24 in %" in lines[at - 1]
+    assert lines[at].split()[5:] == ["magnitude", "activation", "wanda", "taylor"]
     assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["0", "1", "2"]
+    assert all(24 / 48 * 100 <= float(share) <= 100 for share in lines[at + 1].split()[3:])
+    heads = next(n for n, line in enumerate(lines) if line.startswith("heads' shares"))
+    assert [len(line.split()) for line in lines[heads + 2 : heads + 5]] == [1 + 4 * 4] * 3
     cuts = next(number for number, line in enumerate(lines) if line.startswith("layers left"))
     assert lines[cuts].split()[2:] == ["first", "spread", "influence", "loss"]
     assert [line.split()[0] for line in lines[cuts + 1 : cuts + 4]] == ["3", "2", "1"]
