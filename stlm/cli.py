@@ -339,7 +339,7 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "study", metavar="STUDY", nargs="?", help="default: the active study, as cloned smoke"
     )
-    fetcher = verb(fetch, ("name", "a corpus, mix, benchmark or vocabulary in params/"))
+    fetcher = verb(fetch, ("name", "a corpus, mix, benchmark, vocabulary or model in params/"))
     fetcher.add_argument(
         "--mirror", metavar="FOLDER", help="a local folder laid out like the hub (default: STLM_MIRROR)"
     )

@@ -67,8 +67,6 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     Raises UserError with all problems, one line each; doubtful findings go to standard error.
     """
     from stlm.evaluation.text_items import check_text_items
-    from stlm.training.checkpoints import last_checkpoint
-    from stlm.training.dependencies import check_fetched
     from stlm.training.devices import choose_device
 
     found = Findings()
@@ -78,12 +76,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     if len(found.problems) == tokens:
         with found.look():
             check_text_items(study.evaluation, run.tokens_folder)
-    for other in run.depends.values():
-        with found.look():
-            last_checkpoint(run, other)
-    for name in run.sources.values():
-        with found.look():
-            check_fetched(name)
+    _look_at_dependencies(found, run)
     with found.look():
         check_answers(run)
     check_folders(found, run)
@@ -101,20 +94,25 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
     found.conclude(f"run {run.name}")
 
 
-def check_teaching(run: Run) -> None:
-    """Refuse to ask a run's teacher if it, or the text, is missing; UserError with all problems."""
+def _look_at_dependencies(found: Findings, run: Run) -> None:
+    """Look for the checkpoints of other runs and the published models that a run reads."""
     from stlm.training.checkpoints import last_checkpoint
     from stlm.training.dependencies import check_fetched
 
-    found = Findings()
-    with found.look():
-        check_tokens(run)
     for other in run.depends.values():
         with found.look():
             last_checkpoint(run, other)
     for name in run.sources.values():
         with found.look():
             check_fetched(name)
+
+
+def check_teaching(run: Run) -> None:
+    """Refuse to ask a run's teacher if it, or the text, is missing; UserError with all problems."""
+    found = Findings()
+    with found.look():
+        check_tokens(run)
+    _look_at_dependencies(found, run)
     with found.look():
         check_writable(Path("data/taught"))
     found.conclude(f"run {run.name}")

@@ -177,27 +177,7 @@ def _write(
             now = time.perf_counter()
             write_answers(shards / job.name, chunks, keys, answers, now - started)
             started = now
-    windows = sum(len(part.windows) for part in parts)
-    length = technique.taught.context or run.model.context
-    record = {
-        "plan": plan,
-        "context": run.model.context,
-        "positions": positions,
-        "tokens": windows * length,
-        "flops": teaching_flops(teacher.model, windows, length, positions),
-        "seconds": 0.0,
-        "threads": asker.threads,
-        "device": str(teacher.device),
-        "processor": processor_name(),
-        "code": code_version(),
-        "shards": [],
-    }
-    for job in jobs:
-        path = shards / job.name
-        shard = open_answers(path, run.model.context)
-        record["seconds"] = round(record["seconds"] + shard.seconds, 3)
-        entry = {"path": job.name, "component": job.part.component.name, "sha256": sha256(path)}
-        record["shards"].append({**entry, "size": path.stat().st_size, "chunks": len(job.chunks)})
+    record = {"plan": plan, **_record(run, technique, teacher, parts, asker.threads, shards)}
     write_record(shards / META, record)
     replace_directory(shards, folder)
     shutil.rmtree(partial)
@@ -206,6 +186,34 @@ def _write(
         f"({positions / max(record['seconds'], 1e-9):,.0f} a second)",
         file=sys.stderr,
     )
+
+
+def _record(
+    run: Run, technique: Distillation, teacher: Teacher, parts: list[Part], threads: int, shards: Path
+) -> dict[str, Any]:
+    """The content of meta.json but for the plan, once all shards are there."""
+    windows = sum(len(part.windows) for part in parts)
+    length = technique.taught.context or run.model.context
+    positions = sum(len(part.chunks) for part in parts) * run.model.context
+    record = {
+        "context": run.model.context,
+        "positions": positions,
+        "tokens": windows * length,
+        "flops": teaching_flops(teacher.model, windows, length, positions),
+        "seconds": 0.0,
+        "threads": threads,
+        "device": str(teacher.device),
+        "processor": processor_name(),
+        "code": code_version(),
+        "shards": [],
+    }
+    for job in _jobs(parts, run.model.context):
+        path = shards / job.name
+        shard = open_answers(path, run.model.context)
+        record["seconds"] = round(record["seconds"] + shard.seconds, 3)
+        entry = {"path": job.name, "component": job.part.component.name, "sha256": sha256(path)}
+        record["shards"].append({**entry, "size": path.stat().st_size, "chunks": len(job.chunks)})
+    return record
 
 
 def teaching_flops(model: torch.nn.Module, windows: float, length: int, positions: float) -> float:
