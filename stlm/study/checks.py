@@ -102,6 +102,11 @@ def check_dependencies(file: str, run: Run, runs: Mapping[str, Run], models: Col
                 f"{file}: run {run.name}: {key}: {name!r} is no variant of this study{also}"
                 f"{nearest(name, [*variants, *models])}"
             )
+        if role not in run.sources and run.depends[role] not in runs:
+            raise UserError(
+                f"{file}: run {run.name}: {key}: {name!r} has no run with seed {run.seed} "
+                f"(variants.{name}.seeds); add the seed there, or leave it out of variants.{run.variant}.seeds"
+            )
 
 
 def dependency(

@@ -161,6 +161,23 @@ def _check_file(file: str, parsed: StudyFile) -> None:
                 )
     if len(set(parsed.seeds)) < len(parsed.seeds):
         raise UserError(f"{file}: seeds: a seed is given twice: {list(parsed.seeds)}")
+    for name, variant in parsed.variants.items():
+        _check_seeds(f"{file}: variants.{name}.seeds", parsed, name, variant.seeds)
+
+
+def _check_seeds(key: str, parsed: StudyFile, name: str, seeds: Sequence[int] | None) -> None:
+    """A variant's seeds are some of the study's; the baseline, with which all are paired, has all."""
+    if seeds is None:
+        return
+    others = sorted(set(seeds) - set(parsed.seeds))
+    if others or len(set(seeds)) < len(seeds):
+        found = f"{others[0]} is none of them" if others else f"found {list(seeds)}"
+        raise UserError(f"{key}: expected some of the study's seeds {list(parsed.seeds)}, each once; {found}")
+    if name == parsed.baseline and len(seeds) < len(parsed.seeds):
+        raise UserError(
+            f"{key}: the baseline needs a run with every seed of the study, for the others are compared with "
+            f"the run of their seed; found {list(seeds)}, expected {list(parsed.seeds)}, or leave the key out"
+        )
 
 
 def _source_models(file: str, parsed: StudyFile, root: Path) -> dict[str, SourceModel]:
@@ -217,8 +234,8 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
     check_names(file, parsed, corpora)
     runs = [
         _resolve(name, file, parsed, variant, seed, raw, root)
-        for variant in parsed.variants
-        for seed in parsed.seeds
+        for variant, settings in parsed.variants.items()
+        for seed in settings.seeds or parsed.seeds
     ]
     models = _source_models(file, parsed, root)
     runs = [_with_sources(run, models) for run in runs]

@@ -20,6 +20,9 @@ class Variant(BaseModel):
     )
     corpus: str | None = Field(None, description="Corpus, where it differs.")
     tokenizer: str | None = Field(None, description="Tokenizer, where it differs.")
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="Those of the study's seeds that it is run with; default: all."
+    )
     model: dict[str, Any] = Field(default_factory=dict, description="Keys of `model` that differ.")
     training: dict[str, Any] = Field(default_factory=dict, description="Keys of `training` that differ.")
     data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data` that differ.")

@@ -195,6 +195,48 @@ def test_seeds_make_a_run_each(project):
     assert study.runs["learned-s7"].seed == 7
 
 
+def with_variant(project, name, settings):
+    edit(project, "variants:\n", f"variants:\n  {name}: {settings}\n")
+
+
+def test_a_variant_has_fewer_seeds_than_its_study(project):
+    edit(project, "seeds: [0]", "seeds: [0, 7]")
+    with_variant(project, "once", "{seeds: [7], training: {start_from: baseline}}")
+    study = load_study("smoke")
+    assert [run.seed for run in study.runs.values() if run.variant == "once"] == [7]
+    assert study.runs["once-s7"].depends == {"start": "baseline-s7"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{seeds: [7, 3]}", r"variants.once.seeds: expected some of the study's seeds \[0, 7\].*3 is none"),
+        ("{seeds: [7, 7]}", r"variants.once.seeds: .*each once; found \[7, 7\]"),
+        ("{seeds: []}", r"variants.once.seeds"),
+    ],
+)
+def test_seeds_that_are_not_the_studys_are_refused(settings, expected, project):
+    edit(project, "seeds: [0]", "seeds: [0, 7]")
+    with_variant(project, "once", settings)
+    with pytest.raises(UserError, match=expected):
+        load_study("smoke")
+
+
+def test_the_baseline_has_every_seed(project):
+    edit(project, "seeds: [0]", "seeds: [0, 7]")
+    edit(project, "  baseline:\n", "  baseline:\n    seeds: [0]\n")
+    with pytest.raises(UserError, match=r"variants.baseline.seeds: the baseline needs a run with every seed"):
+        load_study("smoke")
+
+
+def test_a_run_cannot_start_from_a_seed_that_is_left_out(project):
+    edit(project, "seeds: [0]", "seeds: [0, 7]")
+    with_variant(project, "once", "{seeds: [7]}")
+    with_variant(project, "both", "{training: {start_from: once}}")
+    with pytest.raises(UserError, match=r"run both-s0: training.start_from: 'once' has no run with seed 0"):
+        load_study("smoke")
+
+
 def test_a_mix_must_name_corpora_that_are_there(project):
     path = project / "params" / "corpora.yaml"
     text = (
