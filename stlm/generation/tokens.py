@@ -124,11 +124,12 @@ class TokenGenerator:
         `TextGenerator.next`.
         """
         L = end - begin
-        if cache is not None and self._inference is not None:
-            positions = range(cache.length, cache.length + L)
-            tokens, wanted = self._tokens[begin:end], range(L - last, L)
+        tokens, vocabulary = self._tokens[begin:end], self.transformer.config.vocab_size
+        # Passes in C read tokens of the vocabulary alone; they go on from a cache that torch has filled.
+        if cache is not None and self._inference is not None and max(tokens) < vocabulary:
+            positions, wanted = range(cache.length, cache.length + L), range(L - last, L)
             return self._inference.read(tokens, [0] * L, positions, cache.extend(L), wanted, largest)
-        tokens_1L = torch.tensor([self._tokens[begin:end]], device=self._device)
+        tokens_1L = torch.tensor([tokens], device=self._device)
         answers_1 = None
         if self._prompt_end >= begin:
             answers_1 = torch.tensor([self._prompt_end - begin], device=self._device)

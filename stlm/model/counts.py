@@ -48,6 +48,7 @@ GROUPS = (
 # Embedding parameters grow with the vocabulary or the context, or belong to a replacement of the embedding.
 EMBEDDING_GROUPS = (
     "token embedding",
+    "added tokens",
     "byte embedding",
     "byte encoder",
     "positions",

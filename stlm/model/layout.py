@@ -2,8 +2,8 @@
 
 All layouts have the same methods, so attention and the blocks work with any of them: rows of one sequence
 each (`CausalRows`), consecutive documents (`stlm.model.documents`), a trie of sequences with shared prefixes
-(`stlm.model.segments`), chunks of bytes (`stlm.model.packed_chunks`), and tokens that follow the tokens in a
-cache (`stlm.model.cache`).
+(`stlm.model.segments`), chunks of bytes (`stlm.model.packed_chunks`), tokens that follow the tokens in a
+cache (`stlm.model.cache`), and rows with a prefix that is visible in both directions (`stlm.model.prefixes`).
 
 Shapes: B batch, L length, X any width, H query heads, K key/value heads, E head width; S selected tokens of
 a row; M the length of rows with inserted places, C vectors inserted at once.
@@ -113,7 +113,8 @@ class Layout(ABC):
 
     `positions`: the tokens' positions in their sequences, a slice (the same for all rows) or [B, L].
     `in_rows`: whether each token attends to the tokens of its row up to itself, except those that `sees`
-    [B, 1, L, L] excludes (None: none), and to no others; the training kernels compute this case only.
+    [B, 1, L, L] excludes (None: none), and to no others; the training kernels compute this case only. Where
+    it does not, `sees` may allow later tokens.
     `answers` [B]: of each row, the index of the token after which an answer begins, -1 for none; None: no row
     has an answer.
     """
@@ -207,6 +208,6 @@ class CausalRows(Layout):
 def attend_in_rows(
     q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, sees_B1LL: Tensor | None, dropout: float
 ) -> Tensor:
-    """Causal attention within rows [B, L, H, E], over the keys that `sees_B1LL` allows."""
+    """Attention within rows [B, L, H, E], over the keys that `sees_B1LL` allows; None: causal."""
     q_BHLE, k_BKLE, v_BKLE = (x.transpose(1, 2) for x in (q_BLHE, k_BLKE, v_BLKE))
     return fused_attention(q_BHLE, k_BKLE, v_BKLE, sees_B1LL, dropout).transpose(1, 2)

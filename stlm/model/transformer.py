@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.added_embeddings import AddedEmbeddings
 from stlm.model.causal_attention import causal_attention
 from stlm.model.config import ModelConfig
 from stlm.model.dropout import Dropout
@@ -266,6 +267,8 @@ class Transformer(nn.Module):
         # What a technique inserts into the rows, such as `stlm.techniques.pauses.PauseEmbeddings`. The next
         # token is predicted after it.
         self.inserted_embeddings: nn.Module | None = None
+        # Tokens that are read and never predicted: see `add_tokens`.
+        self.added_embeddings: AddedEmbeddings | None = None
         self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
         # and Jordan et al. 2024, modded-nanogpt): the token itself reaches attention past the blocks before.
@@ -314,6 +317,18 @@ class Transformer(nn.Module):
         if learned_LD is not None and not learned_LD.is_meta:
             nn.init.normal_(self.positions.weight, std=INITIAL_STD)
             self.positions.weight[: len(learned_LD)] = learned_LD
+
+    def add_tokens(self, count: int) -> int:
+        """Add `count` tokens that may stand in inputs and are never predicted; returns the first one's id.
+
+        Their ids follow those of the vocabulary, which the head and the probability of a text are still of.
+        Their value embeddings are zero. Not for byte-level models.
+        """
+        assert self.config.bytes is None, "a byte-level model reads chunks"
+        assert self.added_embeddings is None, "tokens have been added already"
+        vocabulary = self.config.vocab_size
+        self.added_embeddings = AddedEmbeddings(count, vocabulary, self.config.width)
+        return vocabulary
 
     @property
     def most_places(self) -> int:
@@ -442,7 +457,7 @@ class Transformer(nn.Module):
         kept = []
         for number in range(first, last + 1):
             block = self.blocks[number]
-            added_BLX = self.value_embeddings[number - without](tokens_BL) if number >= without else None
+            added_BLX = self._look_up_values(number - without, tokens_BL) if number >= without else None
             if added_BLX is not None and stretched is not None:
                 added_BLX = stretched.spread(added_BLX)
             x_BLD = block(x_BLD, rope, layout.layer(number), rows_N if number == last else None, added_BLX)
@@ -453,6 +468,13 @@ class Transformer(nn.Module):
             return kept
         return [x if x.dim() == 2 else stretched.take(x) for x in kept]  # [N, D]: `rows_N` took them
 
+    def _look_up_values(self, table: int, tokens_BL: Tensor) -> Tensor:
+        """The value embeddings [B, L, X] of one of the tables; zeros for added tokens."""
+        added = self.added_embeddings
+        if added is None:
+            return self.value_embeddings[table](tokens_BL)
+        return added.without(self.value_embeddings[table](added.in_vocabulary(tokens_BL)), tokens_BL)
+
     def _embed(
         self, tokens_BL: Tensor, layout: Layout, stretched: Stretched | None
     ) -> tuple[Tensor, Rotary | None]:
@@ -460,10 +482,12 @@ class Transformer(nn.Module):
 
         With `stretched` rows L is their length, and `layout` is theirs.
         """
-        positions = layout.positions
-        x_BLD = self.embedding(tokens_BL)
+        positions, added = layout.positions, self.added_embeddings
+        x_BLD = self.embedding(tokens_BL if added is None else added.in_vocabulary(tokens_BL))
         if self.embedding_up is not None:
             x_BLD = _in_float32(x_BLD, self.embedding_up)
+        if added is not None:
+            x_BLD = added.put(x_BLD, tokens_BL)
         if stretched is not None:
             x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
         if self.config.positions == "learned":

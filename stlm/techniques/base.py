@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
+    from stlm.training.rows import Rows
 
 # A technique must name a capability in `supports` before it can be used together with it.
 CAPABILITIES = {
@@ -136,6 +137,19 @@ class Technique(BaseModel):
 
     def before_step(self, model: Transformer, step: int, steps: int) -> None:
         """Apply schedules before step `step`, from 1, of `steps`."""
+
+    def rows(self, rows: Rows, step: int, steps: int) -> Rows:
+        """Return what a micro-batch reads and predicts in place of `rows`, at step `step`, from 1, of `steps`.
+
+        It is called once for each micro-batch of training, before the forward pass, and never in validation
+        or scoring. torch's random numbers were seeded for the micro-batch: a resumed run draws the same ones.
+        Draw them on the CPU, so that they are the same on every device. Where documents begin at other
+        positions than before, return their layout, too.
+
+        The next-token loss is the mean over the counted targets of the micro-batch's rows in this process.
+        Micro-batches and processes have equal weight, however many targets each of them counts.
+        """
+        return rows
 
     def step_sums(self, model: Transformer) -> list[Tensor]:
         """float32 tensors to which the training forward passes of a step have added.

@@ -1,6 +1,6 @@
 """The training objective: named parts of the loss, from the plain model and from the run's techniques.
 
-Shapes: B rows, L positions, N = B L, D width.
+Shapes: B rows, L positions, N = B L, C chosen positions, D width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.techniques.base import Technique
 from stlm.training.distributed import Group
+from stlm.training.rows import Rows
 from stlm.training.schedules import dropout_factor
 
 NEXT_TOKEN = "next_token"
@@ -30,7 +31,8 @@ class Forward:
     `layout`: how sequences lie in the rows; None: one in each row. `step`: from 1, of `steps`.
     `loss`: computes the whole next-token loss of (tokens, targets, layout), as `Transformer.loss` does; used
     if nothing else needs the hidden states. `hidden`: the model's method, possibly compiled. `sum_over_rows`:
-    sums a tensor over the processes that have other rows of the micro-batch.
+    sums a tensor over the processes that have other rows of the micro-batch. `counted_BL`: the positions
+    whose targets count; None: all.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Forward:
         loss: Callable[..., Tensor] | None = None,
         hidden: Callable[..., Tensor] | None = None,
         sum_over_rows: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        counted_BL: Tensor | None = None,
     ) -> None:
         self.model, self.tokens_BL, self.targets_BL, self.layout = model, tokens_BL, targets_BL, layout
         self.step, self.steps = step, steps
         self._loss, self._hidden = loss, hidden or model.hidden
         self.sum_over_rows = sum_over_rows
+        self.counted_BL = counted_BL
 
     @cached_property
     def hidden_ND(self) -> Tensor:  # noqa: N802, as it is a tensor
@@ -65,10 +69,26 @@ class Forward:
         return kept
 
     def next_token_loss(self) -> Tensor:
-        """Mean cross-entropy in nats, float32, of the targets; a byte-level model reads them as chunks."""
+        """Mean cross-entropy in nats, float32, of the counted targets; a byte-level model reads them as
+        chunks."""
+        if self.counted_BL is not None:
+            return self.mean_loss(self.counted_BL)
         if self._loss is not None:
             return self._loss(self.tokens_BL, self.targets_BL, layout=self.layout)
         return self.model.hidden_loss(self.hidden_ND, self.tokens_BL, self.targets_BL)
+
+    def mean_loss(self, chosen_BL: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, float32, of the targets at the chosen positions alone; 0 for none.
+
+        A GPU is waited for, since the number of positions is needed.
+        """
+        chosen_C = chosen_BL.flatten().nonzero()[:, 0]
+        if not len(chosen_C):
+            return self.hidden_ND.float().sum() * 0.0  # with gradients, which are zero
+        # Not by indexing, whose gradient a CPU adds number by number.
+        x_CD = self.hidden_ND.index_select(0, chosen_C)
+        tokens_C, targets_C = self.tokens_BL.flatten()[chosen_C], self.targets_BL.flatten()[chosen_C]
+        return self.model.hidden_loss(x_CD, tokens_C, targets_C)
 
 
 class Objective:
@@ -82,13 +102,14 @@ class Objective:
         self._run = run
         self._techniques = list(run.techniques.values())
         self._extra = [one for one in self._techniques if type(one).objective is not Technique.objective]
+        self._changing_rows = [one for one in self._techniques if type(one).rows is not Technique.rows]
         self._compiled: Callable[..., Tensor] | None = None
         self._group = Group()
 
     @property
     def plain(self) -> bool:
-        """Whether only the next-token loss is minimized."""
-        return not self._extra
+        """Whether only the next-token loss of the text is minimized."""
+        return not self._extra and not self._changing_rows
 
     def prepare(self, device: torch.device, group: Group) -> None:
         """Let techniques load what they need. `group`: the processes that share the steps."""
@@ -129,12 +150,24 @@ class Objective:
         step: int,
         eager: bool = False,
     ) -> Forward:
-        """The micro-batch of tokens [B, L + 1]. `eager`: not compiled, as graphs hold no hooks."""
+        """The micro-batch of tokens [B, L + 1], as techniques change it. `eager`: not compiled, as graphs
+        hold no hooks."""
         compiled = None if eager else self._compiled
         loss, hidden = (compiled or model.loss, None) if self.plain else (None, compiled)
-        inputs_BL, targets_BL, steps = tokens_BM[:, :-1], tokens_BM[:, 1:], self._run.training.steps
+        rows, steps = Rows(tokens_BM[:, :-1], tokens_BM[:, 1:], layout), self._run.training.steps
+        for technique in self._changing_rows:
+            rows = technique.rows(rows, step, steps)
         return Forward(
-            model, inputs_BL, targets_BL, layout, step, steps, loss, hidden, self._sum_over_rows(tokens_BM)
+            model,
+            rows.tokens_BL,
+            rows.targets_BL,
+            rows.layout,
+            step,
+            steps,
+            loss,
+            hidden,
+            self._sum_over_rows(tokens_BM),
+            rows.counted_BL,
         )
 
     def _sum_over_rows(self, tokens_BM: Tensor) -> Callable[[Tensor], Tensor]:
