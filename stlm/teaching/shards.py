@@ -81,8 +81,11 @@ def id_type(vocabulary: int) -> np.dtype:
 def write_answers(
     path: Path, chunks_R: np.ndarray, keys_R: np.ndarray, answers: Answers, seconds: float
 ) -> None:
-    """Write a shard atomically and seal it; `seconds`: what computing it took, kept in the schema with a digest
-    of all else, which is equal if the teacher is asked again."""
+    """Write a shard atomically and seal it.
+
+    `seconds`: what computing it took. The schema keeps them, and a digest of all else, which is equal if the
+    teacher is asked again.
+    """
     columns = {"chunk": chunks_R.astype(np.uint32), "key": keys_R.astype(np.uint64)}
     columns |= {"tokens": answers.ids_RLK, "log_probability": answers.log_q_RLK}
     if answers.log_rest_RL is not None:
