@@ -105,7 +105,8 @@ def check_dependencies(file: str, run: Run, runs: Mapping[str, Run], models: Col
         if role not in run.sources and run.depends[role] not in runs:
             raise UserError(
                 f"{file}: run {run.name}: {key}: {name!r} has no run with seed {run.seed} "
-                f"(variants.{name}.seeds); add the seed there, or leave it out of variants.{run.variant}.seeds"
+                f"(variants.{name}.seeds); add the seed there, or leave it out of "
+                f"variants.{run.variant}.seeds"
             )
 
 

@@ -23,7 +23,7 @@ from stlm.integrity import Listed, check_files, seal
 from stlm.remedy import remedy
 
 META = "meta.json"
-_SECONDS = b"seconds"
+_SECONDS, _DIGEST = b"seconds", b"answers"
 
 
 class Answers(NamedTuple):
@@ -81,17 +81,25 @@ def id_type(vocabulary: int) -> np.dtype:
 def write_answers(
     path: Path, chunks_R: np.ndarray, keys_R: np.ndarray, answers: Answers, seconds: float
 ) -> None:
-    """Write a shard atomically and seal it; `seconds`: what computing it took, kept in the schema."""
-    arrays = {
-        "chunk": pa.array(chunks_R.astype(np.uint32)),
-        "key": pa.array(keys_R.astype(np.uint64)),
-        "tokens": _fixed(answers.ids_RLK),
-        "log_probability": _fixed(answers.log_q_RLK),
-    }
+    """Write a shard atomically and seal it.
+
+    `seconds`: what computing it took. The schema keeps them, and a digest of all else, which is equal if the
+    teacher is asked again.
+    """
+    columns = {"chunk": chunks_R.astype(np.uint32), "key": keys_R.astype(np.uint64)}
+    columns |= {"tokens": answers.ids_RLK, "log_probability": answers.log_q_RLK}
     if answers.log_rest_RL is not None:
-        arrays["log_rest"] = _fixed(answers.log_rest_RL)
-    arrays |= {f"layer_{layer}": _fixed(state) for layer, state in answers.states.items()}
-    batch = pa.record_batch(arrays).replace_schema_metadata({_SECONDS: f"{seconds:.3f}".encode()})
+        columns["log_rest"] = answers.log_rest_RL
+    columns |= {f"layer_{layer}": state for layer, state in answers.states.items()}
+    found = hashlib.sha256()
+    for name, values in columns.items():
+        found.update(f"{name} {values.shape} {values.dtype}".encode())
+        found.update(np.ascontiguousarray(values))
+    arrays = {
+        name: pa.array(values) if values.ndim == 1 else _fixed(values) for name, values in columns.items()
+    }
+    notes = {_SECONDS: f"{seconds:.3f}", _DIGEST: found.hexdigest()}
+    batch = pa.record_batch(arrays).replace_schema_metadata(notes)
     with atomic_path(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
             writer.write_batch(batch)
@@ -110,6 +118,7 @@ class AnswerShard(NamedTuple):
     keys_R: np.ndarray
     answers: Answers
     seconds: float
+    digest: str
 
 
 def open_answers(path: Path, context: int) -> AnswerShard:
@@ -127,17 +136,19 @@ def open_answers(path: Path, context: int) -> AnswerShard:
         states = {int(name.removeprefix("layer_")): values(name) for name in layers}
         answers = Answers(values("tokens"), values("log_probability"), rest, states)
         plain = (columns[name].to_numpy(zero_copy_only=True) for name in ("chunk", "key"))
-        return AnswerShard(*plain, answers, float(batch.schema.metadata[_SECONDS]))
+        notes = batch.schema.metadata
+        return AnswerShard(*plain, answers, float(notes[_SECONDS]), notes[_DIGEST].decode())
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: no shard of a teacher's answers ({error}); {remedy(path)}") from None
 
 
 class AnswersEntry(BaseModel):
-    """The entry of meta.json for a shard."""
+    """The entry of meta.json for a shard; `answers`: a digest of what it holds but for the seconds."""
 
     path: str
     component: str
     sha256: str
+    answers: str
     size: int
     chunks: int
 

@@ -212,7 +212,8 @@ def _record(
         shard = open_answers(path, run.model.context)
         record["seconds"] = round(record["seconds"] + shard.seconds, 3)
         entry = {"path": job.name, "component": job.part.component.name, "sha256": sha256(path)}
-        record["shards"].append({**entry, "size": path.stat().st_size, "chunks": len(job.chunks)})
+        entry |= {"answers": shard.digest, "size": path.stat().st_size, "chunks": len(job.chunks)}
+        record["shards"].append(entry)
     return record
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stlm.errors import UserError
-from stlm.files import read_record, record_sha256
+from stlm.files import fingerprint, read_record, record_sha256
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.study.reading import check_reader
@@ -216,7 +216,9 @@ class Distillation(Technique):
             return {}
         meta = read_record(folder / META, AnswersMeta)
         costs = meta.model_dump(include={"positions", "tokens", "flops", "seconds"})
-        return {"folder": str(folder), "sha256": record_sha256(folder / META), **costs}
+        # Not of the whole record: its seconds differ where the teacher is asked again and says the same.
+        content = {"plan": meta.plan, "answers": [shard.answers for shard in meta.shards]}
+        return {"folder": str(folder), "sha256": fingerprint(content), **costs}
 
     def taught_steps(self, steps: int) -> range:
         """The steps, from 1, of `steps` at which the teacher is asked."""

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from stlm.errors import UserError
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.chunks import cuts_chunks, make_chunker
-from stlm.tokens.names import hf_name
+from stlm.tokens.names import hf_name, vocabulary_size
 from stlm.tokens.published import PublishedTokenizer, fetched_tokenizer
 from stlm.tokens.raw import RawComponent
 from stlm.tokens.reduced import reduced_tokenizer
@@ -33,12 +34,21 @@ TRAINING_BYTES = 64 << 20  # approximate text that a vocabulary is trained on
 def published_tokenizer(name: str, folder: Path) -> PublishedTokenizer | None:
     """The whole tokenizer of a published model, for hf:NAME and hf:NAME:N.
 
-    Raises UserError for a name that is none, or a model that was not fetched.
+    Raises UserError for a name that is none, a model that was not fetched, or `hf:NAME` of a model whose
+    embedding has more rows than its tokenizer has tokens.
     """
     if cuts_chunks(name):
         make_chunker(name)
     elif (found := hf_name(name)) is not None:
-        return fetched_tokenizer(f"hf:{found.model}", folder)
+        tokenizer = fetched_tokenizer(f"hf:{found.model}", folder)
+        rows, size = vocabulary_size(f"hf:{found.model}"), tokenizer.vocab_size
+        if found.size is None and rows != size:
+            raise UserError(
+                f"tokenizer: {name}: the model's embedding has {rows:,} rows (vocab_size in "
+                f"params/models.yaml), its tokenizer {size:,} tokens; expected equal numbers; "
+                f"{name}:N takes the rows of N tokens"
+            )
+        return tokenizer
     elif name not in ("gpt2", "bytes"):
         bpe_vocab_size(name)
     return None

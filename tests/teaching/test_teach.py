@@ -24,7 +24,7 @@ from stlm.teaching import teach as module
 from stlm.teaching.config import StatesConfig, TaughtConfig
 from stlm.teaching.names import taught_folder
 from stlm.teaching.plan import parts_of
-from stlm.teaching.shards import TaughtText, keys_of, open_answers
+from stlm.teaching.shards import Answers, TaughtText, keys_of, open_answers, write_answers
 from stlm.teaching.teach import teach
 from stlm.techniques.distillation import Distillation
 from stlm.tokens.batches import Batches
@@ -229,6 +229,22 @@ def test_the_cost_is_the_runs_own(make_run):
     assert record.total_flops == run.flops + wider.flops
     with (run.folder / "curve.csv").open() as file:
         assert all(float(row["seconds"]) >= meta["seconds"] for row in csv.DictReader(file))
+
+
+def test_a_teacher_that_is_asked_again_leaves_the_runs_fingerprint(make_run):
+    run, wider = student(make_run)
+    train(wider)
+    folder, technique = teach(run, progress=False), run.techniques["distillation"]
+    first, seconds = technique.prepared(run), read_json(folder / "meta.json")["seconds"]
+    shutil.rmtree(folder)
+    teach(run, progress=False)
+    assert technique.prepared(run)["sha256"] == first["sha256"]
+    assert read_json(folder / "meta.json")["seconds"] != seconds
+    path = min(folder.glob("*.arrow"))
+    shard = open_answers(path, 32)
+    other = Answers(shard.answers.ids_RLK[::-1].copy(), shard.answers.log_q_RLK, None, {})
+    write_answers(path, shard.chunks_R, shard.keys_R, other, shard.seconds)
+    assert open_answers(path, 32).digest != shard.digest
 
 
 def test_a_run_that_stops_ends_as_one_that_does_not(make_run, monkeypatch):

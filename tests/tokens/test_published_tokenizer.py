@@ -18,6 +18,7 @@ from tokenizers import Regex, pre_tokenizers
 from stlm.corpora.fetch import fetch
 from stlm.errors import UserError
 from stlm.study.catalogues import load_models
+from stlm.tokens import vocabulary
 from stlm.tokens.published import UTF8, PublishedTokenizer, fetched_tokenizer
 from stlm.tokens.reduced import reduced_tokenizer
 from stlm.tokens.tokenizer import chunker_of, load_tokenizer
@@ -289,3 +290,12 @@ def test_the_real_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     of = reference(tmp_path / "stored" / "tokenizer.json")
     for text in TEXTS + random_texts(1000) + stories(20):
         assert reduced.encode(text) == of(text) and reduced.decode(reduced.encode(text)) == text
+
+
+def test_a_model_with_more_rows_than_tokens_is_refused_as_a_whole(tiny, folder, monkeypatch):
+    monkeypatch.setattr(vocabulary, "vocabulary_size", lambda name: {"hf:tiny": 512}[name])
+    with pytest.raises(UserError, match=r"hf:tiny: .* 512 rows .* 500 tokens; .*hf:tiny:N takes the rows"):
+        vocabulary.published_tokenizer("hf:tiny", folder)
+    assert vocabulary.published_tokenizer("hf:tiny:300", folder).files == tiny.files
+    monkeypatch.setattr(vocabulary, "vocabulary_size", lambda name: 500)
+    assert vocabulary.published_tokenizer("hf:tiny", folder).files == tiny.files
