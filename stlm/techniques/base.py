@@ -139,7 +139,7 @@ class Technique(BaseModel):
         """Apply schedules before step `step`, from 1, of `steps`."""
 
     def rows(self, rows: Rows, step: int, steps: int) -> Rows:
-        """Return what a micro-batch reads and predicts in place of `rows`, at step `step`, from 1, of `steps`.
+        """Return what a micro-batch reads and predicts instead of `rows`, at step `step`, from 1, of `steps`.
 
         It is called once for each micro-batch of training, before the forward pass, and never in validation
         or scoring. torch's random numbers were seeded for the micro-batch: a resumed run draws the same ones.
