@@ -12,7 +12,8 @@ class Forward(NamedTuple):
     """One sequence for the model: its input, the first scored position, and the targets after its end.
 
     The targets of all positions but the last are the input itself, shifted; the last may have several.
-    `answer`: the index of the token after which an answer begins, for models that read it; -1: none.
+    `answer`: the index of the token after which an answer begins, for models that read it; -1: none. For
+    models that read prefixes it is the first scored position.
     """
 
     tokens: np.ndarray

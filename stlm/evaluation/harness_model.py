@@ -214,13 +214,19 @@ class StlmLM(TemplateLM):
         room = max(1, self.max_length - length)
         # An empty context is the beginning of a document.
         prompts = [context[-room:] or [self.eot_token_id] for context in contexts]
+        answered = [bool(context) for context in contexts]
         found: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         for _ in range(length):
             if not running:
                 break
             rows = [(prompts[number] + found[number])[-self.max_length :] for number in running]
-            tokens = _choose(self.model.next_logits(rows), sampling).tolist()
+            # A prompt's last token may have left the row.
+            answers = [
+                max(-1, len(row) - len(found[number]) - 1) if answered[number] else -1
+                for number, row in zip(running, rows, strict=True)
+            ]
+            tokens = _choose(self.model.next_logits(rows, answers), sampling).tolist()
             for number, token in zip(running, tokens, strict=True):
                 found[number].append(token)
             running = [

@@ -74,7 +74,8 @@ class TokenModel:
             transformer, "packs", all("packing" in technique.supports for technique in techniques)
         )
         self._reads_answers: bool = getattr(transformer, "reads_answers", False)
-        self.packs = self.packs and not self._reads_answers
+        self._reads_prefixes: bool = getattr(transformer, "reads_prefixes", False)
+        self.packs = self.packs and not (self._reads_answers or self._reads_prefixes)
         self.transformer: nn.Module = transformer
         self.precise: TokenModel = self
         if precision == "bfloat16":
@@ -107,7 +108,7 @@ class TokenModel:
         for owner, document in enumerate(documents):
             tokens = np.insert(np.asarray(document, dtype=np.int32), 0, self.encoder.eot)
             for window in windows(tokens, self.context, stride):
-                forwards.append(window)
+                forwards.append(window._replace(answer=window.start) if self._reads_prefixes else window)
                 owners.append(owner)
         found = self._run(forwards, _alone(forwards), lambda done: progress(len(done)))
         totals = [0.0] * len(documents)
@@ -116,15 +117,22 @@ class TokenModel:
         return totals
 
     @torch.inference_mode()
-    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B, V], float32, of the token after each sequence of ids, none longer than the context."""
+    def next_logits(self, sequences: Sequence[Sequence[int]], answers: Sequence[int] | None = None) -> Tensor:
+        """Logits [B, V], float32, of the token after each sequence of ids, none longer than the context.
+
+        `answers`: of each sequence, the index of the last token of what it answers, -1 for nothing; None: for
+        nothing in all of them. Models that do not read it ignore it.
+        """
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
         tokens_BL = np.zeros((len(sequences), int(lengths.max())), dtype=np.int64)
         for b, sequence in enumerate(sequences):
             tokens_BL[b, : len(sequence)] = sequence  # no token sees the padding at the right
         rows_B = torch.arange(len(sequences), device=self.device) * tokens_BL.shape[1] + lengths - 1
+        layout = None
+        if (self._reads_answers or self._reads_prefixes) and max(answers or (-1,)) >= 0:
+            layout = CausalRows(tokens_BL.shape[1], torch.tensor(answers, device=self.device))
         with self._arithmetic():
-            hidden_BD = self.transformer.hidden(torch.from_numpy(tokens_BL).to(self.device), None, rows_B)
+            hidden_BD = self.transformer.hidden(torch.from_numpy(tokens_BL).to(self.device), layout, rows_B)
             return self.transformer.head(hidden_BD).float()
 
     def _scores(
@@ -194,7 +202,9 @@ class TokenModel:
             )
             # After an empty context begins a text, and no answer.
             answer = -1
-            if self._reads_answers and not item.starts_with_eot:
+            if self._reads_prefixes:
+                answer = start
+            elif self._reads_answers and not item.starts_with_eot:
                 answer = max(-1, item.n_context - 1 - request_cut)
             number = index.setdefault((tokens.tobytes(), answer), len(forwards))
             if number == len(forwards):

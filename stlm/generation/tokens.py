@@ -35,7 +35,8 @@ class TokenGenerator:
         self._device = transformer.embedding.weight.device
         self._cache = Cache.of(transformer, 1, self._device) if cached else None
         self._inference: Inference | None = None
-        self._reads_answers = getattr(transformer, "reads_answers", False)
+        self._reads_prefixes = getattr(transformer, "reads_prefixes", False)
+        self._reads_answers = getattr(transformer, "reads_answers", False) or self._reads_prefixes
         self._tokens: list[int] = []
         self._begin = 0  # the first of them in the window
         self._prompt_end = -1  # the last of a prompt, which the model answers
@@ -130,12 +131,23 @@ class TokenGenerator:
             positions, wanted = range(cache.length, cache.length + L), range(L - last, L)
             return self._inference.read(tokens, [0] * L, positions, cache.extend(L), wanted, largest)
         tokens_1L = torch.tensor([tokens], device=self._device)
-        answers_1 = None
-        if self._prompt_end >= begin:
-            answers_1 = torch.tensor([self._prompt_end - begin], device=self._device)
+        answers_1, last_read = None, self._last_of_prefix()
+        if last_read >= begin:
+            answers_1 = torch.tensor([last_read - begin], device=self._device)
         layout = CausalRows(L, answers_1) if cache is None else cache.extend(L, answers_1)
         last_N = torch.arange(L - last, L, device=self._device)
         return self.transformer.head(self.transformer.hidden(tokens_1L, layout, last_N)).float()
+
+    def _last_of_prefix(self) -> int:
+        """The last token of what the model answers; -1: there is none.
+
+        Where it reads prefixes, a window that has moved on has all that was there when it did as its prefix,
+        as in `stlm.evaluation.forwards.windows`.
+        """
+        if not self._reads_prefixes or self._begin == 0:
+            return self._prompt_end
+        context = self.transformer.config.context
+        return max(self._prompt_end, self._begin + context - max(1, context // 2))
 
 
 def window_begin(tokens: int, context: int) -> int:

@@ -16,8 +16,8 @@ class Builder(Protocol):
     It must be hashable, because the counts of models are cached by it.
     """
 
-    def build(self, model: Transformer) -> None:
-        """Add modules to a new model, or wrap its blocks."""
+    def build(self, model: Transformer) -> Transformer | None:
+        """Add modules to a new model, or wrap its blocks; returns the model that replaces it, if one does."""
 
 
 def build_model(config: ModelConfig, techniques: Iterable[Builder] = ()) -> Transformer:
@@ -29,5 +29,5 @@ def build_model(config: ModelConfig, techniques: Iterable[Builder] = ()) -> Tran
     model = Transformer(config) if config.bytes is None else ByteTransformer(config)
     model.techniques = tuple(techniques)
     for technique in model.techniques:
-        technique.build(model)
+        model = technique.build(model) or model
     return model

@@ -17,6 +17,7 @@ from stlm.model.fused_attention import fused_attention
 from stlm.model.layout import Layout, Selection, Stretched, token_places
 
 if TYPE_CHECKING:
+    from stlm.model.encoder_decoder import Encoded
     from stlm.model.transformer import Transformer
 
 
@@ -95,8 +96,16 @@ class Cache(Layout):
         for layer in self._layers:
             layer.crop(length)
 
+    def skip(self, tokens: int) -> None:
+        """The first `tokens` of the next forward pass, the first of a text, reach no layer that keeps them:
+        an encoder reads them. Positions count them."""
+        assert self.positions.start == 0, "only a text's first tokens are encoded"
+        self.positions = slice(tokens, self.positions.stop)
+        self.places = slice(0, self.places.stop - tokens)
+
     def clear(self) -> None:
         """Remove all tokens."""
+        self.encoded = None
         # Of the tokens of the next forward pass: their positions in the text, and where layers keep them.
         self.positions = self.places = slice(0, 0)
 
@@ -148,6 +157,11 @@ class LayerCache(Layout):
     def positions(self) -> slice:
         """See `Layout`."""
         return self._cache.places
+
+    @property
+    def encoded(self) -> Encoded | None:
+        """See `Layout`."""
+        return self._cache.encoded
 
     def before(self, x_BLX: Tensor) -> Tensor:
         """What `x_BLX` has at the token before each new one; zeros at the context's first token."""

@@ -37,6 +37,7 @@ GROUPS = (
     "positions",
     "value embeddings",
     "attention",
+    "cross-attention",
     "FFN",
     "adapters",
     "shifts",

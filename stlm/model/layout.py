@@ -12,7 +12,7 @@ a row; M the length of rows with inserted places, C vectors inserted at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from stlm.model.fused_attention import fused_attention
 from stlm.model.rotary import Rotary
 from stlm.model.trie_attention import Sequences, attend_sequences
+
+if TYPE_CHECKING:
+    from stlm.model.encoder_decoder import Encoded
 
 
 class Selection(NamedTuple):
@@ -116,13 +119,14 @@ class Layout(ABC):
     [B, 1, L, L] excludes (None: none), and to no others; the training kernels compute this case only. Where
     it does not, `sees` may allow later tokens.
     `answers` [B]: of each row, the index of the token after which an answer begins, -1 for none; None: no row
-    has an answer.
+    has an answer. `encoded`: what an encoder made of a prefix, for the cross-attention of a decoder.
     """
 
     in_rows: ClassVar[bool] = False
     positions: slice | Tensor
     sees: Tensor | None = None
     answers: Tensor | None = None
+    encoded: Encoded | None = None
 
     @abstractmethod
     def before(self, x_BLX: Tensor) -> Tensor:

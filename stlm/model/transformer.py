@@ -249,6 +249,9 @@ class Transformer(nn.Module):
 
     # Whether inference must say where answers begin (`Layout.answers`); only rows of one sequence say so.
     reads_answers = False
+    # Whether inference must say where the scored part of a row begins, as if it were an answer: what is
+    # before is a prefix, of which no token is predicted.
+    reads_prefixes = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -450,9 +453,13 @@ class Transformer(nn.Module):
         rows_N: Tensor | None = None,
         after: Collection[int] = (),
         stretched: Stretched | None = None,
+        end: int | None = None,
     ) -> list[Tensor]:
-        """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows)."""
-        last = len(self.blocks) - 1
+        """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows).
+
+        `end`: the block before which to stop; None: none.
+        """
+        last = (len(self.blocks) if end is None else end) - 1
         without = len(self.blocks) - len(self.value_embeddings)
         kept = []
         for number in range(first, last + 1):

@@ -17,6 +17,7 @@ from stlm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stlm.model.layout import Layout
     from stlm.model.transformer import Transformer
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
@@ -113,8 +114,11 @@ class Technique(BaseModel):
         """
         return {}
 
-    def build(self, model: Transformer) -> None:
+    def build(self, model: Transformer) -> Transformer | None:
         """Add modules to a new model, or wrap its blocks, and initialize what is added.
+
+        Returns another model that takes over the modules of this one where rows pass the blocks in another
+        way than one after another; None: the model stays this one.
 
         Existing weights stay unchanged, so they equal the plain model's for the same seed. A matrix within
         `model.blocks` is trained like the other matrices, a vector like gains.
@@ -150,6 +154,13 @@ class Technique(BaseModel):
         Micro-batches and processes have equal weight, however many targets each of them counts.
         """
         return rows
+
+    def watched(self, tokens_BL: Tensor, layout: Layout | None) -> Layout | None:
+        """The layout in which watch.csv's activations are measured, given that of rows of text.
+
+        It draws no random numbers.
+        """
+        return layout
 
     def step_sums(self, model: Transformer) -> list[Tensor]:
         """float32 tensors to which the training forward passes of a step have added.

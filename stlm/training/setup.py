@@ -127,8 +127,11 @@ class Setup:
 
     def eager_hidden(self, tokens_BL: Tensor) -> Tensor:
         """The head's input as in training, but without torch.compile, whose graphs hold no hooks."""
+        layout = self.micro_batches.layout(tokens_BL)
+        for technique in self.run.techniques.values():
+            layout = technique.watched(tokens_BL, layout)
         with self.device.autocast():
-            return self.model.hidden(tokens_BL, self.micro_batches.layout(tokens_BL))
+            return self.model.hidden(tokens_BL, layout)
 
     def losses(self, tokens_BM: Tensor, step: int, eager: bool = False) -> dict[str, Tensor]:
         """The parts of the objective for tokens [B, L + 1]; `eager`: without torch.compile."""
