@@ -21,9 +21,14 @@ from stlm.corpora.synthetic import choice, corpus
 from stlm.errors import UserError
 from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
+from stlm.model.build import build_model
+from stlm.model.config import ModelConfig
+from stlm.model.layout import CausalRows
+from stlm.techniques.encoder_decoder import EncoderDecoder
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoint_names import find_checkpoint
+from stlm.training.checkpoints import save_checkpoint
 
 CONTEXT = 48
 STORIES = corpus(1, 40)["text"]
@@ -117,6 +122,27 @@ def test_generation_past_the_context(ours: StlmLM) -> None:
         if tokens[-1] == ours.eot_token_id:
             break
     assert long == ours.stlm_tokenizer.decode(tokens[len(ours.stlm_tokenizer.encode("Tom")) :])
+
+
+def test_an_encoder_decoder_encodes_the_prompt(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48, "context": 32}
+    model = build_model(ModelConfig(vocab_size=257, **sizes), [EncoderDecoder()]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    save_checkpoint(tmp_path / "checkpoints" / "step-0000001", model, {"step": 1, "tokens": 1})
+    ByteTokenizer().save(tmp_path / "checkpoints" / "tokenizer")
+    lm = StlmLM(run=str(tmp_path), device="cpu")
+    found = lm._generate([list(b"Tom had"), list(b"x"), []], [], 8, {})
+    for prompt, written in zip((b"Tom had", b"x", b""), found, strict=True):
+        tokens = list(prompt) or [lm.eot_token_id]
+        answers = torch.tensor([len(tokens) - 1])
+        for symbol in written:
+            with torch.no_grad():
+                hidden = model.hidden(torch.tensor([tokens]), CausalRows(len(tokens), answers))
+            assert symbol == int(model.head(hidden[0, -1]).argmax())
+            tokens.append(symbol)
 
 
 def test_sampling_draws_from_the_distribution_asked_for() -> None:
