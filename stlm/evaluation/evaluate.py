@@ -24,7 +24,7 @@ from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig, Mode
 from stlm.evaluation.encoding import RequestEncoder
-from stlm.evaluation.interface import Progress
+from stlm.evaluation.interface import LanguageModel, Progress
 from stlm.evaluation.part_store import BenchmarkFailed, Failures, Part, PartStore
 from stlm.evaluation.perplexity import TestText
 from stlm.evaluation.predictions import (
@@ -82,7 +82,7 @@ class Material(NamedTuple):
     config: EvaluationConfig
     device: str
     precision: Literal["float32", "bfloat16"]
-    text: TestText
+    text: TestText | None  # None: no perplexity is measured
     benchmarks: list[tuple[Benchmark, str, list[Item]]]  # each with the split of its items
     encoder: RequestEncoder | ChunkRequests
     digests: dict[str, Any]
@@ -92,6 +92,13 @@ class Material(NamedTuple):
     def device_name(self) -> str:
         """The model of the processor, or the name of the GPU."""
         return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+
+    def read_by(self, readout: nn.Module) -> Material:
+        """What a readout is scored on: one with a `language_model` of its own on its `benchmarks` alone."""
+        if not hasattr(readout, "language_model"):
+            return self
+        benchmarks = [entry for entry in self.benchmarks if entry[0].name in readout.benchmarks]
+        return self._replace(text=None, benchmarks=benchmarks)
 
 
 class Scored(NamedTuple):
@@ -123,7 +130,8 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
 
     def score_readout(name: str, load_readout: Callable[[], nn.Module]) -> dict[str, Any]:
         part = subject._replace(name=f"{subject.name}-{name}", label=f"{subject.label} {name}")
-        return score_model(material, part, load_readout, store, failures).result
+        own = material.read_by(load_readout())
+        return score_model(own, part, load_readout, store, failures).result
 
     readouts = score_readouts(folders[-1], load, score_readout)
     failures.raise_if_any(store)
@@ -271,7 +279,7 @@ def load_run(material: Material, folder: Path) -> Transformer:
 def score_model(
     material: Material, subject: Subject, load: Callable[[], nn.Module], store: PartStore, failures: Failures
 ) -> Scored:
-    """Measure a model's perplexity and benchmarks.
+    """Measure a model's perplexity, if the material has a text, and benchmarks.
 
     `load` returns the model; it is called once, if a part is missing in `store`. If a benchmark fails, it is
     added to `failures`, and the others are scored.
@@ -292,12 +300,14 @@ def score_model(
         "tokens": material.digests["tokens"],
         "tokenizer": material.digests["tokenizer"],
     }
-    measured, documents = store.part(
-        f"{subject.name}-perplexity",
-        {**depends, "perplexity": config.perplexity.model_dump(mode="json")},
-        lambda: _perplexity(material, subject, model()),
-        perplexity.DOCUMENTS_SCHEMA,
-    )
+    measured, documents = None, perplexity.DOCUMENTS_SCHEMA.empty_table()
+    if material.text is not None:
+        measured, documents = store.part(
+            f"{subject.name}-perplexity",
+            {**depends, "perplexity": config.perplexity.model_dump(mode="json")},
+            lambda: _perplexity(material, subject, model()),
+            perplexity.DOCUMENTS_SCHEMA,
+        )
     benchmarks: dict[str, Any] = {}
     tables = []
     for entry in material.benchmarks:
@@ -321,8 +331,10 @@ def score_model(
     return Scored(result, items, documents)
 
 
-def _language_model(material: Material, transformer: nn.Module) -> TokenModel:
+def _language_model(material: Material, transformer: nn.Module) -> LanguageModel:
     encoder, batch_tokens = material.encoder, material.config.batch_tokens
+    if hasattr(transformer, "language_model"):
+        return transformer.language_model(encoder, material.device, material.precision, batch_tokens)
     if isinstance(encoder, ChunkRequests):
         return ByteModel(transformer, encoder, material.device, batch_tokens)
     return TokenModel(transformer, encoder, material.device, material.precision, batch_tokens)
@@ -344,7 +356,7 @@ def _score_benchmark(
     material: Material,
     subject: Subject,
     entry: tuple[Benchmark, str, list[Item]],
-    load: Callable[[], TokenModel],
+    load: Callable[[], LanguageModel],
     limit: int | None,
     modes: list[Mode],
 ) -> Part:

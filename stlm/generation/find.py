@@ -59,6 +59,8 @@ def load_generator(
             model = find_readout(model, readout)
         except UserError as error:
             raise UserError(f"--readout: {checkpoint}: {error}") from None
+        if not isinstance(model, Transformer):
+            raise UserError(f"--readout {readout}: {checkpoint}: it scores texts and writes none")
     return kind(model, tokenizer, cached)
 
 

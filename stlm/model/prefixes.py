@@ -6,11 +6,16 @@ Shapes: B batch, L length, X any width, H query heads, K key/value heads, E head
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from stlm.model.documents import Documents
 from stlm.model.layout import CausalRows, Layout, attend_in_rows
+
+if TYPE_CHECKING:
+    from stlm.model.transformer import Transformer
 
 
 class Prefixes(Layout):
@@ -53,3 +58,10 @@ class Prefixes(Layout):
         """See `Layout.rows`."""
         documents = None if self._documents is None else self._documents.rows(rows_R)
         return Prefixes(self.prefix_B[rows_R], self._length, self._begin_B[rows_R], documents)
+
+
+def pair_flops(model: Transformer) -> float:
+    """Forward FLOPs of the attention of all blocks over one pair of positions, such as one that causal
+    attention leaves out."""
+    config = model.config
+    return 4 * len(model.blocks) * config.heads * config.head_width

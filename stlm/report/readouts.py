@@ -36,6 +36,8 @@ class _Model(NamedTuple):
     def value(self, measure: str, mode: str) -> tuple[float, float, float] | None:
         """Bits per byte, or the accuracy of a benchmark in percent, with its bounds; None: not scored."""
         if measure == _BITS:
+            if self.scored.perplexity is None:
+                return None
             bits = self.scored.perplexity.bits_per_byte
             return (bits, *(self.scored.perplexity.over_documents or (bits, bits)))
         accuracy = self.scored.accuracy(measure, mode)
@@ -75,13 +77,17 @@ def readouts_table(results: Results) -> Table | None:
             return Cell(text, bold=model.name == MODEL)
 
         measured = model.scored.perplexity
-        bits = f"{measured.bits_per_byte:.3f}"
-        if measured.over_documents is not None:
+        bits = "–" if measured is None else f"{measured.bits_per_byte:.3f}"
+        if measured is not None and measured.over_documents is not None:
             bits += f" {interval_text(measured.over_documents, measured.few_documents)}"
         yield "", cell(model.name), {"run": run, "readout": model.name}
         yield "parameters", cell(count(model.parameters)), {"parameters": model.parameters}
         yield "FLOPs\nper token", cell(count(model.flops)), {"flops_per_token": round(model.flops, 1)}
-        yield "bits per byte", cell(bits), {_BITS: round(measured.bits_per_byte, 5)}
+        yield (
+            "bits per byte",
+            cell(bits),
+            {} if measured is None else {_BITS: round(measured.bits_per_byte, 5)},
+        )
         for benchmark in benchmarks:
             text, record = "–", {}
             if accuracy := model.scored.accuracy(benchmark, mode):
@@ -93,7 +99,8 @@ def readouts_table(results: Results) -> Table | None:
     rows: list[Section | Iterator[tuple]] = []
     for run, of_run in models.items():
         rows += [Section(results[run].label), *(columns(run, model) for model in of_run)]
-    few = any(model.scored.perplexity.few_documents for of_run in models.values() for model in of_run)
+    texts = [model.scored.perplexity for of_run in models.values() for model in of_run]
+    few = any(text.few_documents for text in texts if text is not None)
     return Table.of_columns(
         "readouts",
         f"Language models within the models, study {results.study.name}",

@@ -251,8 +251,12 @@ class CheckpointResult(Strict):
 
 
 class ReadoutResult(CheckpointResult):
-    """A language model within the last checkpoint's (an exit, say); FLOPs are of a forward pass."""
+    """A language model within the last checkpoint's (an exit, say); FLOPs are of a forward pass.
 
+    `perplexity` is None for one whose scores are no probabilities of texts.
+    """
+
+    perplexity: Perplexity | None
     parameters: Count
     flops_per_token: Positive
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stlm.model.layout import Layout
+    from stlm.model.rows import Rows
     from stlm.model.transformer import Transformer
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
-    from stlm.training.rows import Rows
 
 # A technique must name a capability in `supports` before it can be used together with it.
 CAPABILITIES = {
@@ -227,7 +227,10 @@ class Technique(BaseModel):
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """Further language models within a trained one, by name, which are scored like the model.
 
-        Each has the `config`, `hidden`, `head` and `logit` of a `Transformer`.
+        Each has the `config`, `hidden`, `head` and `logit` of a `Transformer`. One that scores texts in
+        another way has instead its `config`, the names of the `benchmarks` that it scores, and a method
+        `language_model(encoder, device, precision, batch_tokens)` that returns a
+        `stlm.evaluation.interface.LanguageModel`; it has no perplexity and writes no text.
         """
         return {}
 

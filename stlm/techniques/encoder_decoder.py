@@ -23,9 +23,9 @@ from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 
 if TYPE_CHECKING:
+    from stlm.model.rows import Rows
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
-    from stlm.training.rows import Rows
 
 
 class EncoderDecoder(Technique):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from stlm.errors import UserError
 from stlm.model.layout import Layout
+from stlm.model.rows import Rows
 from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.techniques.base import Technique
 from stlm.training.distributed import Group
-from stlm.training.rows import Rows
 from stlm.training.schedules import dropout_factor
 
 NEXT_TOKEN = "next_token"

@@ -78,6 +78,25 @@ def test_a_report_has_them_where_a_run_has(make_study):
     assert "acc" in kept and "groups" not in kept
 
 
+def test_a_readout_without_perplexity_has_accuracies_alone(make_study):
+    """One whose scores are no probabilities of texts."""
+    study = make_study(VARIANTS)
+    add_readouts(study, "sincos", ["masked"])
+    path = study.runs["sincos"].folder / "evaluation.json"
+    record = json.loads(path.read_text())
+    record["readouts"]["masked"]["perplexity"] = None
+    path.write_text(json.dumps(record))
+    results = read_results(study)
+    table = readouts_table(results)
+    own, model = table.records
+    assert own["readout"] == "masked" and "bits_per_byte" not in own and own["blimp"] > 0
+    assert table.rows[1][3].text == "–" and model["bits_per_byte"] > 0
+    write_readouts(study.folder / "plots", results)
+    with (study.folder / "plots" / "data" / "readouts.csv").open() as file:
+        drawn = {(row["readout"], row["measure"]) for row in csv.DictReader(file)}
+    assert ("masked", "blimp") in drawn and ("masked", "bits_per_byte") not in drawn
+
+
 def test_a_study_without_readouts_has_neither(make_study, tmp_path):
     study = make_study(VARIANTS)
     results = read_results(study)

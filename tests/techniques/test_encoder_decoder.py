@@ -34,6 +34,7 @@ from stlm.model.flops import forward_flops
 from stlm.model.inference import why_not
 from stlm.model.layout import CausalRows
 from stlm.model.rotary import rotate
+from stlm.model.rows import Rows
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.techniques.encoder_decoder import EncoderDecoder
@@ -43,7 +44,6 @@ from stlm.training.curve import validate
 from stlm.training.loop import Trainer, train
 from stlm.training.memory import training_memory
 from stlm.training.optimizers import build_optimizer
-from stlm.training.rows import Rows
 
 OPTIONS = {
     "plain": {},

@@ -5,8 +5,10 @@ Shapes: B rows, L positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from stlm.model.layout import Layout
@@ -24,3 +26,13 @@ class Rows(NamedTuple):
     targets_BL: Tensor
     layout: Layout | None = None
     counted_BL: Tensor | None = None
+
+
+def drawn_shares(rows: int, shares: Sequence[float]) -> Tensor:
+    """Which of the `shares` each of B rows belongs to [B], drawn at random on the CPU; len(shares): none.
+
+    A row belongs to each with the probability that it states. All rows together belong to it as nearly B
+    times that as whole numbers allow, rounded up or down at random (systematic sampling).
+    """
+    place_B = (torch.randperm(rows) + torch.rand((), dtype=torch.float64)) / rows
+    return torch.searchsorted(torch.tensor(shares, dtype=torch.float64).cumsum(0), place_B, right=True)

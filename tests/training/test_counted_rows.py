@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stlm.model.rows import Rows
 from stlm.techniques.base import Technique
 from stlm.training.loop import Trainer
 from stlm.training.objective import Objective
-from stlm.training.rows import Rows
 
 CALLS: list[tuple[int, int, int]] = []
 
