@@ -393,7 +393,10 @@ def parser() -> argparse.ArgumentParser:
     add_generate_options(generator, prompt)
     drafter = verb(drafts, ("run", of_checkpoint))
     drafter.add_argument(
-        "drafts", metavar="DRAFT", nargs="*", help="as for `stlm generate --draft`; default: all readouts"
+        "drafts",
+        metavar="DRAFT",
+        nargs="*",
+        help="as for `stlm generate --draft`; default: all of the run's own",
     )
     add_drafts_options(drafter)
     exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))

@@ -139,8 +139,8 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         str,
         None,
         "who drafts tokens, which the model verifies several at once: a readout of the model, such as "
-        "exit-2; another model with the same tokenizer, named like RUN; auto: the fastest that `stlm drafts` "
-        "measured",
+        "exit-2; its further heads, ahead-3; another model with the same tokenizer, named like RUN; auto: "
+        "the fastest that `stlm drafts` measured",
         "DRAFT",
     )
     option("--draft-length", at_least_1, None, "most tokens of a draft; default: 4", "N")

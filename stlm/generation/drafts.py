@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.files import read_record, write_record
-from stlm.generation.find import choose_device, find_generator, find_speculator, find_weights, readout_names
+from stlm.generation.find import choose_device, find_generator, find_speculator, find_weights, own_drafts
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling, one_by_one
 from stlm.generation.speculation import Drafting, Speculation, Speculator, Statistics
@@ -103,15 +103,16 @@ def drafts(
     sampling: Sampling,
     device: str | None = None,
 ) -> str:
-    """Measure drafts of `run` (all of its readouts, if none are named), write its table, return it as text.
+    """Measure drafts of `run` (all that it makes itself, if none are named), write its table, return it as
+    text.
 
     Raises UserError for a model or draft that cannot be used so, and where there is none to measure.
     """
     weights, where = find_weights(run), choose_device(device)
     if weights is None:
         raise UserError(f"{run}: a published model; expected a run, whose table is found by its weights")
-    readouts = readout_names(run)
-    names = list(names) or readouts
+    own = own_drafts(run)
+    names = list(names) or own
     if not names:
         raise UserError(f"{run} has no readouts to draft with; name other models as drafts")
     ways = {"alone": Way(find_generator(run, where))}
@@ -124,7 +125,7 @@ def drafts(
     rows = []
     for way, (seconds, statistics) in measure(ways, [prompt], tokens, sampling, rounds).items():
         name, length = keys.get(way, (None, None))
-        other = name is not None and name not in readouts
+        other = name is not None and name not in own
         rows.append(
             Row(
                 draft=name,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from stlm.errors import UserError, nearest, shortened
 from stlm.evaluation.readouts import find_readout, readouts_of
+from stlm.generation.ahead import AheadSpeculator, ahead_drafts
 from stlm.generation.bytes import ByteGenerator
 from stlm.generation.interface import TextGenerator
 from stlm.generation.speculation import Speculator
@@ -105,18 +108,19 @@ def find_weights(name: str) -> str | None:
 
 
 def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
-    """The model `name` with a draft: one of its readouts, such as `exit-2`, or another model by name.
+    """The model `name` with a draft: one of its readouts, such as `exit-2`, its further heads (`ahead-3`), or
+    another model by name.
 
     Raises UserError as `find_generator` does, for models that cannot be used so, for a readout that is none
     of the model's, and for a draft with another tokenizer.
     """
     model = find_generator(name, device)
     _check_drafts(model, name)
-    readouts = _readouts(model)
-    if draft in readouts:
-        return ExitSpeculator(model.transformer, model.tokenizer, readouts[draft])
+    own = _own_drafts(model)
+    if draft in own:
+        return own[draft]()
     if "/" not in draft and not is_folder(Path(draft)):
-        has = nearest(draft, readouts) if readouts else ", which has none to draft with"
+        has = nearest(draft, own) if own else ", which has none to draft with"
         raise UserError(
             f"--draft {draft}: neither a readout of {name}{has}, nor the STUDY/RUN or folder of a model"
         )
@@ -128,9 +132,9 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
         raise UserError(f"--draft {draft}: {error}") from None
 
 
-def readout_names(name: str) -> list[str]:
-    """The readouts of a model with which it can draft; none of a published model."""
-    return list(_readouts(find_generator(name, torch.device("cpu"))))
+def own_drafts(name: str) -> list[str]:
+    """The drafts that a model makes itself, by name; a published model has none."""
+    return list(_own_drafts(find_generator(name, torch.device("cpu"))))
 
 
 def _check_drafts(generator: TextGenerator, name: str) -> None:
@@ -146,11 +150,21 @@ def _check_drafts(generator: TextGenerator, name: str) -> None:
         raise UserError(f"--draft: {name}: {reason}: drafts that are rejected could not be taken out of it")
 
 
-def _readouts(model: TextGenerator) -> dict[str, Transformer]:
-    """The readouts that are a model's first blocks, with its norm and its head; none of other models."""
+def _own_drafts(model: TextGenerator) -> dict[str, Callable[[], Speculator]]:
+    """A model with each draft that it makes itself, by name: of its first blocks, or of its further heads."""
     if not isinstance(model, TokenGenerator):
         return {}
-    whole = model.transformer
+    parts = model.transformer, model.tokenizer
+    exits = {
+        name: partial(ExitSpeculator, *parts, first) for name, first in _exits(model.transformer).items()
+    }
+    return exits | {
+        name: partial(AheadSpeculator, *parts, last) for name, last in ahead_drafts(parts[0]).items()
+    }
+
+
+def _exits(whole: Transformer) -> dict[str, Transformer]:
+    """The readouts that are a model's first blocks, with its norm and its head."""
     return {
         name: readout
         for name, readout in readouts_of(whole).items()

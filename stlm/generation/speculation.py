@@ -28,15 +28,19 @@ LENGTH = 4
 
 
 class Speculator(TextGenerator, Protocol):
-    """A model with a draft: another model, or some of its own blocks (`stlm.generation.speculators`)."""
+    """A model with a draft: another model, some of its own blocks (`stlm.generation.speculators`), or heads
+    of its own for tokens further ahead (`stlm.generation.ahead`)."""
 
     @property
     def room(self) -> int:
         """How many more tokens the model can read before its window moves on."""
         ...
 
-    def draft(self, symbol: int) -> Tensor:
-        """The draft reads one more token; returns its logits [V], float32, of the next one."""
+    def draft(self, symbol: int) -> Tensor | None:
+        """The draft reads one more token; returns its logits [V], float32, of the next one.
+
+        None: it can draft no more before the next verification.
+        """
         ...
 
     def verify(self, symbols: Sequence[int]) -> Tensor:
@@ -181,6 +185,8 @@ class Speculation:
         rows: list[Tensor] = []
         while len(drafted) < length and symbol != self.speculator.eot:
             logits_V = self.speculator.draft(symbol)
+            if logits_V is None:
+                break
             if self.drafting.fallback and logits_V.softmax(dim=-1).amax() < self.drafting.fallback:
                 break
             if self.sampling.temperature == 0:

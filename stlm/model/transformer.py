@@ -384,8 +384,9 @@ class Transformer(nn.Module):
         return factors + blocks + children_flops(self, length, without=("blocks",))
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
-        """The matrices of the blocks: see `block_matrices`."""
-        return block_matrices(self.blocks)
+        """The matrices of the blocks, and of children that say `trained_as_blocks`: see `block_matrices`."""
+        further = [child for child in self.children() if getattr(child, "trained_as_blocks", False)]
+        return block_matrices(nn.ModuleList([self.blocks, *further]))
 
     def schedule_dropout(self, factor: float) -> None:
         """From now on, multiply the configured dropout probabilities by `factor`, between 0 and 1."""
@@ -441,7 +442,7 @@ class Transformer(nn.Module):
         `layout` and the tokens are those of the pass through the first blocks. Nothing may be inserted.
         """
         assert self.inserted_embeddings is None, "the rows would be longer than the tokens"
-        return self._through(block, x_BLD, self._rope(layout), tokens_BL, layout)[-1]
+        return self._through(block, x_BLD, self.rope(layout), tokens_BL, layout)[-1]
 
     def _through(
         self,
@@ -489,12 +490,8 @@ class Transformer(nn.Module):
 
         With `stretched` rows L is their length, and `layout` is theirs.
         """
-        positions, added = layout.positions, self.added_embeddings
-        x_BLD = self.embedding(tokens_BL if added is None else added.in_vocabulary(tokens_BL))
-        if self.embedding_up is not None:
-            x_BLD = _in_float32(x_BLD, self.embedding_up)
-        if added is not None:
-            x_BLD = added.put(x_BLD, tokens_BL)
+        positions = layout.positions
+        x_BLD = self.token_vectors(tokens_BL)
         if stretched is not None:
             x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
         if self.config.positions == "learned":
@@ -503,9 +500,17 @@ class Transformer(nn.Module):
             # The embedding starts with a standard deviation of 0.02, the sinusoids with 0.7: unscaled, they
             # would drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[positions]
-        return self.dropout(x_BLD), self._rope(layout)
+        return self.dropout(x_BLD), self.rope(layout)
 
-    def _rope(self, layout: Layout) -> Rotary | None:
+    def token_vectors(self, tokens_BL: Tensor) -> Tensor:
+        """The embeddings [B, L, D] of tokens, without positions."""
+        added = self.added_embeddings
+        x_BLD = self.embedding(tokens_BL if added is None else added.in_vocabulary(tokens_BL))
+        if self.embedding_up is not None:
+            x_BLD = _in_float32(x_BLD, self.embedding_up)
+        return x_BLD if added is None else added.put(x_BLD, tokens_BL)
+
+    def rope(self, layout: Layout) -> Rotary | None:
         """The rotary angles [L, 1, E] or [B, L, 1, E] of a layout's positions, the same for all heads."""
         if self.config.positions != "rope":
             return None

@@ -55,7 +55,7 @@ class Technique(BaseModel):
     combines_with: ClassVar[frozenset[str]] = frozenset()
     # Whether `objective` itself returns the part "next_token", replacing the plain cross-entropy.
     replaces_next_token: ClassVar[bool] = False
-    # The names of the metrics of `validated`: columns `val_NAME` of the curve.
+    # The names of the metrics of `validated` and `validated_text`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
     # Role of `depends` -> the key that names the variant, where the key is not named like the role.
     role_keys: ClassVar[Mapping[str, str]] = {}
@@ -185,6 +185,15 @@ class Technique(BaseModel):
         Each is averaged over the validation text. `counted_BL` marks the tokens that count; the rest is
         padding. Metrics by layer (`layer_figures`) are [2, layers, X]: sums, then counts, which are 0 where a
         layer has none.
+        """
+        return {}
+
+    def validated_text(
+        self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    ) -> dict[str, Tensor]:
+        """As `validated`, metrics for which the technique reads the batch itself.
+
+        `counted_BL` marks the targets that count.
         """
         return {}
 

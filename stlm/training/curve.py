@@ -109,8 +109,11 @@ def validate(setup: Setup, validation: ValidationSet) -> Validated:
         with setup.device.autocast():
             nats += setup.model.loss(tokens_BL, targets_BL, mask_BL).double()
         for technique in techniques:
-            for name, found in technique.validated(setup.model, mask_BL.bool()).items():
-                figures[name] += found
+            found = technique.validated(setup.model, mask_BL.bool())
+            with setup.device.autocast():
+                read = technique.validated_text(setup.model, tokens_BL, targets_BL, mask_BL.bool())
+            for name, sums in (found | read).items():
+                figures[name] += sums
     setup.model.train()
     setup.group.sum([nats, *figures.values()])
     nats = nats.item()
