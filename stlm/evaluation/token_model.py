@@ -194,7 +194,7 @@ class TokenModel:
             )
             # After an empty context begins a text, and no answer.
             answer = -1
-            if self._reads_answers and not item.starts_with_eot:
+            if self._reads_answers and (request.begins or not item.starts_with_eot):
                 answer = max(-1, item.n_context - 1 - request_cut)
             number = index.setdefault((tokens.tobytes(), answer), len(forwards))
             if number == len(forwards):
