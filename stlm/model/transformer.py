@@ -248,6 +248,8 @@ class Transformer(nn.Module):
 
     # Whether inference must say where answers begin (`Layout.answers`); only rows of one sequence say so.
     reads_answers = False
+    # Whether rows with answers take several passes: `hidden` is then that of what is inserted.
+    thinks = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -386,7 +388,18 @@ class Transformer(nn.Module):
         those positions are returned, [N, D] or [N, R], and the last block's feed-forward network skips the
         others.
         """
+        if self.thinks and layout is not None and layout.answers is not None:
+            return self.inserted_embeddings.hidden(self, tokens_BL, layout, rows_N)
         return self.finish(self.residuals(tokens_BL, layout, rows_N)[-1])
+
+    def read_vectors(self, x_BLD: Tensor, layout: Layout) -> Tensor:
+        """The residual stream [B, L, D] after the last block, given vectors in place of tokens' embeddings.
+
+        There may be no value embeddings, which are tokens'.
+        """
+        assert not self.value_embeddings, "only tokens have value embeddings"
+        x_BLD, rope = self._placed(x_BLD, layout)
+        return self._through(0, x_BLD, rope, None, layout)[-1]
 
     def finish(self, x_BLD: Tensor) -> Tensor:
         """The head's input for the residual stream [..., D], after any block."""
@@ -430,13 +443,16 @@ class Transformer(nn.Module):
         first: int,
         x_BLD: Tensor,
         rope: Rotary | None,
-        tokens_BL: Tensor,
+        tokens_BL: Tensor | None,
         layout: Layout,
         rows_N: Tensor | None = None,
         after: Collection[int] = (),
         stretched: Stretched | None = None,
     ) -> list[Tensor]:
-        """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows)."""
+        """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows).
+
+        `tokens_BL` are read by value embeddings alone.
+        """
         last = len(self.blocks) - 1
         without = len(self.blocks) - len(self.value_embeddings)
         kept = []
@@ -460,12 +476,19 @@ class Transformer(nn.Module):
 
         With `stretched` rows L is their length, and `layout` is theirs.
         """
-        positions = layout.positions
-        x_BLD = self.embedding(tokens_BL)
-        if self.embedding_up is not None:
-            x_BLD = _in_float32(x_BLD, self.embedding_up)
+        x_BLD = self.embed(tokens_BL)
         if stretched is not None:
             x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
+        return self._placed(x_BLD, layout)
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """The embeddings [B, L, D] of tokens, without positions."""
+        x_BLD = self.embedding(tokens_BL)
+        return x_BLD if self.embedding_up is None else _in_float32(x_BLD, self.embedding_up)
+
+    def _placed(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, Rotary | None]:
+        """Embeddings [B, L, D] with what is added for their positions, and the rotary angles of these."""
+        positions = layout.positions
         if self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[positions]
         elif self.config.positions == "sinusoidal":
