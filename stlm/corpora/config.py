@@ -183,14 +183,20 @@ class WheelSource(_Files):
 
 
 class SyntheticSource(_Strict):
-    """Text of the seeded story grammar (stlm.corpora.synthetic)."""
+    """Text that is generated from a seed (stlm.corpora.synthetic)."""
 
     kind: Literal["synthetic"] = Field(description="The kind of source.")
-    part: Literal["corpus", "pairs", "choice"] = Field(
-        default="corpus", description="Stories, minimal pairs, or questions with four answers."
+    part: Literal[
+        "corpus", "pairs", "choice", "steps_plain", "steps_written", "steps_arithmetic", "steps_entities"
+    ] = Field(
+        default="corpus",
+        description="`corpus`: stories; `pairs`: minimal pairs; `choice`: questions with four answers. "
+        "`steps_plain`, `steps_written`: questions that need several steps with their answers, without and "
+        "with the steps written out; the same seed gives the same questions. `steps_arithmetic`, "
+        "`steps_entities`: such questions with candidates, which neither corpus has.",
     )
     seed: int = Field(default=0, ge=0, description="The same seed and size give the same text.")
-    size: int = Field(ge=1, description="Documents (corpus), pairs a paradigm (pairs) or items (choice).")
+    size: int = Field(ge=1, description="Documents of a corpus, pairs of a paradigm (`pairs`), or items.")
     note: str = Field(default="", description="Copied to source.json.")
 
 

@@ -89,8 +89,8 @@ class ChunkRequests:
             numbers[place] = self._number(chunks[place], rest)
         else:
             place += 1
-        if place == 0:
-            return Encoded(np.array([self.eot, *numbers], np.int32), 1, True)
+        if place == 0 or request.begins:
+            return Encoded(np.array([self.eot, *numbers], np.int32), place + 1, True)
         return Encoded(np.array(numbers, np.int32), place, False)
 
     def _ends_certainly(self, chunk: bytes) -> bool:

@@ -32,8 +32,9 @@ class RequestEncoder:
 
     The whole text is encoded at once. The context alone is encoded, too, and the continuation begins after as
     many tokens; trailing whitespace of the context counts as part of the continuation. An empty context is
-    the end-of-text token. If both merge in one token, for example when a context ends inside a word, the
-    context's own tokens come first, except in a string that is scored whole.
+    the end-of-text token, and a context that begins a document follows it. If both merge in one token, for
+    example when a context ends inside a word, the context's own tokens come first, except in a string that
+    is scored whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -52,7 +53,10 @@ class RequestEncoder:
             if n_context:
                 if not (request.whole or np.array_equal(whole[:n_context], context)):
                     whole = np.concatenate([context, whole[n_context:]])
-                encoded.append(Encoded(whole, n_context, False))
+                if request.begins:
+                    encoded.append(Encoded(np.concatenate([self._eot, whole]), n_context + 1, True))
+                else:
+                    encoded.append(Encoded(whole, n_context, False))
             else:
                 encoded.append(Encoded(np.concatenate([self._eot, whole]), 1, True))
         return encoded

@@ -37,6 +37,7 @@ from stlm.evaluation.predictions import (
 from stlm.evaluation.readouts import score_readouts
 from stlm.evaluation.text_items import items_from_text
 from stlm.evaluation.token_model import TokenModel
+from stlm.evaluation.writing import write_before
 from stlm.files import atomic_path, read_json, read_record, remove_leftovers, sha256, write_record
 from stlm.model.transformer import Transformer
 from stlm.outputs import EVALUATION, names
@@ -365,8 +366,12 @@ def _score_benchmark(
     chosen, split, items = entry
     taken = subset(items, limit, material.config.limit_seed, chosen.name)
     requests = len(modes) * sum(len(item.options) for item in taken)
+    written = {}
     with _bar(f"{subject.label} {chosen.name}", "option", requests) as progress:
         try:
+            if chosen.writing is not None:
+                first = write_before(model, taken, chosen.writing)
+                taken, written = first.items, {"written": first.record}
             scores = scoring.score(model, taken, modes, progress)
         except UserError as error:
             raise BenchmarkFailed(f"{subject.label}, {material.precision}: {error}") from None
@@ -377,6 +382,7 @@ def _score_benchmark(
         "items": len(taken),
         "items_total": len(items),
         "limit": limit,
+        **written,
         "modes": {mode: scoring.summarize(chosen, mode, taken, scores[mode]) for mode in modes},
     }
     return Part(result, scoring.rows(labels, taken, scores))

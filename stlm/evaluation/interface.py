@@ -21,13 +21,15 @@ class Request(NamedTuple):
 
     An empty context is the beginning of a document (the end-of-text token). The first token of a whole string
     is scored after it, too; the others are conditioned on the string only, as in a continuation. `item` is
-    the number of the item whose option this is; None: it is compared with no other request.
+    the number of the item whose option this is; None: it is compared with no other request. `begins`: the
+    context is the beginning of a document, and follows the end-of-text token.
     """
 
     context: str
     continuation: str
     whole: bool = False
     item: int | None = None
+    begins: bool = False
 
 
 class Score(NamedTuple):

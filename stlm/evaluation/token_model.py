@@ -204,7 +204,7 @@ class TokenModel:
             answer = -1
             if self._reads_prefixes:
                 answer = start
-            elif self._reads_answers and not item.starts_with_eot:
+            elif self._reads_answers and (request.begins or not item.starts_with_eot):
                 answer = max(-1, item.n_context - 1 - request_cut)
             number = index.setdefault((tokens.tobytes(), answer), len(forwards))
             if number == len(forwards):

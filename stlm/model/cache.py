@@ -127,6 +127,14 @@ class Cache(Layout):
         self.places = slice(self.places.start, self.places.start + length)
         return Stretched(_StretchedCache(self), length, place_BL, last_BL)
 
+    def at(self, begin: int, end: int) -> Layout:
+        """The layout of a pass over these places alone, of those that new tokens and what is inserted take.
+
+        Such passes follow one another; the next tokens go on where the last of them ends.
+        """
+        self.places = slice(begin, end)
+        return _StretchedCache(self)
+
 
 class _StretchedCache(Layout):
     """A cache whose positions are those of tokens and inserted places."""

@@ -252,6 +252,8 @@ class Transformer(nn.Module):
     # Whether inference must say where the scored part of a row begins, as if it were an answer: what is
     # before is a prefix, of which no token is predicted.
     reads_prefixes = False
+    # Whether rows with answers take several passes: `hidden` is then that of what is inserted.
+    thinks = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -405,7 +407,18 @@ class Transformer(nn.Module):
         those positions are returned, [N, D] or [N, R], and the last block's feed-forward network skips the
         others.
         """
+        if self.thinks and layout is not None and layout.answers is not None:
+            return self.inserted_embeddings.hidden(self, tokens_BL, layout, rows_N)
         return self.finish(self.residuals(tokens_BL, layout, rows_N)[-1])
+
+    def read_vectors(self, x_BLD: Tensor, layout: Layout) -> Tensor:
+        """The residual stream [B, L, D] after the last block, given vectors in place of tokens' embeddings.
+
+        There may be no value embeddings, which are tokens'.
+        """
+        assert not self.value_embeddings, "only tokens have value embeddings"
+        x_BLD, rope = self._placed(x_BLD, layout)
+        return self._through(0, x_BLD, rope, None, layout)[-1]
 
     def finish(self, x_BLD: Tensor) -> Tensor:
         """The head's input for the residual stream [..., D], after any block."""
@@ -449,7 +462,7 @@ class Transformer(nn.Module):
         first: int,
         x_BLD: Tensor,
         rope: Rotary | None,
-        tokens_BL: Tensor,
+        tokens_BL: Tensor | None,
         layout: Layout,
         rows_N: Tensor | None = None,
         after: Collection[int] = (),
@@ -458,7 +471,7 @@ class Transformer(nn.Module):
     ) -> list[Tensor]:
         """`residuals` from block `first` on, given the stream before it (with `stretched`, longer rows).
 
-        `end`: the block before which to stop; None: none.
+        `tokens_BL` are read by value embeddings alone. `end`: the block before which to stop; None: none.
         """
         last = (len(self.blocks) if end is None else end) - 1
         without = len(self.blocks) - len(self.value_embeddings)
@@ -490,10 +503,14 @@ class Transformer(nn.Module):
 
         With `stretched` rows L is their length, and `layout` is theirs.
         """
-        positions = layout.positions
         x_BLD = self.token_vectors(tokens_BL)
         if stretched is not None:
             x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
+        return self._placed(x_BLD, layout)
+
+    def _placed(self, x_BLD: Tensor, layout: Layout) -> tuple[Tensor, Rotary | None]:
+        """Embeddings [B, L, D] with what is added for their positions, and the rotary angles of these."""
+        positions = layout.positions
         if self.config.positions == "learned":
             x_BLD = x_BLD + self.positions.weight[positions]
         elif self.config.positions == "sinusoidal":

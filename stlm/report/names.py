@@ -17,6 +17,10 @@ _BENCHMARKS = {
     "last_word": "Last word",
     "synthetic_pairs": "Synthetic pairs",
     "synthetic_choice": "Synthetic choice",
+    "steps_arithmetic": "Steps, arithmetic",
+    "steps_arithmetic_written": "Steps, arithmetic, written",
+    "steps_entities": "Steps, entities",
+    "steps_entities_written": "Steps, entities, written",
 }
 
 

@@ -22,7 +22,7 @@ def test_everything_that_the_studies_may_name_is_there() -> None:
     assert set(corpora) >= ASKED_FOR
     assert set(benchmarks) == {
         "blimp", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu", "synthetic_pairs",
-        "synthetic_choice",
+        "synthetic_choice", "steps_arithmetic", "steps_entities",
     }  # fmt: skip
     assert set(load_vocabularies(ROOT)) == {"gpt2"}
     assert set(load_models(ROOT)) == {"smollm2_135m"}
@@ -60,7 +60,7 @@ def test_every_entry_is_in_the_readme() -> None:
     assert [name for name in entries if f"`{name}`" not in readme] == []
 
 
-def test_the_synthetic_parts_differ_in_their_seeds() -> None:
+def test_the_synthetic_parts_differ_in_their_seeds_but_for_equal_questions() -> None:
     entries = {**load_corpora(ROOT), **load_benchmarks(ROOT)}
     synthetic = [
         source
@@ -68,8 +68,14 @@ def test_the_synthetic_parts_differ_in_their_seeds() -> None:
         for source in entry.sources
         if isinstance(source, SyntheticSource)
     ]
-    assert {source.part for source in synthetic} == {"corpus", "pairs", "choice"}
-    assert len({source.seed for source in synthetic}) == 3
+    parts = {source.part: source for source in synthetic}
+    assert parts.keys() == {
+        "corpus", "pairs", "choice", "steps_plain", "steps_written", "steps_arithmetic", "steps_entities",
+    }  # fmt: skip
+    assert len({source.seed for source in synthetic}) == 6
+    # The same questions, with and without their steps.
+    plain, written = parts["steps_plain"], parts["steps_written"]
+    assert (plain.seed, plain.size) == (written.seed, written.size)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,14 @@ ROWS = {
         "validation.parquet",
         {"ctx": "Tom had a hat. ", "endings": ["He lost it.", "It ran."], "label": 0, "kind": "object"},
     ),
+    "steps_arithmetic": (
+        "test.parquet",
+        {"question": "3 + 5 - 9 = ?", "options": ["8", "9"], "label": 1, "steps": 2},
+    ),
 }
 ROWS["synthetic_pairs"] = ROWS["blimp"]
+for _name in ("steps_arithmetic_written", "steps_entities", "steps_entities_written"):
+    ROWS[_name] = ROWS["steps_arithmetic"]
 ROWS["arc_challenge"] = ROWS["arc_easy"]
 ROWS["mmlu_cloze"] = ROWS["mmlu"]
 OF_FILES = sorted(name for name, one in BENCHMARKS.items() if isinstance(one, FileBenchmark))
@@ -204,6 +210,7 @@ def test_synthetic_choice_reads_a_story_with_endings(tmp_path):
         ("winogrande", "Sarah was better than Maria so Maria always got the easier cases."),
         ("mmlu", "Find the degree. 4"),
         ("synthetic_choice", "Tom had a hat. He lost it."),
+        ("steps_arithmetic", "3 + 5 - 9 = ? 9"),
     ],
 )
 def test_an_items_own_text_has_the_right_answer_and_no_words_of_a_prompt(tmp_path, name, expected):

@@ -10,6 +10,12 @@ from stlm.evaluation.benchmarks.hellaswag import HELLASWAG
 from stlm.evaluation.benchmarks.items import Benchmark, FileBenchmark, Item, Option, TextBenchmark, subset
 from stlm.evaluation.benchmarks.last_word import LAST_WORD
 from stlm.evaluation.benchmarks.mmlu import MMLU, MMLU_CLOZE
+from stlm.evaluation.benchmarks.steps import (
+    STEPS_ARITHMETIC,
+    STEPS_ARITHMETIC_WRITTEN,
+    STEPS_ENTITIES,
+    STEPS_ENTITIES_WRITTEN,
+)
 from stlm.evaluation.benchmarks.synthetic import SYNTHETIC_CHOICE, SYNTHETIC_PAIRS
 from stlm.evaluation.benchmarks.winogrande import WINOGRANDE
 
@@ -38,6 +44,10 @@ BENCHMARKS: dict[str, FileBenchmark | TextBenchmark] = {
         LAST_WORD,
         SYNTHETIC_PAIRS,
         SYNTHETIC_CHOICE,
+        STEPS_ARITHMETIC,
+        STEPS_ARITHMETIC_WRITTEN,
+        STEPS_ENTITIES,
+        STEPS_ENTITIES_WRITTEN,
     )
 }
 

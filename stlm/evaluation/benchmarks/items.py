@@ -25,15 +25,17 @@ class Option(NamedTuple):
     """One possible continuation: its context, the text scored after it, and the words that lengths count.
 
     `words` is the continuation without the space that joins it to the context, as in lm_eval's `acc_norm`.
+    `begins`: see `Request`.
     """
 
     context: str
     continuation: str
     words: str
+    begins: bool = False
 
     def request(self, mode: Mode) -> Request:
         """The text to score: the continuation given the context (harness), or both together (paper)."""
-        return Request(self.context, self.continuation, whole=mode == "paper")
+        return Request(self.context, self.continuation, whole=mode == "paper", begins=self.begins)
 
 
 class Item(NamedTuple):
@@ -61,13 +63,22 @@ class BadRow(ValueError):
     """A row that is not an item; the message says why."""
 
 
+class Writing(NamedTuple):
+    """What a model writes itself, greedily, before the options are scored: the text up to `marker`, or
+    `most` symbols if it does not come (a symbol is a token or, of a byte-level model, a byte)."""
+
+    marker: str
+    most: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """What scoring needs to know about a benchmark, whatever the source of its items.
 
     `version` changes whenever the same model would get another score. `normalized`: whether the reference
     harness also reports `acc_norm`, the score divided by the option's number of characters. `modes`: the
-    modes that make sense for it; a study's other modes skip it.
+    modes that make sense for it; a study's other modes skip it. `writing`: what the model writes first; its
+    text comes before the continuation of each of an item's options.
     """
 
     name: str
@@ -75,6 +86,7 @@ class Benchmark:
     group_kinds: tuple[str, ...] = ()
     normalized: bool = False
     modes: tuple[Mode, ...] = ("harness", "paper")
+    writing: Writing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
