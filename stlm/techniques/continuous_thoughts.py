@@ -1,7 +1,7 @@
 """Continuous thoughts: hidden states that a model reads instead of written steps, before its answer.
 
 Hao et al. (2024), "Training Large Language Models to Reason in a Continuous Latent Space" (Coconut), arXiv
-2412.06769. `stlm.model.thoughts` computes them; this file says which steps they replace in training, when.
+2412.06769. `stlm.model.latent_places` computes them; this file says which steps they replace in training, when.
 
 Shapes: B rows, L tokens, M places, D width, N targets.
 """
@@ -26,7 +26,7 @@ from stlm.model.activations import block_activations
 from stlm.model.counts import TRAINING_PASSES, build_on_meta, training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.flops import children_flops, forward_flops
-from stlm.model.thoughts import BEGIN, END, MARKS, THOUGHT, TOKEN, Rows, Thoughts
+from stlm.model.latent_places import BEGIN, END, MARKS, THOUGHT, TOKEN, Rows, Thoughts
 from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 from stlm.tokens.batches import Batches
