@@ -45,14 +45,14 @@ class MeanPooling(nn.Module):
         return forward_flops(self.up, 1) + children_flops(self, length, without=("up",))
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        return self.up(torch.cat([x_CLW.mean(dim=1) for x_CLW in packing.split(x_TW)]))
+        return self.up(packing.mean(x_TW))
 
 
 class LastPooling(MeanPooling):
     """A chunk's last byte."""
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        return self.up(torch.cat([x_CLW[:, -1] for x_CLW in packing.split(x_TW)]))
+        return self.up(packing.last(x_TW))
 
 
 class AttentionPooling(MeanPooling):
@@ -63,12 +63,7 @@ class AttentionPooling(MeanPooling):
         self.score = nn.Linear(config.bytes.width, 1, bias=False)
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        scores = packing.split(self.score(x_TW))
-        pooled = [
-            (x_CLW * score_CL1.softmax(dim=1)).sum(dim=1)
-            for x_CLW, score_CL1 in zip(packing.split(x_TW), scores, strict=True)
-        ]
-        return self.up(torch.cat(pooled))
+        return self.up(packing.weighted(x_TW, self.score(x_TW)))
 
 
 class QueryPooling(nn.Module):

@@ -52,6 +52,19 @@ class Packing(Layout):
             for part, (length, count) in zip(parts, self.blocks, strict=True)
         ]
 
+    def mean(self, x_TX: Tensor) -> Tensor:
+        """The mean [N, X] of each chunk, in the order of `order_N`."""
+        return torch.cat([x_CLX.mean(dim=1) for x_CLX in self.split(x_TX)])
+
+    def last(self, x_TX: Tensor) -> Tensor:
+        """Each chunk's last position [N, X], in the order of `order_N`."""
+        return torch.cat([x_CLX[:, -1] for x_CLX in self.split(x_TX)])
+
+    def weighted(self, x_TX: Tensor, score_T1: Tensor) -> Tensor:
+        """The mean [N, X] of each chunk by the softmax of its scores, in the order of `order_N`."""
+        parts = zip(self.split(x_TX), self.split(score_T1), strict=True)
+        return torch.cat([(x_CLX * score_CL1.softmax(dim=1)).sum(dim=1) for x_CLX, score_CL1 in parts])
+
     def before(self, x_1TX: Tensor) -> Tensor:
         """`x_1TX` at the position before each in its chunk; zeros at a chunk's first position."""
         return F.pad(x_1TX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]

@@ -266,6 +266,9 @@ class Transformer(nn.Module):
         # What a technique inserts into the rows, such as `stlm.techniques.pauses.PauseEmbeddings`. The next
         # token is predicted after it.
         self.inserted_embeddings: nn.Module | None = None
+        # How a technique leads the rows through the blocks, such as `stlm.model.thoughts.Thoughts`; None: one
+        # after another. Called with the model and the arguments of `residuals`.
+        self.route: nn.Module | None = None
         self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
         # and Jordan et al. 2024, modded-nanogpt): the token itself reaches attention past the blocks before.
@@ -362,8 +365,11 @@ class Transformer(nn.Module):
             # One product after the look-up and one before the head, by the transpose or by `output_down`.
             factors = 4 * self.embedding_up.numel() * length
         inserted = self.inserted_embeddings
-        blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
-        return factors + blocks + children_flops(self, length, without=("blocks",))
+        if self.route is not None:
+            blocks = self.route.flops_through(self.blocks, length)
+        else:
+            blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
+        return factors + blocks + children_flops(self, length, without=("blocks", "route"))
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The matrices of the blocks: see `block_matrices`."""
@@ -409,6 +415,8 @@ class Transformer(nn.Module):
         L, longest = tokens_BL.shape[1], self.config.context
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         layout = CausalRows(L) if layout is None else layout
+        if self.route is not None:
+            return [self.route(self, tokens_BL, layout, rows_N, after)]
         stretched = None
         if self.inserted_embeddings is not None:
             stretched = self.inserted_embeddings.stretch(layout, tokens_BL)
@@ -423,7 +431,8 @@ class Transformer(nn.Module):
         `layout` and the tokens are those of the pass through the first blocks. Nothing may be inserted.
         """
         assert self.inserted_embeddings is None, "the rows would be longer than the tokens"
-        return self._through(block, x_BLD, self._rope(layout), tokens_BL, layout)[-1]
+        assert self.route is None, "the blocks are not passed one after another"
+        return self._through(block, x_BLD, self.rope(layout), tokens_BL, layout)[-1]
 
     def _through(
         self,
@@ -461,9 +470,7 @@ class Transformer(nn.Module):
         With `stretched` rows L is their length, and `layout` is theirs.
         """
         positions = layout.positions
-        x_BLD = self.embedding(tokens_BL)
-        if self.embedding_up is not None:
-            x_BLD = _in_float32(x_BLD, self.embedding_up)
+        x_BLD = self.look_up(tokens_BL)
         if stretched is not None:
             x_BLD = stretched.spread(x_BLD, self.inserted_embeddings.vectors())
         if self.config.positions == "learned":
@@ -472,9 +479,14 @@ class Transformer(nn.Module):
             # The embedding starts with a standard deviation of 0.02, the sinusoids with 0.7: unscaled, they
             # would drown it. Vaswani et al. multiply the embedding by sqrt(width) for the same reason.
             x_BLD = x_BLD * math.sqrt(self.config.width) + self.sinusoids_LD[positions]
-        return self.dropout(x_BLD), self._rope(layout)
+        return self.dropout(x_BLD), self.rope(layout)
 
-    def _rope(self, layout: Layout) -> Rotary | None:
+    def look_up(self, tokens_BL: Tensor) -> Tensor:
+        """The tokens' vectors [B, L, D], without positions."""
+        x_BLD = self.embedding(tokens_BL)
+        return x_BLD if self.embedding_up is None else _in_float32(x_BLD, self.embedding_up)
+
+    def rope(self, layout: Layout) -> Rotary | None:
         """The rotary angles [L, 1, E] or [B, L, 1, E] of a layout's positions, the same for all heads."""
         if self.config.positions != "rope":
             return None
