@@ -71,7 +71,9 @@ class Packing(Layout):
 
     def attend(self, q_1THE: Tensor, k_1THE: Tensor, v_1THE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. With `causal`, a position sees its chunk up to itself, otherwise all of it."""
-        assert not dropout, "byte transformers have no dropout"
+        assert not dropout, "there is no dropout of attention within chunks"
+        if (groups := q_1THE.shape[2] // k_1THE.shape[2]) > 1:
+            k_1THE, v_1THE = (x.repeat_interleave(groups, dim=2) for x in (k_1THE, v_1THE))
         return _ChunkAttention.apply(q_1THE[0], k_1THE[0], v_1THE[0], self.blocks, self.causal)[None]
 
 

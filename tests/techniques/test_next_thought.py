@@ -1,4 +1,4 @@
-"""Next thought: proper probabilities, no leaks, what is predicted and its losses, cost, training, evaluation."""
+"""Next thought: proper probabilities, no leaks, losses, metrics, cost, training and evaluation."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_without_the_shift_of_predicted_vectors_the_leak_is_seen(monkeypatch):
 @each_kind
 @torch.no_grad()
 def test_rows_of_a_batch_and_padding_change_nothing(technique):
-    model, tokens_BL = random_model(technique, qkv_shift=True, qk_norm=True, embedding_rank=5), some_tokens(4)
+    model, tokens_BL = random_model(technique, qkv_shift=True, qk_norm=True, embedding_rank=4), some_tokens(4)
     whole_BLD = model.hidden(tokens_BL)
     for row_L, expected_LD in zip(tokens_BL, whole_BLD, strict=True):
         for length in (1, 2, 7, L):
@@ -326,7 +326,6 @@ def test_the_target_gets_a_gradient_only_where_it_is_live(target):
     parts = parts_of(model, technique, some_tokens())
     found = gradients(parts["prediction"], model)
     assert found["blocks.0.attention.qkv.weight"].any() == (target == "live")
-    assert found["blocks.1.ffn_norm.weight"].shape and found["route.predict.weight"].any()
     # The loss is the mean over the thoughts that end in the row, without the first.
     if target != "average":
         model.hidden(some_tokens()[:, :-1])
@@ -393,7 +392,7 @@ def test_all_losses_have_finite_gradients_in_bfloat16():
     ):
         model, streams = random_model(technique), []
         for block in model.blocks:
-            block.register_forward_pre_hook(lambda _, given: streams.append(given[0].dtype))
+            block.register_forward_pre_hook(lambda _, given, own=streams: own.append(given[0].dtype))
         with torch.autocast("cpu", torch.bfloat16):
             parts = parts_of(model, technique, some_tokens())
             sum(parts.values()).backward()
@@ -561,11 +560,11 @@ def test_flops_are_of_the_mean_length_in_the_text(make_technique_run):
 
 # Training and evaluation
 
-LOSSES = NextThought(cut="tokens", length=4, prediction=0.5, target="average", variance=0.1)
+LOSSES = NextThought(cut="tokens", length=2, prediction=0.5, target="average", variance=0.1)
 
 
 def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys, tmp_path):
-    plain = make_technique_run("plain", {"layers": 3})
+    plain = make_technique_run("plain", {"layers": 3}, steps=2)
     run = make_technique_run(
         "run",
         {"layers": 3, "dropout": 0.1},
@@ -577,7 +576,7 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
     )
     for one in (plain, run):
         train(one)
-        evaluate_run(one, EvaluationConfig(benchmarks=["synthetic_pairs"]))
+        evaluate_run(one, EvaluationConfig(benchmarks=["synthetic_pairs"] if one is run else []))
     curve = curve_of(run)
     losses = [float(row["train_next_token"]) for row in curve if row["train_loss"]]
     assert losses[-1] < losses[0]
@@ -586,7 +585,7 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
         assert float(row["train_loss"]) == pytest.approx(sum(parts), abs=1e-4)
     last = curve[-1]
     assert 0 < float(last["val_latent_variance"]) <= 1 and 0.01 <= float(last["val_reciprocal_rank"]) <= 1
-    assert 2 < float(last["val_thought_tokens"]) < 4.5 and float(last["val_predicted_error"]) > 0
+    assert 1 < float(last["val_thought_tokens"]) <= 2 and float(last["val_predicted_error"]) > 0
     own, other = (read_json(one.folder / "evaluation.json") for one in (run, plain))
     scored = [next(reversed(one["checkpoints"].values())) for one in (own, other)]
     assert len({tuple(one["perplexity"][key] for key in ("bytes", "tokens", "chars")) for one in scored}) == 1
@@ -649,6 +648,7 @@ def test_other_rows_are_refused():
 
 def load(project, keys: str, more: str = ""):
     text = (project / "params" / "smoke.yaml").read_text()
+    more = more if "model:" in more else f"    model: {{layers: 3}}\n{more}"
     variant = f"  own:\n    label: Own\n    techniques: {{next_thought: {keys}}}\n{more}"
     (project / "params" / "smoke.yaml").write_text(text + variant)
     return load_study("smoke")
@@ -674,7 +674,11 @@ def load(project, keys: str, more: str = ""):
         ("{}", "    model: {layers: 3, value_embeddings: 1}\n", "cut: model.value_embeddings: found 1"),
         ("{}", "    model: {layers: 3, attention_dropout: 0.1}\n", "cut: model.attention_dropout: found 0.1"),
         ("{}", "    data: {attention: within}\n", "does not support attention within documents"),
-        ("{}", "    training: {start_from: baseline}\n", "does not support weights of another run"),
+        (
+            "{}",
+            "    model: {layers: 2}\n    training: {start_from: baseline}\n",
+            "does not support weights of another run",
+        ),
         ("{}", "    tokenizer: spaces\n    model: {bytes: {}}\n", "does not support byte-level models"),
     ],
 )
@@ -684,6 +688,6 @@ def test_what_does_not_fit_is_refused(keys, more, message, project):
 
 
 def test_it_is_loaded_from_a_study(project):
-    study = load(project, "{codes: 4, prediction: 0.5}", "    model: {layers: 3}\n")
+    study = load(project, "{codes: 4, prediction: 0.5}")
     assert study.runs["own"].techniques["next_thought"] == NextThought(codes=4, prediction=0.5)
     assert json.loads(NextThought().model_dump_json())["cut"] == "sentences"
