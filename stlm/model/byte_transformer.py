@@ -45,14 +45,14 @@ class MeanPooling(nn.Module):
         return forward_flops(self.up, 1) + children_flops(self, length, without=("up",))
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        return self.up(torch.cat([x_CLW.mean(dim=1) for x_CLW in packing.split(x_TW)]))
+        return self.up(packing.mean(x_TW))
 
 
 class LastPooling(MeanPooling):
     """A chunk's last byte."""
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        return self.up(torch.cat([x_CLW[:, -1] for x_CLW in packing.split(x_TW)]))
+        return self.up(packing.last(x_TW))
 
 
 class AttentionPooling(MeanPooling):
@@ -63,12 +63,7 @@ class AttentionPooling(MeanPooling):
         self.score = nn.Linear(config.bytes.width, 1, bias=False)
 
     def forward(self, x_TW: Tensor, packing: Packing) -> Tensor:
-        scores = packing.split(self.score(x_TW))
-        pooled = [
-            (x_CLW * score_CL1.softmax(dim=1)).sum(dim=1)
-            for x_CLW, score_CL1 in zip(packing.split(x_TW), scores, strict=True)
-        ]
-        return self.up(torch.cat(pooled))
+        return self.up(packing.weighted(x_TW, self.score(x_TW)))
 
 
 class QueryPooling(nn.Module):
@@ -144,7 +139,7 @@ class ChunkEncoder(nn.Module):
         """Chunk vectors [B, L, D], float32. A repeated chunk is encoded once."""
         chunks_N, which_BL = chunks_BL.unique(return_inverse=True)
         symbols_T, packing = self.table.read(chunks_N)
-        x_1TW = self.look_up(symbols_T, packing.place_T)[None]
+        x_1TW = self.token_vectors(symbols_T, packing.place_T)[None]
         for block in self.blocks:
             x_1TW = block(x_1TW, None, packing)
         pooled_ND = self.pool(self.norm(x_1TW[0]), packing).float()

@@ -92,6 +92,8 @@ def why_not(model: nn.Module) -> str | None:
         return "the model is being trained"
     if model.inserted_embeddings is not None:
         return "something is inserted into the rows"
+    if model.route is not None:
+        return "a technique leads the rows through the blocks"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{type(module).__name__} has a hook"

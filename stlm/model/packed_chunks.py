@@ -52,13 +52,28 @@ class Packing(Layout):
             for part, (length, count) in zip(parts, self.blocks, strict=True)
         ]
 
+    def mean(self, x_TX: Tensor) -> Tensor:
+        """The mean [N, X] of each chunk, in the order of `order_N`."""
+        return torch.cat([x_CLX.mean(dim=1) for x_CLX in self.split(x_TX)])
+
+    def last(self, x_TX: Tensor) -> Tensor:
+        """Each chunk's last position [N, X], in the order of `order_N`."""
+        return torch.cat([x_CLX[:, -1] for x_CLX in self.split(x_TX)])
+
+    def weighted(self, x_TX: Tensor, score_T1: Tensor) -> Tensor:
+        """The mean [N, X] of each chunk by the softmax of its scores, in the order of `order_N`."""
+        parts = zip(self.split(x_TX), self.split(score_T1), strict=True)
+        return torch.cat([(x_CLX * score_CL1.softmax(dim=1)).sum(dim=1) for x_CLX, score_CL1 in parts])
+
     def before(self, x_1TX: Tensor) -> Tensor:
         """`x_1TX` at the position before each in its chunk; zeros at a chunk's first position."""
         return F.pad(x_1TX[:, :-1], (0, 0, 1, 0)) * (self.positions > 0)[..., None]
 
     def attend(self, q_1THE: Tensor, k_1THE: Tensor, v_1THE: Tensor, dropout: float = 0.0) -> Tensor:
         """See `Layout.attend`. With `causal`, a position sees its chunk up to itself, otherwise all of it."""
-        assert not dropout, "byte transformers have no dropout"
+        assert not dropout, "there is no dropout of attention within chunks"
+        if (groups := q_1THE.shape[2] // k_1THE.shape[2]) > 1:
+            k_1THE, v_1THE = (x.repeat_interleave(groups, dim=2) for x in (k_1THE, v_1THE))
         return _ChunkAttention.apply(q_1THE[0], k_1THE[0], v_1THE[0], self.blocks, self.causal)[None]
 
 

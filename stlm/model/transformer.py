@@ -274,6 +274,9 @@ class Transformer(nn.Module):
         self.inserted_embeddings: nn.Module | None = None
         # Tokens that are read and never predicted: see `add_tokens`.
         self.added_embeddings: AddedEmbeddings | None = None
+        # How a technique leads the rows through the blocks, such as `stlm.model.thoughts.Thoughts`; None: one
+        # after another. Called with the model and the arguments of `residuals`.
+        self.route: nn.Module | None = None
         self.make_positions(config.context)
         # Tables of embeddings added to the last layers' values (Zhou et al. 2024, "Value Residual Learning",
         # and Jordan et al. 2024, modded-nanogpt): the token itself reaches attention past the blocks before.
@@ -382,8 +385,11 @@ class Transformer(nn.Module):
             # One product after the look-up and one before the head, by the transpose or by `output_down`.
             factors = 4 * self.embedding_up.numel() * length
         inserted = self.inserted_embeddings
-        blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
-        return factors + blocks + children_flops(self, length, without=("blocks",))
+        if self.route is not None:
+            blocks = self.route.flops_through(self.blocks, length)
+        else:
+            blocks = forward_flops(self.blocks, length if inserted is None else inserted.length(length))
+        return factors + blocks + children_flops(self, length, without=("blocks", "route"))
 
     def matrix_parts(self) -> dict[tuple[int, ...], list[nn.Parameter]]:
         """The matrices of the blocks, and of children that say `trained_as_blocks`: see `block_matrices`."""
@@ -441,6 +447,8 @@ class Transformer(nn.Module):
         L, longest = tokens_BL.shape[1], self.config.context
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         layout = CausalRows(L) if layout is None else layout
+        if self.route is not None:
+            return [self.route(self, tokens_BL, layout, rows_N, after)]
         stretched = None
         if self.inserted_embeddings is not None:
             stretched = self.inserted_embeddings.stretch(layout, tokens_BL)
@@ -455,6 +463,7 @@ class Transformer(nn.Module):
         `layout` and the tokens are those of the pass through the first blocks. Nothing may be inserted.
         """
         assert self.inserted_embeddings is None, "the rows would be longer than the tokens"
+        assert self.route is None, "the blocks are not passed one after another"
         return self._through(block, x_BLD, self.rope(layout), tokens_BL, layout)[-1]
 
     def _through(

@@ -45,8 +45,10 @@ _PANELS = {
     "grad_norm": ("gradient, before clipping", "Euclidean norm", True),
     "update_ratio": ("update, relative to the weights", "norm / norm", True),
 }
-# Columns of curve.csv with a panel of their own, or that are axes; other parts of the loss get one each.
+# Columns of curve.csv with a panel of their own, that are axes, or that are the validation loss in another
+# unit; others, such as parts of the loss and a technique's metrics of the validation text, get one each.
 _CURVE = {"step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"}
+_CURVE |= {"val_loss", "val_bits_per_byte", "val_char_perplexity", "val_token_perplexity"}
 _CSS = "img{max-width:100%;height:auto;display:block;margin:1em 0}h1{font-size:20px}table{margin:1em 0}"
 
 
@@ -158,7 +160,7 @@ def _finish(axes: Axes, title: str, unit: str, legend: Sequence[Line2D] = ()) ->
 def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
     """Panels of loss, learning rate, gradient norm, speed and what else training recorded; loss spikes."""
     curve, spikes = result.curve, result.train.loss_spikes or []
-    others = [name for name in curve if name not in _CURVE and not name.startswith("val_")]
+    others = [name for name in curve if name not in _CURVE]
     others = [name for name in others if curve[name].notna().any()]
     lines = 2 - (-len(others) // 2)
     rows, validated = _thinned(curve), curve.dropna(subset="val_loss")
@@ -191,8 +193,11 @@ def _curve(folder: Path, name: str, title: str, result: RunResult) -> None:
         _finish(gradient, "gradient norm", "Euclidean norm")
         _finish(speed, "speed", "tokens a second")
         for axes, column in zip(rest, others, strict=True):
-            axes.plot(rows["step"], rows[column], **thin)
-            _finish(axes, column.replace("_", " "), "")
+            if column.startswith("val_"):
+                axes.plot(validated["step"], validated[column], color=_RED, **marker)
+            else:
+                axes.plot(rows["step"], rows[column], **thin)
+            _finish(axes, column.removeprefix("val_").replace("_", " "), "")
         for axes in panels[2 * (lines - 1) :]:
             axes.set_xlabel("optimizer step")
 

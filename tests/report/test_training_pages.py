@@ -80,11 +80,13 @@ def test_a_figure_that_no_row_has_gets_no_panel(make_study, tmp_path):
 def test_figures_that_a_technique_adds_get_panels_under_their_names(make_study, tmp_path):
     study = make_study({"baseline": TWO["baseline"]}, benchmarks={})
     folder = study.runs["baseline"].folder
-    for name, column in (("curve", "router_loss"), ("watch", "tokens_kept")):
+    for name, column in (("curve", "router_loss"), ("curve", "val_variance"), ("watch", "tokens_kept")):
         path = folder / f"{name}.csv"
         pd.read_csv(path).assign(**{column: 0.5}).to_csv(path, index=False)
     curve, layers = images(pages(study, tmp_path / "training")["baseline"])
-    assert "router loss" in words(curve) and "tokens kept" in words(layers)
+    titles = words(curve).split("\n")
+    assert "router loss" in titles and "variance" in titles and "tokens kept" in words(layers)
+    assert not any("perplexity" in title or "bits" in title for title in titles)
 
 
 @pytest.mark.parametrize("how", ["missing", "empty"])
