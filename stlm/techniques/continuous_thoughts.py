@@ -1,7 +1,8 @@
 """Continuous thoughts: hidden states that a model reads instead of written steps, before its answer.
 
 Hao et al. (2024), "Training Large Language Models to Reason in a Continuous Latent Space" (Coconut), arXiv
-2412.06769. `stlm.model.latent_places` computes them; this file says which steps they replace in training, when.
+2412.06769. `stlm.model.latent_places` computes them; this file says which steps they replace in training,
+and when.
 
 Shapes: B rows, L tokens, M places, D width, N targets.
 """

@@ -37,8 +37,8 @@ from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.counts import parameter_groups
 from stlm.model.flops import forward_flops
-from stlm.model.layout import CausalRows
 from stlm.model.latent_places import BEGIN, END, THOUGHT, TOKEN
+from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.techniques.continuous_thoughts import ContinuousThoughts, Form, _sample
