@@ -139,7 +139,7 @@ class ChunkEncoder(nn.Module):
         """Chunk vectors [B, L, D], float32. A repeated chunk is encoded once."""
         chunks_N, which_BL = chunks_BL.unique(return_inverse=True)
         symbols_T, packing = self.table.read(chunks_N)
-        x_1TW = self.token_vectors(symbols_T, packing.place_T)[None]
+        x_1TW = self.look_up(symbols_T, packing.place_T)[None]
         for block in self.blocks:
             x_1TW = block(x_1TW, None, packing)
         pooled_ND = self.pool(self.norm(x_1TW[0]), packing).float()
