@@ -76,7 +76,7 @@ def locate(
             layer, part, finite_B = first[0]
             what = "the final norm's output" if layer == HEAD else _PARTS[part].format(layer)
             rows = _false(finite_B)
-            if len(finite_B) < len(tokens_BL):  # a technique handed the layer some of the rows
+            if len(finite_B) != len(tokens_BL):  # a technique handed the layer other rows
                 losses_B = _row_losses(model, loss_of, tokens_BL)
                 rows = _false(losses_B.isfinite()) or _worst(losses_B)
             return Place(f"{what} is the first that is not finite", layer, micro, rows)

@@ -17,7 +17,10 @@ from stlm.training.divergence import locate
 from stlm.training.loop import Trainer
 
 # The keys that a technique has no default for.
-NEEDED = {"distillation": {"teacher": "teacher", "weight": 0.0}}
+NEEDED = {
+    "distillation": {"teacher": "teacher", "weight": 0.0},
+    "self_play": {"opponent": "teacher", "prompt": 8, "continuation": 8},
+}
 NAMES = technique_names()
 STUDY = """
 description: Techniques together.
@@ -84,7 +87,7 @@ def test_two_that_do_not_name_each_other_are_refused_together(project, names):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_starts_from_one_with_it_is_refused_unless_it_is_supported(project, name):
     keys = str(NEEDED.get(name, {})).replace("'", "")
-    if name == "distillation":
+    if name in NEEDED:
         pytest.skip("a start that depends on a run itself is refused for that")
     variants = f"  origin: {{techniques: {{{name}: {keys}}}}}\n  next: {{training: {{start_from: origin}}}}\n"
     if "start_from" in make(name).supports:
@@ -94,7 +97,7 @@ def test_a_run_that_starts_from_one_with_it_is_refused_unless_it_is_supported(pr
             load(project, variants)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "distillation"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDED])
 def test_a_divergence_is_traced_as_without_it(make_technique_run, name):
     run = make_technique_run(techniques=[make(name)])
     trainer = Trainer(run)
