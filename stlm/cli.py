@@ -161,6 +161,9 @@ def compare(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained or published model, printing the text as it is sampled."""
     prompt = options.prompt
+    if options.prefix is not None or options.suffix is not None:
+        _generate_infilled(options)
+        return
     if prompt is not None and options.prompts is not None:
         raise UserError("--prompts: expected without a PROMPT")
     if prompt == "-":
@@ -168,9 +171,7 @@ def generate(options: argparse.Namespace) -> None:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt on stdin is not UTF-8: {error}") from None
-    with suppress(UnicodeError):  # of what is not UTF-8 the model's tokenizer tells the place
-        # Bytes that the locale has no characters for may be UTF-8 all the same.
-        prompt = prompt and prompt.encode(errors="surrogateescape").decode()
+    prompt = prompt and _as_text(prompt)
     from stlm.generation.generate import Draft
     from stlm.generation.generate import generate as generate_text
     from stlm.generation.sampling import Sampling
@@ -194,6 +195,34 @@ def generate(options: argparse.Namespace) -> None:
         generate_all(options.run, Path(options.prompts), sampling, *how, options.batch)
         return
     generate_text(options.run, prompt, sampling, *how)
+
+
+def _as_text(argument: str) -> str:
+    """An argument of the command line: bytes that the locale has no characters for may be UTF-8 all the same.
+
+    Of what is not UTF-8 the model's tokenizer tells the place.
+    """
+    with suppress(UnicodeError):
+        return argument.encode(errors="surrogateescape").decode()
+    return argument
+
+
+def _generate_infilled(options: argparse.Namespace) -> None:
+    """`stlm generate --prefix TEXT --suffix TEXT`."""
+    for name in ("prompt", "prompts", "readout", "draft", "draft_length", "fallback", "rollback"):
+        if getattr(options, name) is not None:
+            shown = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{shown}: expected without --prefix and --suffix")
+    from stlm.generation.infill import infill
+    from stlm.generation.sampling import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
+    texts = (_as_text(text or "") for text in (options.prefix, options.suffix))
+    cached = not options.no_cache
+    infill(
+        options.run, *texts, sampling, options.tokens, options.seed, options.samples, cached, options.device
+    )
 
 
 def drafts(options: argparse.Namespace) -> None:

@@ -114,7 +114,7 @@ def _replaces(argument: argparse.Action) -> type[argparse.Action]:
 
 
 def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action) -> None:
-    """The options of `stlm generate`, whose argument `prompt` --prompts replaces."""
+    """The options of `stlm generate`, whose argument `prompt` --prompts, --prefix and --suffix replace."""
 
     def option(name: str, kind, default, text: str, metavar: str) -> None:
         verb.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
@@ -130,6 +130,14 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         metavar="FILE",
         help="in place of PROMPT, a file with a prompt a line (.jsonl: a JSON text); prints JSON lines",
     )
+    for name, where in (("--prefix", "before"), ("--suffix", "after")):
+        verb.add_argument(
+            name,
+            action=_replaces(prompt),
+            metavar="TEXT",
+            help=f"in place of PROMPT, the text {where} what is written, by a run trained to infill; default "
+            "beside the other one: empty",
+        )
     option("--batch", at_least_1, 32, "most texts of --prompts that are written at once; default: 32", "N")
     option("--seed", whole_number(0), 0, "what is drawn; default: 0", "N")
     option("--samples", at_least_1, 1, "how many texts, with seeds that follow one another", "N")

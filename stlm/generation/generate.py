@@ -20,7 +20,7 @@ from stlm.generation.speculation import LENGTH, Drafting, Speculation, Speculato
 from stlm.terminal import tell
 
 # Printed between samples.
-_RULE = "---"
+RULE = "---"
 # The number of seeds that torch's generator accepts.
 _SEEDS = 2**64
 
@@ -74,10 +74,11 @@ def continuation(
     else:
         speculation = Speculation(generator, drafting, sampling, numbers, statistics or Statistics())
         symbols = speculation.symbols(logits_V, length)
-    return _pieces(generator, symbols, length)
+    return decoded(generator, symbols, length)
 
 
-def _pieces(generator: TextGenerator, symbols: Iterable[int], length: int) -> Iterator[str]:
+def decoded(generator: TextGenerator, symbols: Iterable[int], length: int) -> Iterator[str]:
+    """The text of symbols in pieces, up to the end of text or `length` of them: see `continuation`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for symbol in symbols:
         if symbol == generator.eot:
@@ -178,7 +179,7 @@ def generate(
                 generator, prompt, length, sampling, seed + number, opened.drafting, statistics
             )
             if number:
-                print(_RULE)
+                print(RULE)
             elif generator.dropped:
                 print(
                     f"the prompt is longer than the model's context: its first {generator.dropped:,} "

@@ -6,7 +6,7 @@ A technique is one file in this folder, named like its key under `techniques` in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from stlm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stlm.model.config import ModelConfig
     from stlm.model.layout import Layout
     from stlm.model.rows import Rows
     from stlm.model.transformer import Transformer
@@ -246,6 +247,13 @@ class Technique(BaseModel):
     def readout(self, model: Transformer, name: str) -> nn.Module | None:
         """The readout `name`, which may be one that evaluation does not score; None: there is none."""
         return self.readouts(model).get(name)
+
+    def infilled(
+        self, config: ModelConfig, eot: int, prefix: Sequence[int], suffix: Sequence[int]
+    ) -> list[int] | None:
+        """The tokens after which a model of `config` writes what stands between two texts, given as tokens,
+        up to the end-of-text token `eot`; None: it was not trained to."""
+        return None
 
 
 def refuse(

@@ -120,7 +120,10 @@ def test_shares_of_tokens_spans_and_replacements_are_those_of_the_keys():
     own, mask = inputs == read, inputs == MASK
     assert mask[chosen].float().mean() == pytest.approx(0.7, abs=0.02)
     assert own[chosen].float().mean() == pytest.approx(0.1 + 0.2 / 256, abs=0.02)
-    assert not (inputs == EOT).any()
+    # Random tokens are all but the end of text, wherever it is in the vocabulary.
+    technique._eot = 100
+    _, others = technique.masked(read.masked_fill(read == 100, 101), 0.3)
+    assert not (others == 100).any() and (others == 99).any() and (others == 256).any()
     # Spans have two tokens on average, and 1 / (1 - rate) of them follow one another.
     runs = chosen[:, 1:].sum() / (chosen[:, 1:] & ~chosen[:, :-1]).sum()
     assert runs == pytest.approx(2 / 0.7, abs=0.1)
