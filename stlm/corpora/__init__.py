@@ -1,1 +1,1 @@
-"""Corpora, benchmarks and vocabularies: schemas, sources, and the synthetic story grammar."""
+"""Corpora, benchmarks and vocabularies: schemas, sources, and the generators of synthetic text."""

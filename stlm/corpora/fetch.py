@@ -382,6 +382,6 @@ def _described(entry: Entry, source: Source, path: Path, layout: Layout | None) 
         )
     described["rows"] = rows
     if layout is not None:
-        output = path.stem.rpartition("-")[0] or path.stem  # a synthetic corpus is one file
+        output = path.stem.rpartition("-")[0] or path.stem  # synthetic corpora have a file for each split
         described["split"] = SPLITS[output]
     return described

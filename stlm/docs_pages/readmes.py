@@ -121,7 +121,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`mirror` source", "A folder of the local mirror.", MirrorSource),
     ("`folder` source", "Any local folder, such as your own text.", FolderSource),
     ("`wheel` source", "A package of the Python package index, read as data.", WheelSource),
-    ("`synthetic` source", "The seeded story grammar.", SyntheticSource),
+    ("`synthetic` source", "Text that this program generates from a seed.", SyntheticSource),
 )
 
 
