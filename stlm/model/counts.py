@@ -37,7 +37,6 @@ GROUPS = (
     "positions",
     "value embeddings",
     "attention",
-    "cross-attention",
     "FFN",
     "adapters",
     "shifts",
