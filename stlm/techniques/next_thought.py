@@ -238,16 +238,22 @@ class NextThought(Technique):
 
     @torch.no_grad()
     def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
-        """See `Technique.validated`, of the thoughts whose last token counts, without each row's first:
-        `latent_variance` within a batch, the mean over a latent's numbers; `predicted_error`, as the loss;
-        `reciprocal_rank` (see `reciprocal_ranks`), of batches with enough of them; `thought_tokens`."""
+        """See `Technique.validated`.
+
+        `thought_tokens`: the mean tokens of a thought, ends of text included. The others are of the thoughts
+        that end with a token of text, without each row's first: `latent_variance`, within a batch, the mean
+        over a latent's numbers; `predicted_error`, as the loss; `reciprocal_rank` (see `reciprocal_ranks`),
+        of batches with enough of them.
+        """
         route, passed = model.route, model.route.take()
-        # A token counts as text where it is a target, one place before.
+        # A token counts as text where it is a target, one place before. An end of text precedes text; padding
+        # does neither.
         text_BL = F.pad(counted_BL[:, :-1], (1, 0), value=False)
+        read_BL = text_BL | counted_BL
         thought_MD, latent_MZ = predicted_pairs(passed, passed.latent_BKZ, text_BL)
         predicted_M = route.predict(thought_MD)
         number = len(latent_MZ)
-        found = {"thought_tokens": [text_BL.sum(), (passed.cut.ends_BL & text_BL).sum()]}
+        found = {"thought_tokens": [read_BL.sum(), (passed.cut.ends_BL & read_BL).sum()]}
         if number:
             variance = latent_MZ.double().var(dim=0, correction=0).mean()
             found["latent_variance"] = [variance * number, number]
