@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from published_folder import MODEL, write_published, write_published_tokens
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.inference import why_not
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
+from stlm.study.runs import SourceModel
 from stlm.techniques.self_play import SelfPlay
 from stlm.tokens.bpe import train_bpe
 from stlm.training.checkpoints import save_checkpoint
@@ -358,6 +360,26 @@ def test_the_control_is_the_run_that_starts_from_the_opponent(make_technique_run
     for one in (before, run, plain):
         train(one)
     assert same_weights(run, plain) and curve_of(run) == curve_of(plain)
+
+
+@pytest.mark.parametrize("tokenizer", ["hf:made", "hf:made:290"])
+def test_the_opponent_may_be_a_published_model_without_the_tokens_that_the_run_lacks(
+    tokenizer, make_run, tmp_path
+):
+    parent = write_published(tmp_path)
+    write_published_tokens(tmp_path, "hf:made", tokenizer)
+    size = int(tokenizer.rpartition(":")[2]) if tokenizer.count(":") > 1 else parent.config.vocab_size
+    technique = SelfPlay(opponent="made", prompt=8, continuation=4, scale=1.0)
+    technique.set_others({"start": SourceModel(name="made", model=parent.config)})
+    layout = {**MODEL, "vocab_size": size, "dropout": 0.0}
+    made = {"tokenizer": tokenizer, "sources": {"start": "made"}, "techniques": {"self_play": technique}}
+    run = make_run("own", model=layout).model_copy(update=made)
+    setup = Trainer(run).setup
+    (tokens_BM,) = setup.micro_batches.of_step(1, setup.share)
+    assert setup.loss(tokens_BM, 1).item() == pytest.approx(math.log(2), abs=1e-3)
+    assert technique._opponent.config.vocab_size == size
+    assert technique.extra_bytes(run) == 4 * run.parameters.total
+    assert technique.extra_flops_per_token(run) > 0
 
 
 def test_the_model_is_the_plain_one_and_is_exported(tmp_path):
