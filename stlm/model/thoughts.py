@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Cut:
         # next begin at a multiple of it.
         return cls(marked_BL | ((place_L - before_BL) % length == 0))
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """K: the most thoughts that end in a row, at least 1. A GPU is waited for."""
         return max(1, int(self.count_B.max()))

@@ -586,7 +586,8 @@ def test_a_run_learns_and_is_scored_on_the_same_bytes(make_technique_run, capsys
         assert float(row["train_loss"]) == pytest.approx(sum(parts), abs=1e-4)
     last = curve[-1]
     assert 0 < float(last["val_latent_variance"]) <= 1 and 0.01 <= float(last["val_reciprocal_rank"]) <= 1
-    assert 1 < float(last["val_thought_tokens"]) <= 2 and float(last["val_predicted_error"]) > 0
+    # A row may end within a thought.
+    assert 1.5 < float(last["val_thought_tokens"]) < 2.1 and float(last["val_predicted_error"]) > 0
     own, other = (read_json(one.folder / "evaluation.json") for one in (run, plain))
     scored = [next(reversed(one["checkpoints"].values())) for one in (own, other)]
     assert len({tuple(one["perplexity"][key] for key in ("bytes", "tokens", "chars")) for one in scored}) == 1
