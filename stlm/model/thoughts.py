@@ -8,8 +8,7 @@ Where thoughts end is a function of the tokens so far, so nothing needs to say i
 distribution of the next: the model's probabilities are those of a language model over tokens.
 
 Shapes: B rows, L tokens of a row, F = B L of all rows, T = F tokens in the order of a packing, N thoughts of
-all rows, K thoughts of a row at most, D width, Z numbers of a latent, S levels of each, V vocabulary, X any
-width.
+all rows, K thoughts of a row at most, D width, Z numbers of a latent, V vocabulary, X any width.
 """
 
 from __future__ import annotations
@@ -27,13 +26,11 @@ from torch.nn import functional as F
 from stlm.errors import UserError
 from stlm.model.config import ModelConfig
 from stlm.model.flops import forward_flops
+from stlm.model.latents import Codes, UnitVectors
 from stlm.model.layout import CausalRows, Layout
 from stlm.model.packed_chunks import Packing
 from stlm.model.projection import INITIAL_STD
 from stlm.model.transformer import NORMS, Transformer
-
-# Of finite scalar quantization: how far the bound stays from the outermost levels' edges.
-_FSQ_MARGIN = 1e-3
 
 Pool = Literal["mean", "last", "attention"]
 
@@ -129,69 +126,6 @@ class Packed:
     def spread(self, x_NX: Tensor) -> Tensor:
         """[T, X]: what each thought has, given in the order of the text, at all of its places."""
         return F.embedding(self.packing.order_N[self.packing.chunk_T], x_NX)
-
-
-class UnitVectors(nn.Module):
-    """Latents as vectors of root mean square 1, without a gain: neither their norm nor a distance can shrink.
-
-    Their variance over thoughts is between 0 (all are equal) and 1 (their mean is zero).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.numbers = self.predicted = width
-
-    def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Latents [N, Z], float32."""
-        return F.rms_norm(pooled_ND.float(), pooled_ND.shape[-1:])
-
-    def losses(self, predicted_NZ: Tensor, latent_NZ: Tensor) -> Tensor:
-        """[N]: the mean square error of each predicted latent. That of the mean latent is the variance."""
-        return (predicted_NZ.float() - latent_NZ).square().mean(dim=-1)
-
-    def scores(self, predicted_MZ: Tensor, latent_NZ: Tensor) -> Tensor:
-        """[M, N]: how well each latent fits each prediction. As latents have one norm, the order is that of
-        their distance from it and of their cosine with it."""
-        return predicted_MZ.float() @ latent_NZ.T
-
-
-class Codes(nn.Module):
-    """Latents as codes: Z numbers, each rounded to one of S levels (finite scalar quantization, Mentzer et
-    al. 2023, arXiv 2309.15505, section 3.1 and appendix A.1), with a straight-through gradient."""
-
-    def __init__(self, width: int, numbers: int, levels: int) -> None:
-        super().__init__()
-        self.numbers, self.levels, self.predicted = numbers, levels, numbers * levels
-        self.into = nn.Linear(width, numbers, bias=False)
-        nn.init.normal_(self.into.weight, std=1 / math.sqrt(width))
-
-    def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Codes [N, Z], float32: multiples of 1 / (S // 2), from -1 on."""
-        with torch.autocast(pooled_ND.device.type, enabled=False):
-            x_NZ = F.linear(pooled_ND.float(), self.into.weight.float())
-            half = (self.levels - 1) * (1 - _FSQ_MARGIN) / 2
-            # With an even number of levels there is one more below 0 than above.
-            offset = 0.0 if self.levels % 2 else 0.5
-            bounded_NZ = torch.tanh(x_NZ + math.atanh(offset / half)) * half - offset
-            rounded_NZ = bounded_NZ + (bounded_NZ.round() - bounded_NZ).detach()
-            return rounded_NZ / (self.levels // 2)
-
-    def levels_of(self, latent_NZ: Tensor) -> Tensor:
-        """The level [N, Z] of each number of codes, from 0."""
-        return (latent_NZ * (self.levels // 2)).round().long() + self.levels // 2
-
-    def _log_probabilities(self, predicted_NX: Tensor) -> Tensor:
-        return predicted_NX.float().unflatten(-1, (self.numbers, self.levels)).log_softmax(dim=-1)
-
-    def losses(self, predicted_NX: Tensor, latent_NZ: Tensor) -> Tensor:
-        """[N]: the cross-entropy of each code's numbers in nats, their mean. The codes get no gradient."""
-        level_NZ1 = self.levels_of(latent_NZ)[..., None]
-        return -self._log_probabilities(predicted_NX).gather(-1, level_NZ1)[..., 0].mean(dim=-1)
-
-    def scores(self, predicted_MX: Tensor, latent_NZ: Tensor) -> Tensor:
-        """[M, N]: the log-probability of each code by each prediction."""
-        code_NZS = F.one_hot(self.levels_of(latent_NZ), self.levels).float()
-        return self._log_probabilities(predicted_MX).flatten(1) @ code_NZS.flatten(1).T
 
 
 class Pooling(nn.Module):
@@ -294,12 +228,14 @@ class Thoughts(nn.Module):
         self.give = nn.Linear(width, width, bias=False)
         for matrix in (self.think, self.give):
             nn.init.normal_(matrix.weight, std=INITIAL_STD / math.sqrt(matrix.in_features))
-        # The decoder's input where a thought begins, and what it is given before the first one.
-        self.start = self.without = None
+        # Where it is added: the decoder's input at a thought's beginning, what is given before the first one,
+        # and a norm of what is added.
+        self.start = self.without = self.given_norm = None
         if not prefix:
             self.start, self.without = (nn.Parameter(torch.empty(width)) for _ in range(2))
             for vector in (self.start, self.without):
                 nn.init.normal_(vector, std=INITIAL_STD)
+            self.given_norm = norm(width, eps=config.norm_eps)
         self.predict = nn.Linear(width, self.latents.predicted, bias=False)
         nn.init.normal_(self.predict.weight, std=INITIAL_STD)
         self.target: Averages | None = None
@@ -387,13 +323,19 @@ class Thoughts(nn.Module):
         # The thought of this number in its row is given what the core says after the one before it.
         number_N, row_N = cut.through_BL.flatten()[packed.first_N], packed.first_N // L
         index_N = torch.where(number_N > 0, row_N * K + number_N, 0)
-        given_TD = packed.spread(F.embedding(index_N, torch.cat([without_D[None], given_MD])))
+        given_MD = torch.cat([without_D[None], given_MD])
+        if self.given_norm is not None:
+            given_MD = self.given_norm(given_MD)
+        given_TD = packed.spread(F.embedding(index_N, given_MD))
         begins_T1 = cut.ends_BL.flatten()[packed.index_T][:, None]
         x_TD = packed.take(x_FD)
         if self._prefix:
             x_TD = torch.where(begins_T1, given_TD, x_TD)
         else:
-            x_TD = torch.where(begins_T1, self.start, x_TD) + given_TD
+            x_TD = torch.where(begins_T1, self.start, x_TD)
+            # As large as the token's own vector: the matrix grows faster than embeddings do, and would drown
+            # them.
+            x_TD = x_TD + given_TD * x_TD.detach().square().mean(dim=-1, keepdim=True).sqrt()
         x_1TD, rope = model.dropout(x_TD)[None], model.rope(packed.packing)
         for block in blocks:
             x_1TD = block(x_1TD, rope, packed.packing)

@@ -85,10 +85,10 @@ class NextThought(Technique):
         description="How a thought's tokens become one vector: their mean, the last one, or their mean with "
         "learned weights.",
     )
-    decoder_input: Literal["add", "prefix"] = Field(
-        "add",
-        description="How the decoder gets the core's output: added to each token of the thought, or in the "
-        "place of a token before it.",
+    decoder_input: Literal["prefix", "add"] = Field(
+        "prefix",
+        description="How the decoder gets the core's output: in the place of a token before the thought's "
+        "first, or added to each token of it, as large as the token's own vector.",
     )
     prediction: float = Field(
         0.0,

@@ -25,8 +25,9 @@ from stlm.model.counts import active_parameters, build_on_meta, parameter_groups
 from stlm.model.documents import Documents
 from stlm.model.flops import forward_flops
 from stlm.model.inference import why_not
+from stlm.model.latents import Codes, UnitVectors
 from stlm.model.layout import CausalRows
-from stlm.model.thoughts import Codes, Cut, Thoughts, UnitVectors
+from stlm.model.thoughts import Cut, Thoughts
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.techniques.next_thought import (
@@ -47,10 +48,10 @@ V, STOP, EOT, L = 7, 1, 6, 20
 TINY = {"layers": 3, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24, "context": L}
 KINDS = {
     "sentences": NextThought(length=4),
-    "tokens, prefix": NextThought(cut="tokens", length=3, decoder_input="prefix"),
-    "attention": NextThought(length=4, pool="attention"),
-    "codes": NextThought(length=4, pool="last", codes=3, levels=4, decoder_input="prefix"),
-    "two blocks each": NextThought(length=5, encoder=2, decoder=2),
+    "tokens": NextThought(cut="tokens", length=3),
+    "attention, add": NextThought(length=4, pool="attention", decoder_input="add"),
+    "codes": NextThought(length=4, pool="last", codes=3, levels=4),
+    "two blocks each, add": NextThought(length=5, encoder=2, decoder=2, decoder_input="add"),
 }
 each_kind = pytest.mark.parametrize("technique", KINDS.values(), ids=KINDS)
 
@@ -248,6 +249,21 @@ def test_earlier_thoughts_are_known_through_the_core_alone(technique):
     assert moved() == 0
 
 
+@torch.no_grad()
+def test_what_is_added_is_as_large_as_the_tokens_vector():
+    model, streams = random_model(KINDS["attention, add"]), []
+    model.route.given_norm.weight.fill_(1)
+    model.blocks[-1].register_forward_pre_hook(lambda _, given: streams.append(given[0][0]))
+    cut = Cut.of(ROW[None], model.route.ends, 4)
+    token_TD = torch.where(cut.ends_BL[0, :, None], model.route.start, model.embedding(ROW))
+    token_TD = cut.written().take(token_TD)
+    for factor in (1, 1000):
+        model.route.give.weight.mul_(factor)
+        model.hidden(ROW[None])
+        torch.testing.assert_close((streams[-1] - token_TD).norm(dim=1), token_TD.norm(dim=1))
+    torch.testing.assert_close(*streams, atol=1e-3, rtol=1e-3)
+
+
 # Latents
 
 
@@ -388,7 +404,7 @@ def test_the_variance_term_is_the_papers_and_that_of_all_rows():
 def test_all_losses_have_finite_gradients_in_bfloat16():
     for technique in (
         NextThought(length=4, prediction=1.0, target="average", variance=1.0, pool="attention"),
-        NextThought(length=4, prediction=1.0, codes=3, decoder_input="prefix"),
+        NextThought(length=4, prediction=1.0, codes=3, decoder_input="add"),
     ):
         model, streams = random_model(technique), []
         for block in model.blocks:
@@ -497,7 +513,7 @@ def test_a_right_prediction_has_rank_one():
 # Cost
 
 
-@pytest.mark.parametrize("name", ["tokens, prefix", "attention", "codes"])
+@pytest.mark.parametrize("name", ["tokens", "attention, add", "codes"])
 def test_flops_are_torchs_but_for_attention_within_thoughts(name, torch_operations):
     length, K = 4, L // 4
     technique = KINDS[name].model_copy(update={"cut": "tokens", "length": length})
