@@ -40,7 +40,9 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"),
 )
 if platform.machine() == "x86_64":
-    FLAGS += ("-mprefer-vector-width=512",)
+    # For AMD's Zen gcc splits chains of fused multiply-adds, in some places and not in others: the same sum
+    # would be rounded otherwise from one function to the next.
+    FLAGS += ("-mprefer-vector-width=512", "--param=avoid-fma-max-bits=0")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Kinds of arguments: an integer, a float, an array.
 _KINDS = {"i": ctypes.c_int64, "f": ctypes.c_float, "a": ctypes.c_void_p}

@@ -19,13 +19,20 @@ from stlm.model.config import ModelConfig
 from stlm.model.inference import Inference, why_not
 from stlm.model.row_cache import RowCache
 from stlm.model.transformer import Transformer
+from stlm.techniques.continuous_thoughts import ContinuousThoughts
+from stlm.techniques.denoising import Denoising
 from stlm.techniques.distillation import Distillation
 from stlm.techniques.early_exit import EarlyExit
+from stlm.techniques.encoder_decoder import EncoderDecoder
 from stlm.techniques.experts import Experts
+from stlm.techniques.masked_next_token import MaskedNextToken
 from stlm.techniques.mixture_of_depths import MixtureOfDepths
+from stlm.techniques.multi_token import MultiToken
+from stlm.techniques.next_thought import NextThought
 from stlm.techniques.pauses import Pauses
 from stlm.techniques.recurrent_depth import RecurrentDepth
 from stlm.techniques.registry import technique_names
+from stlm.techniques.self_play import SelfPlay
 from stlm.techniques.series_activation import SeriesActivation
 from stlm.tokens.tokenizer import ByteTokenizer
 
@@ -235,12 +242,19 @@ def test_each_key_has_torchs_effect(key: str) -> None:
 
 # For every technique, settings and whether its models have passes in C.
 TECHNIQUES = {
+    "continuous_thoughts": (ContinuousThoughts(), False),
+    "denoising": (Denoising(), True),
     "distillation": (Distillation(teacher="other"), True),
     "early_exit": (EarlyExit(), True),
+    "encoder_decoder": (EncoderDecoder(encoder=1), False),
     "experts": (Experts(), False),
+    "masked_next_token": (MaskedNextToken(), True),
     "mixture_of_depths": (MixtureOfDepths(capacity=0.5), False),
+    "multi_token": (MultiToken(heads=2), True),
+    "next_thought": (NextThought(encoder=1, decoder=1), False),
     "pauses": (Pauses(), False),
     "recurrent_depth": (RecurrentDepth(first=2), False),
+    "self_play": (SelfPlay(opponent="other", prompt=4, continuation=4), True),
     "series_activation": (SeriesActivation(), False),
 }
 

@@ -103,10 +103,10 @@ def by_hand(model: Transformer, question: list[int], rest: list[int], count: int
         return x
 
     begin, end = model.inserted_embeddings.weight.view(2, 1, 1, -1)
-    x = torch.cat([model.embed(torch.tensor([question])), begin], dim=1)
+    x = torch.cat([model.token_vectors(torch.tensor([question])), begin], dim=1)
     for _ in range(count):
         x = torch.cat([x, model.norm(stream(x)[:, -1:])], dim=1)
-    x = torch.cat([x, end, model.embed(torch.tensor([rest], dtype=torch.long))], dim=1)
+    x = torch.cat([x, end, model.token_vectors(torch.tensor([rest], dtype=torch.long))], dim=1)
     found = model.head(model.finish(stream(x)))[0]
     return torch.cat([found[: len(question) - 1], found[len(question) + count + 1 :]])
 
