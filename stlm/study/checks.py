@@ -163,6 +163,7 @@ def check_techniques(
                 raise make_error(
                     f"techniques.{other.key()} and techniques.{technique.key()} cannot be combined"
                 )
+    for technique in techniques:
         try:
             technique.check(run, runs)
         except ValueError as error:
