@@ -41,8 +41,8 @@ def published_tokenizer(name: str, folder: Path) -> PublishedTokenizer | None:
         make_chunker(name)
     elif (found := hf_name(name)) is not None:
         tokenizer = fetched_tokenizer(f"hf:{found.model}", folder)
-        rows, size = vocabulary_size(f"hf:{found.model}"), tokenizer.vocab_size
-        if found.size is None and rows != size:
+        size = tokenizer.vocab_size
+        if found.size is None and (rows := vocabulary_size(name)) != size:
             raise UserError(
                 f"tokenizer: {name}: the model's embedding has {rows:,} rows (vocab_size in "
                 f"params/models.yaml), its tokenizer {size:,} tokens; expected equal numbers; "

@@ -179,8 +179,12 @@ def test_a_corpus_gets_the_tokens_that_its_train_split_needs(folder: Path, tmp_p
     assert np.array_equal(made.parent_ids, tokenizer.parent_ids)
 
 
-def test_a_corpus_in_the_whole_vocabulary(folder: Path, tmp_path: Path) -> None:
+def test_a_corpus_in_the_whole_vocabulary(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The end of text has the first id: documents end with it, and nothing else is it."""
+    # The model stands in no params/models.yaml.
+    monkeypatch.setattr("stlm.tokens.vocabulary.vocabulary_size", lambda name: 500)
     raw = write_raw(tmp_path / "raw" / "a", [*stories(100), f"{EOT} in a text"])
     meta = tokenize_corpus(raw, tmp_path / "hf:tiny", "hf:tiny", folder, progress=False)
     assert (meta["vocab_size"], meta["eot"]) == (500, 0)
