@@ -340,11 +340,14 @@ def _alone(forwards: Sequence[Forward]) -> list[Row]:
 
 
 def _linear_in_bfloat16(transformer: nn.Module) -> nn.Module:
-    """A copy with linear layers in bfloat16: autocast would convert the weights at every call."""
+    """A copy with linear layers in bfloat16: autocast would convert the weights at every call.
+
+    Those that say `keeps_float32` stay as they are.
+    """
     transformer = copy.deepcopy(transformer)
     halves: dict[nn.Parameter, nn.Parameter] = {}  # layers that share a weight share its copy
     for module in transformer.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not getattr(module, "keeps_float32", False):
             # A separate parameter: an embedding that is tied to the head stays in float32.
             if module.weight not in halves:
                 halves[module.weight] = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)

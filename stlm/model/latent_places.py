@@ -31,7 +31,7 @@ TOKEN, BEGIN, THOUGHT, END = range(4)
 MARKS = 2
 
 
-class Rows(NamedTuple):
+class Places(NamedTuple):
     """Rows of M places, [B, M] each: what each reads, and in which pass it is computed.
 
     Pass 0 computes questions and what begins thoughts, pass n all n-th thoughts, and the last one the rest;
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
     sequences_BM: Tensor
 
 
-class Thoughts(nn.Module):
+class InsertedThoughts(nn.Module):
     """The vectors that begin and end thoughts, and so many thoughts between them where text has an answer.
 
     It is what `Transformer.insert` takes. Text without answers (`Layout.answers`) has no thoughts.
@@ -60,7 +60,7 @@ class Thoughts(nn.Module):
         self.weight = nn.Parameter(torch.empty(2 * width))
         nn.init.normal_(self.weight, std=INITIAL_STD)
 
-    def times(self, count: int) -> Thoughts:
+    def times(self, count: int) -> InsertedThoughts:
         """The same vectors for another number of thoughts."""
         other = type(self)(count, 0)
         other.weight = self.weight
@@ -94,7 +94,7 @@ class Thoughts(nn.Module):
             x_BLD = self._in_rows(model, tokens_BL, layout.answers)
         return model.finish(x_BLD if rows_N is None else x_BLD.flatten(0, 1)[rows_N])
 
-    def read(self, model: Transformer, rows: Rows) -> Tensor:
+    def read(self, model: Transformer, rows: Places) -> Tensor:
         """The residual stream [B, M, D] after the last block; zeros at padding."""
         x_BMD = model.token_vectors(rows.tokens_BM)
         for kind, vector_D in zip((BEGIN, END), self.vectors(), strict=True):
@@ -123,7 +123,7 @@ class Thoughts(nn.Module):
         kinds_BM = torch.where((after_BM >= 1) & ~is_rest_BM, THOUGHT, TOKEN)
         kinds_BM = kinds_BM.masked_fill(after_BM == 1, BEGIN).masked_fill(after_BM == inserted, END)
         passes_BM = (after_BM - 1).clamp(min=0, max=self.count + 1)
-        rows = Rows(
+        rows = Places(
             tokens_BL.gather(1, token_BM),
             kinds_BM,
             passes_BM.masked_fill(~has_B1 & (place_M >= L), -1),

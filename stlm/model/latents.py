@@ -47,6 +47,8 @@ class Codes(nn.Module):
         super().__init__()
         self.numbers, self.levels, self.predicted = numbers, levels, numbers * levels
         self.into = nn.Linear(width, numbers, bias=False)
+        # Scoring in bfloat16 must round to the codes that training did.
+        self.into.keeps_float32 = True
         nn.init.normal_(self.into.weight, std=1 / math.sqrt(width))
 
     def forward(self, pooled_ND: Tensor) -> Tensor:

@@ -249,10 +249,10 @@ class Transformer(nn.Module):
 
     # Whether inference must say where answers begin (`Layout.answers`); only rows of one sequence say so.
     reads_answers = False
-    # Whether inference must say where the scored part of a row begins, as if it were an answer: what is
-    # before is a prefix, of which no token is predicted.
+    # Whether inference must say where the scored part of a row begins. `Layout.answers` then has the index of
+    # the last token of the prefix before it, of which no token is predicted.
     reads_prefixes = False
-    # Whether rows with answers take several passes: `hidden` is then that of what is inserted.
+    # Whether rows with answers take several passes, which `inserted_embeddings.hidden` computes.
     thinks = False
 
     def __init__(self, config: ModelConfig) -> None:
@@ -315,9 +315,11 @@ class Transformer(nn.Module):
         """Insert vectors into the rows from now on, which get further positions.
 
         `embeddings` has four methods. `stretch(layout, tokens_BL)` returns the longer rows, or None where
-        nothing is inserted; `vectors()`, what is inserted [C, D]; `longest(tokens)`, the most places that so
-        many tokens take; `length(tokens)`, those that they take in evaluation, an int or a mean. Learned
-        positions of the context keep their values; the further ones are drawn like them.
+        the layout needs no room; `vectors()`, what is inserted [C, D]; `longest(tokens)`, the most places
+        that so many tokens take; `length(tokens)`, those that they take in evaluation, an int or a mean. A
+        model that `thinks` needs a fifth: `hidden(model, tokens_BL, layout, rows_N)`, which replaces that of
+        the model where rows have answers. Learned positions of the context keep their values; the further
+        ones are drawn like them.
         """
         self.inserted_embeddings = embeddings
         learned_LD = self.positions.weight if self.config.positions == "learned" else None
@@ -423,6 +425,7 @@ class Transformer(nn.Module):
         There may be no value embeddings, which are tokens'.
         """
         assert not self.value_embeddings, "only tokens have value embeddings"
+        assert self.route is None, "the blocks are not passed one after another"
         x_BLD, rope = self._placed(x_BLD, layout)
         return self._through(0, x_BLD, rope, None, layout)[-1]
 
@@ -448,6 +451,7 @@ class Transformer(nn.Module):
         assert layout is not None or L <= longest, f"{L} tokens do not fit the context of {longest}"
         layout = CausalRows(L) if layout is None else layout
         if self.route is not None:
+            assert self.inserted_embeddings is None, "a route leads tokens alone through the blocks"
             return [self.route(self, tokens_BL, layout, rows_N, after)]
         stretched = None
         if self.inserted_embeddings is not None:

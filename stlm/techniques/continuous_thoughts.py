@@ -27,7 +27,7 @@ from stlm.model.activations import block_activations
 from stlm.model.counts import TRAINING_PASSES, build_on_meta, training_flops_per_token
 from stlm.model.documents import Documents
 from stlm.model.flops import children_flops, forward_flops
-from stlm.model.latent_places import BEGIN, END, MARKS, THOUGHT, TOKEN, Rows, Thoughts
+from stlm.model.latent_places import BEGIN, END, MARKS, THOUGHT, TOKEN, InsertedThoughts, Places
 from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 from stlm.tokens.batches import Batches
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
 
+# The share of a stage, where none is given.
+_SHARE = 0.15
 # Thoughts before an answer, at most.
 _MOST = 1000
 # Rows of the training text on which the mean cost is measured, and by which the text is checked.
@@ -86,7 +88,7 @@ class ContinuousThoughts(Technique):
         True, description="Whether training goes through the stages; false: the last one from the beginning."
     )
     share: float = Field(
-        0.15,
+        _SHARE,
         gt=0,
         lt=1,
         description="With a curriculum, the share of the training steps of each stage before the last; that "
@@ -117,6 +119,10 @@ class ContinuousThoughts(Technique):
                 f"share: {self.share:g} for each of the {self.stages} stages before the last leaves nothing "
                 f"for the last; expected less than {1 / self.stages:g}"
             )
+        if not self.curriculum and self.share != _SHARE:
+            raise ValueError(f"share: {self.share:g}: expected together with a curriculum")
+        if self.neutral() and self.questions:
+            raise ValueError("questions: true: expected together with thoughts; plain training has them")
         if min(self.scored, default=0) < 0 or len(set(self.scored)) < len(self.scored):
             raise ValueError(f"scored: {list(self.scored)}: expected numbers of at least 0, each once")
         if max(self.scored, default=0) > (_MOST if self.count else 0):
@@ -167,7 +173,7 @@ class ContinuousThoughts(Technique):
     def build(self, model: Transformer) -> None:
         """See `Technique.build`. Learned positions of the context keep their values."""
         if not self.neutral():
-            model.insert(Thoughts(self.count, model.config.width))
+            model.insert(InsertedThoughts(self.count, model.config.width))
             model.reads_answers = model.thinks = True
 
     # Training
@@ -217,7 +223,7 @@ class ContinuousThoughts(Technique):
         tokens_BL, model = forward.tokens_BL, forward.model
         full_BL = torch.cat([tokens_BL, forward.targets_BL[:, -1:]], dim=1).cpu().numpy()
         arranged = self.arrange(full_BL, stage, self._form)
-        rows = Rows(*(torch.from_numpy(part).to(tokens_BL.device) for part in arranged[:-1]))
+        rows = Places(*(torch.from_numpy(part).to(tokens_BL.device) for part in arranged[:-1]))
         targets = torch.from_numpy(arranged.targets_BM).to(tokens_BL.device)
         place_N = (targets.flatten() != _NO_TARGET).nonzero()[:, 0]
         # Several processes may have rows of this micro-batch, with other numbers of targets.
@@ -347,7 +353,7 @@ def form_of(tokens_folder: Path) -> Form:
 
 
 class Arranged(NamedTuple):
-    """The parts of `Rows`, and the target after each place, or -1: int64 [B, M] each."""
+    """The parts of `Places`, and the target after each place, or -1: int64 [B, M] each."""
 
     tokens_BM: np.ndarray
     kinds_BM: np.ndarray

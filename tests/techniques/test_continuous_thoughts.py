@@ -597,6 +597,8 @@ def test_lines_are_found_in_tokens_of_byte_pairs(tmp_path):
             {"thoughts": 400, "stages": 3},
             "thoughts: 400 for each of 3 stages are 1200; expected at most 1000",
         ),
+        ({"share": 0.2, "curriculum": False}, "share: 0.2: expected together with a curriculum"),
+        ({"thoughts": 0, "questions": True}, "questions: true: expected together with thoughts"),
         ({"share": 0.25}, "share: 0.25 for each of the 4 stages.*expected less than 0.25"),
         ({"scored": (1, 1)}, r"scored: \[1, 1\]: expected numbers of at least 0, each once"),
         ({"thoughts": 0, "scored": (1,)}, "scored: 1: expected at most 0 thoughts"),

@@ -17,6 +17,7 @@ from stlm.cli import main
 from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.evaluate import evaluate_run
+from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
 from stlm.model.build import build_model
@@ -474,6 +475,17 @@ def test_metrics_are_of_the_thoughts_that_count():
     assert "reciprocal_rank" not in few, "there are less than a hundred"
     none = metrics(model, technique, tokens_BL[:2], counted_BL[:2] & False)
     assert set(none) == {"thought_tokens"} and math.isnan(none["thought_tokens"])
+
+
+def test_scoring_in_bfloat16_rounds_to_the_codes_of_training():
+    model = new_model(KINDS["codes"]).eval()
+    half = TokenModel(model, lambda requests: [], "cpu", "bfloat16").transformer
+    assert half.blocks[0].attention.qkv.weight.dtype == torch.bfloat16
+    pooled_ND = torch.randn(5000, 16)
+    assert torch.equal(half.route.latents(pooled_ND), model.route.latents(pooled_ND))
+    # With a rounded weight some codes differ, so that the test can fail.
+    half.route.latents.into.weight.data = half.route.latents.into.weight.data.bfloat16()
+    assert not torch.equal(half.route.latents(pooled_ND), model.route.latents(pooled_ND))
 
 
 @pytest.mark.parametrize("technique", [KINDS["sentences"], KINDS["codes"]], ids=["vectors", "codes"])
