@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.block import NORMS, Block
 from stlm.model.config import CHUNK_BYTES, ModelConfig
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.graphs import outside_graphs
@@ -26,7 +27,7 @@ from stlm.model.head_loss import head_loss
 from stlm.model.layout import Layout
 from stlm.model.packed_chunks import Packing, Table, Written
 from stlm.model.projection import INITIAL_STD, block_matrices
-from stlm.model.transformer import NORMS, Block, Transformer, sinusoidal_table
+from stlm.model.transformer import Transformer, sinusoidal_table
 from stlm.tokens.chunks import END, END_OF_TEXT, SYMBOLS, ChunkTable
 
 # Added to the logits of symbols that a rule forbids: their probability becomes zero in float32.

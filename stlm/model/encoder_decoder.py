@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stlm.model.block import NORMS, Attention, Block
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
 from stlm.model.flops import children_flops, forward_flops
@@ -24,7 +25,7 @@ from stlm.model.layout import CausalRows, Layout
 from stlm.model.prefixes import Prefixes
 from stlm.model.projection import INITIAL_STD, Dense, output_scale
 from stlm.model.rotary import Rotary, rotate
-from stlm.model.transformer import NORMS, Attention, Block, Transformer
+from stlm.model.transformer import Transformer
 
 
 class PrefixRows(CausalRows):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.kernels.library import kernels
+from stlm.model.block import Attention
 from stlm.model.feed_forward import GELU, SquaredReLU, SwiGLU, squared_relu
 from stlm.model.fused import RMSNorm
 from stlm.model.projection import Adapter, Dense, LowRank
-from stlm.model.transformer import Attention, Transformer
+from stlm.model.transformer import Transformer
 
 # The kinds of feed-forward networks, in the order of the kernel's numbers, with their activations.
 _FFNS = {SwiGLU: F.silu, GELU: F.gelu, SquaredReLU: squared_relu}

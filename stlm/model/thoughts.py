@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.errors import UserError
+from stlm.model.block import NORMS
 from stlm.model.config import ModelConfig
 from stlm.model.flops import forward_flops
 from stlm.model.latents import Codes, UnitVectors
 from stlm.model.layout import CausalRows, Layout
 from stlm.model.packed_chunks import Packing
 from stlm.model.projection import INITIAL_STD
-from stlm.model.transformer import NORMS, Transformer
+from stlm.model.transformer import Transformer
 
 Pool = Literal["mean", "last", "attention"]
 

@@ -14,11 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stlm.model.activations import block_activations
+from stlm.model.block import Block
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.model.layout import Layout
 from stlm.model.rotary import Rotary
-from stlm.model.transformer import Block, Transformer
+from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 
 if TYPE_CHECKING:

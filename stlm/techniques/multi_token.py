@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stlm.model.activations import block_activations
+from stlm.model.block import NORMS, Block
 from stlm.model.config import ModelConfig
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.model.layout import CausalRows, Layout, Selection
 from stlm.model.projection import INITIAL_STD, output_scale, projections
-from stlm.model.transformer import NORMS, Block, Transformer
+from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from stlm.model.activations import block_activations
+from stlm.model.block import Block
 from stlm.model.byte_config import MOST_LAYERS
 from stlm.model.counts import TRAINING_PASSES, build_on_meta, grouped_parameters
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.layout import Layout
 from stlm.model.rotary import Rotary
-from stlm.model.transformer import Block, Transformer
+from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 
 if TYPE_CHECKING:

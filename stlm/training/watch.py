@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stlm.model.transformer import Block, Transformer
+from stlm.model.block import Block
+from stlm.model.transformer import Transformer
 from stlm.training.spikes import Spikes
 
 WATCH_COLUMNS = [

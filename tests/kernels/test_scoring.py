@@ -216,7 +216,7 @@ def test_a_model_scores_as_in_torchs_operations(changes, precision, monkeypatch)
     tokens = torch.randint(0, 61, layout.positions.shape, generator=torch.Generator().manual_seed(1))
     rows_N = torch.arange(0, tokens.shape[1], 7)
     # So small that the feed-forward network takes several parts.
-    monkeypatch.setattr("stlm.model.transformer._PART_BYTES", 2**15)
+    monkeypatch.setattr("stlm.model.block._PART_BYTES", 2**15)
     tolerance = dict(atol=1e-4, rtol=1e-4) if precision == "float32" else dict(atol=0.3, rtol=0.1)
     for rows in (None, rows_N):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from stlm.model.block import Attention
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
 from stlm.model.documents import Documents
 from stlm.model.layout import CausalRows, Layout, Selection
 from stlm.model.rotary import angles_at
 from stlm.model.segments import Segments
-from stlm.model.transformer import Attention, Transformer
+from stlm.model.transformer import Transformer
 
 B, L, EOT = 3, 12, 0
 CONFIG = ModelConfig(

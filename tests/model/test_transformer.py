@@ -186,7 +186,7 @@ def test_a_fresh_model_guesses_uniformly_and_masked_loss_is_a_sum():
 def test_a_network_with_hooks_gets_all_tokens_in_scoring(monkeypatch):
     """Without hooks it computes parts of them, to the same output."""
     model = Transformer(ModelConfig(**TINY)).eval()
-    monkeypatch.setattr("stlm.model.transformer._PART_BYTES", 1)
+    monkeypatch.setattr("stlm.model.block._PART_BYTES", 1)
     tokens_BL = torch.randint(0, model.config.vocab_size, (9, 16))
     seen: list[int] = []
     with torch.no_grad():

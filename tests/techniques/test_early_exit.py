@@ -21,6 +21,7 @@ from stlm.evaluation.token_model import TokenModel
 from stlm.export.llama import export_llama
 from stlm.files import read_json
 from stlm.generation.find import load_generator
+from stlm.model.block import Block
 from stlm.model.build import build_model
 from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
@@ -29,7 +30,6 @@ from stlm.model.documents import Documents
 from stlm.model.flops import forward_flops
 from stlm.model.inherit import inherit
 from stlm.model.layout import CausalRows
-from stlm.model.transformer import Block
 from stlm.study.load import load_study
 from stlm.techniques.early_exit import EarlyExit, SkippedBlock, first_blocks
 from stlm.tokens.bpe import train_bpe
