@@ -27,6 +27,7 @@ from stlm.corpora.config import (
 from stlm.docs_pages.blocks import block, fill
 from stlm.docs_pages.committed import read_committed
 from stlm.docs_pages.findings import findings_table
+from stlm.docs_pages.inherited import inherited_block
 from stlm.errors import UserError
 from stlm.evaluation.config import BenchmarkConfig, EvaluationConfig, PerplexityConfig
 from stlm.files import write_text
@@ -219,13 +220,20 @@ def write_params_readme(root: Path = Path()) -> Path:
 
 
 def readme_with_results(root: Path = Path()) -> str:
-    """README.md with the headline table and the figure of results/desk/.
+    """README.md with the headline table and the figure of results/desk/, and what inheriting came to.
 
-    Raises UserError where README.md lacks the comments between which they stand.
+    Raises UserError where README.md lacks the comments between which they stand, or has others.
     """
     text = (root / README).read_text(encoding="utf-8")
-    results = f"{_results(root / SHOWN)}\n"
-    return fill(README, text, lambda name, study: block(name, results, study), needed=["results"])
+    return fill(README, text, lambda name, study: _block(root, name, study), needed=["results"])
+
+
+def _block(root: Path, name: str, study: str | None) -> str:
+    if name == "results":
+        return block(name, f"{_results(root / SHOWN)}\n", study)
+    if name == "inherited" and study:
+        return block(name, inherited_block(root / "results" / study), study)
+    raise UserError(f"{README}: a block {name!r}: expected 'results', or 'inherited' from results/STUDY/")
 
 
 def headline_table(folder: Path) -> Table:
