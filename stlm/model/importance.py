@@ -20,12 +20,13 @@ from stlm.model.transformer import Transformer
 _TOKENS, _TOKENS_WITH_GRADIENTS = 4096, 1024
 
 
-def _batches(rows_NM: Tensor, tokens: int = _TOKENS) -> tuple[Tensor, ...]:
+def row_batches(rows_NM: Tensor, tokens: int = _TOKENS) -> tuple[Tensor, ...]:
+    """The rows in parts, of at most so many tokens each, or of one row."""
     return rows_NM.split(max(1, tokens // rows_NM.shape[1]))
 
 
 @contextmanager
-def _measuring(model: Transformer) -> Iterator[ExitStack]:
+def measuring(model: Transformer) -> Iterator[ExitStack]:
     """The model in evaluation mode, its parameters without gradients; hooks on the stack are removed."""
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     was_training = model.training
@@ -53,8 +54,8 @@ def subset(model: Transformer, layers: Sequence[int]) -> Transformer:
 @torch.no_grad()
 def mean_loss(model: Transformer, rows_NM: Tensor) -> float:
     """The mean cross-entropy of the rows' tokens after the first, in nats."""
-    with _measuring(model):
-        losses = [len(rows) * model.loss(rows[:, :-1], rows[:, 1:]).item() for rows in _batches(rows_NM)]
+    with measuring(model):
+        losses = [len(rows) * model.loss(rows[:, :-1], rows[:, 1:]).item() for rows in row_batches(rows_NM)]
     return sum(losses) / len(rows_NM)
 
 
@@ -66,12 +67,12 @@ def influence(model: Transformer, rows_NM: Tensor) -> list[float]:
     def add(number: int, args: tuple[Tensor, ...], out_BLD: Tensor) -> None:
         sums[number] += F.cosine_similarity(args[0], out_BLD, dim=-1).double().sum().cpu()
 
-    with _measuring(model) as stack:
+    with measuring(model) as stack:
         for number, block in enumerate(model.blocks):
             stack.callback(
                 block.register_forward_hook(lambda _, args, out, number=number: add(number, args, out)).remove
             )
-        for rows in _batches(rows_NM):
+        for rows in row_batches(rows_NM):
             model.hidden(rows[:, :-1])
     return (1 - sums / rows_NM[:, 1:].numel()).tolist()
 
@@ -84,7 +85,7 @@ def removals(model: Transformer, rows_NM: Tensor, count: int) -> list[tuple[int,
     for each layer that is left, each time: the passes share what comes before the layer in question.
     """
     kept, found = list(range(len(model.blocks))), []
-    with _measuring(model):
+    with measuring(model):
         for _ in range(count):
             losses = _losses_without_each(subset(model, kept), rows_NM)
             place = min(range(len(kept)), key=losses.__getitem__)
@@ -96,7 +97,7 @@ def _losses_without_each(model: Transformer, rows_NM: Tensor) -> list[float]:
     """The mean loss without each of the model's blocks."""
     count = len(model.blocks)
     sums = [0.0] * count
-    for rows in _batches(rows_NM):
+    for rows in row_batches(rows_NM):
         tokens_BL, targets_BL = rows[:, :-1], rows[:, 1:]
         layout = CausalRows(tokens_BL.shape[1])
         before = _before_blocks(model, tokens_BL, layout)
@@ -136,11 +137,11 @@ def second_moments(
         sums[name] = sums[name].add_(product_XX) if name in sums else product_XX
 
     # The kernels for scoring, which are used without gradients, would pass the norms by.
-    with _measuring(model) as stack, torch.enable_grad():
+    with measuring(model) as stack, torch.enable_grad():
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             stack.callback(hook.remove)
-        for rows in _batches(rows_NM):
+        for rows in row_batches(rows_NM):
             model.hidden(rows[:, :-1])
     tokens = rows_NM[:, 1:].numel()
     return {name: total.div_(tokens) for name, total in sums.items()}
@@ -162,12 +163,12 @@ def first_order(
         x.retain_grad()
         inputs[name] = x
 
-    with _measuring(model) as stack, torch.enable_grad():
+    with measuring(model) as stack, torch.enable_grad():
         stack.callback(model.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_()).remove)
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             stack.callback(hook.remove)
-        for rows in _batches(rows_NM, _TOKENS_WITH_GRADIENTS):
+        for rows in row_batches(rows_NM, _TOKENS_WITH_GRADIENTS):
             tokens_BL, targets_BL = rows[:, :-1], rows[:, 1:]
             (model.loss(tokens_BL, targets_BL) * targets_BL.numel()).backward()
             for name, x in inputs.items():

@@ -4,7 +4,7 @@ A weight is (code - zero) * scale. A scale, and a zero if it is not the middle, 
 one output, or to the whole matrix. Scales are float16. A code minus its zero has at most 9 bits and a scale
 11, so their product is exact in float32: the codes can be read off the restored weights.
 
-Shapes: Y outputs, X inputs, G groups of a row, S = X / G inputs of a group, P bytes of a row; a scale of the
+Shapes: Y outputs, X inputs, G groups of a row, S inputs of a group, P bytes of a row; a scale of the
 whole matrix is [1, 1].
 """
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Added to the Hessian's diagonal, as a share of its mean (Frantar et al. 2022, section 3.3).
 DAMPING = 0.01
@@ -28,7 +29,8 @@ _TRITS = 5
 class Kind(NamedTuple):
     """A kind of codes: their `bits`, 1.6 for the three values of `ternary`, and how a scale is chosen.
 
-    `group`: the inputs that share a scale; None: all of an output, or the whole matrix if it is ternary.
+    `group`: the inputs that share a scale, fewer at the end of a row that it does not divide; None: all of an
+    output, or the whole matrix if it is ternary.
     `zero_points`: each group has a zero of its own, so that its codes span its least to its largest weight.
     Otherwise they are symmetric, as GGUF's Q8_0 and Q4_0: with 8 bits the largest weight is 127 scales, with
     fewer the one farthest from 0 is -2^(bits - 1) scales, which may be negative.
@@ -55,7 +57,14 @@ class Kind(NamedTuple):
 
     def groups(self, inputs: int) -> int:
         """The groups of a row of so many inputs."""
-        return 1 if self.group is None else inputs // self.group
+        return 1 if self.group is None else -(-inputs // self.group)
+
+    def split(self, x_YX: Tensor, groups: int) -> Tensor:
+        """Numbers of a matrix by group [Y, G, S]; the last group is filled up with zeros."""
+        if groups == 1:
+            return x_YX[:, None]
+        missing = groups * self.group - x_YX.shape[1]
+        return (F.pad(x_YX, (0, missing)) if missing else x_YX).unflatten(1, (groups, -1))
 
     def packed_bytes(self, numbers: int) -> int:
         """The bytes of a row of so many packed codes."""
@@ -82,7 +91,7 @@ class Grid:
     @classmethod
     def of(cls, weight_YX: Tensor, kind: Kind) -> Grid:
         """The grid of a matrix, or of one group of its columns. Raises ValueError where a scale overflows."""
-        w_YGS = weight_YX.float().unflatten(1, (kind.groups(weight_YX.shape[1]), -1))
+        w_YGS = kind.split(weight_YX.float(), kind.groups(weight_YX.shape[1]))
         zero_YG1 = torch.full_like(w_YGS[..., :1], kind.middle)
         if kind.ternary:
             scale = w_YGS.abs().mean().reshape(1, 1, 1)
@@ -104,21 +113,24 @@ class Grid:
             zero_YG1 = (-low * _inverse(scale)).round().clamp(0, kind.top)
         return cls(kind, stored, _inverse(scale), zero_YG1)
 
+    def _split(self, x_YX: Tensor) -> Tensor:
+        return self.kind.split(x_YX.float(), self.scale_YG1.shape[1])
+
     def codes(self, weight_YX: Tensor) -> Tensor:
         """The codes, float32, of the nearest weights of the grid [Y, X], or of some columns of one group."""
-        x_YGS = weight_YX.float().unflatten(1, (self.scale_YG1.shape[1], -1)) * self.factor_YG1
+        x_YGS = self._split(weight_YX) * self.factor_YG1
         if self.kind.bits == 8 and not self.kind.zero_points:
             # Halves are rounded away from 0. In float32, adding 128 first would round twice.
             below = x_YGS.abs().floor()
             codes = x_YGS.sign() * (below + (2 * (x_YGS.abs() - below)).floor()) + self.zero_YG1
         else:
             codes = (x_YGS + (self.zero_YG1 + 0.5)).floor()
-        return codes.clamp(0, self.kind.top).flatten(1)
+        return codes.clamp(0, self.kind.top).flatten(1)[:, : weight_YX.shape[1]]
 
     def values(self, codes_YX: Tensor) -> Tensor:
         """The weights, float32, of codes."""
-        codes_YGS = codes_YX.float().unflatten(1, (self.scale_YG1.shape[1], -1))
-        return ((codes_YGS - self.zero_YG1) * self.scale_YG1).flatten(1)
+        codes_YGS = self._split(codes_YX)
+        return ((codes_YGS - self.zero_YG1) * self.scale_YG1).flatten(1)[:, : codes_YX.shape[1]]
 
     def rounded(self, weight_YX: Tensor) -> Tensor:
         """The nearest weights of the grid, float32."""
@@ -126,8 +138,17 @@ class Grid:
 
     def read(self, weight_YX: Tensor) -> Tensor:
         """The codes of weights of the grid, exactly."""
-        w_YGS = weight_YX.float().unflatten(1, (self.scale_YG1.shape[1], -1))
-        return ((w_YGS * _inverse(self.scale_YG1)).round() + self.zero_YG1).flatten(1)
+        w_YGS = self._split(weight_YX)
+        codes_YGS = (w_YGS * _inverse(self.scale_YG1)).round() + self.zero_YG1
+        return codes_YGS.flatten(1)[:, : weight_YX.shape[1]]
+
+    @classmethod
+    def restored(cls, kind: Kind, scale_YG: Tensor, zero_YG: Tensor | None) -> Grid:
+        """The grid of stored scales, and of stored zeros where groups have them."""
+        scale_YG1 = scale_YG[..., None].float()
+        middle_YG1 = torch.full_like(scale_YG1, kind.middle)
+        zero_YG1 = middle_YG1 if zero_YG is None else zero_YG[..., None].float()
+        return cls(kind, scale_YG1, _inverse(scale_YG1), zero_YG1)
 
     @classmethod
     def joined(cls, grids: list[Grid]) -> Grid:

@@ -108,6 +108,20 @@ def test_symmetric_groups_of_32_are_ggufs_to_the_bit(bits, name):
         assert np.array_equal(grid.codes(weight_YX).numpy() - 128, codes)
 
 
+@pytest.mark.parametrize("inputs", [33, 48, 95])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.group == 32], ids=str)
+def test_the_last_group_of_a_row_may_be_smaller(kind, inputs):
+    """It is rounded as a matrix of its own is."""
+    weight_YX = some_weights()[2:, :inputs]
+    grid, last = Grid.of(weight_YX, kind), inputs // 32 * 32
+    parts = [weight_YX[:, :last], weight_YX[:, last:]]
+    expected_YX = torch.cat([Grid.of(part, kind).rounded(part) for part in parts], dim=1)
+    assert torch.equal(grid.rounded(weight_YX), expected_YX)
+    assert torch.equal(grid.values(grid.read(expected_YX)), expected_YX)
+    independent = torch.eye(inputs).double()
+    assert torch.equal(gptq(weight_YX, independent, kind)[1], expected_YX)
+
+
 def test_rounded_once_more_nothing_changes():
     for kind in KINDS:
         if not kind.zero_points:
