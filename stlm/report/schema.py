@@ -124,7 +124,7 @@ class TrainRecord(Strict):
     steps: Count
     tokens: Count
     seconds: Annotated[float, Field(ge=0)]
-    flops: Positive
+    flops: Annotated[float, Field(ge=0)]  # 0: of no steps
     device: str
     processor: str | None = None
     parts: list[dict[str, Any]] = []  # the machines and code that computed it in order, if several
