@@ -58,6 +58,8 @@ class Technique(BaseModel):
     replaces_next_token: ClassVar[bool] = False
     # The names of the metrics of `validated` and `validated_text`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
+    # Whether evaluation compares the model's distributions with those of what the run starts from.
+    keeps_near: ClassVar[bool] = False
     # Role of `depends` -> the key that names the variant, where the key is not named like the role.
     role_keys: ClassVar[Mapping[str, str]] = {}
 

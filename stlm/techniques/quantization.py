@@ -58,6 +58,8 @@ class Quantization(Technique):
         }
     )
 
+    keeps_near: ClassVar[bool] = True
+
     bits: Literal[8, 4, 3, 2, "ternary"] = Field(
         8,
         description="Bits of a weight. `ternary`: the blocks' matrices are -1, 0 or 1 times their mean "
