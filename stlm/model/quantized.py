@@ -65,18 +65,23 @@ class Quantized(nn.Module):
     def round(self, model: nn.Module) -> None:
         """Round each matrix, with what remained of the last rounding, to its nearest grid; keep what remains.
 
-        Raises ValueError, with the matrix's name, where weights are too large for a scale.
+        In a training that diverged, weights and scales may be NaN or infinite: see `check`.
         """
         parameters = dict(model.named_parameters())
         for name, kind in self.kinds.items():
             weight_YX, rest_YX = parameters[name], self._kept(name)
             exact_YX = weight_YX.detach().clone() if rest_YX is None else weight_YX + rest_YX
-            with _named(name):
-                grid = Grid.of(exact_YX, kind)
+            grid = Grid.of(exact_YX, kind)
             weight_YX.copy_(grid.rounded(exact_YX))
             self.set(name, grid)
             if self.trained:
                 self._keep(name, exact_YX - weight_YX)
+
+    def check(self) -> None:
+        """Raise ValueError, with the matrix's name, where weights were too large for a scale."""
+        for name in self.kinds:
+            with _named(name):
+                self.grid(name).checked()
 
 
 @contextmanager
@@ -99,13 +104,15 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 @torch.no_grad()
 def quantize_by_text(model: Transformer, quantized: Quantized, rows_NM: Tensor) -> None:
     """Quantize a model by GPTQ, block after block: each block's matrices see the inputs that the quantized
-    blocks before give them on a text. Matrices beyond the blocks are rounded first.
+    blocks before give them on a text. Matrices beyond the blocks are rounded first. Raises ValueError, with
+    the matrix's name, where weights are too large for a scale.
 
     It takes two passes of the text through the blocks. The blocks may not share matrices.
     """
     within = {name for name, _, in_block in matrices(model) if in_block}
     outside = Quantized({name: kind for name, kind in quantized.kinds.items() if name not in within})
     outside.round(model)
+    outside.check()
     for name in outside.kinds:
         quantized.set(name, outside.grid(name))
     layout = CausalRows(rows_NM.shape[1] - 1)

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 DAMPING = 0.01
 # Columns after which GPTQ updates all that are left, where groups do not say it.
 _COLUMNS = 128
+# The least scale that has an inverse; as float16, it is 0.
+_LEAST = 2.0**-126
 # Codes of three values in a byte: 3^5 = 243.
 _TRITS = 5
 
@@ -90,7 +92,7 @@ class Grid:
 
     @classmethod
     def of(cls, weight_YX: Tensor, kind: Kind) -> Grid:
-        """The grid of a matrix, or of one group of its columns. Raises ValueError where a scale overflows."""
+        """The grid of a matrix, or of one group of its columns."""
         w_YGS = kind.split(weight_YX.float(), kind.groups(weight_YX.shape[1]))
         zero_YG1 = torch.full_like(w_YGS[..., :1], kind.middle)
         if kind.ternary:
@@ -106,12 +108,16 @@ class Grid:
             farthest = w_YGS.abs().argmax(dim=-1, keepdim=True)
             scale = w_YGS.gather(-1, farthest) / -kind.middle
         stored = scale.half().float()
-        if not stored.isfinite().all():
-            raise ValueError(f"weights up to {weight_YX.abs().max().item():.3g} have no scale in float16")
         if kind.zero_points:
             scale = stored
             zero_YG1 = (-low * _inverse(scale)).round().clamp(0, kind.top)
         return cls(kind, stored, _inverse(scale), zero_YG1)
+
+    def checked(self) -> Grid:
+        """The grid itself. Raises ValueError where a scale is infinite; a GPU is waited for."""
+        if not self.scale_YG1.isfinite().all():
+            raise ValueError("weights too large for a scale in float16, which reaches 65,504")
+        return self
 
     def _split(self, x_YX: Tensor) -> Tensor:
         return self.kind.split(x_YX.float(), self.scale_YG1.shape[1])
@@ -158,8 +164,8 @@ class Grid:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where that is 0."""
-    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+    """1 / scale, and 0 where that would be infinite."""
+    return torch.where(scale.abs() < _LEAST, torch.zeros_like(scale), 1 / scale)
 
 
 def gptq(weight_YX: Tensor, moment_XX: Tensor, kind: Kind) -> tuple[Grid, Tensor]:
@@ -167,7 +173,7 @@ def gptq(weight_YX: Tensor, moment_XX: Tensor, kind: Kind) -> tuple[Grid, Tensor
 
     Columns are rounded in order, and what each loses is made up for by those after it, as the second moments
     E[x x^T] of the inputs (`moment_XX`) say. A group's scale is of its weights as they are when it is its
-    turn. Returns the grid and the weights, float32.
+    turn. Returns the grid and the weights, float32. Raises ValueError where a scale is infinite.
     """
     device, (Y, X) = weight_YX.device, weight_YX.shape
     factor_XX = _inverse_factor(moment_XX.to(device))
@@ -184,7 +190,7 @@ def gptq(weight_YX: Tensor, moment_XX: Tensor, kind: Kind) -> tuple[Grid, Tensor
             left_YX[:, place + 1 : end] -= error_Y[:, None] * factor_XX[place, place + 1 : end]
             error_YS[:, place - begin] = error_Y
         left_YX[:, end:] -= error_YS @ factor_XX[begin:end, end:]
-    return Grid.joined(grids), done_YX
+    return Grid.joined(grids).checked(), done_YX
 
 
 def _inverse_factor(moment_XX: Tensor) -> Tensor:

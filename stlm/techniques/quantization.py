@@ -155,6 +155,7 @@ class Quantization(Technique):
                 quantize_by_text(model, model.quantized, rows_NM)
             else:
                 model.quantized.round(model)
+                model.quantized.check()
         except ValueError as error:
             raise UserError(f"run {run.name}: techniques.quantization.bits: {error}") from None
         error, by_matrix = relative_errors(model, {name: before[name] for name in model.quantized.kinds})

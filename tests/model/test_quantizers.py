@@ -81,6 +81,17 @@ def test_codes_are_read_off_the_weights_and_packed_and_unpacked(kind):
         unpack(packed_YP[:, :-1], kind, 192)
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-12, 1e-7])
+@each_kind
+def test_weights_that_are_too_small_for_a_scale_become_zero(kind, size):
+    weight_YX = some_weights() * size
+    grid = Grid.of(weight_YX, kind)
+    rounded_YX = grid.rounded(weight_YX)
+    assert torch.equal(grid.values(grid.read(rounded_YX)), rounded_YX)
+    # Half a step of the least scale in float16, which 127 of them may lie away.
+    assert (rounded_YX - weight_YX).abs().max() <= 128 * 2.0**-25 if size == 1e-7 else not rounded_YX.any()
+
+
 @pytest.mark.parametrize("inputs", [1, 5, 7, 48, 50])
 @pytest.mark.parametrize("kind", [Kind(8), Kind(4), Kind(3), Kind(2), Kind(TERNARY)], ids=str)
 def test_rows_of_any_length_are_packed(kind, inputs):
@@ -192,5 +203,7 @@ def test_activations_are_rounded_by_token_and_pass_gradients():
 
 
 def test_weights_too_large_for_a_scale_are_refused():
-    with pytest.raises(ValueError, match="no scale in float16"):
-        Grid.of(torch.full((2, 32), 1e8), Kind(4, 32))
+    with pytest.raises(ValueError, match="too large for a scale in float16"):
+        Grid.of(torch.full((2, 32), 1e8), Kind(4, 32)).checked()
+    with pytest.raises(ValueError, match="too large for a scale in float16"):
+        gptq(torch.full((2, 32), 1e8), torch.eye(32), Kind(4, 32))

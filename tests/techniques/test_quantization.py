@@ -536,7 +536,7 @@ def test_weights_beyond_a_scale_are_refused_by_name(make_technique_run, monkeypa
     run = make_technique_run(techniques=[Quantization()])
     monkeypatch.setattr("stlm.training.setup.build_model", _huge)
     with pytest.raises(
-        UserError, match=r"run: techniques\.quantization\.bits: embedding\.weight: weights up to"
+        UserError, match=r"run: techniques\.quantization\.bits: embedding\.weight: weights too large"
     ):
         Trainer(run)
 
