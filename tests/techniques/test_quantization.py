@@ -414,6 +414,7 @@ def test_a_run_of_no_steps_is_trained_evaluated_and_written_with(make_technique_
         assert record["checkpoints"][0]["bytes"] == sizes[number]
         prepared = record["prepared"]["quantization"]
         assert 0 < prepared["relative_error"] < {8: 0.01, 4: 0.15, 2: 0.6}[number]
+        assert [one["name"] for one in prepared["by_matrix"]] == list(technique.kinds(build_model(run.model)))
         assert (prepared["extra_flops"] > 0) == (method == "gptq") and record["steps"] == 0
         assert record["parameters"] == read_json(base.folder / "train.json")["parameters"]
         evaluation = read_json(run.folder / "evaluation.json")
