@@ -6,7 +6,7 @@ query heads, X inputs of a matrix, Y its outputs. Models of dense matrices only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,13 +20,12 @@ from stlm.model.transformer import Transformer
 _TOKENS, _TOKENS_WITH_GRADIENTS = 4096, 1024
 
 
-def row_batches(rows_NM: Tensor, tokens: int = _TOKENS) -> tuple[Tensor, ...]:
-    """The rows in parts, of at most so many tokens each, or of one row."""
+def _batches(rows_NM: Tensor, tokens: int = _TOKENS) -> tuple[Tensor, ...]:
     return rows_NM.split(max(1, tokens // rows_NM.shape[1]))
 
 
 @contextmanager
-def measuring(model: Transformer) -> Iterator[ExitStack]:
+def _measuring(model: Transformer) -> Iterator[ExitStack]:
     """The model in evaluation mode, its parameters without gradients; hooks on the stack are removed."""
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     was_training = model.training
@@ -54,8 +53,8 @@ def subset(model: Transformer, layers: Sequence[int]) -> Transformer:
 @torch.no_grad()
 def mean_loss(model: Transformer, rows_NM: Tensor) -> float:
     """The mean cross-entropy of the rows' tokens after the first, in nats."""
-    with measuring(model):
-        losses = [len(rows) * model.loss(rows[:, :-1], rows[:, 1:]).item() for rows in row_batches(rows_NM)]
+    with _measuring(model):
+        losses = [len(rows) * model.loss(rows[:, :-1], rows[:, 1:]).item() for rows in _batches(rows_NM)]
     return sum(losses) / len(rows_NM)
 
 
@@ -67,12 +66,12 @@ def influence(model: Transformer, rows_NM: Tensor) -> list[float]:
     def add(number: int, args: tuple[Tensor, ...], out_BLD: Tensor) -> None:
         sums[number] += F.cosine_similarity(args[0], out_BLD, dim=-1).double().sum().cpu()
 
-    with measuring(model) as stack:
+    with _measuring(model) as stack:
         for number, block in enumerate(model.blocks):
             stack.callback(
                 block.register_forward_hook(lambda _, args, out, number=number: add(number, args, out)).remove
             )
-        for rows in row_batches(rows_NM):
+        for rows in _batches(rows_NM):
             model.hidden(rows[:, :-1])
     return (1 - sums / rows_NM[:, 1:].numel()).tolist()
 
@@ -85,7 +84,7 @@ def removals(model: Transformer, rows_NM: Tensor, count: int) -> list[tuple[int,
     for each layer that is left, each time: the passes share what comes before the layer in question.
     """
     kept, found = list(range(len(model.blocks))), []
-    with measuring(model):
+    with _measuring(model):
         for _ in range(count):
             losses = _losses_without_each(subset(model, kept), rows_NM)
             place = min(range(len(kept)), key=losses.__getitem__)
@@ -97,7 +96,7 @@ def _losses_without_each(model: Transformer, rows_NM: Tensor) -> list[float]:
     """The mean loss without each of the model's blocks."""
     count = len(model.blocks)
     sums = [0.0] * count
-    for rows in row_batches(rows_NM):
+    for rows in _batches(rows_NM):
         tokens_BL, targets_BL = rows[:, :-1], rows[:, 1:]
         layout = CausalRows(tokens_BL.shape[1])
         before = _before_blocks(model, tokens_BL, layout)
@@ -127,6 +126,17 @@ def second_moments(
 
     `normalized`: of x divided by its root mean square.
     """
+    # The kernels for scoring, which are used without gradients, would pass the norms by.
+    with _measuring(model), torch.enable_grad(), _summing(modules, normalized) as sums:
+        for rows in _batches(rows_NM):
+            model.hidden(rows[:, :-1])
+    tokens = rows_NM[:, 1:].numel()
+    return {name: total.div_(tokens) for name, total in sums.items()}
+
+
+@contextmanager
+def _summing(modules: Mapping[str, nn.Module], normalized: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The sums of x x^T over the inputs x of each module that is called meanwhile."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -136,15 +146,46 @@ def second_moments(
         product_XX = (x_NX.T @ x_NX).double()
         sums[name] = sums[name].add_(product_XX) if name in sums else product_XX
 
-    # The kernels for scoring, which are used without gradients, would pass the norms by.
-    with measuring(model) as stack, torch.enable_grad():
+    with ExitStack() as stack:
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             stack.callback(hook.remove)
-        for rows in row_batches(rows_NM):
-            model.hidden(rows[:, :-1])
-    tokens = rows_NM[:, 1:].numel()
-    return {name: total.div_(tokens) for name, total in sums.items()}
+        yield sums
+
+
+def moments_by_block(
+    model: Transformer,
+    rows_NM: Tensor,
+    modules: Sequence[Mapping[str, nn.Module]],
+    change: Callable[[int, dict[str, Tensor]], None],
+) -> None:
+    """Call `change` for each block in order, with its number and the `second_moments` of its `modules`.
+
+    The moments are measured on what `change` has made of the blocks before. The rows pass each block twice,
+    and their residual stream is held.
+    """
+    batches, tokens = _batches(rows_NM), rows_NM[:, 1:].numel()
+    layouts = [CausalRows(rows.shape[1] - 1) for rows in batches]
+    with _measuring(model), torch.enable_grad():
+        first = subset(model, [0])
+        streams = [
+            _before_blocks(first, rows[:, :-1], layout)[0]
+            for rows, layout in zip(batches, layouts, strict=True)
+        ]
+
+        def after(place: int, number: int) -> Tensor:
+            tokens_BL = batches[place][:, :-1]
+            return model.continued(streams[place], tokens_BL, layouts[place], number, number + 1)
+
+        for number, own in enumerate(modules):
+            if own:
+                with _summing(own) as sums:
+                    for place in range(len(batches)):
+                        after(place, number)
+                with torch.no_grad():
+                    change(number, {name: total.div_(tokens) for name, total in sums.items()})
+            for place in range(len(batches)):
+                streams[place] = after(place, number)
 
 
 def first_order(
@@ -163,12 +204,12 @@ def first_order(
         x.retain_grad()
         inputs[name] = x
 
-    with measuring(model) as stack, torch.enable_grad():
+    with _measuring(model) as stack, torch.enable_grad():
         stack.callback(model.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_()).remove)
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             stack.callback(hook.remove)
-        for rows in row_batches(rows_NM, _TOKENS_WITH_GRADIENTS):
+        for rows in _batches(rows_NM, _TOKENS_WITH_GRADIENTS):
             tokens_BL, targets_BL = rows[:, :-1], rows[:, 1:]
             (model.loss(tokens_BL, targets_BL) * targets_BL.numel()).backward()
             for name, x in inputs.items():

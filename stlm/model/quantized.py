@@ -16,8 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from stlm.model.importance import measuring, row_batches, subset
-from stlm.model.layout import CausalRows
+from stlm.model.importance import moments_by_block
 from stlm.model.quantizers import Grid, Kind, gptq, pack, unpack
 from stlm.model.transformer import Transformer
 
@@ -115,54 +114,23 @@ def quantize_by_text(model: Transformer, quantized: Quantized, rows_NM: Tensor) 
     outside.check()
     for name in outside.kinds:
         quantized.set(name, outside.grid(name))
-    layout = CausalRows(rows_NM.shape[1] - 1)
-    with measuring(model):
-        batches = [batch[:, :-1] for batch in row_batches(rows_NM)]
-        streams = [subset(model, []).residuals(batch, layout)[-1] for batch in batches]
-        for number, block in enumerate(model.blocks):
-            one = subset(model, [number])
-            places = {
-                f"blocks.{number}.{name}.weight": module
-                for name, module in block.named_modules()
-                if isinstance(module, nn.Linear) and f"blocks.{number}.{name}.weight" in quantized.kinds
-            }
-            moments = _moments(one, places, batches, streams, layout)
-            for name, module in places.items():
-                with _named(name):
-                    grid, weight_YX = gptq(module.weight, moments[name], quantized.kinds[name])
-                module.weight.copy_(weight_YX)
-                quantized.set(name, grid)
-            streams = [
-                one.continued(x_BLD, batch, layout, 0) for x_BLD, batch in zip(streams, batches, strict=True)
-            ]
-
-
-def _moments(
-    one: Transformer,
-    places: Mapping[str, nn.Module],
-    batches: list[Tensor],
-    streams: list[Tensor],
-    layout: CausalRows,
-) -> dict[str, Tensor]:
-    """The sums of x x^T [X, X], float64, over the inputs x of each module of a model of one block."""
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, x: Tensor) -> None:
-        x_NX = x.flatten(0, -2).float()
-        product_XX = (x_NX.T @ x_NX).double()
-        sums[name] = sums[name].add_(product_XX) if name in sums else product_XX
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name, module in places.items()
+    places = [
+        {
+            name: module
+            for path, module in block.named_modules()
+            if isinstance(module, nn.Linear) and (name := f"blocks.{number}.{path}.weight") in quantized.kinds
+        }
+        for number, block in enumerate(model.blocks)
     ]
-    try:
-        for x_BLD, batch in zip(streams, batches, strict=True):
-            one.continued(x_BLD, batch, layout, 0)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sums
+
+    def change(number: int, moments: dict[str, Tensor]) -> None:
+        for name, module in places[number].items():
+            with _named(name):
+                grid, weight_YX = gptq(module.weight, moments[name], quantized.kinds[name])
+            module.weight.copy_(weight_YX)
+            quantized.set(name, grid)
+
+    moments_by_block(model, rows_NM, places, change)
 
 
 def relative_errors(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:

@@ -114,6 +114,14 @@ class TextRecord(Strict):
         return self.bytes is not None and self.bytes == other.bytes
 
 
+class SparsityRecord(Strict):
+    """The shares of weights that are zero: of the pruned matrices, of the model, and by layer and matrix."""
+
+    matrices: Fraction
+    model: Fraction
+    by_layer: dict[str, dict[str, Fraction]]
+
+
 class TrainRecord(Strict):
     """train.json: what was trained, with which settings, and how long it took."""
 
@@ -141,6 +149,7 @@ class TrainRecord(Strict):
     validation: TextRecord | None = None  # the text behind the curve; None for earlier versions
     loss_spikes: list[LossSpike] | None = None  # None for earlier versions
     remarks: list[str] = []  # sentences about the trained model, such as parts never used
+    sparsity: SparsityRecord | None = None  # of a pruned model
     depends: dict[str, DependencyRecord] = {}  # role -> the run that the training depended on
     corpus: str
     tokenizer: str

@@ -181,6 +181,9 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
     before = sum(record["seconds"] for record in setup.prepared.values())
     validated = next(row for row in reversed(progress.rows) if "val_loss" in row)
     layers = {row["layer"]: row for row in state.watch.rows if row["step"] == validated["step"]}
+    measured = {
+        key: value for one in run.techniques.values() for key, value in one.measured(setup.model).items()
+    }
     remarks = [remark for one in run.techniques.values() for remark in one.remarks(layers)]
     return {
         **run.model_dump(include={"study", "variant", "label", "seed", "corpus", "tokenizer"}),
@@ -209,5 +212,6 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "final": {key: value for key, value in validated.items() if key.startswith(("train_", "val_"))},
         "checkpoints": progress.checkpoints,
         "loss_spikes": state.watch.spikes.found,
+        **measured,
         **({"remarks": remarks} if remarks else {}),
     }

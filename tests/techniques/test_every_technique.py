@@ -24,6 +24,7 @@ NEEDED = {
 # What a run with it must have besides.
 BESIDES = {
     "continuous_thoughts": "data: {attention: within}, training: {steps: 20}, ",
+    "pruning": "training: {start_from: teacher}, ",
     "quantization": "training: {start_from: baseline, steps: 0}, ",
 }
 # Its text must be questions with written steps.
