@@ -202,10 +202,13 @@ def prune_measured(
     moments_by_block(model, rows_NM, list(layers.values()), change)
 
 
-def measuring_flops(model: Transformer, rows_NM: Tensor) -> float:
-    """The FLOPs of the two passes through the blocks by which `prune_measured` measures."""
+def measuring_flops(model: Transformer, choice: Choice, rows_NM: Tensor) -> float:
+    """The FLOPs of the passes through the blocks by which `prune_measured` measures, products of single
+    matrices left out."""
     length = rows_NM.shape[1] - 1
-    return 2 * len(rows_NM) * sum(forward_flops(block, length) for block in model.blocks)
+    blocks = [forward_flops(block, length) for block in model.blocks]
+    together = choice.scope == "global" and choice.pattern is None
+    return len(rows_NM) * (sum(blocks) if together else blocks[0] + 2 * sum(blocks))
 
 
 def sparsity_record(

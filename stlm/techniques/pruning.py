@@ -244,7 +244,7 @@ class Pruning(Technique):
         prune_measured(model, self.method, chosen, self.choice, rows_NM)
         return {
             "measured_on_tokens": rows_NM[:, 1:].numel(),
-            "extra_flops": measuring_flops(model, rows_NM),
+            "extra_flops": measuring_flops(model, self.choice, rows_NM),
         }
 
     @torch.no_grad()

@@ -324,7 +324,7 @@ evaluation: {benchmarks: {}}
 variants:
   baseline: {}
   wider: {model: {width: 64}}
-  exits: {techniques: {early_exit: {}}}
+  series: {techniques: {series_activation: {}}}
 """
 
 
@@ -349,7 +349,7 @@ FROM = "training: {start_from: baseline}, "
             "pruning.sparsity: model.low_rank: a product of two factors",
         ),
         (
-            f"{{{FROM}model: {{sharing: {{what: ffn}}}}, techniques: {{pruning: {{}}}}}}",
+            "{model: {sharing: {what: ffn}}, techniques: {pruning: {begin: 1, end: 5}}}",
             "pruning does not support layers that share weights",
         ),
         (
@@ -386,7 +386,7 @@ FROM = "training: {start_from: baseline}, "
             r"rewind: 6: 'baseline' keeps checkpoints of 5, 20",
         ),
         ("{techniques: {pruning: {ticket: wider}}}", "ticket: 'wider' has another model"),
-        ("{techniques: {pruning: {ticket: exits}}}", "ticket: 'exits' has techniques.early_exit"),
+        ("{techniques: {pruning: {ticket: series}}}", "ticket: 'series' has techniques.series_activation"),
         (
             f"{{{FROM}techniques: {{pruning: {{ticket: baseline}}}}}}",
             "rewind: 0: training.start_from: baseline, that of 'baseline' is None",

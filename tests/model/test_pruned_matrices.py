@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
+from stlm.model.flops import forward_flops
 from stlm.model.importance import moments_by_block, second_moments
 from stlm.model.pruning import (
     Choice,
@@ -262,7 +263,9 @@ def test_a_whole_model_loses_least_by_sparsegpt():
         if name != "0.attention.out":  # its inputs change with the pruned queries, keys and values
             assert own <= errors["wanda"][name] * 1.001 and own <= errors["magnitude"][name] * 1.001, name
     assert sum(errors["sparsegpt"].values()) < sum(errors["wanda"].values())
-    assert measuring_flops(whole, read) == 2 * 60 * 3 * measuring_flops(whole, read[:1]) / 6
+    block = forward_flops(whole.blocks[0], 32)
+    assert measuring_flops(whole, Choice(0.5), read) == 60 * 7 * block
+    assert measuring_flops(whole, Choice(0.5, "global"), read) == 60 * 3 * block
 
 
 def test_wandas_global_choice_measures_all_matrices_first():
