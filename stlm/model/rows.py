@@ -27,6 +27,21 @@ class Rows(NamedTuple):
     layout: Layout | None = None
     counted_BL: Tensor | None = None
 
+    @classmethod
+    def of(cls, tokens_BM: Tensor, layout: Layout | None = None) -> Rows:
+        """Rows of text [B, L + 1], in which each token but the first is a target; all of them count."""
+        return cls(tokens_BM[:, :-1], tokens_BM[:, 1:], layout)
+
+    def alone(self, row: int) -> Rows:
+        """One of the rows, as a micro-batch of its own."""
+        here_1 = torch.tensor([row], device=self.tokens_BL.device)
+        return Rows(
+            self.tokens_BL[here_1],
+            self.targets_BL[here_1],
+            None if self.layout is None else self.layout.rows(here_1),
+            None if self.counted_BL is None else self.counted_BL[here_1],
+        )
+
 
 def drawn_shares(rows: int, shares: Sequence[float]) -> Tensor:
     """Which of the `shares` each of B rows belongs to [B], drawn at random on the CPU; len(shares): none.
