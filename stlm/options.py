@@ -146,7 +146,7 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         "--draft",
         str,
         None,
-        "who drafts tokens, which the model verifies several at once: a readout of the model, such as "
+        "who drafts tokens, which the model verifies several at once: an exit of the model, such as "
         "exit-2; its further heads, ahead-3; another model with the same tokenizer, named like RUN; auto: "
         "the fastest that `stlm drafts` measured",
         "DRAFT",

@@ -21,10 +21,14 @@ from stlm.corpora.synthetic import choice, corpus
 from stlm.errors import UserError
 from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
+from stlm.generation.tokens import TokenGenerator, window_begin
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.layout import CausalRows
+from stlm.techniques.base import Technique
 from stlm.techniques.encoder_decoder import EncoderDecoder
+from stlm.techniques.pauses import Pauses
+from stlm.techniques.series_activation import SeriesActivation
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoint_names import find_checkpoint
@@ -111,12 +115,12 @@ def test_in_bfloat16(run: Path, ours: StlmLM) -> None:
 
 
 def test_generation_past_the_context(ours: StlmLM) -> None:
-    """More tokens than fit, which lm_eval's own model refuses: the window moves on."""
+    """More tokens than fit, which lm_eval's own model refuses: the window moves on as in `stlm generate`."""
     asked = requests("generate_until", ("Tom", {"until": ["<none>"], "max_gen_toks": 2 * CONTEXT}), ("", {}))
     long, _ = ours.generate_until(asked)
     tokens = ours.stlm_tokenizer.encode("Tom")
     for _ in range(2 * CONTEXT):
-        window = torch.tensor([tokens[-CONTEXT:]])
+        window = torch.tensor([tokens[window_begin(len(tokens), CONTEXT) :]])
         with torch.no_grad():
             tokens.append(int(ours.model.transformer(window)[0, -1].argmax()))
         if tokens[-1] == ours.eot_token_id:
@@ -124,16 +128,45 @@ def test_generation_past_the_context(ours: StlmLM) -> None:
     assert long == ours.stlm_tokenizer.decode(tokens[len(ours.stlm_tokenizer.encode("Tom")) :])
 
 
-def test_an_encoder_decoder_encodes_the_prompt(tmp_path: Path) -> None:
+def with_technique(folder: Path, technique: Technique) -> StlmLM:
+    """A random model, saved in `folder`, that hardly ever ends a text."""
     torch.manual_seed(1)
     sizes = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48, "context": 32}
-    model = build_model(ModelConfig(vocab_size=257, **sizes), [EncoderDecoder()]).eval()
+    model = build_model(ModelConfig(vocab_size=257, tied=False, **sizes), [technique]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
-    save_checkpoint(tmp_path / "checkpoints" / "step-0000001", model, {"step": 1, "tokens": 1})
-    ByteTokenizer().save(tmp_path / "checkpoints" / "tokenizer")
-    lm = StlmLM(run=str(tmp_path), device="cpu")
+        model.output.weight[256] *= 0.01
+    save_checkpoint(folder / "checkpoints" / "step-0000001", model, {"step": 1, "tokens": 1})
+    ByteTokenizer().save(folder / "checkpoints" / "tokenizer")
+    return StlmLM(run=str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "technique",
+    [EncoderDecoder(), Pauses(place="answer", count=2), SeriesActivation()],
+    ids=lambda one: one.key(),
+)
+def test_past_the_context_it_writes_as_generate_does(tmp_path: Path, technique: Technique, cached) -> None:
+    lm = with_technique(tmp_path, technique)
+    found = lm._generate([[], [65]], [], 80, {})
+    generator = TokenGenerator(lm.model.transformer, ByteTokenizer(), cached)
+    for prompt, written in zip(("", "A"), found, strict=True):
+        logits_V, expected = generator.start(prompt), []
+        if prompt:  # the harness puts no end of text before it
+            generator.restart([65])
+            generator._prompt_end = 0
+            logits_V = generator.read([], last=1)[0]
+        while len(expected) < 80:
+            expected.append(int(logits_V.argmax()))
+            logits_V = generator.next(expected[-1])
+        assert written == expected and len(set(expected[40:])) > 2
+
+
+def test_an_encoder_decoder_encodes_the_prompt(tmp_path: Path) -> None:
+    lm = with_technique(tmp_path, EncoderDecoder())
+    model = lm.model.transformer
     found = lm._generate([list(b"Tom had"), list(b"x"), []], [], 8, {})
     for prompt, written in zip((b"Tom had", b"x", b""), found, strict=True):
         tokens = list(prompt) or [lm.eot_token_id]

@@ -13,7 +13,7 @@ from stlm.model.config import ModelConfig
 from stlm.study.load import load_study
 from stlm.techniques.base import CAPABILITIES, Technique, refuse
 from stlm.techniques.registry import load_techniques, technique_class, technique_names
-from stlm.training.divergence import locate
+from stlm.training.divergence import Part, locate
 from stlm.training.loop import Trainer
 
 # The keys that a technique has no default for.
@@ -114,6 +114,7 @@ def test_a_divergence_is_traced_as_without_it(make_technique_run, name):
     with torch.no_grad():
         model.embedding.weight.mul_(1e3)
         model.norm.weight.fill_(1e36)
-    place = locate(model, lambda tokens: trainer.setup.loss(tokens, 8, eager=True), [tokens_BM])
+    part = Part(0, 0, trainer.setup.rows(tokens_BM, 8))
+    place = locate(model, lambda rows: trainer.setup.loss_again(rows, 8), [part])
     assert place.sentence == "all activations are finite, the loss of the head is not"
     assert sorted(place.rows) == list(range(len(tokens_BM)))
