@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import in_processes
 
 WORKER = """
 import os, sys, signal, time
@@ -109,6 +110,12 @@ def ends(run, size, victim, moment):
     return [process.returncode for process in processes], "".join(said)
 
 
+def work(run, moment, victim):
+    """What a forked process does: the same."""
+    os.environ |= {"RUN": run, "MOMENT": moment, "VICTIM": victim}
+    exec(WORKER, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "victim", "size"),
@@ -117,7 +124,11 @@ def ends(run, size, victim, moment):
 )
 def test_the_others_end_as_promised(moment, victim, size, make_run):
     run = make_run(batch_size=6)
-    statuses, said = ends(run, size, victim, moment)
+    if moment == EXCHANGE:  # the one for which whole processes begin and end
+        statuses, said = ends(run, size, victim, moment)
+    else:
+        told = (run.model_dump_json(), moment, str(victim))
+        statuses, said = in_processes(work, *told, size=size, store=False)
     expected = [2] * size
     expected[victim] = -signal.SIGKILL
     assert statuses == expected, said
