@@ -41,7 +41,7 @@ def in_processes(
         group[-1].start()
     try:
         for process in group:
-            process.join(300)
+            process.join(600)
     finally:
         for process in group:
             process.kill()
