@@ -6,19 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import lm_eval.tasks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tiny_run import save_llama
 
 from stlm.corpora.synthetic import choice, corpus
 from stlm.errors import UserError
+from stlm.evaluation.harness_command import main
 from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
 from stlm.generation.tokens import TokenGenerator, window_begin
@@ -283,24 +289,32 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **own}))
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "stlm.evaluation.harness_command", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process, which has imported the harness; it knows tasks of --include_path alone."""
+    # Reading the 14,000 files of the harness's own tasks takes most of half a minute.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    # The command registers the model, which this module's imports have done.
+    monkeypatch.delitem(model_registry._objs, "stlm")
+    # It would write to this test's stderr for ever.
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+        return main()
+
+    return call
 
 
-def test_the_command(run: Path, tmp_path: Path, ours: StlmLM) -> None:
+def test_the_command(command_line, run: Path, tmp_path: Path, ours: StlmLM, capsys) -> None:
     write_tasks(tmp_path)
     tasks = "stories_choice,stories_rolling,stories_generate"
-    done = command(
+    status = command_line(
         *("--model", "stlm", "--model_args", f"run={run}", "--tasks", tasks),
         *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "stories_choice" in done.stdout
+    assert status == 0
+    assert "stories_choice" in capsys.readouterr().out
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     assert results["config"]["model"] == "stlm" and len(results["config"]["model_sha"]) == 64
     bits = results["results"]["stories_rolling"]["bits_per_byte,none"]
@@ -312,14 +326,14 @@ def test_the_command(run: Path, tmp_path: Path, ours: StlmLM) -> None:
     assert 0 <= results["results"]["stories_choice"]["acc,none"] <= 1
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(command_line, tmp_path: Path, capsys) -> None:
     write_tasks(tmp_path)
-    done = command(
+    status = command_line(
         *("--model", "stlm", "--model_args", "run=nowhere", "--tasks", "stories_choice"),
         *("--include_path", str(tmp_path)),
     )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere: neither a run's folder")
+    assert status == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nowhere: neither a run's folder")
 
 
 # As if the package were not installed, for a Python that finds this module at its start.
@@ -337,7 +351,13 @@ sys.meta_path.insert(0, Absent())
 
 def test_the_command_without_the_harness(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
-    done = command("--help", PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-m", "stlm.evaluation.harness_command", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert (
         done.stderr.strip()
