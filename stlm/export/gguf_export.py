@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ _FILE_TYPES = {
 }
 _OURS = {GGMLQuantizationType.Q4_K: quantize_q4_k, GGMLQuantizationType.Q6_K: quantize_q6_k}
 _MOST = 65504.0  # of float16, in which all types but F32 store weights or the scales of blocks
-_LISTED = 6
 
 
 def export_gguf(
@@ -112,8 +112,8 @@ def _misfits(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, GGMLQuan
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    """The names of tensors, one for those that differ in their layer alone."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def _add_about(writer: GGUFWriter, about: Mapping[str, Any]) -> None:

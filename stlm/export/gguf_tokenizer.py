@@ -60,6 +60,6 @@ def _pre(name: str, pre_tokenizer: Mapping[str, Any]) -> str:
     kinds = ", ".join(step["type"] for step in steps)
     raise UserError(
         f"tokenizer: {name} splits texts in a way ({kinds}) for which `tokenizer.ggml.pre` of a GGUF file "
-        f"has no name here (known: {', '.join(SPLITS)}); under another name llama.cpp would write other tokens. "
-        "`stlm export RUN FOLDER` exports it for transformers"
+        f"has no name here (known: {', '.join(SPLITS)}); under another name llama.cpp would write other "
+        "tokens. `stlm export RUN FOLDER` exports it for transformers"
     )
