@@ -1,4 +1,4 @@
-"""`stlm import FILE.gguf NAME`: a GGUF file becomes a published model; what `stlm export` wrote comes back."""
+"""`stlm import FILE.gguf NAME`: a GGUF file becomes a published model, as what `stlm export` wrote does."""
 
 from __future__ import annotations
 
