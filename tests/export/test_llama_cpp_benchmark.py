@@ -1,4 +1,4 @@
-"""benchmarks/llama_cpp.py finds what differs. In llama.cpp's place, transformers answers from the same file."""
+"""benchmarks/llama_cpp.py finds what differs; in llama.cpp's place transformers answers from one file."""
 
 from __future__ import annotations
 
