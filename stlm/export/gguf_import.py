@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ def import_gguf(path: Path, name: str, known: Known, force: bool = False) -> str
     file nor command line says; with `force`, a model of this name is replaced.
     """
     _check_name(name, force)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{str(path)!a}: this name is not UTF-8, as params/models.yaml is; rename it"
+        ) from None
     with disk_errors(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a GGUF file")
@@ -91,9 +98,9 @@ def _entry(path: Path, file: GgufFile, known: Known) -> dict[str, Any]:
     config = read_llama_config(file.config)
     described = file.get("general.description") or file.get("general.name") or f"a Llama from {path.name}"
     origins = [value for key in _ORIGINS if (value := file.get(key))]
-    folder = path.resolve().parent
-    if folder.is_relative_to(Path.cwd().resolve()):
-        folder = folder.relative_to(Path.cwd().resolve())
+    folder = Path(os.path.abspath(path)).parent  # a link keeps its own name
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
     return {
         "description": shortened(" ".join(str(described).split()), 200),
         "licence": known.licence or _needed(file.get("general.license"), "licence", path, "general.license"),

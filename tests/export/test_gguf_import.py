@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from stlm.cli import main
 from stlm.corpora.gguf_file import GgufError, GgufFile
 from stlm.files import read_json, sha256
 from stlm.generation.find import load_generator
-from stlm.model.llama import llama_weights
+from stlm.model.llama import NotLlamaError, llama_weights, read_llama_config
 from stlm.study.catalogues import load_models
 from stlm.tokens.published import fetched_tokenizer
 from stlm.training.checkpoints import load_checkpoint
@@ -136,6 +137,34 @@ def test_other_files_are_refused(project: Path, capsys) -> None:
     write_gguf(Path("scaled.gguf"), metadata={"llama.rope.scaling.type": "yarn"})
     assert "scaled.gguf: llama.rope.scaling.type: 'yarn'" in refused("scaled.gguf")
     assert Path("params/models.yaml").read_text() == before and not Path("data/raw/tiny").exists()
+
+
+def test_damaged_files_are_never_a_traceback(tmp_path: Path) -> None:
+    """Bytes of header, keys and tensors' descriptions changed at random: read as they are, or refused."""
+    path = write_gguf(tmp_path / "model.gguf")
+    content, draw = path.read_bytes(), random.Random(2)
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(content)
+        for _ in range(draw.choice((1, 4, 40))):
+            changed[draw.randrange(24, 14_000)] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            file = GgufFile(path)
+            read_llama_config(file.config)
+            file.weights(), file.tokenizer_json(), file.tokenizer_config(), file.starts_with
+        except (GgufError, NotLlamaError):
+            refused += 1
+    assert refused > 20
+
+
+def test_a_link_and_a_name_that_is_no_utf8(project: Path, capsys) -> None:
+    write_gguf(Path("store/blob"))
+    Path("linked").symlink_to("store/blob")
+    assert main(["import", "linked", "tiny", *SAID]) == 0
+    assert load_models()["tiny"].sources[0].files == {"model.gguf": "linked"}
+    assert main(["import", "\udcff.gguf", "other", *SAID]) == 2
+    assert "this name is not UTF-8" in capsys.readouterr().err
 
 
 def test_the_token_that_llama_cpp_adds_must_be_the_prefix(exported: Path, capsys) -> None:
