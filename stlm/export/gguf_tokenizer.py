@@ -40,6 +40,11 @@ def gguf_tokenizer(tokenizer: Tokenizer) -> GgufTokenizer:
     special = {token["id"]: token["content"] for token in content["added_tokens"]}
     by_id = {id_: token for token, id_ in content["model"]["vocab"].items()} | special
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
+    if not merges:
+        raise UserError(
+            f"tokenizer: {tokenizer.name} has no merges, without which llama.cpp reads no vocabulary; "
+            "`stlm export RUN FOLDER` exports it for transformers"
+        )
     return GgufTokenizer(
         _pre(tokenizer.name, content["pre_tokenizer"]),
         [by_id[id_] for id_ in range(tokenizer.vocab_size)],

@@ -406,6 +406,18 @@ def test_a_failure_while_writing_leaves_nothing(run: Path, monkeypatch: pytest.M
     assert not list(Path().glob("*a.gguf*")) and not list(Path().glob(".*a.gguf*"))
 
 
+def test_a_vocabulary_of_bytes_alone_is_refused(bpe: Tokenizer) -> None:
+    content = json.loads(bpe.files["tokenizer.json"])
+    kept = sorted((id_, token) for token, id_ in content["model"]["vocab"].items() if len(token) == 1)
+    content["model"] |= {"vocab": {token: new for new, (_, token) in enumerate(kept)}, "merges": []}
+    content["added_tokens"][0]["id"] = len(kept)
+    only = PublishedTokenizer("hf:a:257", Vocabulary.of(json.dumps(content).encode(), EOT), EOT)
+    with pytest.raises(
+        UserError, match=r"tokenizer: hf:a:257 has no merges, without which llama\.cpp reads no"
+    ):
+        gguf_tokenizer(only)
+
+
 def test_the_writer_knows_our_tokenizers(bpe: Tokenizer) -> None:
     found = gguf_tokenizer(bpe)
     assert found.pre == "gpt-2" and len(found.tokens) == len(found.types) == 300
