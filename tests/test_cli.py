@@ -64,6 +64,8 @@ def test_study_lists_runs(project):
         (["contamination", "smoke"], "data/raw/synthetic_pairs"),
         (["report", "smoke"], "results/smoke/runs/baseline"),
         (["compare", "smoke/baseline", "smoke/learned"], "'smoke/baseline' is no run's folder"),
+        (["import", "none.gguf", "mine"], "none.gguf: no such file; expected a GGUF file"),
+        (["export", "smoke/baseline", "out", "--type", "F16"], "--type: is for a GGUF file"),
         (["frobnicate"], "invalid choice"),
     ],
 )
