@@ -6,7 +6,7 @@ query heads, X inputs of a matrix, Y its outputs. Models of dense matrices only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -126,6 +126,17 @@ def second_moments(
 
     `normalized`: of x divided by its root mean square.
     """
+    # The kernels for scoring, which are used without gradients, would pass the norms by.
+    with _measuring(model), torch.enable_grad(), _summing(modules, normalized) as sums:
+        for rows in _batches(rows_NM):
+            model.hidden(rows[:, :-1])
+    tokens = rows_NM[:, 1:].numel()
+    return {name: total.div_(tokens) for name, total in sums.items()}
+
+
+@contextmanager
+def _summing(modules: Mapping[str, nn.Module], normalized: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The sums of x x^T over the inputs x of each module that is called meanwhile."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -135,15 +146,46 @@ def second_moments(
         product_XX = (x_NX.T @ x_NX).double()
         sums[name] = sums[name].add_(product_XX) if name in sums else product_XX
 
-    # The kernels for scoring, which are used without gradients, would pass the norms by.
-    with _measuring(model) as stack, torch.enable_grad():
+    with ExitStack() as stack:
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
             stack.callback(hook.remove)
-        for rows in _batches(rows_NM):
-            model.hidden(rows[:, :-1])
-    tokens = rows_NM[:, 1:].numel()
-    return {name: total.div_(tokens) for name, total in sums.items()}
+        yield sums
+
+
+def moments_by_block(
+    model: Transformer,
+    rows_NM: Tensor,
+    modules: Sequence[Mapping[str, nn.Module]],
+    change: Callable[[int, dict[str, Tensor]], None],
+) -> None:
+    """Call `change` for each block in order, with its number and the `second_moments` of its `modules`.
+
+    The moments are measured on what `change` has made of the blocks before. The rows pass each block twice,
+    and their residual stream is held.
+    """
+    batches, tokens = _batches(rows_NM), rows_NM[:, 1:].numel()
+    layouts = [CausalRows(rows.shape[1] - 1) for rows in batches]
+    with _measuring(model), torch.enable_grad():
+        first = subset(model, [0])
+        streams = [
+            _before_blocks(first, rows[:, :-1], layout)[0]
+            for rows, layout in zip(batches, layouts, strict=True)
+        ]
+
+        def after(place: int, number: int) -> Tensor:
+            tokens_BL = batches[place][:, :-1]
+            return model.continued(streams[place], tokens_BL, layouts[place], number, number + 1)
+
+        for number, own in enumerate(modules):
+            if own:
+                with _summing(own) as sums:
+                    for place in range(len(batches)):
+                        after(place, number)
+                with torch.no_grad():
+                    change(number, {name: total.div_(tokens) for name, total in sums.items()})
+            for place in range(len(batches)):
+                streams[place] = after(place, number)
 
 
 def first_order(

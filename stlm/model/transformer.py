@@ -274,14 +274,18 @@ class Transformer(nn.Module):
         x_BLD, rope = self._embed(tokens_BL, layout, stretched)
         return self._through(0, x_BLD, rope, tokens_BL, layout, rows_N, after, stretched)
 
-    def continued(self, x_BLD: Tensor, tokens_BL: Tensor, layout: Layout, block: int) -> Tensor:
+    def continued(
+        self, x_BLD: Tensor, tokens_BL: Tensor, layout: Layout, block: int, end: int | None = None
+    ) -> Tensor:
         """The residual stream [B, L, D] after the last block, given that after the first `block` of them.
+
+        `end`: after the first `end` blocks instead.
 
         `layout` and the tokens are those of the pass through the first blocks. Nothing may be inserted.
         """
         assert self.inserted_embeddings is None, "the rows would be longer than the tokens"
         assert self.route is None, "the blocks are not passed one after another"
-        return self._through(block, x_BLD, self.rope(layout), tokens_BL, layout)[-1]
+        return self._through(block, x_BLD, self.rope(layout), tokens_BL, layout, end=end)[-1]
 
     def _through(
         self,

@@ -97,6 +97,7 @@ class Card:
             data=markdown(self._data()).strip(),
             settings=self._settings,
             groups=markdown(self._groups()).strip(),
+            sparsity=markdown(self._sparsity()).strip() if train.sparsity else "",
             parents=published_in(train.depends),
             lender=self._lender(),
             percent=percent,
@@ -144,6 +145,19 @@ class Card:
         rows = [(name, f"{number:,}") for name, number in groups.items()]
         notes = ["What layers share is counted once, where it is first used."]
         return Table("groups", "Where the parameters are", ["", "parameters"], rows, notes)
+
+    def _sparsity(self) -> Table:
+        found = self.train.sparsity
+        names = list(dict.fromkeys(name for own in found.by_layer.values() for name in own))
+        rows = [
+            [layer, *(percent(own[name]) if name in own else "–" for name in names)]
+            for layer, own in found.by_layer.items()
+        ]
+        notes = [
+            f"Percent of the weights. Of all matrices named here {percent(found.matrices)}% are zero, of all "
+            f"parameters {percent(found.model)}%. As the file stores them, zeros save no bytes."
+        ]
+        return Table("sparsity", "Weights that are zero", ["", *names], rows, notes)
 
     def _lender(self) -> tuple[str, str | None] | None:
         """The published model whose tokenizer alone the run uses, and its licence, if params/ says it."""

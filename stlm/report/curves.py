@@ -77,7 +77,8 @@ class Variant:
 def mean_curve(
     runs: Sequence[RunResult], results: Results, shifted: bool = False, token: float = 1.0
 ) -> Curve | None:
-    """The curve of one variant's `runs`, among `results`; None where a run was never validated.
+    """The curve of one variant's `runs`, among `results`; None where a run was never validated, or has read
+    no token (a published model as it is).
 
     The cost of the runs that one depended on is included. `shifted`: each curve is moved up or down to
     end at its value on test text. `token`: how many tokens each token counts as.
@@ -90,9 +91,12 @@ def mean_curve(
             return None
         tokens, seconds, bits = rows.to_numpy(float).T
         before = _cost_before(run, results)
+        if not before["tokens"] + run.train.tokens:
+            return None
         if shifted:
             bits += run.perplexity.bits_per_byte - bits[-1]
-        flops = before["flops"] + tokens * (run.train.flops / run.train.tokens)
+        done = tokens / run.train.tokens if run.train.tokens else np.ones_like(tokens)
+        flops = before["flops"] + done * run.train.flops
         tokens = token * (before["tokens"] + tokens)
         points[run.train.seed] = np.stack([tokens, flops, before["seconds"] + seconds, bits])
     tokens = next(iter(points.values()))[0]

@@ -183,7 +183,7 @@ def is_size(variant: Variant, baseline: Variant, cost: Literal["tokens", "flops"
         and rest(train.training, recipe) == rest(base.training, recipe)
         and train.techniques == base.techniques
         and variant.same_tokens
-        and abs(getattr(train, cost) / getattr(base, cost) - 1) <= SAME_COST
+        and abs(getattr(train, cost) - getattr(base, cost)) <= SAME_COST * getattr(base, cost)
         and (train.corpus, train.data) == (base.corpus, base.data)
     )
 
@@ -235,7 +235,7 @@ def _columns(row: Row, costs: EqualCosts) -> Iterator[tuple]:
     yield "", train.label, {"variant": train.variant, "label": train.label, "seeds": variant.seeds}
     record = {"parameters": size, "tokens": round(curve.end("tokens")), "flops": round(curve.end("flops"))}
     record |= {"seconds": round(curve.end("seconds"), 1)}
-    sizes = f"{count(size)}\n{train.flops / train.tokens:.2e}"
+    sizes = f"{count(size)}\n{train.flops / train.tokens:.2e}" if train.tokens else f"{count(size)}\n–"
     yield "parameters\nFLOPs a token", sizes, record
     spread = "" if sd is None else f"\nsd {sd:.3f}, {len(bits)} seeds"
     record = {"val_bits_per_byte": round(mean(bits), 5), "sd": rounded(sd, 5)}

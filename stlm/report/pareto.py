@@ -92,11 +92,12 @@ def _points(results: Results) -> list[_Point]:
         if not runs or runs[0].train.corpus != base.train.corpus:
             continue
         train, cost, token = runs[0].train, spent(runs[0], results), token_length(runs[0], base)
-        share = None if token is None else token * cost["tokens"] / spent(base, results)["tokens"]
+        tokens = spent(base, results)["tokens"]
+        same = token is not None and abs(token * cost["tokens"] - tokens) <= SAME_COST * tokens
         record = {"variant": train.variant, "parameters": train.parameters.total}
         record |= {"non_embedding": train.parameters.non_embedding}
         record |= {"tokens": round(cost["tokens"]), "flops": round(cost["flops"])}
-        record |= {"same_tokens": share is not None and abs(share - 1) <= SAME_COST}
+        record |= {"same_tokens": same}
         bits = [run.perplexity.bits_per_byte for run in runs]
         points.append(_Point(train.label, looks[runs[0].name], record, bits))
     return points

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 
 from stlm.errors import UserError
 
-# The first are in every row, the others where held-out text was scored.
-_EVERY_ROW = ["step", "tokens", "seconds", "learning_rate", "train_loss", "grad_norm", "tokens_per_second"]
-_CURVE = [*_EVERY_ROW, "val_loss", "val_bits_per_byte", "val_char_perplexity"]
+# The first are in every row, the second in those of steps (the only row of a run of no steps is of step 0),
+# the others where held-out text was scored.
+_EVERY_ROW = ["step", "tokens", "seconds"]
+_OF_STEPS = ["learning_rate", "train_loss", "grad_norm", "tokens_per_second"]
+_CURVE = [*_EVERY_ROW, *_OF_STEPS, "val_loss", "val_bits_per_byte", "val_char_perplexity"]
 KEYS = ["benchmark", "mode", "item"]
 
 
@@ -27,6 +29,7 @@ def read_curve(path: Path) -> pd.DataFrame:
     """The rows of curve.csv by step, with all columns that the file has."""
     rows = _read_csv(path, _CURVE)
     _check_numbers(path, rows, _CURVE, _EVERY_ROW)
+    _check_numbers(path, rows[rows["step"] > 0], _CURVE, [*_EVERY_ROW, *_OF_STEPS])
     for column in ("step", "tokens"):
         if (rows[column].diff().dropna() <= 0).any():
             raise UserError(f"{path} has rows out of order or twice: {column} does not grow from row to row")

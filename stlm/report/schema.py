@@ -113,6 +113,14 @@ class TextRecord(Strict):
         return self.bytes is not None and self.bytes == other.bytes
 
 
+class SparsityRecord(Strict):
+    """The shares of weights that are zero: of the pruned matrices, of the model, and by layer and matrix."""
+
+    matrices: Fraction
+    model: Fraction
+    by_layer: dict[str, dict[str, Fraction]]
+
+
 class TrainRecord(Strict):
     """train.json: what was trained, with which settings, and how long it took."""
 
@@ -124,7 +132,7 @@ class TrainRecord(Strict):
     steps: Count
     tokens: Count
     seconds: Annotated[float, Field(ge=0)]
-    flops: Positive
+    flops: Annotated[float, Field(ge=0)]  # 0: of no steps
     device: str
     processor: str | None = None
     parts: list[dict[str, Any]] = []  # the machines and code that computed it in order, if several
@@ -140,6 +148,7 @@ class TrainRecord(Strict):
     validation: TextRecord | None = None  # the text behind the curve; None for earlier versions
     loss_spikes: list[LossSpike] | None = None  # None for earlier versions
     remarks: list[str] = []  # sentences about the trained model, such as parts never used
+    sparsity: SparsityRecord | None = None  # of a pruned model
     depends: dict[str, DependencyRecord] = {}  # role -> the run that the training depended on
     corpus: str
     tokenizer: str

@@ -58,10 +58,13 @@ def write_training_pages(folder: Path, results: Results) -> None:
         study = f"study {results.study.name}"
         title = f"{run.label}: how it trained, {study}"
         body = [f"<h1>{html.escape(title)}</h1>", *html_table(_summary(run))]
-        _curve(folder, f"{name}-curve", f"{run.label}: training, {study}", run)
-        text = "Loss, learning rate, gradient norm and speed against optimizer steps"
-        body.append(_embedded(folder / f"{name}-curve.svg", text))
-        if run.watch is not None:
+        if run.train.steps:
+            _curve(folder, f"{name}-curve", f"{run.label}: training, {study}", run)
+            text = "Loss, learning rate, gradient norm and speed against optimizer steps"
+            body.append(_embedded(folder / f"{name}-curve.svg", text))
+        if not run.train.steps:
+            body.append("<p>It took no step: its weights are those that it starts from.</p>")
+        elif run.watch is not None:
             body += _watched(folder, name, f"{run.label}: layers, {study}", run.watch)
         else:
             text = "No layer was watched (training.watch_every), or an earlier version trained it."
@@ -100,6 +103,7 @@ def _summary(run: RunResult) -> Table:
     computed = [train.device, train.precision, "compiled" if train.compiled else None]
     computed += ["kernels in C" if train.kernels else None, train.threads and plural(train.threads, "thread")]
     computed += [f"{train.processes} processes" if train.processes > 1 else None]
+    gradients = f"{norms.median():.3g} (median), {norms.max():.3g} (largest)" if train.steps else "–"
     rows = {
         "run": train.run,
         "seed": str(train.seed),
@@ -109,11 +113,11 @@ def _summary(run: RunResult) -> Table:
         "training": f"{train.steps:,} steps, {count(train.tokens)} tokens, {train.seconds:,.0f} s",
         "speed": f"{train.tokens / train.seconds:,.0f} tokens/s" if train.seconds else "–",
         "on": ", ".join(filter(None, computed)),
-        "last training loss": _last(curve["train_loss"], " nats a token"),
+        "last training loss": _last(curve["train_loss"].dropna(), " nats a token"),
         "last validation loss": _last(validated["val_loss"], " nats a token"),
         "last validation bits per byte": _last(validated["val_bits_per_byte"]),
         "validation text": "–" if train.validation is None else amount(train.validation),
-        "gradient norm": f"{norms.median():.3g} (median), {norms.max():.3g} (largest)",
+        "gradient norm": gradients,
         "loss spikes": "not looked for" if spikes is None else str(len(spikes)),
     }
     return Table("facts", "Summary", ["", ""], list(rows.items()), texts=2)

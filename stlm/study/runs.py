@@ -145,7 +145,7 @@ class Run(BaseModel):
     @property
     def flops(self) -> float:
         """The estimated floating-point operations of the whole training."""
-        return self.tokens * self.flops_per_token
+        return self.tokens * self.flops_per_token if self.tokens else 0.0
 
     @property
     def flops_per_token(self) -> float:
@@ -155,7 +155,9 @@ class Run(BaseModel):
         """
         from stlm.model.counts import training_flops_per_token
 
-        extra = sum(technique.extra_flops_per_token(self) for technique in self._techniques)
+        # A technique's own are a mean over the steps.
+        steps = self.training.steps
+        extra = sum(technique.extra_flops_per_token(self) for technique in self._techniques) if steps else 0.0
         if self.model.bytes is None:
             return training_flops_per_token(self.model, techniques=self._techniques) + extra
         kind = self.tokenizer.partition("-")[0]

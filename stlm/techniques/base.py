@@ -134,6 +134,18 @@ class Technique(BaseModel):
         (stlm.model.flops).
         """
 
+    def changes_start(self) -> bool:
+        """Whether `change_start` changes anything."""
+        return False
+
+    def change_start(self, model: Transformer, run: Run) -> dict[str, Any]:
+        """Change the weights that training begins with: new ones, or those of `start_from`.
+
+        It is called once, in one process; the result is kept, and other processes and a resumed run read it.
+        Returns what train.json records among `prepared`, such as `extra_flops`.
+        """
+        return {}
+
     def inherited(self, model: Transformer, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights `given` by a model without this technique, under the names that they have in `model`.
 
@@ -201,6 +213,10 @@ class Technique(BaseModel):
         They are the columns NAME_1 to NAME_X of watch.csv, in rows of the validated steps. The run's page in
         the report draws each metric as a heat map.
         """
+        return {}
+
+    def measured(self, model: Transformer) -> dict[str, Any]:
+        """Further keys of train.json, measured on the trained model."""
         return {}
 
     def remarks(self, layers: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -65,7 +65,8 @@ class Batches:
             assert rows is not None, "data.sequence needs the number of rows"
             counts = _largest_remainder(weights, rows)
             self._begins = np.cumsum([0, *counts])
-            self._check_read(folder, counts, rows)
+            if rows:  # 0: of a run of no steps
+                self._check_read(folder, counts, rows)
         else:
             self._check_read(folder, self._counts, _PERIOD)
         self.shares = self._shares(rows)

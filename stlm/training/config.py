@@ -43,7 +43,12 @@ class TrainingConfig(BaseModel):
         # Likewise where it changes nothing.
         exclude_if=lambda value: value == InheritConfig(),
     )
-    steps: int = Field(25000, ge=1, description="Optimizer steps.")
+    steps: int = Field(
+        25000,
+        ge=0,
+        description="Optimizer steps. 0, with `start_from` only: the weights that the run starts from, "
+        "changed as its other keys say, are kept and evaluated without training.",
+    )
     batch_size: int = Field(24, ge=1, description="Sequences of `model.context` tokens in a micro-batch.")
     accumulation: int = Field(20, ge=1, description="Micro-batches whose gradients make one step.")
     optimizer: Literal["adamw", "muon"] = Field(
@@ -61,7 +66,9 @@ class TrainingConfig(BaseModel):
     min_learning_rate: float = Field(
         6e-5, ge=0, description="Learning rate at the last step, may be 0; not used by `constant`."
     )
-    warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from zero. At most `steps`.")
+    warmup_steps: int = Field(
+        5000, ge=0, description="Steps of linear warm-up from zero. At most `steps`, unless these are 0."
+    )
     schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt", "one_cycle"] = Field(
         "cosine",
         description="Learning rate after the warm-up, down to the minimum: `cosine`, `linear`, `wsd` "
@@ -127,7 +134,12 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _steps_fit(self) -> TrainingConfig:
-        if self.warmup_steps > self.steps:
+        if not self.steps and self.start_from is None:
+            raise ValueError(
+                "steps: 0 keeps the weights that a run starts from, and start_from names none; name a "
+                "variant or a published model there, or take at least 1 step"
+            )
+        if self.steps and self.warmup_steps > self.steps:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps} is longer than training, steps: {self.steps} "
                 f"(largest valid: {self.steps})"
@@ -139,6 +151,8 @@ class TrainingConfig(BaseModel):
         if not all(0 <= factor <= 1 for factor in self.dropout_ends):
             raise ValueError(f"dropout_ends: {list(self.dropout_ends)} must lie in 0 <= factor <= 1")
         late = [step for step in self.checkpoints if not 1 <= step <= self.steps]
+        if late and not self.steps:
+            raise ValueError(f"checkpoints: {late[0]}: with steps: 0 the one of step 0 is all (valid: [])")
         if late:
             raise ValueError(f"checkpoints: {late[0]} is outside training, 1 to steps: {self.steps}")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -46,8 +46,10 @@ class Curve:
         """Whether the last step's row of the curve, and what goes with it, are still missing."""
         config, progress = self.setup.config, self.state.progress
         step, rows = progress.step, progress.rows
-        if step == 0 or (rows and rows[-1]["step"] == step):
+        if rows and rows[-1]["step"] == step:
             return False
+        if step == 0:  # a run of no steps has this row alone
+            return config.steps == 0
         return step in config.checkpoint_steps or any(
             step % every == 0 for every in (config.log_every, config.validate_every, config.save_every)
         )
@@ -59,15 +61,15 @@ class Curve:
         step, last = progress.step, progress.step == config.steps
         state.watch.drain()
         tokens_a_step = config.tokens_per_step(self.setup.run.model.context)
-        row = {
-            "step": step,
-            "tokens": step * tokens_a_step,
-            "tokens_per_second": round(self.take_time() * tokens_a_step, 1),
-            "seconds": round(progress.seconds, 2),
-            "learning_rate": learning_rate(config, step),
-            **state.take_losses(),
-            "grad_norm": round(state.norm.item(), 6),
-        }
+        speed = round(self.take_time() * tokens_a_step, 1) if step else None
+        row = {"step": step, "tokens": step * tokens_a_step, "seconds": round(progress.seconds, 2)}
+        if step:
+            row |= {
+                "tokens_per_second": speed,
+                "learning_rate": learning_rate(config, step),
+                **state.take_losses(),
+                "grad_norm": round(state.norm.item(), 6),
+            }
         if last or step % config.validate_every == 0:
             found = validate(self.setup, self.validation)
             row |= {key: round(value, 6) for key, value in found.row.items()}
@@ -180,7 +182,7 @@ def keep_checkpoint(state: TrainingState) -> None:
             "run": run.name,
             "step": step,
             "tokens": tokens,
-            "flops": state.setup.extra_flops + tokens * run.flops_per_token,
+            "flops": state.setup.extra_flops + (tokens and tokens * run.flops_per_token),
             **({"depends": depends} if depends else {}),
         },
     )
@@ -195,6 +197,9 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
     before = sum(record["seconds"] for record in setup.prepared.values())
     validated = next(row for row in reversed(progress.rows) if "val_loss" in row)
     layers = {row["layer"]: row for row in state.watch.rows if row["step"] == validated["step"]}
+    measured = {
+        key: value for one in run.techniques.values() for key, value in one.measured(setup.model).items()
+    }
     remarks = [remark for one in run.techniques.values() for remark in one.remarks(layers)]
     return {
         **run.model_dump(include={"study", "variant", "label", "seed", "corpus", "tokenizer"}),
@@ -205,7 +210,7 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "steps": run.training.steps,
         "tokens": run.tokens,
         "seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(run.tokens / (progress.seconds - before), 1),
+        "tokens_per_second": run.tokens and round(run.tokens / (progress.seconds - before), 1),
         "flops": run.flops + setup.extra_flops,
         **(progress.parts or [state.environment])[-1],  # of the process that computed the last step
         # A run may have stopped and continued elsewhere, or with other code.
@@ -223,5 +228,6 @@ def summary(state: TrainingState, validation: ValidationSet) -> dict[str, Any]:
         "final": {key: value for key, value in validated.items() if key.startswith(("train_", "val_"))},
         "checkpoints": progress.checkpoints,
         "loss_spikes": state.watch.spikes.found,
+        **measured,
         **({"remarks": remarks} if remarks else {}),
     }

@@ -19,6 +19,8 @@ def check_finite(state: TrainingState, step: int, take_step: Callable[[], None])
 
     `take_step` trains one more step; it is used to repeat steps while searching for the layer.
     """
+    if not step:  # a run of no steps
+        return
     if math.isfinite(state.losses[-1].item()) and math.isfinite(state.norm.item()):
         return
     setup, watch = state.setup, state.watch

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,43 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
 
     Without anything to cut it is the origin's model itself. In a group, the leader cuts.
     """
-    group = group or Group()
     ids = origin.ids(run.tokens_folder / "tokenizer")
     shorter = run.model.positions == "learned" and run.model.context < origin.model.context
     if ids is None and not shorter and not is_cut(run.model, origin.model):
         return origin.load()
-    folder = run.state_folder.parent / ".inherited" / _fingerprint(run, origin)[:24]
+
+    def make() -> tuple[Transformer, dict[str, Any]]:
+        model, record = _cut(run, origin)
+        return model, {"inherited": record}
+
+    model, description = kept_next_to_states(run, _fingerprint(run, origin), make, group)
+    origin.record["inherited"] = description["inherited"]
+    return model
+
+
+def kept_next_to_states(
+    run: Run,
+    name: str,
+    make: Callable[[], tuple[Transformer, dict[str, Any]]],
+    group: Group | None = None,
+) -> tuple[Transformer, dict[str, Any]]:
+    """The model that `make` returns, and what describes it, made once for each `name`, a hash.
+
+    In a group, the leader makes it.
+    """
+    group = group or Group()
+    folder = run.state_folder.parent / ".inherited" / name[:24]
     if group.leads:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
             if not folder.exists():
-                model, record = _cut(run, origin)
-                save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
+                model, description = make()
+                save_checkpoint(folder, model, {"step": 0, "tokens": 0, **description})
         group.largest(1)
     else:
         while not group.largest(0):
             pass
-    model, description = load_checkpoint(folder)
-    origin.record["inherited"] = description["inherited"]
-    return model
+    return load_checkpoint(folder)
 
 
 def _fingerprint(run: Run, origin: Dependency) -> str:

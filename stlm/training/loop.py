@@ -20,6 +20,7 @@ from stlm.training.curve import Curve, summary
 from stlm.training.distributed import Group, processes
 from stlm.training.finite import check_finite
 from stlm.training.objective import total
+from stlm.training.optimizers import mask_gradients
 from stlm.training.publish import publish
 from stlm.training.records import NoRecords, Records
 from stlm.training.resume import TrainingState, resume
@@ -48,6 +49,7 @@ class Trainer:
         parameters = [parameter for parameter in setup.model.parameters() if parameter.grad is not None]
         sums = setup.objective.step_sums(setup.model)
         setup.group.sum([*(parameter.grad for parameter in parameters), mean, *parts.values(), *sums])
+        mask_gradients(parameters)
         watch.before_update(step, tokens)
         norm = nn.utils.clip_grad_norm_(parameters, setup.config.clip or math.inf)
         state.add(mean, parts, norm)

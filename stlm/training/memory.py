@@ -60,7 +60,7 @@ def training_memory(run: Run, precision: str, compiled: bool, sequences: int) ->
     """The memory of a training step in a process that handles `sequences` of a micro-batch at once."""
     parameters = run.parameters.total
     # AdamW has two moments in float32, Muon's matrices have one; they exist from the second step on.
-    moments = 0 if run.training.steps == 1 else 8 if run.training.optimizer == "adamw" else 4
+    moments = 0 if run.training.steps <= 1 else 8 if run.training.optimizer == "adamw" else 4
     narrow = 2 if precision == "bfloat16" else 4
     per_token = run.model.layers * block_activations(run.model, narrow)
     per_token += sum(one.extra_bytes_per_token(run, narrow) for one in run.techniques.values())
@@ -70,6 +70,8 @@ def training_memory(run: Run, precision: str, compiled: bool, sequences: int) ->
     sequence = int(run.model.context * (per_token + 8))
     held = parameters * (4 + moments) + run.model.layers * _LAYER_OBJECTS
     held += int(sum(one.extra_bytes(run) for one in run.techniques.values()))
+    if not run.training.steps:  # no backward pass
+        return Memory(held, 0, sequence, 0, _validation(run))
     return Memory(held, 4 * parameters, sequence, sequences, _validation(run))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from stlm.model.transformer import Transformer
@@ -35,6 +35,21 @@ def orthogonalize(g_NRC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         b_NRR = torch.baddbmm(a_NRR, a_NRR, a_NRR, beta=b, alpha=c)
         x_NRC = torch.baddbmm(x_NRC, b_NRR, x_NRC, beta=a)
     return x_NRC.mT if tall else x_NRC
+
+
+def _masked(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters with a mask, and the mask: bool, of the parameter's shape.
+
+    A parameter's attribute `kept` marks the elements that are trained; the others are zero and stay zero, in
+    gradients and moments too.
+    """
+    return ((p, kept) for p in parameters if (kept := getattr(p, "kept", None)) is not None)
+
+
+def mask_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Set to zero the gradients of what a parameter's mask leaves out, before their norm is taken."""
+    for parameter, kept in _masked(parameters):
+        parameter.grad.mul_(kept)
 
 
 def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +83,19 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        masked = [(p, self.state[p], kept) for p, kept in _masked(self._parameters())]
+        for _, state, kept in masked:
+            # Moments of before the mask would go on moving the other elements: Muon mixes all of them.
+            for moment in state.values():
+                if moment.shape == kept.shape:
+                    moment.mul_(kept)
         self._update()
+        for parameter, _, kept in masked:
+            parameter.mul_(kept)
         return loss
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for group in self.param_groups for p in group["params"] if p.grad is not None)
 
     def _update(self) -> None:
         for group in self.param_groups:

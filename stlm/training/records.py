@@ -99,9 +99,10 @@ class Records:
     def log(self, row: dict[str, float]) -> None:
         """Record one row of the curve."""
         self._log_live(row)
-        self._bar.set_postfix_str(
-            f"loss {row['train_loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
-        )
+        if "train_loss" in row:  # not of a run of no steps
+            self._bar.set_postfix_str(
+                f"loss {row['train_loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
+            )
         if self._wandb is not None:
             self._wandb.log(row, step=int(row["step"]))
 

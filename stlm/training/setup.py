@@ -16,6 +16,7 @@ from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.tokens.shards import read_meta
 from stlm.tokens.tokenizer import check_tokenizer, load_tokenizer, tokens_table
+from stlm.training.changed_start import change_start
 from stlm.training.config import RECORD_KEYS
 from stlm.training.dependencies import Dependency, read_dependencies
 from stlm.training.devices import Device, choose_device
@@ -86,9 +87,10 @@ class Setup:
         if origin:
             origin.record["text_tokens"] = text.tokens_before
             inherit_weights(self.model, origin, run, group)
+        changed = change_start(run, self.model, self.dependencies, group)
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
-        # What was computed for the run before its first step: by stages of techniques, and of its text.
-        prepared = {name: one.prepared(run) for name, one in run.techniques.items()}
+        # What was computed for the run before its first step: by techniques, their stages, and of its text.
+        prepared = {name: one.prepared(run) for name, one in run.techniques.items()} | changed
         prepared |= {
             f"data.{role}": {"seconds": one.seconds, "extra_flops": one.flops}
             for role, one in text.references.items()

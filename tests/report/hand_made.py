@@ -5,9 +5,12 @@ import math
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stlm.evaluation.perplexity import TestText, document_rows, measure
+from stlm.evaluation.predictions import CheckpointFacts, read_facts, write_predictions
 from stlm.tokens.shards import Document
 
 
@@ -32,6 +35,40 @@ def begin_from(study, run: str, origin: str, tokens: int, flops: float, **keys):
     set_train(study, run, training=training.model_dump(mode="json"), start=start, **keys)
     changed = own.model_copy(update={"training": training})
     return study.model_copy(update={"runs": study.runs | {run: changed}})
+
+
+def take_no_steps(study, name: str, **start):
+    """The study with a run that keeps, as they are, the weights that it starts from (`start`: its record).
+
+    Its curve has one row, and it has one checkpoint, of step 0.
+    """
+    own = study.runs[name]
+    origin = start.get("run") or start["source"]
+    keys = {"steps": 0, "start_from": origin, "checkpoints": ()}
+    training = own.training.model_copy(update=keys)
+    depends = {"start": {"tokens": 0, "flops": 0.0} | start}
+    folder = own.folder
+    curve = pd.read_csv(folder / "curve.csv").iloc[-1:].assign(step=0, tokens=0, seconds=0.0)
+    blank = ["learning_rate", "train_loss", "grad_norm", "tokens_per_second"]
+    curve.assign(**dict.fromkeys(blank)).to_csv(folder / "curve.csv", index=False)
+    (folder / "watch.csv").write_text("step,layer\n")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    checkpoint, last = list(evaluation["checkpoints"].items())[-1]
+    evaluation["checkpoints"] = {checkpoint: last | {"step": 0, "tokens": 0}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    items, facts = pq.read_table(folder / "items.parquet"), read_facts(folder / "items.parquet")
+    items = items.filter(pc.equal(items["checkpoint"], checkpoint))
+    place = items.schema.get_field_index("step")
+    items = items.set_column(place, items.schema.field(place), pa.array([0] * len(items), pa.int64()))
+    kept = CheckpointFacts.model_validate(evaluation["checkpoints"][checkpoint])
+    write_predictions(
+        folder / "items.parquet", items, facts.model_copy(update={"checkpoints": {checkpoint: kept}})
+    )
+    trained = [{"step": 0, "tokens": 0, "folder": checkpoint, "weights_sha256": last["weights_sha256"]}]
+    costs = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.4, "depends": depends}
+    set_train(study, name, training=training.model_dump(mode="json"), checkpoints=trained, **costs)
+    changes = {"training": training, "sources": {"start": start["source"]} if "source" in start else {}}
+    return study.model_copy(update={"runs": study.runs | {name: own.model_copy(update=changes)}})
 
 
 def set_test(study, run: str, **keys) -> None:

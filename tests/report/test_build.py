@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 import pytest
 from docutils.core import publish_parts
+from hand_made import take_no_steps
 
 from stlm.errors import UserError
 from stlm.model.byte_config import ByteConfig
@@ -154,6 +155,33 @@ def test_studies_of_any_shape(make_study, shape):
     # Where nothing is compared, no differences are drawn.
     drawn = (study.folder / "plots/differences.svg").exists()
     assert drawn == (len(study.runs) > 1 and bool(study.evaluation.benchmarks))
+
+
+@pytest.mark.parametrize("whose", ["of the study", "published", "baseline"])
+def test_a_run_of_no_steps_is_in_the_report_without_a_curve(make_study, whose):
+    study = make_study(TWO, benchmarks={"blimp": 20})
+    base = study.runs["baseline"]
+    given = {"source": "made"} if whose != "of the study" else {"run": "baseline", "tokens": base.tokens}
+    given |= {"flops": base.flops} if "run" in given else {}
+    run = "baseline" if whose == "baseline" else "sincos"
+    study = take_no_steps(study, run, **given)
+    report(study)
+    page = (study.folder / f"training/{run}.html").read_text()
+    assert "It took no step" in page and "<img" not in page and "nan" not in page
+    card = (study.folder / f"cards/{run}.md").read_text()
+    start = given.get("run") or "made"
+    assert f"with the weights that it starts from, those of {start}" in card and "step 0 of 0" not in card
+    numbers = json.loads((study.folder / "metrics.json").read_text())[run]
+    assert numbers["tokens"] == 0 and numbers["blimp"] > 0
+    drawn = pd.read_csv(study.folder / "plots/data/figure1.csv")
+    assert set(drawn["run"]) == {"baseline", "sincos"} - {run}
+    table = study.folder / "tables/equal-cost.csv"
+    if whose == "of the study":
+        # It has cost what its parent has, and is compared with it at that cost.
+        rows = {row["variant"]: row for row in csv.DictReader(table.open())}
+        assert rows["sincos"]["tokens_kind"] == "finished" and rows["sincos"]["tokens_share"] == "1.0"
+    else:  # nothing was spent on it here
+        assert not table.exists()
 
 
 @pytest.mark.usefixtures("quick_figures")

@@ -25,7 +25,10 @@ NEEDED = {
     "self_play": {"opponent": "teacher", "prompt": 8, "continuation": 8},
 }
 # What a run with it must have besides.
-BESIDES = {"continuous_thoughts": "data: {attention: within}, training: {steps: 20}, "}
+BESIDES = {
+    "continuous_thoughts": "data: {attention: within}, training: {steps: 20}, ",
+    "pruning": "training: {start_from: teacher}, ",
+}
 # Its text must be questions with written steps.
 NO_TEXT = {"continuous_thoughts"}
 NAMES = technique_names()
