@@ -24,6 +24,7 @@ from stlm.evaluation.benchmarks import Benchmark, Item, TextBenchmark, benchmark
 from stlm.evaluation.byte_model import ByteModel, ChunkRequests
 from stlm.evaluation.config import EvaluationConfig, Mode
 from stlm.evaluation.encoding import RequestEncoder
+from stlm.evaluation.fidelity import compare_with_start
 from stlm.evaluation.interface import LanguageModel, Progress
 from stlm.evaluation.part_store import BenchmarkFailed, Failures, Part, PartStore
 from stlm.evaluation.perplexity import TestText
@@ -136,10 +137,14 @@ def evaluate_run(run: Run, config: EvaluationConfig, raw: Path = RAW) -> None:
 
     readouts = score_readouts(folders[-1], load, score_readout)
     failures.raise_if_any(store)
+    more = {"readouts": readouts} if readouts else {}
+    fidelity = compare_with_start(run, material.text, material.encoder.tokenizer.eot, material.device)
+    if fidelity is not None:
+        more["fidelity"] = fidelity
     about = {**run.model_dump(include={"study", "label", "variant", "seed", "corpus"}), "run": run.name}
     record = run.folder / "train.json"
     about["trained"] = read_record(record, TrainedFacts) if record.is_file() else None
-    write_results(run.folder, about, material, scored, {"readouts": readouts} if readouts else None)
+    write_results(run.folder, about, material, scored, more)
     store.forget()
 
 

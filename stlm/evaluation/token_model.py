@@ -76,7 +76,7 @@ class TokenModel:
             self.batch_tokens = max(1, self.batch_tokens * self.context // places)
         techniques = getattr(transformer, "techniques", ())
         self.packs: bool = getattr(
-            transformer, "packs", all("packing" in technique.supports for technique in techniques)
+            transformer, "packs", all("packing" in technique.supported for technique in techniques)
         )
         self._reads_answers: bool = getattr(transformer, "reads_answers", False)
         self.reads_prefixes: bool = getattr(transformer, "reads_prefixes", False)

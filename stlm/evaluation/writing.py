@@ -61,7 +61,7 @@ def _generator(model: TokenModel) -> TextGenerator:
             f"{type(transformer).__name__} writes no text in an evaluation; expected a model of this program "
             "with a tokenizer of its own: leave the benchmark out"
         )
-    cached = all("cache" in technique.supports for technique in transformer.techniques)
+    cached = all("cache" in technique.supported for technique in transformer.techniques)
     kind = ByteGenerator if isinstance(transformer, ByteTransformer) else TokenGenerator
     return kind(transformer, tokenizer, cached)
 

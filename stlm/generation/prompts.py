@@ -111,5 +111,5 @@ def _texts(
 def _in_batches(generator: object) -> bool:
     """Whether the model can write several texts at once: a run's, whose techniques support it."""
     return type(generator) is TokenGenerator and all(
-        "batches" in technique.supports for technique in generator.transformer.techniques
+        "batches" in technique.supported for technique in generator.transformer.techniques
     )

@@ -14,6 +14,7 @@ from stlm.report.architecture import write_architectures, write_parameters
 from stlm.report.bits_table import bits_table, component_table
 from stlm.report.card import write_cards
 from stlm.report.comparison import compare_all
+from stlm.report.compression import compression_table
 from stlm.report.contamination import contamination_note, contamination_table, leaks_table, read_contamination
 from stlm.report.curves import read_variants
 from stlm.report.documents import amount_note
@@ -66,7 +67,9 @@ def report(study: Study) -> None:
         *_noted(accuracy_tables(results, comparisons), contamination_note(contamination), unlike),
         *_noted([phenomena_table(results)], unlike),
         *_noted([contamination_table(study, contamination), leaks_table(study, contamination)]),
-        *_noted([bits, component_table(results), readouts_table(results)], unlike),
+        *_noted(
+            [bits, component_table(results), readouts_table(results), compression_table(results)], unlike
+        ),
     ]
     for name in names((*REPORT, METRICS)):
         remove_leftovers(study.folder, name)  # of a report that was killed

@@ -58,6 +58,11 @@ class Card:
     contamination: Contamination | None
     texts: Sequence[Text]
 
+    @property
+    def bytes_on_disk(self) -> int | None:
+        """The size of the file of weights; None where an earlier version did not record it."""
+        return next((kept.bytes for kept in self.train.checkpoints if kept.step == self.step), None)
+
     def metadata(self, **more: Any) -> ModelCardData:
         """The metadata of the Hugging Face hub, `more` among it; accuracies are fractions."""
         languages = list(dict.fromkeys(text.language for text in self.texts if text.language))

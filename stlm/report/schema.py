@@ -36,6 +36,7 @@ class CheckpointReference(Strict):
     step: Count
     tokens: Count
     weights_sha256: str
+    bytes: Count | None = None  # of the file of weights; None for earlier versions
 
 
 class LossSpike(Strict):
@@ -270,6 +271,16 @@ class ReadoutResult(CheckpointResult):
     flops_per_token: Positive
 
 
+class Fidelity(Strict):
+    """How near the last checkpoint is to what the run started from, `of`, on so many tokens of test text."""
+
+    of: str
+    weights_sha256: str
+    kl_divergence: Annotated[float, Field(ge=0)]
+    agreement: Fraction
+    tokens: Count
+
+
 class EvaluationRecord(Strict):
     """evaluation.json: every evaluated checkpoint and the last one's readouts, by name, and their origin."""
 
@@ -280,6 +291,7 @@ class EvaluationRecord(Strict):
     settings: dict[str, Any] | None = None
     checkpoints: dict[str, CheckpointResult]
     readouts: dict[str, ReadoutResult] = {}
+    fidelity: Fidelity | None = None
 
 
 class PublishedRecord(EvaluationRecord):

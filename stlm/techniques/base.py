@@ -58,6 +58,8 @@ class Technique(BaseModel):
     replaces_next_token: ClassVar[bool] = False
     # The names of the metrics of `validated`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
+    # Whether evaluation compares the model's distributions with those of what the run starts from.
+    keeps_near: ClassVar[bool] = False
     # Role of `depends` -> the key that names the variant, where the key is not named like the role.
     role_keys: ClassVar[Mapping[str, str]] = {}
 
@@ -85,6 +87,11 @@ class Technique(BaseModel):
     def key(cls) -> str:
         """The technique's name: that of its file."""
         return cls.__module__.rpartition(".")[2]
+
+    @property
+    def supported(self) -> frozenset[str]:
+        """What of `supports` these settings support."""
+        return self.supports
 
     def neutral(self) -> bool:
         """Whether these settings have no effect; such a run equals the plain one."""
@@ -152,6 +159,33 @@ class Technique(BaseModel):
         Names that are left out keep the weights that they have.
         """
         return dict(given)
+
+    def at_start(self, model: Transformer, run: Run, text: Callable[[int], Tensor]) -> dict[str, Any]:
+        """Change the weights that training begins with: new ones of the run's seed, or inherited ones.
+
+        Called once in every process, before there is an optimizer; also where the run goes on from a saved
+        state, whose weights then take the place of these. Persistent buffers that are made here are part of
+        that state, and of no checkpoint. `text(bytes)` gives rows [N, L + 1] of the training text, about so
+        long.
+
+        Returns what train.json records, as with `prepared`: its `seconds`, and its `extra_flops`. Empty:
+        nothing was changed.
+        """
+        return {}
+
+    def packed(self, model: Transformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint stores instead of the model's `weights`, by name."""
+        return dict(weights)
+
+    def unpacked(self, model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of which `packed` made `stored`, to the bit. `model` is on the meta device.
+
+        Raises ValueError where they do not fit.
+        """
+        return dict(stored)
+
+    def loaded(self, model: Transformer, stored: Mapping[str, Tensor]) -> None:
+        """Called when a model has the weights of a checkpoint, in which `stored` is."""
 
     def prepare(self, run: Run, device: Any, group: Group) -> None:
         """Load what training needs in addition to the model (a teacher), in every process of the group."""
@@ -274,5 +308,5 @@ def refuse(
 ) -> None:
     """Raise `make_error(message)` if one of the techniques does not support `capability`."""
     for technique in techniques:
-        if capability not in technique.supports:
+        if capability not in technique.supported:
             raise make_error(f"techniques.{technique.key()} does not support {CAPABILITIES[capability]}")

@@ -17,7 +17,7 @@ from stlm.files import atomic_directory, read_json, sha256, write_record
 from stlm.integrity import Listed, check_files
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
-from stlm.model.counts import parameter_counts
+from stlm.model.counts import build_on_meta, parameter_counts
 from stlm.model.transformer import Transformer
 from stlm.provenance import code_version
 from stlm.remedy import next_command
@@ -63,6 +63,8 @@ def save_checkpoint(folder: Path, model: Transformer, description: dict[str, Any
     """
     with atomic_directory(folder) as temporary:
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        for technique in model.techniques:
+            weights = technique.packed(model, weights)
         try:
             save_file(weights, temporary / WEIGHTS)
         except SafetensorError as error:
@@ -149,6 +151,13 @@ def _model_of(
     def misfit(reason: str) -> UserError:
         return UserError(f"{path}: not the weights of the model in config.json: {reason}; {_AGAIN}")
 
+    on_meta, packed = build_on_meta(config, tuple(techniques)), {}
+    try:
+        for technique in reversed(techniques):
+            packed[technique] = weights
+            weights = technique.unpacked(on_meta, weights)
+    except ValueError as error:
+        raise misfit(str(error)) from None
     # Compare the counts first: a model of another size may be too large to build.
     stored, described = (
         sum(map(Tensor.numel, weights.values())),
@@ -176,6 +185,8 @@ def _model_of(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         weights[name] = weights[first.setdefault(parameter, name)]
     model.load_state_dict(weights)
+    for technique in techniques:
+        technique.loaded(model, packed[technique])
     return model
 
 

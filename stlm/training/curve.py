@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stlm.errors import UserError
 from stlm.tokens.batches import ValidationSet
+from stlm.training.checkpoint_names import WEIGHTS
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
 from stlm.training.resume import TrainingState
 from stlm.training.schedules import learning_rate
@@ -187,6 +188,7 @@ def keep_checkpoint(state: TrainingState) -> None:
         },
     )
     kept = {"step": step, "tokens": tokens, "folder": name, "weights_sha256": digest}
+    kept["bytes"] = (state.output / "checkpoints" / name / WEIGHTS).stat().st_size
     state.progress.checkpoints.append(kept)
 
 

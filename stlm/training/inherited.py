@@ -116,11 +116,15 @@ def with_tokens(run: Run, origin: Dependency) -> Transformer:
     return model
 
 
-def calibration_rows(run: Run) -> Tensor:
-    """Rows [N, L + 1] of the run's training text, about `training.inherit.bytes` long; L is its context."""
+def calibration_rows(run: Run, length: int | None = None) -> Tensor:
+    """Rows [N, L + 1] of the run's training text, about `length` bytes long; L is its context.
+
+    None: `training.inherit.bytes`.
+    """
     folder, context = run.tokens_folder, run.model.context
     chunks = sum((component.n_tokens - 1) // context for component in read_split(folder, "train"))
-    rows = min(chunks, max(1, round(run.training.inherit.bytes / _row_bytes(folder, context))))
+    length = run.training.inherit.bytes if length is None else length
+    rows = min(chunks, max(1, round(length / _row_bytes(folder, context))))
     text = Batches(folder, context, rows, _SEED, DataConfig(weights=run.data.weights))
     return torch.from_numpy(text.batch(0))
 

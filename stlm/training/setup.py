@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from stlm.training.dependencies import Dependency, read_dependencies
 from stlm.training.devices import Device, choose_device
 from stlm.training.difficulty import Reference
 from stlm.training.distributed import Group
+from stlm.training.inherited import calibration_rows
 from stlm.training.micro_batches import MicroBatches
 from stlm.training.objective import Objective, total
 from stlm.training.optimizers import build_optimizer
@@ -71,7 +73,7 @@ class Setup:
         self.run, self.group, self.config = run, group, run.training
         self.share = group.share(run.training)
         self.device: Device = choose_device(run.training)
-        if not all("compile" in technique.supports for technique in run.techniques.values()):
+        if not all("compile" in technique.supported for technique in run.techniques.values()):
             self.device = replace(self.device, compiled=False)
         device = self.device.device
         self.dependencies = read_dependencies(run)
@@ -88,9 +90,11 @@ class Setup:
             origin.record["text_tokens"] = text.tokens_before
             inherit_weights(self.model, origin, run, group)
         changed = change_start(run, self.model, self.dependencies, group)
+        rows = partial(calibration_rows, run)
+        begun = {name: one.at_start(self.model, run, rows) for name, one in run.techniques.items()}
         self.optimizer = build_optimizer(self.model, self.config, self.device.dtype)
         # What was computed for the run before its first step: by techniques, their stages, and of its text.
-        prepared = {name: one.prepared(run) for name, one in run.techniques.items()} | changed
+        prepared = {name: one.prepared(run) | begun[name] for name, one in run.techniques.items()} | changed
         prepared |= {
             f"data.{role}": {"seconds": one.seconds, "extra_flops": one.flops}
             for role, one in text.references.items()

@@ -31,6 +31,7 @@ from stlm.techniques.multi_token import MultiToken
 from stlm.techniques.next_thought import NextThought
 from stlm.techniques.pauses import Pauses
 from stlm.techniques.pruning import Pruning
+from stlm.techniques.quantization import Quantization
 from stlm.techniques.recurrent_depth import RecurrentDepth
 from stlm.techniques.registry import technique_names
 from stlm.techniques.self_play import SelfPlay
@@ -255,6 +256,7 @@ TECHNIQUES = {
     "next_thought": (NextThought(encoder=1, decoder=1), False),
     "pauses": (Pauses(), False),
     "pruning": (Pruning(), True),
+    "quantization": (Quantization(), True),
     "recurrent_depth": (RecurrentDepth(first=2), False),
     "self_play": (SelfPlay(opponent="other", prompt=4, continuation=4), True),
     "series_activation": (SeriesActivation(), False),

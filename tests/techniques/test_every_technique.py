@@ -28,6 +28,7 @@ NEEDED = {
 BESIDES = {
     "continuous_thoughts": "data: {attention: within}, training: {steps: 20}, ",
     "pruning": "training: {start_from: teacher}, ",
+    "quantization": "training: {start_from: baseline, steps: 0}, ",
 }
 # Its text must be questions with written steps.
 NO_TEXT = {"continuous_thoughts"}
