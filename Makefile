@@ -9,7 +9,7 @@ READY := .venv/.ready
 TESTS = $(BIN)/python -m pytest --numprocesses $(CORES) --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all report test test-fast gpu-check lint format lock clean
+.PHONY: help setup all report test test-all test-fast gpu-check lint format lock clean
 
 help: ## list the targets
 	@echo "make TARGET [STUDY=smoke|desk|paper] [CORES=$(CORES)]"
@@ -33,11 +33,14 @@ report: all ## write the study's self-contained HTML report
 	$(BIN)/snakemake --config study=$(STUDY) --report results/$(STUDY)/report.html
 	@echo "the report: results/$(STUDY)/report.html"
 
-test: lint ## the code style, and all tests, on CORES cores (minutes); prints the slowest ten
+test: lint ## the code style, and the tests, on CORES cores (minutes); prints the slowest ten
+	$(TESTS) -m "not exhaustive and not network" --durations=10
+
+test-all: lint ## the same, with further cases of what they test
 	$(TESTS) -m "not network" --durations=10
 
 test-fast: $(READY) ## the unit tests alone, without the two engines
-	$(TESTS) -m "not engine and not slow and not network"
+	$(TESTS) -m "not engine and not slow and not exhaustive and not network"
 
 gpu-check: $(READY) ## whatever has never run on a GPU (minutes); without one on the CPU, the rest skipped
 	$(BIN)/python benchmarks/gpu_check.py

@@ -19,7 +19,9 @@ from stlm.errors import Interrupted, UserError
 from stlm.files import of_the_machine
 from stlm.options import (
     add_drafts_options,
+    add_export_options,
     add_generate_options,
+    add_import_options,
     add_importance_options,
     add_new_options,
     whole_number,
@@ -246,10 +248,27 @@ def drafts(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a trained model as a folder that transformers loads, with its tokenizer and model card."""
+    """Write a trained model with its tokenizer and model card for transformers or llama.cpp."""
     from stlm.export.export import export as export_run
+    from stlm.export.export import export_file
 
-    export_run(options.run, Path(options.folder), options.force)
+    target = Path(options.target)
+    if target.suffix.lower() == ".gguf":
+        kind = options.type or "F32"
+        export_file(options.run, target, kind, options.fallback, options.force)
+        return
+    for flag in ("type", "fallback"):
+        if getattr(options, flag) is not None:
+            raise UserError(f"--{flag}: is for a GGUF file, whose name ends in .gguf; found {target}")
+    export_run(options.run, target, options.force)
+
+
+def import_(options: argparse.Namespace) -> None:
+    """Make a GGUF file a published model of this project, with an entry in params/models.yaml."""
+    from stlm.export.gguf_import import Known, import_gguf
+
+    known = Known(options.licence, options.origin, options.prefix, options.training_tokens)
+    print(import_gguf(Path(options.file), options.name, known, options.force))
 
 
 def importance(options: argparse.Namespace) -> None:
@@ -348,7 +367,10 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(function, *arguments: tuple[str, str], overridable: bool = False) -> argparse.ArgumentParser:
-        subparser = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        # `import` is a word of Python, so its function has another name.
+        subparser = verbs.add_parser(
+            function.__name__.rstrip("_"), help=function.__doc__, description=function.__doc__
+        )
         subparser.set_defaults(function=function)
         for name, text in arguments:
             subparser.add_argument(name, metavar=name.upper(), help=text)
@@ -428,8 +450,10 @@ def parser() -> argparse.ArgumentParser:
         help="as for `stlm generate --draft`; default: all of the run's own",
     )
     add_drafts_options(drafter)
-    exporter = verb(export, ("run", of_checkpoint), ("folder", "where to; a folder that is not there yet"))
-    exporter.add_argument("--force", action="store_true", help="replace what was exported there before")
+    of_target = "where to: a folder for transformers, or a file NAME.gguf for llama.cpp"
+    add_export_options(verb(export, ("run", of_checkpoint), ("target", of_target)))
+    of_model_name = "of the model in params/models.yaml and data/raw/"
+    add_import_options(verb(import_, ("file", "a GGUF file with a Llama"), ("name", of_model_name)))
     add_new_options(verb(new, ("name", "of the corpus and study: lower-case letters, digits, _, -")))
     verb(use, of_study)
     fingerprinter = verb(fingerprint, ("name", "data in params/, or a study"))

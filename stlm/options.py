@@ -7,6 +7,8 @@ import re
 
 from stlm.errors import shortened
 
+# The types in which `stlm export RUN FILE.gguf` stores matrices.
+GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
 # The bound of options that have none; nobody means a number with more digits.
 _MOST = 10**30
 
@@ -146,7 +148,7 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         "--draft",
         str,
         None,
-        "who drafts tokens, which the model verifies several at once: a readout of the model, such as "
+        "who drafts tokens, which the model verifies several at once: an exit of the model, such as "
         "exit-2; its further heads, ahead-3; another model with the same tokenizer, named like RUN; auto: "
         "the fastest that `stlm drafts` measured",
         "DRAFT",
@@ -165,3 +167,31 @@ def add_generate_options(verb: argparse.ArgumentParser, prompt: argparse.Action)
         action="store_true",
         help="read the whole text again for each token: slower, no other text",
     )
+
+
+def add_export_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `stlm export`."""
+    verb.add_argument("--force", action="store_true", help="replace what was exported there before")
+    verb.add_argument(
+        "--type",
+        type=str.upper,
+        choices=GGUF_TYPES,
+        help="of a GGUF file: how matrices are stored; default: F32, as trained",
+    )
+    verb.add_argument(
+        "--fallback",
+        type=str.upper,
+        choices=GGUF_TYPES,
+        help="of a GGUF file: how matrices are stored whose rows --type cannot hold; default: none, an error",
+    )
+
+
+def add_import_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `stlm import`: what is said of the model; by default what the file says."""
+    verb.add_argument("--licence", help="its licence")
+    verb.add_argument("--origin", help="who published it, and where")
+    verb.add_argument("--prefix", metavar="TOKEN", help="the token that texts began with in training")
+    verb.add_argument(
+        "--training-tokens", type=whole_number(1), metavar="N", help="tokens that it was trained on"
+    )
+    verb.add_argument("--force", action="store_true", help="replace a model of this name")

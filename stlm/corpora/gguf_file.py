@@ -52,29 +52,29 @@ class GgufFile:
         self._expect("general.architecture", "llama")
         # An expert model, scaled rotary positions or a partial rotation would be another function.
         for key in ("llama.expert_count", "llama.rope.scaling.type", "llama.rope.scale_linear"):
-            if self._get(key) not in (None, 0, "none", 1.0):
-                raise GgufError(f"{key}: {self._get(key)!r} is not what a plain Llama has")
+            if self.get(key) not in (None, 0, "none", 1.0):
+                raise GgufError(f"{key}: {self.get(key)!r} is not what a plain Llama has")
         for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-            if self._get(f"llama.{key}") not in (None, self._head_width):
+            if self.get(f"llama.{key}") not in (None, self._head_width):
                 raise GgufError(
-                    f"llama.{key}: {self._get(f'llama.{key}')} is not the heads' {self._head_width}"
+                    f"llama.{key}: {self.get(f'llama.{key}')} is not the heads' {self._head_width}"
                 )
 
-    def _get(self, key: str) -> Any:
+    def get(self, key: str) -> Any:
         """The value of a key of the file's metadata; None without it."""
         with _reading():
             field = self._reader.fields.get(key)
             return None if field is None else field.contents()
 
     def _need(self, key: str) -> Any:
-        value = self._get(key)
+        value = self.get(key)
         if value is None:
             raise GgufError(f"{key}: this key is missing")
         return value
 
     def _expect(self, key: str, wanted: str) -> None:
         if self._need(key) != wanted:
-            raise GgufError(f"{key}: {self._get(key)!r}, expected {wanted!r}")
+            raise GgufError(f"{key}: {self.get(key)!r}, expected {wanted!r}")
 
     @property
     def _heads(self) -> int:
@@ -95,18 +95,28 @@ class GgufFile:
             "intermediate_size": self._need("llama.feed_forward_length"),
             "num_hidden_layers": self._need("llama.block_count"),
             "num_attention_heads": self._heads,
-            "num_key_value_heads": self._get("llama.attention.head_count_kv") or self._heads,
+            "num_key_value_heads": self.get("llama.attention.head_count_kv") or self._heads,
             "max_position_embeddings": self._need("llama.context_length"),
             "rms_norm_eps": _decimal(self._need("llama.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _decimal(self._get("llama.rope.freq_base") or 10000.0),
+            "rope_theta": _decimal(self.get("llama.rope.freq_base") or 10000.0),
             "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in self._reader.tensors},
         }
 
     @property
     def special_ids(self) -> dict[str, int]:
         """The ids of special tokens, where the file names them: `bos_token_id`, `eos_token_id`, ..."""
-        found = {key: self._get(f"tokenizer.ggml.{name}_token_id") for key, name in _SPECIAL.items()}
+        found = {key: self.get(f"tokenizer.ggml.{name}_token_id") for key, name in _SPECIAL.items()}
         return {f"{key}_id": value for key, value in found.items() if value is not None}
+
+    @property
+    def starts_with(self) -> str | None:
+        """The token that llama.cpp adds before a text; None where the file does not ask for one.
+
+        Here no tokenizer adds it: whoever reads a text puts the model's `prefix` before it.
+        """
+        if not self.get("tokenizer.ggml.add_bos_token"):
+            return None
+        return self._need("tokenizer.ggml.tokens")[self._need("tokenizer.ggml.bos_token_id")]
 
     @property
     def stored(self) -> dict[str, int]:
@@ -115,7 +125,7 @@ class GgufFile:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights in float32 under the names of transformers, each [outputs, inputs]."""
-        kv_heads = self._get("llama.attention.head_count_kv") or self._heads
+        kv_heads = self.get("llama.attention.head_count_kv") or self._heads
         found = {}
         for tensor in self._reader.tensors:
             with _reading(f"{tensor.name}: "):
@@ -130,8 +140,10 @@ class GgufFile:
     def tokenizer_json(self) -> str:
         """The `tokenizer.json` of the library `tokenizers`; it adds no tokens to a text."""
         self._expect("tokenizer.ggml.model", "gpt2")
-        if self._get("tokenizer.ggml.add_bos_token") or self._get("tokenizer.ggml.add_eos_token"):
-            raise GgufError("tokenizer.ggml.add_bos_token: tokens added to each text are not supported")
+        if self.get("tokenizer.ggml.add_eos_token"):
+            raise GgufError(
+                "tokenizer.ggml.add_eos_token: a token added to the end of a text is not supported"
+            )
         kind = self._need("tokenizer.ggml.pre")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         if kind == "smollm":  # digits one by one
@@ -159,7 +171,7 @@ class GgufFile:
         """The `tokenizer_config.json`: the names of special tokens, and the template of a chat."""
         tokens = self._need("tokenizer.ggml.tokens")
         config = {key.removesuffix("_id"): tokens[number] for key, number in self.special_ids.items()}
-        template = self._get("tokenizer.chat_template")
+        template = self.get("tokenizer.chat_template")
         return config | ({"chat_template": template} if template else {})
 
 

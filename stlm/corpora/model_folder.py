@@ -38,6 +38,11 @@ def write_model(entry: ModelEntry, kind: str, found: Found, folder: Path) -> dic
         _compare(entry.model, config)
         check_llama_weights(config, content["weights"])
         check_tokenizer(content["tokenizer"], entry)
+        if content.get("starts_with") not in (None, entry.prefix):
+            raise ValueError(
+                f"prefix: {entry.prefix!r}, but its texts begin with {content['starts_with']!r} "
+                "(tokenizer.ggml.add_bos_token)"
+            )
     except (GgufError, NotLlamaError, SafetensorError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{kind}: {named}: {reason}") from None
@@ -56,6 +61,7 @@ def _from_gguf(path: Path) -> dict[str, Any]:
         "config": file.config,
         "weights": {name: torch.from_numpy(weight) for name, weight in file.weights().items()},
         "special_ids": file.special_ids,
+        "starts_with": file.starts_with,
         "tokenizer": file.tokenizer_json(),
         "tokenizer_config": file.tokenizer_config(),
         "stored": file.stored,

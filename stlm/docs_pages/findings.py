@@ -86,7 +86,7 @@ def findings_table(study: str, folder: Path) -> Table:
         yield "", train.label
         yield "parameters", count(train.parameters.total)
         yield "training FLOPs", f"{train.total_flops:.2e}"
-        yield "tokens", count(train.tokens + (train.start.tokens if train.start else 0))
+        yield "tokens", count(train.tokens_in_all)
         yield "seeds", str(len(variant.bits))
         yield "bits per byte (test)", _mean(variant.bits, 1, 3)
         shared = differences(variant.bits, base.bits)

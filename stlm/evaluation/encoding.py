@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from stlm.errors import UserError
 from stlm.evaluation.interface import Request
 
 
@@ -25,6 +26,30 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     n_context: int
     starts_with_eot: bool
+
+
+def lost_on_the_left(requests: Sequence[Request], excess: Sequence[int]) -> list[int]:
+    """How many tokens are not read of each request's text, given by how many it exceeds the context.
+
+    The options of an item that are scored whole all lose as many, so that the same of them is compared.
+    """
+    most: dict[int, int] = {}
+    for request, tokens in zip(requests, excess, strict=True):
+        if request.whole and request.item is not None:
+            most[request.item] = max(tokens, most.get(request.item, 0))
+    return [
+        most.get(request.item, tokens) if request.whole else tokens
+        for request, tokens in zip(requests, excess, strict=True)
+    ]
+
+
+def adds_no_token(request: Request) -> UserError:
+    """What is said of a continuation that the tokenizer joins to its context."""
+    return UserError(
+        f"the continuation {request.continuation[:40]!r} adds no token to its context "
+        f"{request.context[-40:]!r}: the tokenizer makes them one; expected a context that ends where a "
+        "token does, for example before a space"
+    )
 
 
 class RequestEncoder:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Forward(NamedTuple):
@@ -60,6 +62,16 @@ def windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Forward]:
         yield Forward(tokens[begin : stop - 1], end - 1 - begin, [int(tokens[stop - 1])])
         end = stop
         begin += stride
+
+
+def by_length(items: Iterable[T], length: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
+    """Batches of at most so many tokens, padding included, or of one item; the longest items first."""
+    ordered = sorted(items, key=length, reverse=True)
+    begin = 0
+    while begin < len(ordered):
+        end = begin + max(1, tokens // length(ordered[begin]))
+        yield ordered[begin:end]
+        begin = end
 
 
 class SharedPrefixes:

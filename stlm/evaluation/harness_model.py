@@ -26,6 +26,7 @@ from stlm.errors import UserError, nearest
 from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
+from stlm.generation.tokens import last_answered, window_begin
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
@@ -180,7 +181,8 @@ class StlmLM(TemplateLM):
 
         Greedy unless `temperature` is above 0 or `do_sample` is set; then `top_k` and `top_p` apply in this
         order after the temperature, as in `transformers`. The last `max_length - max_gen_toks` tokens of a
-        context are read (lm_eval's rule); if more is generated than fits, the window moves on.
+        context are read (lm_eval's rule); if more is generated than fits, the window moves on as in `stlm
+        generate`.
         """
         groups: defaultdict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -214,18 +216,13 @@ class StlmLM(TemplateLM):
         room = max(1, self.max_length - length)
         # An empty context is the beginning of a document.
         prompts = [context[-room:] or [self.eot_token_id] for context in contexts]
-        answered = [bool(context) for context in contexts]
+        ends = [len(prompt) - 1 if context else -1 for prompt, context in zip(prompts, contexts, strict=True)]
         found: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         for _ in range(length):
             if not running:
                 break
-            rows = [(prompts[number] + found[number])[-self.max_length :] for number in running]
-            # A prompt's last token may have left the row.
-            answers = [
-                max(-1, len(row) - len(found[number]) - 1) if answered[number] else -1
-                for number, row in zip(running, rows, strict=True)
-            ]
+            rows, answers = zip(*(self._window(prompts[n], found[n], ends[n]) for n in running), strict=True)
             tokens = _choose(self.model.next_logits(rows, answers), sampling).tolist()
             for number, token in zip(running, tokens, strict=True):
                 found[number].append(token)
@@ -233,6 +230,13 @@ class StlmLM(TemplateLM):
                 n for n in running if found[n][-1] != self.eot_token_id and not self._stopped(found[n], stops)
             ]
         return found
+
+    def _window(self, prompt: list[int], found: list[int], end: int) -> tuple[list[int], int]:
+        """What is read of a text, and the index in it of the last token that the model answers, -1: none, as
+        in `stlm generate`. `end`: that of the prompt's last token, -1 if it is no prompt."""
+        text, context = prompt + found, self.max_length
+        begin = window_begin(len(text), context)
+        return text[begin:], max(-1, last_answered(end, begin, context, self.model.reads_prefixes) - begin)
 
     def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
         text = self.tok_decode(tokens)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stlm.errors import UserError
-from stlm.evaluation.encoding import Encoded, RequestEncoder
+from stlm.evaluation.encoding import Encoded, RequestEncoder, adds_no_token, lost_on_the_left
+from stlm.evaluation.forwards import by_length
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
+from stlm.evaluation.token_model import BATCH_TOKENS, products_in
 from stlm.model.prefixes import Prefixes
 
-# Tokens in a batch, and rows whose logits over the vocabulary are held at once.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+# Rows whose logits over the vocabulary are held at once.
 _LOGIT_ROWS = 512
 
 
@@ -54,7 +53,7 @@ class PseudoLikelihood:
     ) -> None:
         self.transformer, self.mask, self.encoder = transformer.to(device).eval(), mask, encoder
         self.device, self.precision = torch.device(device), precision
-        self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
         self.context: int = transformer.config.context
         self.precise: PseudoLikelihood = self
         if precision == "bfloat16":
@@ -103,22 +102,15 @@ class PseudoLikelihood:
         """The text of each request, without what exceeds the context on its left."""
         encoded = self.encoder(requests)
         cuts = [max(0, len(self._with_start(item)) - self.context) for item in encoded]
-        common: dict[int, int] = {}
-        for request, cut in zip(requests, cuts, strict=True):
-            if request.whole and request.item is not None:
-                common[request.item] = max(cut, common.get(request.item, 0))
         texts = []
-        for request, item, cut in zip(requests, encoded, cuts, strict=True):
+        for request, item, cut, lost in zip(
+            requests, encoded, cuts, lost_on_the_left(requests, cuts), strict=True
+        ):
             tokens, first = self._with_start(item), 1
             if not request.whole:
                 first = item.n_context + (not item.starts_with_eot)
                 if len(tokens) <= first and request.continuation:
-                    raise UserError(
-                        f"the continuation {request.continuation[:40]!r} adds no token to its context "
-                        f"{request.context[-40:]!r}"
-                    )
-            # The options of an item that are scored whole all lose as many tokens.
-            lost = common.get(request.item, cut) if request.whole else cut
+                    raise adds_no_token(request)
             # What is left begins with a token that is not scored, as none is before it.
             first = max(first, lost + 1) - cut
             texts.append(_Text(tokens[cut:], min(first, len(tokens) - cut), lost > 0))
@@ -131,13 +123,12 @@ class PseudoLikelihood:
 
     def _batches(self, texts: Sequence[_Text]) -> Iterator[list[tuple[int, int]]]:
         """Batches of rows: a text's number and the place of the masked token; the longest texts first."""
-        order = sorted(range(len(texts)), key=lambda number: -len(texts[number].tokens))
-        rows = [(n, place) for n in order for place in range(texts[n].first, len(texts[n].tokens))]
-        begin = 0
-        while begin < len(rows):
-            size = max(1, self.batch_tokens // len(texts[rows[begin][0]].tokens))
-            yield rows[begin : begin + size]
-            begin += size
+        rows = [
+            (number, place)
+            for number, text in enumerate(texts)
+            for place in range(text.first, len(text.tokens))
+        ]
+        return by_length(rows, lambda row: len(texts[row[0]].tokens), self.batch_tokens)
 
     @torch.inference_mode()
     def _score(
@@ -158,7 +149,7 @@ class PseudoLikelihood:
             for array in (tokens_BL, targets_B, row_B * L + place_B - 1, length_B)
         )
         # Padding, which stands after the text, is beyond the visible prefix.
-        with self._arithmetic():
+        with products_in(self.precision, self.device):
             hidden_BD = self.transformer.hidden(tokens, Prefixes(lengths, L), places).float()
         logprob_B = torch.empty(len(rows), dtype=torch.float64)
         best_B = torch.ones(len(rows), dtype=torch.bool)
@@ -169,10 +160,6 @@ class PseudoLikelihood:
             if greedy:
                 best_B[here] = (logits_CV.argmax(dim=-1) == targets[here]).cpu()
         return logprob_B.numpy(), best_B.numpy()
-
-    def _arithmetic(self):
-        half = self.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
 
 def _chosen(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stlm.errors import UserError
-from stlm.evaluation.encoding import Encoded, RequestEncoder
-from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, pack, windows
+from stlm.evaluation.encoding import Encoded, RequestEncoder, adds_no_token, lost_on_the_left
+from stlm.evaluation.forwards import Forward, Row, SharedPrefixes, by_length, pack, windows
 from stlm.evaluation.interface import Progress, Request, Score, no_progress
 from stlm.kernels.library import kernels_for
 from stlm.model.layout import CausalRows
@@ -26,7 +26,12 @@ from stlm.model.segments import Segments
 # Logits held at once, as positions by tokens: few enough for a CPU's cache, enough to fill a GPU.
 _LOGITS = {"cpu": (1024, 2048), "cuda": (4096, 2**15)}
 # Tokens in a batch: on a CPU, 1,024 to 8,192 were equally fast when prefixes are computed once.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+def products_in(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which matrix products are in `precision`, float32 or bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 class _Part(NamedTuple):
@@ -61,7 +66,7 @@ class TokenModel:
         self.encoder = encoder
         self.device = torch.device(device)
         self.precision = precision
-        self.batch_tokens = batch_tokens or _BATCH_TOKENS[self.device.type]
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
         if batch_tokens is None and getattr(transformer, "calls_head", False):
             self.batch_tokens //= 16  # such a model returns the logits of all positions
         self.context: int = transformer.config.context
@@ -74,8 +79,8 @@ class TokenModel:
             transformer, "packs", all("packing" in technique.supported for technique in techniques)
         )
         self._reads_answers: bool = getattr(transformer, "reads_answers", False)
-        self._reads_prefixes: bool = getattr(transformer, "reads_prefixes", False)
-        self.packs = self.packs and not (self._reads_answers or self._reads_prefixes)
+        self.reads_prefixes: bool = getattr(transformer, "reads_prefixes", False)
+        self.packs = self.packs and not (self._reads_answers or self.reads_prefixes)
         self.transformer: nn.Module = transformer
         self.precise: TokenModel = self
         if precision == "bfloat16":
@@ -108,7 +113,7 @@ class TokenModel:
         for owner, document in enumerate(documents):
             tokens = np.insert(np.asarray(document, dtype=np.int32), 0, self.encoder.eot)
             for window in windows(tokens, self.context, stride):
-                forwards.append(window._replace(answer=window.start) if self._reads_prefixes else window)
+                forwards.append(window._replace(answer=window.start) if self.reads_prefixes else window)
                 owners.append(owner)
         found = self._run(forwards, _alone(forwards), lambda done: progress(len(done)))
         totals = [0.0] * len(documents)
@@ -129,9 +134,9 @@ class TokenModel:
             tokens_BL[b, : len(sequence)] = sequence  # no token sees the padding at the right
         rows_B = torch.arange(len(sequences), device=self.device) * tokens_BL.shape[1] + lengths - 1
         layout = None
-        if (self._reads_answers or self._reads_prefixes) and max(answers or (-1,)) >= 0:
+        if (self._reads_answers or self.reads_prefixes) and max(answers or (-1,)) >= 0:
             layout = CausalRows(tokens_BL.shape[1], torch.tensor(answers, device=self.device))
-        with self._arithmetic():
+        with products_in(self.precision, self.device):
             hidden_BD = self.transformer.hidden(torch.from_numpy(tokens_BL).to(self.device), layout, rows_B)
             return self.transformer.head(hidden_BD).float()
 
@@ -172,26 +177,18 @@ class TokenModel:
         self, requests: Sequence[Request], encoded: Sequence[Encoded]
     ) -> tuple[list[Forward], list[_Part]]:
         """The distinct forward passes that the requests need, and the place of each request in them."""
-        cuts = [max(0, len(e.tokens) - (self.context + 1)) for e in encoded]
-        common_cut: dict[int, int] = {}
-        for request, cut in zip(requests, cuts, strict=True):
-            if request.whole and request.item is not None:
-                common_cut[request.item] = max(cut, common_cut.get(request.item, 0))
+        excess = [max(0, len(e.tokens) - (self.context + 1)) for e in encoded]
+        lost = lost_on_the_left(requests, excess)
         forwards: list[Forward] = []
         index: dict[tuple[bytes, int], int] = {}
         parts = []
-        for request, item, request_cut in zip(requests, encoded, cuts, strict=True):
-            cut = common_cut.get(request.item, request_cut) if request.whole else request_cut
+        for request, item, request_cut, cut in zip(requests, encoded, excess, lost, strict=True):
             first_target = max(1 if request.whole else item.n_context, cut + 1)
             n_tokens = len(item.tokens) - first_target
             starts_document = request.whole and cut == 0 and not item.starts_with_eot
             if n_tokens <= 0:
                 if request.continuation and not request.whole:
-                    raise UserError(
-                        f"the continuation {request.continuation[:40]!r} adds no token to its context "
-                        f"{request.context[-40:]!r}: the tokenizer makes them one; expected a context "
-                        "that ends where a token does, for example before a space"
-                    )
+                    raise adds_no_token(request)
                 parts.append(_Part(-1, 0, 0, starts_document, int(starts_document), cut > 0))
                 continue
             # Position p of the input predicts token p + 1 of the sequence.
@@ -202,7 +199,7 @@ class TokenModel:
             )
             # After an empty context begins a text, and no answer.
             answer = -1
-            if self._reads_prefixes:
+            if self.reads_prefixes:
                 answer = start
             elif self._reads_answers and (request.begins or not item.starts_with_eot):
                 answer = max(-1, item.n_context - 1 - request_cut)
@@ -248,14 +245,9 @@ class TokenModel:
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Batches within the budget: a row of several sequences alone, other rows by length."""
-        alone = [row for row in rows if len(row.numbers) == 1]
         yield from ([row] for row in rows if len(row.numbers) > 1)
-        alone.sort(key=lambda row: -len(row.tokens))
-        begin = 0
-        while begin < len(alone):
-            size = max(1, self.batch_tokens // len(alone[begin].tokens))
-            yield alone[begin : begin + size]
-            begin += size
+        alone = [row for row in rows if len(row.numbers) == 1]
+        yield from by_length(alone, lambda row: len(row.tokens), self.batch_tokens)
 
     def _score_batch(self, batch: Sequence[Row], greedy: bool) -> np.ndarray:
         """[P, 2] as in `_run`, row after row. Padding stands at the right, where no token sees it."""
@@ -275,13 +267,9 @@ class TokenModel:
             if any(row.answer >= 0 for row in batch):
                 answers_B = torch.tensor([row.answer for row in batch], device=self.device)
                 layout = CausalRows(length, answers_B)
-            with self._arithmetic():
+            with products_in(self.precision, self.device):
                 hidden_ND = self.transformer.hidden(tokens, layout, rows)
             return self._pick(hidden_ND, tokens.flatten()[rows], picked, targets, greedy)
-
-    def _arithmetic(self):
-        half = self.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def _pick(
         self, hidden_ND: Tensor, read_N: Tensor, picked_P: Tensor, targets_P: Tensor, greedy: bool
@@ -314,7 +302,7 @@ class TokenModel:
         top_N, best_N = lse_N.clone(), torch.zeros(len(hidden_ND), dtype=torch.int64, device=self.device)
         sum_N = torch.zeros_like(lse_N)
         for begin in range(0, self.transformer.config.vocab_size, columns):
-            with self._arithmetic():
+            with products_in(self.precision, self.device):
                 logits_NV = self.transformer.head(hidden_ND, slice(begin, begin + columns))
             kernels = kernels_for(logits_NV)
             if kernels is not None:

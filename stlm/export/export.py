@@ -1,4 +1,4 @@
-"""`stlm export`: writes a run's checkpoint and model card to a folder for other libraries."""
+"""`stlm export`: writes a run's checkpoint and model card for other libraries, to a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from stlm.export.llama import FILES, GENERATION, export_llama
 from stlm.files import disk_errors
 from stlm.report.card import read_card
 from stlm.training.checkpoint_names import find_checkpoint
+from stlm.units import byte_size
 
 _USE = """\
 ```python
@@ -40,6 +41,40 @@ def export(run: str, folder: Path, force: bool = False) -> None:
         text = card.markdown(library_name="transformers", use=_USE.format(folder=named))
     export_llama(checkpoint, folder, text)
     print(f"wrote {folder}" + ("" if text else "; no model card, as no train.json is beside the checkpoint"))
+
+
+def export_file(
+    run: str, path: Path, kind: str = "F32", fallback: str | None = None, force: bool = False
+) -> None:
+    """Write the checkpoint that `run` refers to to the GGUF file `path`, as `export_gguf` does.
+
+    Its metadata has what the model card says, and the card. With `force`, another GGUF file is replaced.
+    Raises UserError for any other existing path, and for a model or tokenizer that llama.cpp cannot read.
+    """
+    from stlm.export.gguf_card import about_model
+    from stlm.export.gguf_export import export_gguf
+
+    checkpoint = find_checkpoint(run)
+    _check_file(path, force)
+    about = about_model(read_card(checkpoint), checkpoint)
+    stored = export_gguf(checkpoint, path, kind, fallback, about)
+    tensors = ", ".join(f"{number} of {name}" for name, number in stored.items())
+    print(f"wrote {path}: {byte_size(path.stat().st_size)}, tensors: {tensors}")
+
+
+def _check_file(path: Path, force: bool) -> None:
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r}: the name of a file has no null character")
+    with disk_errors(path):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        if not path.exists():
+            return
+        if not force:
+            raise UserError(f"{path}: is there already; --force replaces a GGUF file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path}: is no GGUF file, and not replaced; name another file")
 
 
 def _check_target(folder: Path, force: bool) -> None:

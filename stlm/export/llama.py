@@ -11,15 +11,20 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from stlm.errors import UserError
 from stlm.files import atomic_directory, write_json
+from stlm.model.config import ModelConfig
 from stlm.model.llama import NotLlamaError, check_is_llama, llama_config, llama_weights
 from stlm.techniques.base import refuse
 from stlm.tokens.tokenizer import EOT, Tokenizer, load_tokenizer
 from stlm.training.checkpoint_names import WEIGHTS
-from stlm.training.checkpoints import check_fits, load_checkpoint
+from stlm.training.checkpoints import check_fits, load_checkpoint, read_description, read_techniques
 
 GENERATION = "generation_config.json"
 # All files of an exported folder.
 FILES = {WEIGHTS, GENERATION, "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+_INSTEAD = (
+    "no format of `stlm export` has a layout for it. A variant without it can be exported; `stlm generate` "
+    "and `stlm evaluate` read this checkpoint"
+)
 
 
 def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> None:
@@ -32,17 +37,10 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
 
     Raises UserError if the model or its tokenizer cannot be written as a Llama, naming key and value.
     """
-    model, _ = load_checkpoint(checkpoint)
-    refuse(model.techniques, "export", lambda message: UserError(f"{checkpoint}: {message}"))
-    if model.config.bytes is not None:
-        raise UserError(f"{checkpoint}: model.bytes: a byte-level model is no Llama, which reads tokens")
-    try:
-        check_is_llama(model.config)
-    except NotLlamaError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
-    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
-    check_fits(model, tokenizer, checkpoint)
+    _, tokenizer = check_llama_checkpoint(checkpoint)
     content = tokenizer_json(tokenizer)
+    model, _ = load_checkpoint(checkpoint)
+    check_fits(model, tokenizer, checkpoint)
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     with atomic_directory(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(save(llama_weights(model), metadata={"format": "pt"}))
@@ -65,6 +63,26 @@ def export_llama(checkpoint: Path, folder: Path, card: str | None = None) -> Non
         )
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_llama_checkpoint(checkpoint: Path) -> tuple[ModelConfig, Tokenizer]:
+    """The config and the tokenizer of a checkpoint that can be written as a Llama; no weights are read.
+
+    Raises UserError for any other, naming the technique or key that a Llama lacks.
+    """
+
+    def refused(reason: object) -> UserError:
+        return UserError(f"{checkpoint}: {reason}; {_INSTEAD}")
+
+    config, description = read_description(checkpoint)
+    refuse(read_techniques(checkpoint, description), "export", refused)
+    if config.bytes is not None:
+        raise refused("model.bytes: a byte-level model is no Llama, which reads tokens")
+    try:
+        check_is_llama(config)
+    except NotLlamaError as error:
+        raise refused(error) from None
+    return config, load_tokenizer(checkpoint.parent / "tokenizer")
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

@@ -13,7 +13,14 @@ from pydantic import BaseModel
 
 from stlm.errors import UserError
 from stlm.files import read_record, write_record
-from stlm.generation.find import choose_device, find_generator, find_speculator, find_weights, own_drafts
+from stlm.generation.find import (
+    choose_device,
+    find_generator,
+    find_speculator,
+    find_weights,
+    own_drafts,
+    without_drafts,
+)
 from stlm.generation.interface import TextGenerator
 from stlm.generation.sampling import Sampling, one_by_one
 from stlm.generation.speculation import Drafting, Speculation, Speculator, Statistics
@@ -114,7 +121,7 @@ def drafts(
     own = own_drafts(run)
     names = list(names) or own
     if not names:
-        raise UserError(f"{run} has no readouts to draft with; name other models as drafts")
+        raise UserError(f"{without_drafts(run)}; expected other models as drafts, by STUDY/RUN or folder")
     ways = {"alone": Way(find_generator(run, where))}
     keys: dict[str, tuple[str, int]] = {}
     for name in names:

@@ -108,11 +108,11 @@ def find_weights(name: str) -> str | None:
 
 
 def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
-    """The model `name` with a draft: one of its readouts, such as `exit-2`, its further heads (`ahead-3`), or
+    """The model `name` with a draft: one of its exits, such as `exit-2`, its further heads (`ahead-3`), or
     another model by name.
 
-    Raises UserError as `find_generator` does, for models that cannot be used so, for a readout that is none
-    of the model's, and for a draft with another tokenizer.
+    Raises UserError as `find_generator` does, for models that cannot be used so, for an exit or heads that
+    the model does not have, and for a draft with another tokenizer.
     """
     model = find_generator(name, device)
     _check_drafts(model, name)
@@ -120,9 +120,10 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
     if draft in own:
         return own[draft]()
     if "/" not in draft and not is_folder(Path(draft)):
-        has = nearest(draft, own) if own else ", which has none to draft with"
+        what = f"{name} has no such draft{nearest(draft, own)}" if own else without_drafts(name)
         raise UserError(
-            f"--draft {draft}: neither a readout of {name}{has}, nor the STUDY/RUN or folder of a model"
+            f"--draft {shortened(draft)}: {what}; expected an exit (exit-N) or further heads (ahead-N) of "
+            "the model, or the STUDY/RUN or folder of another one"
         )
     sibling = find_generator(draft, device)
     _check_drafts(sibling, draft)
@@ -135,6 +136,11 @@ def find_speculator(name: str, draft: str, device: torch.device) -> Speculator:
 def own_drafts(name: str) -> list[str]:
     """The drafts that a model makes itself, by name; a published model has none."""
     return list(_own_drafts(find_generator(name, torch.device("cpu"))))
+
+
+def without_drafts(name: str) -> str:
+    """What is said of a model that makes no drafts itself."""
+    return f"{name} has neither exits nor further heads to draft with"
 
 
 def _check_drafts(generator: TextGenerator, name: str) -> None:

@@ -131,26 +131,28 @@ class TokenGenerator:
             positions, wanted = range(cache.length, cache.length + L), range(L - last, L)
             return self._inference.read(tokens, [0] * L, positions, cache.extend(L), wanted, largest)
         tokens_1L = torch.tensor([tokens], device=self._device)
-        answers_1, last_read = None, self._last_of_prefix()
+        context, answers_1 = self.transformer.config.context, None
+        last_read = last_answered(self._prompt_end, self._begin, context, self._reads_prefixes)
         if last_read >= begin:
             answers_1 = torch.tensor([last_read - begin], device=self._device)
         layout = CausalRows(L, answers_1) if cache is None else cache.extend(L, answers_1)
         last_N = torch.arange(L - last, L, device=self._device)
         return self.transformer.head(self.transformer.hidden(tokens_1L, layout, last_N)).float()
 
-    def _last_of_prefix(self) -> int:
-        """The last token of what the model answers; -1: there is none.
-
-        Where it reads prefixes, a window that has moved on has all that was there when it did as its prefix,
-        as in `stlm.evaluation.forwards.windows`.
-        """
-        if not self._reads_prefixes or self._begin == 0:
-            return self._prompt_end
-        context = self.transformer.config.context
-        return max(self._prompt_end, self._begin + context - max(1, context // 2))
-
 
 def window_begin(tokens: int, context: int) -> int:
     """The first of `tokens` that the model sees: the smallest multiple of half the context that fits."""
     stride = max(1, context // 2)
     return max(0, -(-(tokens - context) // stride)) * stride
+
+
+def last_answered(prompt_end: int, begin: int, context: int, reads_prefixes: bool) -> int:
+    """The last token of a text that a model answers in its window, which begins at token `begin`.
+
+    `prompt_end`: the last token of the prompt; -1: there is none. If it is before the window, nothing is
+    answered. A model that reads prefixes has in a window that has moved on all as its prefix that was there
+    when it did, as in `stlm.evaluation.forwards.windows`.
+    """
+    if not reads_prefixes or begin == 0:
+        return prompt_end
+    return max(prompt_end, begin + context - max(1, context // 2))

@@ -6,6 +6,7 @@ query heads a group, E head width, X = (H + 2 K) E.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,7 +154,9 @@ class LayerCache(Layout):
     """One layer's keys and values in a `Cache`: a new token sees all tokens held, up to itself."""
 
     def __init__(self, cache: Cache, kv_2BKNE: Tensor, unshifted_BNX: Tensor) -> None:
-        self._cache, self._unshifted_BNX = cache, unshifted_BNX
+        # A weak reference: a cycle would keep the memory until Python's collector happens to run.
+        self._cache: Cache = weakref.proxy(cache)
+        self._unshifted_BNX = unshifted_BNX
         self._k_BKNE, self._v_BKNE = kv_2BKNE
         # For a layer that gets only some of the tokens: how many it holds in each row, and their positions.
         B, _, N, _ = self._k_BKNE.shape

@@ -57,6 +57,11 @@ class PrefixRows(CausalRows):
         shortest, longest = (int(bound) for bound in prefix_B.aminmax())
         return cls(L, prefix_B, longest, L - shortest + 1)
 
+    def rows(self, rows_R: Tensor) -> PrefixRows:
+        """See `Layout.rows`."""
+        length = self.positions.stop
+        return PrefixRows(length, self.prefix_B[rows_R], self.encoded_places, self.decoded_places)
+
 
 class Encoded:
     """The residual stream [B, P, D] after the encoder, as the decoder's cross-attention reads it.

@@ -23,8 +23,15 @@ from stlm.new.fit import FEW_BYTES, LEAST_BYTES, Fit, TextSize, fit
 from stlm.new.look import Look, look
 from stlm.new.sources import Sources, find_sources, text_column
 from stlm.new.speed import Speed
-from stlm.new.write import Chosen, Corpus, append_entry, corpus_entry, study_text
-from stlm.study.catalogues import PARAMS, load_benchmarks, load_corpora, load_models, load_vocabularies
+from stlm.new.write import Chosen, Corpus, corpus_entry, study_text
+from stlm.study.catalogues import (
+    PARAMS,
+    append_entry,
+    load_benchmarks,
+    load_corpora,
+    load_models,
+    load_vocabularies,
+)
 from stlm.study.load import load_study
 from stlm.study.names import LONGEST_NAME, NOT_STUDIES, is_name, study_names
 from stlm.tokens.splits import FEW_UNITS, held_out

@@ -86,27 +86,6 @@ def corpus_entry(corpus: Corpus) -> str:
     return "\n".join(lines) + "\n"
 
 
-def append_entry(before: str, name: str, entry: str) -> str:
-    """`before`, the text of params/corpora.yaml, with the entry at its end, or in place of the old one."""
-    lines = before.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines[-1] += "\n"
-    start = next((n for n, line in enumerate(lines) if _key(line) == name), None)
-    if start is None:
-        return "".join(lines) + entry
-    end = start + 1
-    # The entry continues while lines are indented or empty; an unindented comment belongs to the next entry.
-    while end < len(lines) and (not lines[end].strip() or lines[end].startswith((" ", "\t"))):
-        end += 1
-    return "".join([*lines[:start], entry, *lines[end:]])
-
-
-def _key(line: str) -> str | None:
-    """The unindented key of a line; None if there is none."""
-    match = re.match(r"""(["']?)([\w-]+)\1\s*:""", line)
-    return match[2] if match else None
-
-
 def study_text(chosen: Chosen) -> str:
     """The study file."""
     fit, corpus = chosen.fit, chosen.corpus

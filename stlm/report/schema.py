@@ -82,6 +82,12 @@ class DependencyRecord(Strict):
         return own | published_in(self.depends)
 
     @property
+    def tokens_in_all(self) -> int:
+        """Tokens that its weights were trained on here, by runs that it started from as well."""
+        start = self.depends.get("start")
+        return self.tokens + (start.tokens_in_all if start else 0)
+
+    @property
     def costs(self) -> dict[str, float]:
         """Run -> FLOPs of its training: this one and all that it depended on."""
         own = {} if self.run is None else {self.run: self.flops}
@@ -168,6 +174,11 @@ class TrainRecord(Strict):
     def start(self) -> DependencyRecord | None:
         """The run whose last weights the training began from."""
         return self.depends.get("start")
+
+    @property
+    def tokens_in_all(self) -> int:
+        """Tokens that the weights were trained on, by the runs that the training began from as well."""
+        return self.tokens + (self.start.tokens_in_all if self.start else 0)
 
     @property
     def total_flops(self) -> float:

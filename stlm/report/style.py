@@ -191,9 +191,10 @@ def figure(
         if shown := title if heading is None else heading:
             drawing.suptitle(textwrap.fill(shown, int(9.5 * width)), fontsize=13, x=0.01, ha="left")
         yield drawing
-        # Once: savefig would lay the figure out twice more, to the same places.
+        # Once: savefig would lay the figure out twice more, to the same places, and with any engine, even one
+        # that does nothing ("none"), draw it twice.
         drawing.get_layout_engine().execute(drawing)
-        drawing.set_layout_engine("none")
+        drawing.set_layout_engine(None)
         # No date and no version: the same numbers give the same bytes.
         drawing.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None, "Title": title})
 

@@ -134,9 +134,13 @@ def check_cycles(file: str, runs: Mapping[str, Run]) -> None:
 
 
 def check_techniques(
-    file: str, run: Run, runs: Mapping[str, Run], models: Mapping[str, SourceModel] | None = None
+    file: str,
+    run: Run,
+    runs: Mapping[str, Run],
+    models: Mapping[str, SourceModel],
+    benchmarks: Collection[str],
 ) -> None:
-    """Refuse, by name, everything that a run's techniques do not support."""
+    """Refuse, by name, everything that a run's techniques do not support. `benchmarks`: the study's."""
     key = f"{file}: run {run.name}"
 
     def make_error(message: str) -> UserError:
@@ -144,9 +148,7 @@ def check_techniques(
 
     techniques = list(run.techniques.values())
     for technique in techniques:
-        technique.set_others(
-            {role: dependency(run, role, runs, models or {}) for role in technique.depends()}
-        )
+        technique.set_others({role: dependency(run, role, runs, models) for role in technique.depends()})
     for condition, capability in (
         (run.model.bytes is not None, "bytes"),
         (run.model.sharing is not None, "sharing"),
@@ -166,5 +168,6 @@ def check_techniques(
     for technique in techniques:
         try:
             technique.check(run, runs)
+            technique.check_scoring(benchmarks)
         except ValueError as error:
             raise make_error(f"techniques.{technique.key()}.{error}") from None

@@ -247,7 +247,7 @@ def load_study(name: str, overrides: Sequence[str] = (), root: Path = Path()) ->
         check_benchmarks(file, run, parsed.evaluation.benchmarks, corpora)
         check_data(file, run, by_name, corpora, models)
         check_start(file, run, by_name, models)
-        check_techniques(file, run, by_name, models)
+        check_techniques(file, run, by_name, models, parsed.evaluation.benchmarks)
     for key in by_name.keys() & parsed.published.keys():
         raise UserError(f"{file}: published.{key}: a run has this name; choose another")
     first_seed = "" if len(parsed.seeds) == 1 else f"-s{parsed.seeds[0]}"

@@ -6,7 +6,7 @@ A technique is one file in this folder, named like its key under `techniques` in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,7 +56,7 @@ class Technique(BaseModel):
     combines_with: ClassVar[frozenset[str]] = frozenset()
     # Whether `objective` itself returns the part "next_token", replacing the plain cross-entropy.
     replaces_next_token: ClassVar[bool] = False
-    # The names of the metrics of `validated` and `validated_text`: columns `val_NAME` of the curve.
+    # The names of the metrics of `validated`: columns `val_NAME` of the curve.
     figures: ClassVar[tuple[str, ...]] = ()
     # Whether evaluation compares the model's distributions with those of what the run starts from.
     keeps_near: ClassVar[bool] = False
@@ -100,6 +100,10 @@ class Technique(BaseModel):
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
         """Raise ValueError, with the key, what was found and what is expected, for settings that do not fit
         `run` (one of the study's `runs`)."""
+
+    def check_scoring(self, benchmarks: Collection[str]) -> None:
+        """Raise ValueError as `check` does, for settings that do not fit the names of the benchmarks of the
+        study."""
 
     def depends(self) -> dict[str, str]:
         """Map roles to variants whose last checkpoints this run reads; they are trained first.
@@ -226,21 +230,14 @@ class Technique(BaseModel):
         """
         return {}
 
-    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
-        """Metrics on the validation batch that the model has just read: name -> [sum, count], float64.
-
-        Each is averaged over the validation text. `counted_BL` marks the tokens that count; the rest is
-        padding. Metrics by layer (`layer_figures`) are [2, layers, X]: sums, then counts, which are 0 where a
-        layer has none.
-        """
-        return {}
-
-    def validated_text(
+    def validated(
         self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
     ) -> dict[str, Tensor]:
-        """As `validated`, metrics for which the technique reads the batch itself.
+        """Metrics on the validation batch that the model has just read: name -> [sum, count], float64.
 
-        `counted_BL` marks the targets that count.
+        Each is averaged over the validation text. `counted_BL` marks the targets that count; the rest is
+        padding. Metrics by layer (`layer_figures`) are [2, layers, X]: sums, then counts, which are 0 where a
+        layer has none. It is called under the autocast of training, and may read the batch again.
         """
         return {}
 

@@ -28,6 +28,7 @@ from stlm.model.counts import TRAINING_PASSES, build_on_meta, training_flops_per
 from stlm.model.documents import Documents
 from stlm.model.flops import children_flops, forward_flops
 from stlm.model.latent_places import BEGIN, END, MARKS, THOUGHT, TOKEN, InsertedThoughts, Places
+from stlm.model.rows import Rows, document_parts
 from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 from stlm.tokens.batches import Batches
@@ -111,24 +112,29 @@ class ContinuousThoughts(Technique):
     def _keys_fit(self) -> ContinuousThoughts:
         if self.count > _MOST:
             raise ValueError(
-                f"thoughts: {self.thoughts} for each of {self.stages} stages are {self.count}; expected at "
-                f"most {_MOST} in all"
+                f"thoughts: found {self.thoughts} for each of {self.stages} stages, {self.count} in all; "
+                f"expected at most {_MOST // self.stages} for each, {_MOST} in all"
             )
         if self.curriculum and self.share * self.stages >= 1:
             raise ValueError(
-                f"share: {self.share:g} for each of the {self.stages} stages before the last leaves nothing "
-                f"for the last; expected less than {1 / self.stages:g}"
+                f"share: found {self.share:g} for each of the {self.stages} stages before the last, which "
+                f"leaves nothing for the last; expected less than {1 / self.stages:g}"
             )
         if not self.curriculum and self.share != _SHARE:
-            raise ValueError(f"share: {self.share:g}: expected together with a curriculum")
-        if self.neutral() and self.questions:
-            raise ValueError("questions: true: expected together with thoughts; plain training has them")
-        if min(self.scored, default=0) < 0 or len(set(self.scored)) < len(self.scored):
-            raise ValueError(f"scored: {list(self.scored)}: expected numbers of at least 0, each once")
-        if max(self.scored, default=0) > (_MOST if self.count else 0):
             raise ValueError(
-                f"scored: {max(self.scored)}: expected at most {_MOST if self.count else 0} thoughts"
+                f"share: found {self.share:g} with curriculum: false, expected {_SHARE}, the default, or "
+                "curriculum: true"
             )
+        if self.neutral() and self.questions:
+            raise ValueError(
+                "questions: found true with thoughts: 0, whose training is plain and has them; expected "
+                "false, or thoughts above 0"
+            )
+        if min(self.scored, default=0) < 0 or len(set(self.scored)) < len(self.scored):
+            raise ValueError(f"scored: found {list(self.scored)}, expected numbers of at least 0, each once")
+        most = _MOST if self.count else 0
+        if max(self.scored, default=0) > most:
+            raise ValueError(f"scored: found {max(self.scored)}, expected at most {most} thoughts")
         return self
 
     @property
@@ -151,8 +157,8 @@ class ContinuousThoughts(Technique):
             )
         if run.model.positions == "sinusoidal":
             raise ValueError(
-                "thoughts: with model.positions: sinusoidal the embeddings are scaled, and hidden states are "
-                "not; expected rope or learned"
+                "thoughts: found model.positions: sinusoidal, with which embeddings are scaled, and hidden "
+                "states are not; expected rope or learned"
             )
         if run.model.value_embeddings:
             raise ValueError(
@@ -161,13 +167,13 @@ class ContinuousThoughts(Technique):
             )
         if run.model.positions == "learned" and max(self.scored, default=0) > self.count:
             raise ValueError(
-                f"scored: {max(self.scored)}: with model.positions: learned, positions are learned for "
-                f"{self.count} thoughts; expected at most as many"
+                f"scored: found {max(self.scored)}, expected at most {self.count}: with model.positions: "
+                "learned, positions are learned for as many thoughts"
             )
         if self.curriculum and 0 in self.steps_of_stages(run.training.steps):
             raise ValueError(
-                f"share: {self.share:g} of training.steps: {run.training.steps} is no step; expected at "
-                f"least {1 / run.training.steps:g}"
+                f"share: found {self.share:g} of training.steps: {run.training.steps}, which is no step; "
+                f"expected at least {1 / run.training.steps:g}"
             )
 
     def build(self, model: Transformer) -> None:
@@ -200,18 +206,19 @@ class ContinuousThoughts(Technique):
         self._form = form_of(run.tokens_folder)
         rows = _sample(run.tokens_folder, run.model.context)
         found = [document for row in rows for document in whole_documents(row, self._form.eot)]
-        place = f"run {run.name}: techniques.{self.key()}: corpus: {run.corpus}"
+        place = f"run {run.name}: techniques.{self.key()}: corpus: found {run.corpus}"
         if not found:
             raise UserError(
-                f"{place}: no document fits a row of model.context: {run.model.context} tokens; expected a "
-                "context several times as long as a document"
+                f"{place}, of which no document fits a row of model.context: {run.model.context} tokens; "
+                "expected a context several times as long as a document, of "
+                f"{_mean_document(run.tokens_folder):.0f} tokens on average"
             )
         items = [self._form.lines(document) for document in found]
         if None in items or all(len(item) == 2 for item in items):
             what = "other text" if None in items else "no written steps"
             raise UserError(
-                f"{place}: has {what}; expected documents of a question, a line for each step, and a line "
-                f"{MARKER.strip()!r} with the answer, as steps_written has"
+                f"{place}, which has {what}; expected documents of a question, a line for each step, and a "
+                f"line {MARKER.strip()!r} with the answer, as steps_written has"
             )
 
     def objective(self, forward: Forward) -> dict[str, Tensor]:
@@ -221,8 +228,8 @@ class ContinuousThoughts(Technique):
         assert self._form is not None, "training begins with prepare"
         stage = self.stage_at(forward.step, forward.steps)
         tokens_BL, model = forward.tokens_BL, forward.model
-        full_BL = torch.cat([tokens_BL, forward.targets_BL[:, -1:]], dim=1).cpu().numpy()
-        arranged = self.arrange(full_BL, stage, self._form)
+        full_BM = Rows(tokens_BL, forward.targets_BL).whole_BM.cpu().numpy()
+        arranged = self.arrange(full_BM, stage, self._form)
         rows = Places(*(torch.from_numpy(part).to(tokens_BL.device) for part in arranged[:-1]))
         targets = torch.from_numpy(arranged.targets_BM).to(tokens_BL.device)
         place_N = (targets.flatten() != _NO_TARGET).nonzero()[:, 0]
@@ -346,8 +353,8 @@ def form_of(tokens_folder: Path) -> Form:
     marker = tokenizer.encode(MARKER)
     if tokenizer.encode("\n") != marker[:1]:
         raise UserError(
-            f"{tokens_folder}: techniques.continuous_thoughts: the tokenizer {tokenizer.name} joins the end "
-            "of a line with other text; expected bytes, bpe-N or gpt2"
+            f"{tokens_folder}: techniques.continuous_thoughts: tokenizer: found {tokenizer.name}, which "
+            "joins the end of a line with other text; expected bytes, bpe-N or gpt2"
         )
     return Form(read_meta(tokens_folder).eot, tuple(marker))
 
@@ -382,13 +389,20 @@ def _in_rows(rows: list[list[np.ndarray]], eot: int) -> Arranged:
 
 def whole_documents(row: np.ndarray, eot: int) -> Iterator[np.ndarray]:
     """The documents of a row whose end it has, too, each after the end of text before it."""
-    for begin, end in pairwise(np.flatnonzero(row == eot).tolist()):
-        yield row[begin:end]
+    for part in document_parts(row, eot)[1:-1]:
+        yield row[part.start - 1 : part.stop]
 
 
 def _sample(tokens_folder: Path, context: int) -> np.ndarray:
     """Rows of the training text, each with its last target; the same for all runs."""
     return Batches(tokens_folder, context, _SAMPLE, seed=0).batch(0)
+
+
+def _mean_document(tokens_folder: Path) -> float:
+    """The mean tokens of a document of the training text."""
+    components = read_meta(tokens_folder).components.values()
+    shards = [shard for component in components for shard in component.splits.train.shards]
+    return sum(shard.tokens for shard in shards) / sum(shard.documents for shard in shards)
 
 
 @lru_cache(maxsize=64)

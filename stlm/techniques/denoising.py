@@ -5,6 +5,7 @@ Shapes: B rows, L positions, M = L + 1 tokens of a row with its last target, N t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from stlm.model.config import ModelConfig
 from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.documents import Documents
 from stlm.model.prefixes import Prefixes, pair_flops
-from stlm.model.rows import Rows, drawn_shares
+from stlm.model.rows import Rows, document_parts, drawn_shares
 from stlm.model.transformer import Transformer
 from stlm.techniques.base import Technique
 
@@ -53,7 +54,10 @@ class Denoiser(BaseModel):
     def _keys_fit(self) -> Denoiser:
         for key, task in (("order", "infill"), ("mean", "spans"), ("rate", "spans")):
             if getattr(self, key) is not None and self.task != task:
-                raise ValueError(f"{key}: {getattr(self, key)}: expected with task: {task} alone")
+                raise ValueError(
+                    f"{key}: found {getattr(self, key)} with task: {self.task}, expected null: only task: "
+                    f"{task} has one"
+                )
         return self
 
     def __str__(self) -> str:
@@ -125,7 +129,7 @@ class Denoising(Technique):
     def _shares_fit(self) -> Denoising:
         total = sum(entry.share for entry in self.mixture)
         if total > 1 + 1e-9:
-            raise ValueError(f"mixture: the shares' sum is {total:g}; expected at most 1")
+            raise ValueError(f"mixture: found shares whose sum is {total:g}, expected at most 1")
         return self
 
     def neutral(self) -> bool:
@@ -136,9 +140,10 @@ class Denoising(Technique):
         """See `Technique.check`."""
         for number, entry in enumerate(self.mixture):
             if self._longest(entry, run.model.context, 0) < 2:
+                least = next(length for length in itertools.count() if self._longest(entry, length, 0) > 1)
                 raise ValueError(
-                    f"mixture.{number}: a row of model.context, {run.model.context} tokens, has no room for "
-                    "two of them with their markers"
+                    f"mixture.{number}: found task: {entry.task} with model.context: {run.model.context}, "
+                    f"which has no room for two tokens with their markers; expected at least {least}"
                 )
 
     def added(self, config: ModelConfig) -> Added:
@@ -180,7 +185,7 @@ class Denoising(Technique):
         if min(entry_B) == len(self.mixture):
             return rows
         numbers = np.random.default_rng(int(torch.randint(2**62, ())))
-        row_BM = torch.cat([rows.tokens_BL, rows.targets_BL[:, -1:]], dim=1).cpu().numpy()
+        row_BM = rows.whole_BM.cpu().numpy()
         composed = [
             self.compose(row_M, number, numbers) if number < len(self.mixture) else plain(row_M)
             for row_M, number in zip(row_BM, entry_B, strict=True)
@@ -200,9 +205,9 @@ class Denoising(Technique):
         follows it does. Too short a part is left as it is.
         """
         entry, M = self.mixture[number], len(row_M)
-        begin, stop = longest_part(row_M, self._eot)
-        after = row_M[stop:]
-        length = min(stop - begin, self._longest(entry, M - 1, begin))
+        longest = longest_part(row_M, self._eot)
+        begin, after = longest.start, row_M[longest.stop :]
+        length = min(longest.stop - begin, self._longest(entry, M - 1, begin))
         if length < 2:
             return plain(row_M)
         part = self.write(row_M[begin : begin + length].tolist(), number, numbers)
@@ -302,12 +307,9 @@ def plain(row_M: np.ndarray) -> Row:
     return Row(row_M[:-1], row_M[1:], np.ones(len(row_M) - 1, dtype=bool), 0, 0)
 
 
-def longest_part(row_M: np.ndarray, eot: int) -> tuple[int, int]:
-    """Where the longest part of a document in a row begins and ends, without ends of text."""
-    ends = np.flatnonzero(row_M == eot)
-    begins, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [len(row_M)]])
-    longest = int((stops - begins).argmax())
-    return int(begins[longest]), int(stops[longest])
+def longest_part(row_M: np.ndarray, eot: int) -> slice:
+    """Where the longest part of a document in a row lies, without ends of text."""
+    return max(document_parts(row_M, eot), key=lambda part: part.stop - part.start)
 
 
 def cut(total: int, parts: int, numbers: np.random.Generator) -> list[int]:

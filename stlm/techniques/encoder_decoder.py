@@ -53,7 +53,9 @@ class EncoderDecoder(Technique):
     @model_validator(mode="after")
     def _keys_fit(self) -> EncoderDecoder:
         if not 0 <= self.cut[0] <= self.cut[1] <= 1:
-            raise ValueError(f"cut: {list(self.cut)}: expected two shares from 0 to 1, the smaller one first")
+            raise ValueError(
+                f"cut: found {list(self.cut)}, expected two shares from 0 to 1, the smaller one first"
+            )
         return self
 
     def neutral(self) -> bool:
@@ -65,8 +67,8 @@ class EncoderDecoder(Technique):
         layers = run.model.layers
         if not self.neutral() and self.encoder_blocks(layers) >= layers:
             raise ValueError(
-                f"encoder: {self.encoder_blocks(layers)} of the blocks of model.layers, {layers}; expected "
-                "fewer, as the decoder needs one, too"
+                f"encoder: found {self.encoder_blocks(layers)} of model.layers: {layers}, expected at most "
+                f"{layers - 1}, as the decoder needs a block, too"
             )
 
     def encoder_blocks(self, layers: int) -> int:

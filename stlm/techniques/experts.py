@@ -256,7 +256,9 @@ class Experts(Technique):
         """See `Technique.layer_figures`: the experts' shares of the load, which sum to 1."""
         return {} if self.neutral() else {"load": self.experts}
 
-    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
+    def validated(
+        self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    ) -> dict[str, Tensor]:
         """See `Technique.validated`. A layer's load: the choices of the counted tokens, K of each."""
         if self.neutral():
             return {}

@@ -5,6 +5,7 @@ Shapes: B rows, L positions, M = L + 1 tokens of a row with its last target.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
+
+
+# Benchmarks of short strings.
+_SHORT = ("blimp", "synthetic_pairs")
 
 
 class MaskedNextToken(Technique):
@@ -60,10 +65,11 @@ class MaskedNextToken(Technique):
         description="Share of the masked spans that read random tokens instead of the mask, as in BERT.",
     )
     kept: float = Field(0.1, ge=0, le=1, description="Share of them that read their own tokens, as in BERT.")
-    scored: tuple[str, ...] = Field(
-        ("blimp", "synthetic_pairs"),
-        description="Benchmarks that the readout `masked` scores, where the study has them: those of short "
-        "strings, as it reads a string once for each of its tokens. Empty: there is no such readout.",
+    scored: tuple[str, ...] | None = Field(
+        None,
+        description="Benchmarks of the study that the readout `masked` scores: those of short strings, as it "
+        "reads a string once for each of its tokens. null: `blimp` and `synthetic_pairs`, where the study "
+        "has them. Empty: there is no such readout.",
     )
 
     # The end-of-text token, which is never masked, and the size of the vocabulary: the mask's id.
@@ -73,11 +79,36 @@ class MaskedNextToken(Technique):
     @model_validator(mode="after")
     def _keys_fit(self) -> MaskedNextToken:
         if self.random + self.kept > 1:
-            raise ValueError(f"kept: {self.kept}: with random: {self.random} the sum is above 1")
-        for name in self.scored:
+            raise ValueError(
+                f"kept: found {self.kept:g} with random: {self.random:g}, expected at most "
+                f"{1 - self.random:g}"
+            )
+        for number, name in enumerate(self.scored or ()):
+            valid = [other for other, one in BENCHMARKS.items() if one.writing is None]
             if name not in BENCHMARKS:
-                raise ValueError(f"scored: unknown benchmark {name!r}{nearest(name, BENCHMARKS)}")
+                raise ValueError(f"scored: found {name!r}, expected a benchmark{nearest(name, valid)}")
+            if name not in valid:
+                raise ValueError(
+                    f"scored: found {name!r}, before whose options a model writes a text, which reads from "
+                    f"left to right; expected another benchmark{nearest(name, valid)}"
+                )
+            if name in self.scored[:number]:
+                raise ValueError(f"scored: found {name!r} twice, expected each name once")
         return self
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """The names `scored`, with their default resolved."""
+        return _SHORT if self.scored is None else self.scored
+
+    def check_scoring(self, benchmarks: Collection[str]) -> None:
+        """See `Technique.check_scoring`."""
+        valid = [name for name in benchmarks if BENCHMARKS[name].writing is None]
+        for name in self.scored or ():
+            if name not in benchmarks:
+                raise ValueError(
+                    f"scored: found {name!r}, expected of evaluation.benchmarks{nearest(name, valid)}"
+                )
 
     def neutral(self) -> bool:
         """Whether no row is masked: then nothing is added."""
@@ -107,7 +138,7 @@ class MaskedNextToken(Technique):
         if not masked_B.any():
             return rows
         masked_B = masked_B.to(device)
-        tokens_BM = torch.cat([rows.tokens_BL, rows.targets_BL[:, -1:]], dim=1)
+        tokens_BM = rows.whole_BM
         chosen_BM, read_BM = self.masked(tokens_BM, self.rate_at(step, steps))
         chosen_BM &= masked_B[:, None]
         return rows._replace(
@@ -165,9 +196,9 @@ class MaskedNextToken(Technique):
 
     def readouts(self, model: Transformer) -> dict[str, nn.Module]:
         """See `Technique.readouts`."""
-        if self.neutral() or not self.scored:
+        if self.neutral() or not self.benchmarks:
             return {}
-        return {"masked": MaskedReadout(model, self.scored)}
+        return {"masked": MaskedReadout(model, self.benchmarks)}
 
 
 class MaskedReadout(nn.Module):

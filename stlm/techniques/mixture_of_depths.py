@@ -86,7 +86,9 @@ class MixtureOfDepths(Technique):
         losses = [block.take_loss() for block in routed_blocks(forward.model)]
         return {"router": self.weight * torch.stack(losses).mean()} if losses else {}
 
-    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
+    def validated(
+        self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    ) -> dict[str, Tensor]:
         """See `Technique.validated`. `share`: of the counted tokens, those that routed blocks took."""
         taken = [block.chosen_BL & counted_BL for block in routed_blocks(model)]
         if not taken:

@@ -80,17 +80,24 @@ class MultiToken(Technique):
         listed = isinstance(self.weight, tuple)
         if listed and len(self.weight) != self.heads - 1:
             raise ValueError(
-                f"weight: {len(self.weight)} of them; heads: {self.heads} has {self.heads - 1} further heads"
+                f"weight: found {len(self.weight)} of them, expected {self.heads - 1}, as many as there are "
+                f"further heads with heads: {self.heads}, or one number for all"
             )
         if min(self.weight if listed else [self.weight], default=1.0) <= 0:
             raise ValueError(
-                f"weight: {list(self.weight) if listed else self.weight}: expected numbers above 0; without "
-                "further heads, set heads: 1"
+                f"weight: found {list(self.weight) if listed else self.weight}, expected numbers above 0; "
+                "without further heads, set heads: 1"
             )
         if self.curriculum is not None and self.heads == 1:
-            raise ValueError(f"curriculum: {self.curriculum}: heads: 1 leaves nothing to grow or to fall")
+            raise ValueError(
+                f"curriculum: found {self.curriculum} with heads: 1, which leaves nothing to grow or to "
+                "fall; expected null, or at least 2 heads"
+            )
         if self.curriculum is None and self.share != 1:
-            raise ValueError(f"share: {self.share}: expected together with a curriculum")
+            raise ValueError(
+                f"share: found {self.share} without a curriculum; expected 1, or curriculum: forward or "
+                "reverse"
+            )
         return self
 
     @property
@@ -111,17 +118,18 @@ class MultiToken(Technique):
         """See `Technique.check`."""
         layers, context, steps = run.model.layers, run.model.context, run.training.steps
         if self.trunk is not None and self.trunk > layers:
-            raise ValueError(f"trunk: {self.trunk}: expected at most the {layers} of model.layers")
+            raise ValueError(f"trunk: found {self.trunk}, expected at most the {layers} of model.layers")
         if self.heads > context:
             raise ValueError(
-                f"heads: {self.heads}: expected at most model.context, {context}: no position of a row has a "
-                "target so far ahead"
+                f"heads: found {self.heads}, expected at most model.context, {context}: no position of a row "
+                "has a target so far ahead"
             )
         for k in self.further:
             if not self.steps_of(k, steps):
                 raise ValueError(
-                    f"curriculum: {self.curriculum}: head {k} is trained at none of the {steps} steps; "
-                    "expected fewer heads, a larger share or more steps"
+                    f"curriculum: found {self.curriculum}, by which head {k} of heads: {self.heads} is "
+                    f"trained at none of the {steps} steps; expected fewer heads, a larger share than "
+                    f"{self.share:g} or more training.steps"
                 )
 
     def trunk_blocks(self, layers: int) -> int:
@@ -183,11 +191,11 @@ class MultiToken(Technique):
                 parts[_part(k)] = self.weight_of(k) * factor * loss
         return parts
 
-    def validated_text(
+    def validated(
         self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
     ) -> dict[str, Tensor]:
-        """See `Technique.validated_text`: each further head's loss in nats, a mean over its targets that
-        count, without its weight."""
+        """See `Technique.validated`: each further head's loss in nats, a mean over its targets that count,
+        without its weight."""
         if self.neutral():
             return {}
         found = {}

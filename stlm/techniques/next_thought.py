@@ -129,15 +129,20 @@ class NextThought(Technique):
     def _keys_fit(self) -> NextThought:
         if self.target is not None and (not self.prediction or self.codes is not None):
             raise ValueError(
-                f"target: {self.target}: only a loss of the predicted vector has one; expected prediction "
-                "above 0 and no codes"
+                f"target: found {self.target}, expected null: only a loss of the predicted vector has one, "
+                "with prediction above 0 and without codes"
             )
         if self.decay is not None and self.target != "average":
-            raise ValueError(f"decay: {self.decay}: only target: average has one")
+            raise ValueError(
+                f"decay: found {self.decay} with target: {self.target or 'null'}, expected null: only "
+                "target: average has one"
+            )
         if self.codes is None and self.levels is not None:
-            raise ValueError(f"levels: {self.levels}: only codes have levels; expected codes, too")
+            raise ValueError(f"levels: found {self.levels} without codes; expected null, or codes, too")
         if self.codes is not None and self.variance:
-            raise ValueError(f"variance: {self.variance}: expected 0 with codes, which have no variance term")
+            raise ValueError(
+                f"variance: found {self.variance:g}, expected 0 with codes, which have no variance term"
+            )
         return self
 
     def check(self, run: Run, runs: Mapping[str, Run]) -> None:
@@ -145,11 +150,11 @@ class NextThought(Technique):
         model = run.model
         if self.encoder + self.decoder >= model.layers:
             raise ValueError(
-                f"encoder: {self.encoder} and decoder: {self.decoder} leave no core of model.layers: "
-                f"{model.layers}; expected at most {model.layers - 1} together"
+                f"encoder: found {self.encoder} with decoder: {self.decoder}, which leave no core of "
+                f"model.layers: {model.layers}; expected at most {model.layers - 1} together"
             )
         if self.length > model.context:
-            raise ValueError(f"length: {self.length}: expected at most model.context, {model.context}")
+            raise ValueError(f"length: found {self.length}, expected at most model.context, {model.context}")
         for key, found, expected, why in (
             ("positions", model.positions, "rope", "tokens and thoughts would share a table"),
             (
@@ -237,8 +242,10 @@ class NextThought(Technique):
     # Records
 
     @torch.no_grad()
-    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
-        """See `Technique.validated`.
+    def validated(
+        self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    ) -> dict[str, Tensor]:
+        """See `Technique.validated`. Computed in float32, as ranks are of close scores.
 
         `thought_tokens`: the mean tokens of a thought, ends of text included. The others are of the thoughts
         that end with a token of text, without each row's first: `latent_variance`, within a batch, the mean
@@ -251,16 +258,17 @@ class NextThought(Technique):
         text_BL = F.pad(counted_BL[:, :-1], (1, 0), value=False)
         read_BL = text_BL | counted_BL
         thought_MD, latent_MZ = predicted_pairs(passed, passed.latent_BKZ, text_BL)
-        predicted_M = route.predict(thought_MD)
         number = len(latent_MZ)
         found = {"thought_tokens": [read_BL.sum(), (passed.cut.ends_BL & read_BL).sum()]}
-        if number:
-            variance = latent_MZ.double().var(dim=0, correction=0).mean()
-            found["latent_variance"] = [variance * number, number]
-            found["predicted_error"] = [route.latents.losses(predicted_M, latent_MZ).sum(), number]
-        if number >= RANKED:
-            rank_M = reciprocal_ranks(route.latents.scores(predicted_M[:MOST], latent_MZ[:MOST]))
-            found["reciprocal_rank"] = [rank_M.sum(), len(rank_M)]
+        with torch.autocast(counted_BL.device.type, enabled=False):
+            predicted_M = route.predict(thought_MD)
+            if number:
+                variance = latent_MZ.double().var(dim=0, correction=0).mean()
+                found["latent_variance"] = [variance * number, number]
+                found["predicted_error"] = [route.latents.losses(predicted_M, latent_MZ).sum(), number]
+            if number >= RANKED:
+                rank_M = reciprocal_ranks(route.latents.scores(predicted_M[:MOST], latent_MZ[:MOST]))
+                found["reciprocal_rank"] = [rank_M.sum(), len(rank_M)]
         zero = torch.zeros((), dtype=torch.float64, device=counted_BL.device)
         return {name: torch.stack([zero + value for value in pair]) for name, pair in found.items()}
 

@@ -22,6 +22,7 @@ from stlm.model.activations import block_activations
 from stlm.model.counts import TRAINING_PASSES, build_on_meta, parameter_counts
 from stlm.model.flops import forward_flops
 from stlm.model.log_probs import token_log_probs
+from stlm.model.rows import Rows
 from stlm.techniques.base import Technique, refuse
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class SelfPlay(Technique):
     @model_validator(mode="after")
     def _something_is_learned(self) -> SelfPlay:
         if not self.weight and not self.supervised:
-            raise ValueError("supervised: 0, and weight: 0: nothing is learned; expected one above 0")
+            raise ValueError(
+                "supervised: found 0 with weight: 0, so that nothing is learned; expected one above 0"
+            )
         return self
 
     @property
@@ -102,18 +105,24 @@ class SelfPlay(Technique):
         if not self.weight:
             return
         opponent = self.others["start"]
-        refuse(opponent.techniques.values(), "cache", lambda what: ValueError(f"opponent: its {what}"))
+        refuse(
+            opponent.techniques.values(),
+            "cache",
+            lambda what: ValueError(
+                f"opponent: found {self.opponent!r}, whose {what}; expected one without this technique"
+            ),
+        )
         for whose, model in (("model.context", run.model), ("the opponent's context", opponent.model)):
             if self.length > model.context:
                 raise ValueError(
-                    f"continuation: prompt + continuation: {self.prompt} + {self.continuation} = "
-                    f"{self.length}, above {whose}, {model.context}"
+                    f"continuation: found {self.continuation} after prompt: {self.prompt}, {self.length} "
+                    f"tokens together; expected at most {whose}, {model.context}"
                 )
         for name in ("dropout", "attention_dropout"):
             if rate := getattr(run.model, name):
                 raise ValueError(
-                    f"weight: model.{name}: {rate}: the loss compares log-probabilities with the opponent's; "
-                    "expected 0"
+                    f"weight: found model.{name}: {rate}, expected 0, as the loss compares log-probabilities "
+                    "with the opponent's; or weight: 0"
                 )
 
     def prepare(self, run: Run, device: Any, group: Group) -> None:
@@ -136,8 +145,7 @@ class SelfPlay(Technique):
             next_token = self.supervised * forward.next_token_loss()
         if not self.weight:
             return {"next_token": next_token}
-        tokens_BM = torch.cat([forward.tokens_BL[:, :1], forward.targets_BL], dim=1)
-        real_RM = self.pieces(tokens_BM)
+        real_RM = self.pieces(Rows(forward.tokens_BL, forward.targets_BL).whole_BM)
         margin_R = self.margins(forward.model, real_RM, self.made(real_RM))
         loss = F.softplus(-self.scale * margin_R).mean()
         return {"next_token": next_token, "self_play": self.weight * loss}
@@ -200,7 +208,10 @@ class SelfPlay(Technique):
         return self.others["start"].model.model_copy(update={"vocab_size": run.model.vocab_size})
 
     def extra_bytes_per_token(self, run: Run, narrow: int) -> float:
-        """See `Technique.extra_bytes_per_token`: both pieces instead of the row, or beside it."""
+        """See `Technique.extra_bytes_per_token`: both pieces instead of the row, or beside it.
+
+        Writing's cache is not added: it is freed before the pieces are read, and smaller than what they keep.
+        """
         if not self.weight:
             return 0.0
         context = run.model.context

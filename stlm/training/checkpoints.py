@@ -117,7 +117,7 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
     """
     folder = Path(folder)
     config, description = read_description(folder)
-    techniques = _techniques(folder, description)
+    techniques = read_techniques(folder, description)
     path = folder / WEIGHTS
     if not path.exists():
         raise UserError(f"{path}: no such file; train the run again, or dvc pull")
@@ -135,8 +135,8 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[T
     return model.to(device).eval(), description
 
 
-def _techniques(folder: Path, description: Mapping[str, Any]) -> list[Technique]:
-    """The techniques of a checkpoint, read from its ``config.json``."""
+def read_techniques(folder: Path, description: Mapping[str, Any]) -> list[Technique]:
+    """The techniques of a checkpoint, read from its ``config.json`` (``description``)."""
     content, file = description.get("techniques", {}), str(folder / "config.json")
     if not isinstance(content, dict):
         raise UserError(f"{file}: techniques: expected names and keys, found {type(content).__name__}")

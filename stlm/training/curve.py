@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stlm.errors import UserError
 from stlm.tokens.batches import ValidationSet
 from stlm.training.checkpoint_names import WEIGHTS
 from stlm.training.checkpoints import checkpoint_name, save_checkpoint
@@ -30,6 +31,7 @@ class Curve:
         self.validation = ValidationSet(
             run.tokens_folder, run.model.context, self.setup.config.validation_bytes
         )
+        empty_figures(self.setup)  # refuses metrics of one name before the first step
 
     def start_clock(self) -> None:
         """Start timing steps."""
@@ -99,24 +101,17 @@ def validate(setup: Setup, validation: ValidationSet) -> Validated:
     device = setup.device.device
     setup.model.eval()
     nats = torch.zeros((), device=device, dtype=torch.float64)
-    techniques = setup.run.techniques.values()
-    figures = {name: nats.new_zeros(2) for technique in techniques for name in technique.figures}
-    by_layer: dict[str, Tensor] = {}
-    for technique in techniques:
-        for name, numbers in technique.layer_figures(setup.model).items():
-            figures[name] = by_layer[name] = nats.new_zeros(2, len(setup.model.blocks), numbers)
+    figures = empty_figures(setup)
     for number, batch in enumerate(validation.batches(setup.config.batch_size)):
         if number % setup.group.size != setup.group.rank:
             continue
         tokens_BL, targets_BL, mask_BL = (torch.from_numpy(part).to(device) for part in batch)
         with setup.device.autocast():
             nats += setup.model.loss(tokens_BL, targets_BL, mask_BL).double()
-        for technique in techniques:
-            found = technique.validated(setup.model, mask_BL.bool())
-            with setup.device.autocast():
-                read = technique.validated_text(setup.model, tokens_BL, targets_BL, mask_BL.bool())
-            for name, sums in (found | read).items():
-                figures[name] += sums
+            for technique in setup.run.techniques.values():
+                found = technique.validated(setup.model, tokens_BL, targets_BL, mask_BL.bool())
+                for name, sums in found.items():
+                    figures[name] += sums
     setup.model.train()
     setup.group.sum([nats, *figures.values()])
     nats = nats.item()
@@ -128,10 +123,33 @@ def validate(setup: Setup, validation: ValidationSet) -> Validated:
         **{
             f"val_{name}": (total / count).item()
             for name, (total, count) in figures.items()
-            if name not in by_layer and count
+            if not total.ndim and count
         },
     }
-    return Validated(row, _of_layers(by_layer))
+    return Validated(row, _of_layers({name: sums for name, sums in figures.items() if sums.ndim > 1}))
+
+
+def empty_figures(setup: Setup) -> dict[str, Tensor]:
+    """Zeros for the sums and counts of each metric that techniques declare: [2], by layer [2, layers, X].
+
+    Raises UserError if two of them have one name.
+    """
+    figures: dict[str, Tensor] = {}
+    for technique in setup.run.techniques.values():
+        own = {name: [2] for name in technique.figures}
+        layered = technique.layer_figures(setup.model)
+        own_by_layer = {name: [2, len(setup.model.blocks), numbers] for name, numbers in layered.items()}
+        for name in [*own, *own_by_layer]:
+            if name in figures:
+                raise UserError(
+                    f"run {setup.run.name}: techniques.{technique.key()}: a metric {name!r} is there "
+                    "already; name it otherwise"
+                )
+        figures |= {
+            name: torch.zeros(shape, device=setup.device.device, dtype=torch.float64)
+            for name, shape in (own | own_by_layer).items()
+        }
+    return figures
 
 
 def _of_layers(figures: dict[str, Tensor]) -> dict[str, dict[str, float]]:

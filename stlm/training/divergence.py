@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stlm.files import write_json
+from stlm.model.rows import Rows
 from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.tokens.batches import Batches
@@ -28,6 +29,18 @@ _PARTS = {
 _ROWS, _DOCUMENTS, _CHARACTERS = 3, 2, 70
 
 
+class Part(NamedTuple):
+    """The rows of a micro-batch that one process read in the step; the first is number `first` of it."""
+
+    micro: int
+    first: int
+    rows: Rows
+
+    def place(self, sentence: str, layer: str, rows: Sequence[int]) -> Place:
+        """A place in some of its rows, which are counted from its first one."""
+        return Place(sentence, layer, self.micro, [self.first + row for row in rows])
+
+
 @dataclass(frozen=True)
 class Place:
     """The first value that is not finite: a sentence, the layer, and rows of a micro-batch, worst first."""
@@ -40,14 +53,15 @@ class Place:
 
 def locate(
     model: Transformer,
-    loss_of: Callable[[Tensor], Tensor],
-    micro_batches: Iterable[Tensor],
+    loss_of: Callable[[Rows], Tensor],
+    parts: Iterable[Part],
     watched: Sequence[dict[str, Any]] = (),
 ) -> Place:
     """Repeat the forward and backward passes of a step and find the first value that is not finite.
 
-    `loss_of`: the mean loss of tokens [B, L + 1], as in training but without torch.compile.
-    `micro_batches`: those of the step, read once; the iterator sets the random numbers.
+    `loss_of`: the mean loss of rows as techniques have drawn them, as in training but without torch.compile.
+    So a row is judged by the draw with which the step diverged.
+    `parts`: those of the step, read once; the iterator sets the random numbers.
     `watched`: the rows of watch.csv so far; they give the largest growth if the step shows nothing.
     """
     layers_of = {name: layers for name, layers in users(model).values()}
@@ -59,57 +73,58 @@ def locate(
             f"the weights {which} were no longer finite when it was noticed, after the step's update, so "
             f"that the step cannot be repeated{_growth(watched)}"
         )
-        return Place(sentence, layers[0], 0, list(range(len(next(iter(micro_batches))))))
+        part = next(iter(parts))
+        return part.place(sentence, layers[0], range(len(part.rows.tokens_BL)))
     model.zero_grad(set_to_none=True)
-    worst: tuple[float, int, Tensor] | None = None
-    for micro, tokens_BL in enumerate(micro_batches):
+    worst: tuple[float, Part] | None = None
+    for part in parts:
         first: list[tuple[str, str, Tensor]] = []
 
-        def visit(layer: str, part: str, output: Tensor, first=first) -> None:
+        def visit(layer: str, name: str, output: Tensor, first=first) -> None:
             finite_B = output.isfinite().flatten(1).all(dim=1)
             if not first and not finite_B.all():
-                first.append((layer, part, finite_B))
+                first.append((layer, name, finite_B))
 
         with outputs(model, visit):
-            loss = loss_of(tokens_BL)
+            loss = loss_of(part.rows)
         if first:
-            layer, part, finite_B = first[0]
-            what = "the final norm's output" if layer == HEAD else _PARTS[part].format(layer)
+            layer, name, finite_B = first[0]
+            what = "the final norm's output" if layer == HEAD else _PARTS[name].format(layer)
             rows = _false(finite_B)
-            if len(finite_B) != len(tokens_BL):  # a technique handed the layer other rows
-                losses_B = _row_losses(model, loss_of, tokens_BL)
+            if len(finite_B) != len(part.rows.tokens_BL):  # a technique handed the layer other rows
+                losses_B = _row_losses(model, loss_of, part.rows)
                 rows = _false(losses_B.isfinite()) or _worst(losses_B)
-            return Place(f"{what} is the first that is not finite", layer, micro, rows)
+            return part.place(f"{what} is the first that is not finite", layer, rows)
         if not loss.isfinite():
-            losses_B = _row_losses(model, loss_of, tokens_BL)
+            losses_B = _row_losses(model, loss_of, part.rows)
             rows = _false(losses_B.isfinite()) or _worst(losses_B)
-            return Place("all activations are finite, the loss of the head is not", HEAD, micro, rows)
+            return part.place("all activations are finite, the loss of the head is not", HEAD, rows)
         loss.backward()
         if worst is None or loss.item() > worst[0]:
-            worst = loss.item(), micro, tokens_BL
+            worst = loss.item(), part
         # The backward pass starts at the head, so it reached the last parameter in the model's order first.
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 layers = layers_of[name]
                 sentence = f"the gradient of {name} ({', '.join(layers)}) is the first that is not finite"
-                return Place(sentence, layers[0], micro, _worst(_row_losses(model, loss_of, tokens_BL)))
+                return part.place(sentence, layers[0], _worst(_row_losses(model, loss_of, part.rows)))
     assert worst is not None, "a step has micro-batches"
-    _, micro, tokens_BL = worst
+    part = worst[1]
     largest = {n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None}
     name = max(largest, key=largest.__getitem__)
     sentence = (
         "repeated, and without torch.compile, the step has no value that is not finite; the largest "
         f"gradient, {largest[name]:.3g}, is that of {name} ({', '.join(layers_of[name])}){_growth(watched)}"
     )
-    return Place(sentence, layers_of[name][0], micro, _worst(_row_losses(model, loss_of, tokens_BL)))
+    return part.place(sentence, layers_of[name][0], _worst(_row_losses(model, loss_of, part.rows)))
 
 
 @torch.no_grad()
-def _row_losses(model: Transformer, loss_of: Callable[[Tensor], Tensor], tokens_BL: Tensor) -> Tensor:
+def _row_losses(model: Transformer, loss_of: Callable[[Rows], Tensor], rows: Rows) -> Tensor:
     """The loss [B] of each row alone, without dropout."""
     training = model.training
     model.eval()
-    losses = [loss_of(row[None]) for row in tokens_BL]
+    losses = [loss_of(rows.alone(row)) for row in range(len(rows.tokens_BL))]
     model.train(training)
     return torch.stack(losses)
 
@@ -164,15 +179,15 @@ def explain(
     model: Transformer,
     batches: Batches,
     step: int,
-    loss_of: Callable[[Tensor], Tensor],
-    micro_batches: Iterable[Tensor],
+    loss_of: Callable[[Rows], Tensor],
+    parts: Iterable[Part],
     watched: Sequence[dict[str, Any]],
 ) -> str:
     """Lines that say where step `step` diverged, for the error; divergence.json in the state has everything.
 
-    `loss_of`, `micro_batches` and `watched` are those of `locate`.
+    `loss_of`, `parts` and `watched` are those of `locate`.
     """
-    place = locate(model, loss_of, micro_batches, watched)
+    place = locate(model, loss_of, parts, watched)
     rows = documents(run, batches, step, place)
     path = run.state_folder / RECORD
     write_json(path, {"step": step, "layer": place.layer, "found": place.sentence, "rows": rows})

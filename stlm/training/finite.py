@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from stlm.errors import UserError
 from stlm.training.distributed import Group
-from stlm.training.divergence import explain
+from stlm.training.divergence import Part, explain
 from stlm.training.resume import TrainingState
+from stlm.training.setup import Setup
 from stlm.training.state import load_state
 
 
@@ -34,8 +35,8 @@ def check_finite(state: TrainingState, step: int, take_step: Callable[[], None])
         setup.model,
         setup.micro_batches.rows,
         step,
-        lambda tokens_BM: setup.loss(tokens_BM, step, eager=True),
-        setup.micro_batches.of_step(step, Group().share(setup.config)),
+        lambda rows: setup.loss_again(rows, step),
+        parts_of(setup, step),
         watch.rows,
     )
     kept = state.progress.checkpoints
@@ -46,6 +47,15 @@ def check_finite(state: TrainingState, step: int, take_step: Callable[[], None])
         f"training.learning_rate (now {setup.config.learning_rate}) or raise training.warmup_steps.\n"
         f"{found}"
     )
+
+
+def parts_of(setup: Setup, step: int) -> Iterator[Part]:
+    """What each process read in a step, with the random numbers that it drew."""
+    for rank in range(setup.group.size):
+        share = Group(rank, setup.group.size).share(setup.config)
+        micro_batches = setup.micro_batches.of_step(step, share)
+        for micro, tokens_BM in zip(share.micros, micro_batches, strict=True):
+            yield Part(micro, share.rows.start, setup.rows(tokens_BM, step))
 
 
 def _rewind(state: TrainingState, step: int, take_step: Callable[[], None]) -> None:

@@ -142,40 +142,36 @@ class Objective:
         for technique in self._techniques:
             technique.after_step(model, step, self._run.training.steps)
 
-    def forward(
-        self,
-        model: Transformer,
-        tokens_BM: Tensor,
-        layout: Layout | None,
-        step: int,
-        eager: bool = False,
-    ) -> Forward:
-        """The micro-batch of tokens [B, L + 1], as techniques change it. `eager`: not compiled, as graphs
-        hold no hooks."""
-        compiled = None if eager else self._compiled
-        loss, hidden = (compiled or model.loss, None) if self.plain else (None, compiled)
-        rows, steps = Rows(tokens_BM[:, :-1], tokens_BM[:, 1:], layout), self._run.training.steps
+    def forward(self, model: Transformer, tokens_BM: Tensor, layout: Layout | None, step: int) -> Forward:
+        """The micro-batch of tokens [B, L + 1], as techniques change it."""
+        return self.read(model, self.rows(tokens_BM, layout, step), step)
+
+    def rows(self, tokens_BM: Tensor, layout: Layout | None, step: int) -> Rows:
+        """What techniques have a micro-batch of tokens [B, L + 1] read and predict; they may draw it."""
+        rows = Rows.of(tokens_BM, layout)
         for technique in self._changing_rows:
-            rows = technique.rows(rows, step, steps)
+            rows = technique.rows(rows, step, self._run.training.steps)
+        return rows
+
+    def read(self, model: Transformer, rows: Rows, step: int, alone: bool = False) -> Forward:
+        """The micro-batch of these rows. `alone`: one process repeats a step, without torch.compile, as
+        graphs hold no hooks, and no other process takes part."""
+        compiled = None if alone else self._compiled
+        loss, hidden = (compiled or model.loss, None) if self.plain else (None, compiled)
+        group = Group() if alone else self._group
+        share = group.share(self._run.training)
         return Forward(
             model,
             rows.tokens_BL,
             rows.targets_BL,
             rows.layout,
             step,
-            steps,
+            self._run.training.steps,
             loss,
             hidden,
-            self._sum_over_rows(tokens_BM),
+            lambda tensor: group.sum_over_rows(tensor, share),
             rows.counted_BL,
         )
-
-    def _sum_over_rows(self, tokens_BM: Tensor) -> Callable[[Tensor], Tensor]:
-        share = self._group.share(self._run.training)
-        if len(tokens_BM) == self._run.training.batch_size:
-            # All rows are here. So they are where one process repeats a step, and no other takes part.
-            return lambda tensor: tensor
-        return lambda tensor: self._group.sum_over_rows(tensor, share)
 
     def __call__(self, forward: Forward) -> Parts:
         parts: Parts = {}

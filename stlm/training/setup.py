@@ -12,6 +12,7 @@ from torch import Tensor
 from stlm.errors import UserError
 from stlm.files import fingerprint, read_json
 from stlm.model.build import build_model
+from stlm.model.rows import Rows
 from stlm.model.transformer import Transformer
 from stlm.study.runs import Run
 from stlm.tokens.shards import read_meta
@@ -139,15 +140,23 @@ class Setup:
         with self.device.autocast():
             return self.model.hidden(tokens_BL, layout)
 
-    def losses(self, tokens_BM: Tensor, step: int, eager: bool = False) -> dict[str, Tensor]:
-        """The parts of the objective for tokens [B, L + 1]; `eager`: without torch.compile."""
+    def losses(self, tokens_BM: Tensor, step: int) -> dict[str, Tensor]:
+        """The parts of the objective for tokens [B, L + 1]."""
         with self.device.autocast():
-            layout = self.micro_batches.layout(tokens_BM[:, :-1])
-            return self.objective(self.objective.forward(self.model, tokens_BM, layout, step, eager))
+            return self.objective(self.objective.read(self.model, self.rows(tokens_BM, step), step))
 
-    def loss(self, tokens_BM: Tensor, step: int, eager: bool = False) -> Tensor:
+    def loss(self, tokens_BM: Tensor, step: int) -> Tensor:
         """The sum of the parts."""
-        return total(self.losses(tokens_BM, step, eager))
+        return total(self.losses(tokens_BM, step))
+
+    def rows(self, tokens_BM: Tensor, step: int) -> Rows:
+        """What a micro-batch of tokens [B, L + 1] reads and predicts, as techniques draw it."""
+        return self.objective.rows(tokens_BM, self.micro_batches.layout(tokens_BM[:, :-1]), step)
+
+    def loss_again(self, rows: Rows, step: int) -> Tensor:
+        """The loss of rows that were drawn before, in this process alone and without torch.compile."""
+        with self.device.autocast():
+            return total(self.objective(self.objective.read(self.model, rows, step, alone=True)))
 
 
 def _build(run: Run, device: torch.device) -> Transformer:

@@ -6,25 +6,35 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import lm_eval.tasks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tiny_run import save_llama
 
 from stlm.corpora.synthetic import choice, corpus
 from stlm.errors import UserError
+from stlm.evaluation.harness_command import main
 from stlm.evaluation.harness_model import StlmLM, _choose
 from stlm.export.llama import export_llama
+from stlm.generation.tokens import TokenGenerator, window_begin
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
 from stlm.model.layout import CausalRows
+from stlm.techniques.base import Technique
 from stlm.techniques.encoder_decoder import EncoderDecoder
+from stlm.techniques.pauses import Pauses
+from stlm.techniques.series_activation import SeriesActivation
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.tokenizer import ByteTokenizer
 from stlm.training.checkpoint_names import find_checkpoint
@@ -111,12 +121,12 @@ def test_in_bfloat16(run: Path, ours: StlmLM) -> None:
 
 
 def test_generation_past_the_context(ours: StlmLM) -> None:
-    """More tokens than fit, which lm_eval's own model refuses: the window moves on."""
+    """More tokens than fit, which lm_eval's own model refuses: the window moves on as in `stlm generate`."""
     asked = requests("generate_until", ("Tom", {"until": ["<none>"], "max_gen_toks": 2 * CONTEXT}), ("", {}))
     long, _ = ours.generate_until(asked)
     tokens = ours.stlm_tokenizer.encode("Tom")
     for _ in range(2 * CONTEXT):
-        window = torch.tensor([tokens[-CONTEXT:]])
+        window = torch.tensor([tokens[window_begin(len(tokens), CONTEXT) :]])
         with torch.no_grad():
             tokens.append(int(ours.model.transformer(window)[0, -1].argmax()))
         if tokens[-1] == ours.eot_token_id:
@@ -124,16 +134,45 @@ def test_generation_past_the_context(ours: StlmLM) -> None:
     assert long == ours.stlm_tokenizer.decode(tokens[len(ours.stlm_tokenizer.encode("Tom")) :])
 
 
-def test_an_encoder_decoder_encodes_the_prompt(tmp_path: Path) -> None:
+def with_technique(folder: Path, technique: Technique) -> StlmLM:
+    """A random model, saved in `folder`, that hardly ever ends a text."""
     torch.manual_seed(1)
     sizes = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48, "context": 32}
-    model = build_model(ModelConfig(vocab_size=257, **sizes), [EncoderDecoder()]).eval()
+    model = build_model(ModelConfig(vocab_size=257, tied=False, **sizes), [technique]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
-    save_checkpoint(tmp_path / "checkpoints" / "step-0000001", model, {"step": 1, "tokens": 1})
-    ByteTokenizer().save(tmp_path / "checkpoints" / "tokenizer")
-    lm = StlmLM(run=str(tmp_path), device="cpu")
+        model.output.weight[256] *= 0.01
+    save_checkpoint(folder / "checkpoints" / "step-0000001", model, {"step": 1, "tokens": 1})
+    ByteTokenizer().save(folder / "checkpoints" / "tokenizer")
+    return StlmLM(run=str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "technique",
+    [EncoderDecoder(), Pauses(place="answer", count=2), SeriesActivation()],
+    ids=lambda one: one.key(),
+)
+def test_past_the_context_it_writes_as_generate_does(tmp_path: Path, technique: Technique, cached) -> None:
+    lm = with_technique(tmp_path, technique)
+    found = lm._generate([[], [65]], [], 80, {})
+    generator = TokenGenerator(lm.model.transformer, ByteTokenizer(), cached)
+    for prompt, written in zip(("", "A"), found, strict=True):
+        logits_V, expected = generator.start(prompt), []
+        if prompt:  # the harness puts no end of text before it
+            generator.restart([65])
+            generator._prompt_end = 0
+            logits_V = generator.read([], last=1)[0]
+        while len(expected) < 80:
+            expected.append(int(logits_V.argmax()))
+            logits_V = generator.next(expected[-1])
+        assert written == expected and len(set(expected[40:])) > 2
+
+
+def test_an_encoder_decoder_encodes_the_prompt(tmp_path: Path) -> None:
+    lm = with_technique(tmp_path, EncoderDecoder())
+    model = lm.model.transformer
     found = lm._generate([list(b"Tom had"), list(b"x"), []], [], 8, {})
     for prompt, written in zip((b"Tom had", b"x", b""), found, strict=True):
         tokens = list(prompt) or [lm.eot_token_id]
@@ -250,24 +289,32 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **own}))
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "stlm.evaluation.harness_command", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process, which has imported the harness; it knows tasks of --include_path alone."""
+    # Reading the 14,000 files of the harness's own tasks takes most of half a minute.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    # The command registers the model, which this module's imports have done.
+    monkeypatch.delitem(model_registry._objs, "stlm")
+    # It would write to this test's stderr for ever.
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+        return main()
+
+    return call
 
 
-def test_the_command(run: Path, tmp_path: Path, ours: StlmLM) -> None:
+def test_the_command(command_line, run: Path, tmp_path: Path, ours: StlmLM, capsys) -> None:
     write_tasks(tmp_path)
     tasks = "stories_choice,stories_rolling,stories_generate"
-    done = command(
+    status = command_line(
         *("--model", "stlm", "--model_args", f"run={run}", "--tasks", tasks),
         *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "stories_choice" in done.stdout
+    assert status == 0
+    assert "stories_choice" in capsys.readouterr().out
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     assert results["config"]["model"] == "stlm" and len(results["config"]["model_sha"]) == 64
     bits = results["results"]["stories_rolling"]["bits_per_byte,none"]
@@ -279,14 +326,14 @@ def test_the_command(run: Path, tmp_path: Path, ours: StlmLM) -> None:
     assert 0 <= results["results"]["stories_choice"]["acc,none"] <= 1
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(command_line, tmp_path: Path, capsys) -> None:
     write_tasks(tmp_path)
-    done = command(
+    status = command_line(
         *("--model", "stlm", "--model_args", "run=nowhere", "--tasks", "stories_choice"),
         *("--include_path", str(tmp_path)),
     )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: nowhere: neither a run's folder")
+    assert status == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nowhere: neither a run's folder")
 
 
 # As if the package were not installed, for a Python that finds this module at its start.
@@ -304,7 +351,13 @@ sys.meta_path.insert(0, Absent())
 
 def test_the_command_without_the_harness(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
-    done = command("--help", PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-m", "stlm.evaluation.harness_command", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert (
         done.stderr.strip()

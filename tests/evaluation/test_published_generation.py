@@ -89,7 +89,7 @@ def test_with_a_draft_greedy_tokens_are_the_models(tmp_path: Path, capsys) -> No
         text, told, status = said(name, "--draft", str(tmp_path / draft))
         assert status == 2 and "/mistral: the cache of mistral does not keep all tokens" in told
     told = said("gpt2", "--draft", "exit-1")[1]
-    assert "--draft exit-1: neither a readout of " in told and "which has none to draft with" in told
+    assert "--draft exit-1: " in told and "gpt2 has neither exits nor further heads to draft with" in told
     assert "a published model, for which nothing is measured" in said("gpt2", "--draft", "auto")[1]
     assert main(["drafts", str(tmp_path / "gpt2"), "exit-1"]) == 2
     assert "gpt2: a published model; expected a run" in capsys.readouterr().err

@@ -95,9 +95,14 @@ def test_a_text_that_is_not_the_models_is_said_to_be_none(said) -> None:
     [
         (
             ("toy/exits", "a", "--draft", "exit-3"),
-            r"--draft exit-3: neither a readout of toy/exits \(did you",
+            r"--draft exit-3: toy/exits has no such draft \(did you mean 'exit-\d'\?\); expected "
+            r"an exit \(exit-N\) or further heads \(ahead-N\) of the model, or the STUDY/RUN or folder of ",
         ),
-        (("toy/small", "a", "--draft", "exit-1"), "readout of toy/small, which has none to draft with, nor"),
+        (
+            ("toy/small", "a", "--draft", "exit-1"),
+            r"--draft exit-1: toy/small has neither exits nor further heads to draft with; expected an exit "
+            r"\(exit-N\) or further heads \(ahead-N\) of the model, or the STUDY/RUN or folder of another",
+        ),
         (("toy/exits", "a", "--draft", "toy/smal"), r"toy/smal: neither .* \(did you mean 'toy/small'\?\)"),
         (("toy/exits", "a", "--draft", "toy/other"), "--draft toy/other: the tokenizers differ: token"),
         (("toy/exits", "a", "--draft", "toy/bytes"), "--draft: toy/bytes is a byte-level model"),
@@ -164,10 +169,14 @@ def test_the_measured_table_chooses_draft_and_length(said, runs: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("toy/other",), "toy/other has no readouts to draft with; name other models as drafts"),
-        (("toy/bytes",), "toy/bytes has no readouts"),
+        (
+            ("toy/other",),
+            "toy/other has neither exits nor further heads to draft with; expected other models as drafts, "
+            "by STUDY/RUN or folder",
+        ),
+        (("toy/bytes",), "toy/bytes has neither exits nor further heads"),
         (("toy/bytes", "toy/small"), "toy/bytes is a byte-level model"),
-        (("toy/exits", "exit-9"), "--draft exit-9: neither a readout"),
+        (("toy/exits", "exit-9"), "--draft exit-9: toy/exits has no such draft"),
         (("toy/exit",), "did you mean 'toy/exits'"),
     ],
 )

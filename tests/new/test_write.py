@@ -7,7 +7,8 @@ import yaml
 
 from stlm.corpora.language import Language
 from stlm.corpora.text_files import Cut
-from stlm.new.write import Corpus, append_entry, corpus_entry, scalar
+from stlm.new.write import Corpus, corpus_entry, scalar
+from stlm.study.catalogues import append_entry
 
 ENGLISH = Language("en", "English", True)
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from stlm.evaluation.benchmarks import BENCHMARKS
 from stlm.evaluation.config import EvaluationConfig
@@ -18,6 +19,7 @@ from stlm.evaluation.predictions import CheckpointFacts, Facts, benchmark_facts,
 from stlm.evaluation.scoring import ITEMS_SCHEMA
 from stlm.evaluation.text_items import text_item_settings
 from stlm.model.config import ModelConfig
+from stlm.report import training
 from stlm.study.runs import Run, Study
 from stlm.training.config import TrainingConfig
 
@@ -165,6 +167,23 @@ def write_run(
     columns = [pa.array(items[field.name], field.type) for field in ITEMS_SCHEMA]
     table = pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
     write_predictions(folder / "items.parquet", table, facts)
+
+
+@pytest.fixture
+def blank_training_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training pages without their figures, which take most of a report's time."""
+
+    def blank(folder: Path, name: str, *_: object) -> None:
+        (folder / f"{name}.svg").write_text("<svg/>")
+
+    monkeypatch.setattr(training, "_curve", blank)
+    monkeypatch.setattr(training, "_layers", blank)
+
+
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch, blank_training_pages: None) -> None:
+    """Figures that nobody looks at: not laid out, which takes half of their time."""
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
 
 
 @pytest.fixture

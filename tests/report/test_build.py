@@ -84,6 +84,7 @@ def test_writes_every_table_and_plot(make_study):
     check_differences(study)
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_same_results_give_the_same_bytes_and_the_terminal_a_line_a_run(make_study, capsys):
     study = make_study(TWO, benchmarks={"blimp": 40})
     report(study)
@@ -111,6 +112,7 @@ def check_plot_data(study) -> None:
     assert len(pd.read_csv(study.folder / "plots/data/accuracy-blimp.csv")) == 2 * 3
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_metrics_are_flat_numbers_and_every_table_and_plot_has_a_caption(make_study):
     study = make_study(TWO)
     report(study)
@@ -129,6 +131,7 @@ def test_metrics_are_flat_numbers_and_every_table_and_plot_has_a_caption(make_st
         assert own["blimp"] == pytest.approx(expected, abs=5e-5)
 
 
+@pytest.mark.usefixtures("blank_training_pages")
 @pytest.mark.parametrize(
     "shape",
     [
@@ -181,6 +184,7 @@ def test_a_run_of_no_steps_is_in_the_report_without_a_curve(make_study, whose):
         assert not table.exists()
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_run_never_validated_still_has_a_report(make_study):
     study = make_study(ONE, benchmarks={"blimp": 20})
     path = study.runs["baseline"].folder / "curve.csv"
@@ -191,6 +195,7 @@ def test_run_never_validated_still_has_a_report(make_study):
     ElementTree.parse(study.folder / "plots/figure1.svg")
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_broken_run_leaves_the_old_report_whole(make_study):
     study = make_study(TWO, benchmarks={"blimp": 20})
     report(study)
@@ -201,6 +206,7 @@ def test_broken_run_leaves_the_old_report_whole(make_study):
     assert results(study) == before
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_plots_of_a_benchmark_no_longer_scored_go(make_study):
     study = make_study(ONE, benchmarks={"blimp": 20, "hellaswag": 20})
     report(study)
@@ -213,6 +219,7 @@ def test_plots_of_a_benchmark_no_longer_scored_go(make_study):
     assert not [name for name in results(study) if "hellaswag" in name]
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_statistics_are_of_every_run_checkpoint_and_score(make_study, seeds):
     study = make_study(TWO, seeds=seeds, benchmarks={"blimp": 40, "hellaswag": 20})

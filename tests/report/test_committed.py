@@ -18,6 +18,7 @@ from stlm.report.table import read_table, write_checksums
 TWO = {"baseline": ("Baseline", {}), "sincos": ("Sinusoidal", {"positions": "sinusoidal"})}
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_report_lists_the_tables_that_pages_show(make_study):
     study = make_study(TWO)
     report(study)

@@ -11,6 +11,8 @@ from stlm.errors import UserError
 from stlm.report.build import report
 from stlm.report.contamination import contamination_note, read_contamination
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 ONE = {"baseline": ("Baseline", {})}
 BENCHMARKS = {"blimp": 200, "hellaswag": 40}
 
@@ -25,7 +27,7 @@ def notes(study, table: str) -> str:
     return (study.folder / f"tables/{table}.md").read_text().rpartition(" |\n")[2]
 
 
-def test_the_table_has_the_numbers_of_the_stage(study, write_contamination):
+def test_the_table_has_the_numbers_of_the_stage_and_others_a_note(study, write_contamination):
     write_contamination(study, BENCHMARKS, found=6)
     report(study)
     rows = list(csv.DictReader((study.folder / "tables/contamination.csv").open()))
@@ -49,6 +51,10 @@ def test_the_table_has_the_numbers_of_the_stage(study, write_contamination):
     assert "synthetic, train split: 5,000 documents, 12.3 MB" in shown
     assert "for example toy-1: “the hen ran the" in shown and "document 1,234" in shown
     assert shown.count("the hen ran") < 10 * len(BENCHMARKS), "long examples are shortened"
+    # Every table of accuracies says it.
+    for table in ("table2", "table2-acc-norm", "table2-paper-mode"):
+        assert "BLiMP 6 of 200; HellaSwag 6 of 40 (table contamination)" in notes(study, table)
+    assert "contamination" not in notes(study, "table1")
 
 
 def test_a_study_without_benchmarks_has_no_such_table(make_study, write_contamination):
@@ -57,14 +63,6 @@ def test_a_study_without_benchmarks_has_no_such_table(make_study, write_contamin
     report(study)
     assert (study.folder / "tables/leaks.md").exists()
     assert not (study.folder / "tables/contamination.md").exists()
-
-
-def test_every_table_of_accuracies_says_what_is_contaminated(study, write_contamination):
-    write_contamination(study, BENCHMARKS, found=6)
-    report(study)
-    for table in ("table2", "table2-acc-norm", "table2-paper-mode"):
-        assert "BLiMP 6 of 200; HellaSwag 6 of 40 (table contamination)" in notes(study, table)
-    assert "contamination" not in notes(study, "table1")
 
 
 def test_no_note_where_nothing_is(study):

@@ -150,6 +150,7 @@ def test_a_variant_never_validated_is_left_out(study):
     assert list(found(study)) == ["baseline", "fast"]
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_report_has_the_table_and_the_plot(study):
     report(study)
     rows = list(csv.DictReader((study.folder / "tables/efficiency.csv").open()))

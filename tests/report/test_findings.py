@@ -134,3 +134,11 @@ def test_the_committed_page_is_of_the_committed_results(root: Path):
         pytest.skip("not a clean clone: results of a study run here are not the committed ones")
     page = (root / FINDINGS).read_text(encoding="utf-8")
     assert page == findings_page(root), "docs/findings.md is out of date: run `stlm document`"
+
+
+def test_tokens_are_those_of_the_whole_chain_of_starts():
+    folder = Path(__file__).parents[2] / "results" / "inherit_ways"
+    table = findings_table("inherit_ways", folder)
+    tokens = {row[0].text: row[table.header.index("tokens")].text for row in table.rows}
+    # 16, 24 and 40 steps of 1,024 tokens, as many as the baseline's 80.
+    assert tokens["Cut in three rounds"] == tokens["Cut, healed"] == "81.92k"

@@ -45,6 +45,7 @@ def study(make_study):
     return study
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_report_has_accuracy_chance_and_perplexity(study):
     report(study)
     with (study.folder / "tables" / "table2.csv").open(newline="") as file:

@@ -67,6 +67,7 @@ def test_without_blimp_there_is_no_table(make_study):
     assert phenomena_table(read_results(study)) is None
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_table_and_plot_are_written_and_people_are_in_the_plot_of_blimp_alone(make_study):
     study = make_study(TWO, benchmarks={"blimp": 200, "synthetic_pairs": 50})
     report(study)

@@ -17,6 +17,8 @@ from stlm.report.comparison import compare_all
 from stlm.report.results import read_results
 from stlm.study.runs import PublishedModel
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 TWO = {"baseline": ("Baseline", {}), "sincos": ("SinCos PE", {"positions": "sinusoidal"})}
 
 

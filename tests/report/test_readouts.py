@@ -60,6 +60,7 @@ def test_each_readout_has_a_row_and_the_model_is_the_last(make_study):
     assert exit_2[0].text == "exit-2" and "‡" in exit_2[3].text and any("‡" in note for note in table.notes)
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_report_has_them_where_a_run_has(make_study):
     study = make_study(VARIANTS, seeds=(0, 1))
     for run in ("sincos-s0", "sincos-s1", "learned-s0"):

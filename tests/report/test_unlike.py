@@ -99,6 +99,7 @@ def test_what_cannot_be_known_is_told(made):
     assert "trained in parts, by other code or on another machine: B" in unlike_note(rows)
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_the_report_tells_it_below_every_table_of_rows_and_in_its_summary(make_study, change_facts, capsys):
     study = make_study({"baseline": ("Baseline", {}), "other": ("Other", {"dropout": 0.0})})
     for name, run in study.runs.items():

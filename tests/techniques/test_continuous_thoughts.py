@@ -561,12 +561,18 @@ def test_a_run_learns_resumes_and_is_scored(make_steps_run, capsys):
 def test_other_text_is_refused_before_training(make_technique_run, make_steps_run):
     data = DataConfig(attention="within")
     with pytest.raises(
-        UserError, match=r"continuous_thoughts: corpus: tiny: has other text; expected .*question"
+        UserError, match=r"continuous_thoughts: corpus: found tiny, which has other text; expected .*question"
     ):
         train(make_technique_run("run", {"context": 64}, [TWO], data))
     run = make_steps_run("short", TWO)
     short = run.model_copy(update={"model": run.model.model_copy(update={"context": 20})})
-    with pytest.raises(UserError, match=r"corpus: steps: no document fits a row of model.context: 20 tokens"):
+    meta = read_json(short.tokens_folder / "meta.json")["components"]["steps"]["splits"]["train"]
+    mean = meta["tokens"] / meta["documents"]
+    with pytest.raises(
+        UserError,
+        match=r"corpus: found steps, of which no document fits a row of model.context: 20 tokens; expected a "
+        rf"context several times as long as a document, of {mean:.0f} tokens on average",
+    ):
         train(short)
 
 
@@ -595,13 +601,13 @@ def test_lines_are_found_in_tokens_of_byte_pairs(tmp_path):
         ({"thoughts": -1}, "thoughts"),
         (
             {"thoughts": 400, "stages": 3},
-            "thoughts: 400 for each of 3 stages are 1200; expected at most 1000",
+            "thoughts: found 400 for each of 3 stages, 1200 in all; expected at most 333 for each, 1000 in",
         ),
-        ({"share": 0.2, "curriculum": False}, "share: 0.2: expected together with a curriculum"),
-        ({"thoughts": 0, "questions": True}, "questions: true: expected together with thoughts"),
-        ({"share": 0.25}, "share: 0.25 for each of the 4 stages.*expected less than 0.25"),
-        ({"scored": (1, 1)}, r"scored: \[1, 1\]: expected numbers of at least 0, each once"),
-        ({"thoughts": 0, "scored": (1,)}, "scored: 1: expected at most 0 thoughts"),
+        ({"share": 0.2, "curriculum": False}, "share: found 0.2 with curriculum: false, expected 0.15"),
+        ({"thoughts": 0, "questions": True}, "questions: found true with thoughts: 0,.* expected false"),
+        ({"share": 0.25}, "share: found 0.25 for each of the 4 stages.*expected less than 0.25"),
+        ({"scored": (1, 1)}, r"scored: found \[1, 1\], expected numbers of at least 0, each once"),
+        ({"thoughts": 0, "scored": (1,)}, "scored: found 1, expected at most 0 thoughts"),
         ({"thought": 1}, "thought"),
     ],
 )
@@ -614,10 +620,15 @@ def test_keys_that_do_not_fit_the_run_are_refused(make_steps_run):
     run = make_steps_run("run", steps=8)
     for keys, model, data, message in (
         ({}, {}, {"attention": "across"}, "thoughts: .*found data.attention: across, expected within"),
-        ({}, {"positions": "sinusoidal"}, {}, "thoughts: with model.positions: sinusoidal"),
+        (
+            {},
+            {"positions": "sinusoidal"},
+            {},
+            "thoughts: found model.positions: sinusoidal,.* expected rope or",
+        ),
         ({}, {"value_embeddings": 1}, {}, "thoughts: found model.value_embeddings: 1, .*expected 0"),
-        ({"scored": (5,)}, {"positions": "learned"}, {}, "scored: 5: .*learned for 4 thoughts"),
-        ({"share": 0.01}, {}, {}, "share: 0.01 of training.steps: 8 is no step; expected at least 0.125"),
+        ({"scored": (5,)}, {"positions": "learned"}, {}, "scored: found 5, expected at most 4: .*learned"),
+        ({"share": 0.01}, {}, {}, "share: found 0.01 of training.steps: 8, .*expected at least 0.125"),
     ):
         one = run.model_copy(
             update={

@@ -153,7 +153,8 @@ def test_a_row_is_rewritten_within_its_longest_document_and_counts_what_is_predi
     task, first = entry["task"], technique._added.first
     for original in TEXTS * 3:
         row = technique.compose(original, 0, numbers)
-        begin, stop = longest_part(original, EOT)
+        part = longest_part(original, EOT)
+        begin, stop = part.start, part.stop
         assert EOT not in original[begin:stop] and len(row.tokens) == len(row.targets) == L
         whole = np.append(row.tokens, row.targets[-1])
         assert np.array_equal(whole[:begin], original[:begin])
@@ -468,11 +469,24 @@ def test_a_study_switches_it_on(project):
         (
             "{mixture: [{task: prefix, share: 0.6}, {task: infill, share: 0.5}]}",
             "",
-            r"the shares' sum is 1.1",
+            r"mixture: found shares whose sum is 1.1, expected at most 1",
         ),
-        ("{mixture: [{task: prefix, share: 1, order: spm}]}", "", r"order: spm: expected with task: infill"),
-        ("{mixture: [{task: infill, share: 1, rate: 0.5}]}", "", r"rate: 0.5: expected with task: spans"),
-        ("{}", "    model: {context: 4}\n", r"denoising\.mixture\.0: a row of model.context, 4 tokens"),
+        (
+            "{mixture: [{task: prefix, share: 1, order: spm}]}",
+            "",
+            r"mixture\.0: order: found spm with task: prefix, expected null: only task: infill has one",
+        ),
+        (
+            "{mixture: [{task: infill, share: 1, rate: 0.5}]}",
+            "",
+            r"mixture\.0: rate: found 0.5 with task: infill, expected null: only task: spans has one",
+        ),
+        (
+            "{}",
+            "    model: {context: 4}\n",
+            r"denoising\.mixture\.0: found task: infill with model.context: 4, which has no room for two "
+            r"tokens with their markers; expected at least 5",
+        ),
         ("{}", "    tokenizer: spaces\n    model: {bytes: {}}\n", "does not support byte-level models"),
         ("{}", "    training: {start_from: baseline}\n", "does not support weights of another run"),
         ("{}", "    training: {compile: true}\n", "does not support torch.compile"),

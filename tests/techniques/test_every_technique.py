@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import combinations
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from stlm.errors import UserError
 from stlm.model.build import build_model
 from stlm.model.config import ModelConfig
+from stlm.study.checks import check_techniques
 from stlm.study.load import load_study
+from stlm.study.runs import Study
 from stlm.techniques.base import CAPABILITIES, Technique, refuse
 from stlm.techniques.registry import load_techniques, technique_class, technique_names
-from stlm.training.divergence import locate
+from stlm.training.divergence import Part, locate
 from stlm.training.loop import Trainer
 
 # The keys that a technique has no default for.
@@ -80,16 +83,37 @@ def test_the_plain_models_weights_are_those_of_its_seed(name):
         assert any(torch.equal(parameter, other) for other in others if other.shape == parameter.shape)
 
 
+def combine(one: Technique, other: Technique) -> bool:
+    return other.key() in one.combines_with or one.key() in other.combines_with
+
+
+@pytest.fixture(scope="module")
+def plain(root, tmp_path_factory) -> Study:
+    """A study of runs without techniques."""
+    folder = tmp_path_factory.mktemp("plain")
+    shutil.copytree(root / "params", folder / "params")
+    (folder / "params" / "together.yaml").write_text(STUDY)
+    return load_study("together", root=folder)
+
+
 @pytest.mark.parametrize("names", list(combinations(NAMES, 2)), ids="-".join)
-def test_two_that_do_not_name_each_other_are_refused_together(project, names):
+def test_two_that_do_not_name_each_other_are_refused_together(plain, names):
     one, other = map(make, names)
-    keys = ", ".join(f"{name}: {NEEDED.get(name, {})}".replace("'", "") for name in names)
-    variants = f"  both: {{techniques: {{{keys}}}}}\n"
-    if other.key() in one.combines_with or one.key() in other.combines_with:
-        assert set(load(project, variants).runs["both"].techniques) == set(names)
+    both = plain.runs["baseline"].model_copy(
+        update={"techniques": dict(zip(names, (one, other), strict=True))}
+    )
+    if combine(one, other):
+        check_techniques("params/together.yaml", both, plain.runs)
     else:
         with pytest.raises(UserError, match=f"techniques.{names[0]} and techniques.{names[1]} cannot be"):
-            load(project, variants)
+            check_techniques("params/together.yaml", both, plain.runs)
+
+
+def test_a_study_with_two_that_do_not_combine_is_refused(project):
+    pairs = combinations([name for name in NAMES if name not in NEEDED], 2)
+    one, other = next(names for names in pairs if not combine(*map(make, names)))
+    with pytest.raises(UserError, match=f"run both: techniques.{one} and techniques.{other} cannot be"):
+        load(project, f"  both: {{techniques: {{{one}: {{}}, {other}: {{}}}}}}\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,6 +142,7 @@ def test_a_divergence_is_traced_as_without_it(make_technique_run, name):
     with torch.no_grad():
         model.embedding.weight.mul_(1e3)
         model.norm.weight.fill_(1e36)
-    place = locate(model, lambda tokens: trainer.setup.loss(tokens, 8, eager=True), [tokens_BM])
+    part = Part(0, 0, trainer.setup.rows(tokens_BM, 8))
+    place = locate(model, lambda rows: trainer.setup.loss_again(rows, 8), [part])
     assert place.sentence == "all activations are finite, the loss of the head is not"
     assert sorted(place.rows) == list(range(len(tokens_BM)))

@@ -597,7 +597,7 @@ def test_padding_is_no_load():
     tokens_BL = some_tokens()
     technique = model.techniques[0]
     model(tokens_BL)
-    found = technique.validated(model, counted_BL)["load"]
+    found = technique.validated(model, tokens_BL, tokens_BL, counted_BL)["load"]
     assert found.shape == (2, 2, 4) and found[1].tolist() == [[12] * 4] * 2
     chosen_BLK = mixtures(model)[0].chosen_NK.view(3, L, 2)
     expected = torch.bincount(torch.cat([chosen_BLK[0, :5].flatten(), chosen_BLK[2, 3]]), minlength=4)
@@ -605,7 +605,7 @@ def test_padding_is_no_load():
     filled_BL = torch.where(counted_BL.cumsum(dim=1) < counted_BL.sum(dim=1, keepdim=True), tokens_BL, 7)
     filled_BL[0, :5], filled_BL[2, :4] = tokens_BL[0, :5], tokens_BL[2, :4]
     model(filled_BL)
-    assert torch.equal(technique.validated(model, counted_BL)["load"], found)
+    assert torch.equal(technique.validated(model, filled_BL, filled_BL, counted_BL)["load"], found)
 
 
 def test_a_dead_expert_is_named(make_run, capsys):

@@ -425,6 +425,9 @@ def load(project, keys: str, more: str = ""):
 def test_a_study_switches_it_on(project):
     runs = load(project, "{share: 0.25}").runs
     assert runs["masked"].techniques == {"masked_next_token": MaskedNextToken(share=0.25)}
+    technique = runs["masked"].techniques["masked_next_token"]
+    assert technique.benchmarks == ("blimp", "synthetic_pairs"), "those of them that the study has"
+    assert MaskedNextToken(scored=()).benchmarks == ()
     assert runs["masked"].parameters.total == runs["baseline"].parameters.total + runs["masked"].model.width
 
 
@@ -434,8 +437,21 @@ def test_a_study_switches_it_on(project):
         ("{share: 1.5}", "", r"masked_next_token\.share: .*found 1.5"),
         ("{rate: 0}", "", r"masked_next_token\.rate: .*found 0"),
         ("{span: 0}", "", r"masked_next_token\.span: .*found 0"),
-        ("{random: 0.6, kept: 0.5}", "", r"kept: 0.5: with random: 0.6 the sum is above 1"),
-        ("{scored: [blimb]}", "", r"scored: unknown benchmark 'blimb'.*'blimp'"),
+        ("{random: 0.6, kept: 0.5}", "", r"kept: found 0.5 with random: 0.6, expected at most 0.4"),
+        ("{scored: [blimb]}", "", r"scored: found 'blimb', .*did you mean 'blimp'"),
+        (
+            "{scored: [synthetic_pairs, blimp]}",
+            "",
+            r"masked_next_token\.scored: found 'blimp', expected of evaluation.benchmarks "
+            r"\(choices: last_word, synthetic_choice, synthetic_pairs\)",
+        ),
+        (
+            "{scored: [steps_arithmetic_written]}",
+            "",
+            r"scored: found 'steps_arithmetic_written', before whose options a model writes a text, which "
+            r"reads from left to right; expected another benchmark \(did you mean 'steps_arithmetic'",
+        ),
+        ("{scored: [last_word, last_word]}", "", r"scored: found 'last_word' twice, expected each name once"),
         ("{}", "    tokenizer: spaces\n    model: {bytes: {}}\n", "does not support byte-level models"),
         ("{}", "    training: {start_from: baseline}\n", "does not support weights of another run"),
         ("{}", "    training: {compile: true}\n", "does not support torch.compile"),

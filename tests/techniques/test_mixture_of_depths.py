@@ -386,9 +386,11 @@ def test_after_training_the_threshold_takes_about_the_capacity(make_run, thresho
 def test_the_share_is_of_the_tokens_that_count():
     model, counted_BL = routed(), torch.zeros(3, L, dtype=torch.bool)
     counted_BL[0, :5] = counted_BL[2, 3] = True
-    model(some_tokens())
+    tokens_BL = some_tokens()
+    model(tokens_BL)
     expected = [int((block.chosen_BL & counted_BL).sum()) for block in routed_blocks(model)]
-    taken, count = model.techniques[0].validated(model, counted_BL)["share"].tolist()
+    found = model.techniques[0].validated(model, tokens_BL, tokens_BL, counted_BL)
+    taken, count = found["share"].tolist()
     assert (taken, count) == (sum(expected), 12)
 
 

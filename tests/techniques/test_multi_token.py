@@ -532,7 +532,9 @@ def test_a_run_is_trained_validated_and_resumed(make_technique_run, capsys):
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
     assert main([*asked[:-4], "--draft", "ahead-4"]) == 2
-    assert "neither a readout of test/run (did you mean 'ahead-" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--draft ahead-4: test/run has no such draft (did you mean 'ahead-" in told
+    assert "expected an exit (exit-N) or further heads (ahead-N) of the model" in told
     assert own_drafts("test/run") == ["ahead-2", "ahead-3"]
     # The heads' validation losses, by a loop over the text.
     trainer = Trainer(run)
@@ -629,14 +631,21 @@ def test_it_is_loaded_from_a_study(project):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("{trunk: 99}", r"multi_token\.trunk: 99: expected at most the \d+ of model.layers"),
-        ("{heads: 100000}", r"heads: 100000: expected at most model.context, \d+"),
+        ("{trunk: 99}", r"multi_token\.trunk: found 99, expected at most the \d+ of model.layers"),
+        ("{heads: 100000}", r"heads: found 100000, expected at most model.context, \d+"),
         ("{heads: 0}", r"heads: .*found 0"),
-        ("{weight: [1, 1]}", r"weight: 2 of them; heads: 2 has 1 further heads"),
-        ("{weight: 0}", r"weight: 0.0: expected numbers above 0; without further heads, set heads: 1"),
-        ("{heads: 1, curriculum: forward}", r"curriculum: forward: heads: 1 leaves nothing"),
-        ("{share: 0.5}", r"share: 0.5: expected together with a curriculum"),
-        ("{heads: 8, curriculum: reverse, share: 0.001}", r"curriculum: reverse: head 2 is trained at none"),
+        ("{weight: [1, 1]}", r"weight: found 2 of them, expected 1, as .* with heads: 2, or one number"),
+        ("{weight: 0}", r"weight: found 0.0, expected numbers above 0; without further heads, set heads: 1"),
+        (
+            "{heads: 1, curriculum: forward}",
+            r"curriculum: found forward with heads: 1, .* expected null, or at least 2",
+        ),
+        ("{share: 0.5}", r"share: found 0.5 without a curriculum; expected 1, or curriculum: forward"),
+        (
+            "{heads: 8, curriculum: reverse, share: 0.001}",
+            r"curriculum: found reverse, by which head 2 of heads: 8 is trained at none of the \d+ steps; "
+            r"expected fewer heads, a larger share than 0.001 or more training.steps",
+        ),
         ("{head: 2}", r"head: no such key \(did you mean 'heads'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trained_runs import curve_of, train_in_parts, train_in_two_processes, weights_of
 
 from stlm.cli import main
+from stlm.corpora.steps import MARKER
 from stlm.errors import UserError
 from stlm.evaluation.config import EvaluationConfig
 from stlm.evaluation.encoding import RequestEncoder
@@ -399,6 +401,88 @@ def test_training_draws_where_they_stand(layout):
     assert (other[:, 10:] - found[0][:, 10:]).abs().max() > 1e-2
 
 
+MARKED = Pauses(place="answer", before=" and", every=4, count=2)
+
+
+def marked_model(marker: tuple[int, ...], **options: object) -> Transformer:
+    model = random_model(MARKED, **options)
+    model.inserted_embeddings.mark(marker)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "learned", "qkv_shift": True}], ids=str)
+def test_training_has_them_before_answers_as_scoring_has(options):
+    model, read = marked_model((7, 8), **options), tokens(3) % 250 + 7
+    for row, place in enumerate((1, 6, CONTEXT - 2)):
+        read[row, place : place + 2] = torch.tensor([7, 8])
+    answers = torch.tensor([0, 5, CONTEXT - 3])
+    scored = model.hidden(read, CausalRows(CONTEXT, answers))
+    trained = model.train().hidden(read)
+    torch.testing.assert_close(trained, scored, atol=1e-5, rtol=1e-4)
+    assert (model.eval().hidden(read) - trained).abs().amax(dim=(1, 2)).min() > 1e-2, "text has none"
+    # In documents each by itself, and as many in a row as there are markers.
+    read[0, 8:11] = torch.tensor([EOT, 7, 8])
+    given = Documents.of(read, EOT)
+    stretched = model.train().inserted_embeddings.stretch(given, read)
+    paused = (stretched.last_BL - stretched.place_BL).tolist()
+    assert [[place for place, number in enumerate(row) if number] for row in paused] == [[0, 8], [5], [13]]
+    assert {number for row in paused for number in row} == {0, 2}
+    # No more than room is made for, and none for what the end of a row cuts.
+    read[:] = torch.tensor([7, 8]).repeat(8)
+    stretched = model.inserted_embeddings.stretch(CausalRows(CONTEXT), read)
+    assert (stretched.last_BL - stretched.place_BL)[0].tolist() == [0, 2] * 4 + [0] * 8
+    read[:, :] = 9
+    read[:, 0], read[:, -1] = 8, 7
+    stretched = model.inserted_embeddings.stretch(CausalRows(CONTEXT), read)
+    assert torch.equal(stretched.last_BL, stretched.place_BL)
+
+
+def test_before_answers_one_graph_is_the_same():
+    model, read = marked_model((7, 8)).train(), tokens() % 2 + 7
+    compiled = torch.compile(model.hidden, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(read), model.hidden(read), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["across", "within"])
+def test_a_run_pauses_before_the_answers_of_its_text(attention, make_technique_run):
+    sizes = {"techniques": [MARKED], "data": DataConfig(attention=attention), "accumulation": 2}
+    run, stopped = make_technique_run("whole", **sizes), make_technique_run("stopped", **sizes)
+    setup = Trainer(run).setup
+    (tokens_BM, _) = setup.micro_batches.of_step(1, setup.share)
+    seen, stretch = [], setup.model.inserted_embeddings.stretch
+    setup.model.inserted_embeddings.stretch = lambda *given: seen.append(stretch(*given)) or seen[-1]
+    setup.model.train()
+    setup.loss(tokens_BM, 1)
+    (found,) = seen
+    for row, pauses in zip(tokens_BM.tolist(), found.last_BL - found.place_BL, strict=True):
+        text = "".join(chr(token) if token < 256 else "|" for token in row[:-1])
+        begins = [match.start() for match in re.finditer(" and", text)]
+        assert pauses.nonzero().flatten().tolist() == [begin - 1 for begin in begins if begin]
+    train(run)
+    train_in_parts(stopped, 5)
+    assert curve_of(run) == curve_of(stopped)
+    assert run.flops_per_token == make_technique_run(techniques=[ANSWER]).flops_per_token
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"before": "\nAnswer:"},
+            r"run run: techniques.pauses.before: found '\\nAnswer:', which is in no row",
+        ),
+        (
+            {"before": "s", "every": 30},
+            r"techniques.pauses.every: found 30, with which \d+% of the answers have no pauses, as a row has "
+            r"as many as 3; expected at most 16$",
+        ),
+    ],
+)
+def test_a_text_with_other_answers_is_refused(keys, message, make_technique_run):
+    with pytest.raises(UserError, match=message):
+        Trainer(make_technique_run(techniques=[MARKED.model_copy(update=keys)]))
+
+
 def test_training_with_drawn_places_costs_what_torch_counts(make_technique_run, torch_operations):
     run = make_technique_run(techniques=[ANSWER], model={"context": CONTEXT})
     model, counts = build_model(run.model, [ANSWER]), []
@@ -720,6 +804,9 @@ def test_it_is_loaded_from_a_study(project):
     study = load(project, "{every: 4, count: 2, vectors: each, scored: [0, 1]}")
     found = study.runs["paused"].techniques["pauses"]
     assert found == Pauses(every=4, count=2, vectors="each", scored=(0, 1))
+    assert "before" not in found.model_dump(), "as in records of earlier runs"
+    paused = load_study("steps").runs["pauses-s0"].techniques["pauses"]
+    assert paused.before == MARKER and paused.count == 6
     plain, own = (study.runs[name] for name in ("baseline", "paused"))
     assert own.parameters.total == plain.parameters.total + 2 * plain.model.width
     assert own.tokens == plain.tokens and own.flops_per_token > plain.flops_per_token
@@ -737,6 +824,7 @@ LEARNED = "    model: {positions: learned}\n"
         ("{counts: 1}", "", r"counts: no such key \(did you mean 'count'"),
         ("{scored: [0, 0]}", "", r"scored: \[0, 0\]: expected numbers of at least 0, each once"),
         ("{scored: [-1]}", "", r"scored: \[-1\]: expected numbers of at least 0"),
+        ("{before: x}", "", r"before: found 'x' with place: every, expected null, or place: answer"),
         ("{vectors: each, scored: [2]}", "", r"scored: 2: expected at most 1, as many as there are vectors"),
         ("{count: 0, scored: [2]}", "", r"scored: 2: expected at most 0"),
         ("{scored: [2]}", LEARNED, r"scored: 2: with model.positions: learned.* 1 pause"),

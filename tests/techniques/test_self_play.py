@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,15 +17,19 @@ from trained_runs import curve_of, same_weights, train_in_parts, weights_of
 from stlm.errors import UserError
 from stlm.export.llama import export_llama
 from stlm.files import read_json
+from stlm.generation import together
 from stlm.generation.sampling import Sampling
 from stlm.generation.together import continuations
 from stlm.model import log_probs
+from stlm.model.activations import block_activations
 from stlm.model.build import build_model
+from stlm.model.cache import Cache
 from stlm.model.config import ModelConfig
 from stlm.model.inference import why_not
 from stlm.model.transformer import Transformer
 from stlm.study.load import load_study
 from stlm.study.runs import SourceModel
+from stlm.techniques.next_thought import NextThought
 from stlm.techniques.self_play import SelfPlay
 from stlm.tokens.bpe import train_bpe
 from stlm.training.checkpoints import save_checkpoint
@@ -316,6 +321,34 @@ def test_memory_is_the_opponents_and_both_pieces(make_technique_run):
     assert run.parameters == before.parameters
 
 
+WIDE = {"kv_heads": 2, "qkv_shift": True, "ffn_width": 8}  # as large a cache as blocks of a width can have
+
+
+@pytest.mark.parametrize("options", [{}, WIDE], ids=str)
+def test_writings_cache_is_freed_before_the_pieces_are_read_and_smaller(
+    options, make_technique_run, monkeypatch
+):
+    technique = self_play_run(make_technique_run)[0].techniques["self_play"]
+    run = make_technique_run("again", model={"layers": 2, **options}, techniques=[technique])
+    sizes, held = [], []
+
+    class Watched(Cache):
+        def __init__(self, *arguments, **keys):
+            super().__init__(*arguments, **keys)
+            sizes.append(4 * (self.kv.numel() + self.unshifted.numel()))
+            weakref.finalize(self, held.append, "freed")
+
+    monkeypatch.setattr(together, "Cache", Watched)
+    technique._opponent = build_model(run.model).eval()
+    margins = SelfPlay.margins
+    monkeypatch.setattr(SelfPlay, "margins", lambda *given: held.append("read") or margins(*given))
+    model, objective = build_model(run.model, [technique]), Objective(run)
+    objective(objective.forward(model, torch.randint(1, 257, (4, 33)), None, 1))
+    assert held == ["freed", "read"]
+    kept = 2 * 4 * 2 * 15 * 2 * block_activations(run.model, narrow=2)  # both pieces, two of them a row
+    assert 0 < sizes[0] < kept
+
+
 # Trainings
 
 
@@ -434,6 +467,15 @@ def test_a_study_knows_the_opponents(project):
     assert control.runs["first"].flops_per_token == runs["before"].flops_per_token
 
 
+def test_an_opponent_that_writes_without_a_cache_is_refused(make_technique_run):
+    run, before = self_play_run(make_technique_run)
+    technique = run.techniques["self_play"]
+    opponent = before.model_copy(update={"techniques": {"next_thought": NextThought()}})
+    technique.set_others({"start": opponent})
+    with pytest.raises(ValueError, match=r"opponent: found .before., whose techniques.next_thought does not"):
+        technique.check(run, {})
+
+
 PLAY = "variants.first.techniques.self_play"
 
 
@@ -446,17 +488,26 @@ PLAY = "variants.first.techniques.self_play"
             r"self_play\.opponent: 'before' has model\.width: 96, the run 192",
         ),
         ("variants.first.model.layers=1", r"opponent: 'before' is larger.*only training.start_from cuts"),
-        (f"{PLAY}.continuation=65", r"continuation: 64 \+ 65 = 129, above model\.context, 128"),
+        (
+            f"{PLAY}.continuation=65",
+            r"continuation: found 65 after prompt: 64, 129 tokens together; expected at most model.context, ",
+        ),
         (f"{PLAY}.opponent=befor", r"self_play\.opponent: 'befor' is no variant.*'before'"),
         (f"{PLAY}.opponent=second", r"a run cannot depend on itself"),
-        (f"{PLAY}.weight=0", r"supervised: 0, and weight: 0: nothing is learned"),
+        (f"{PLAY}.weight=0", r"supervised: found 0 with weight: 0, .*expected one above 0"),
         (f"{PLAY}.prompt=0", r"self_play\.prompt: .*found 0"),
-        ("variants.first.model.dropout=0.1", r"self_play\.weight: model\.dropout: 0\.1: .* expected 0"),
+        (
+            "variants.first.model.dropout=0.1",
+            r"self_play\.weight: found model\.dropout: 0\.1, expected 0, as",
+        ),
         ("variants.first.data.attention=within", r"self_play does not support attention within documents"),
         ("variants.first.training.compile=true", r"self_play does not support torch\.compile"),
         ("variants.first.training.start_from=before", r"has the role 'start' already"),
         ("variants.first.model.context=256", None),
-        (f"variants.first.model.context=256 {PLAY}.continuation=65", r"above the opponent's context, 128"),
+        (
+            f"variants.first.model.context=256 {PLAY}.continuation=65",
+            r"129 tokens together; expected at most the opponent's context, 128",
+        ),
     ],
     ids=lambda value: value.partition("=")[0].rpartition(".")[2] if value else "",
 )

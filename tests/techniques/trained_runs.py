@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
+from forked import in_processes
 from torch import Tensor
 
 from stlm.errors import Interrupted
 from stlm.study.runs import Run
+from stlm.techniques.registry import load_techniques
 from stlm.training.checkpoints import checkpoint_name, load_checkpoint
 from stlm.training.loop import Trainer, train
-
-WORKER = """
-import json, os
-from stlm.study.runs import Run
-from stlm.techniques.registry import load_techniques
-from stlm.training.loop import train
-content = json.loads(os.environ["RUN"])
-techniques = load_techniques(content.pop("techniques"), "run", "techniques")
-train(Run.model_validate(content).model_copy(update={"techniques": techniques}))
-"""
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -72,15 +62,11 @@ def train_in_parts(run: Run, last: int) -> None:
 
 def train_in_two_processes(run: Run) -> None:
     """Train a run by two processes, each with one thread, in the working directory."""
-    Path("worker.py").write_text(WORKER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "worker.py",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN": run.model_dump_json()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    statuses, said = in_processes(_train, run.model_dump_json())
+    assert statuses == [0, 0], said
+
+
+def _train(run: str) -> None:
+    content = json.loads(run)
+    techniques = load_techniques(content.pop("techniques"), "run", "techniques")
+    train(Run.model_validate(content).model_copy(update={"techniques": techniques}))

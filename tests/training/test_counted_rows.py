@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from stlm.model.rows import Rows
 from stlm.techniques.base import Technique
+from stlm.techniques.denoising import Denoising
+from stlm.techniques.encoder_decoder import EncoderDecoder
+from stlm.techniques.masked_next_token import MaskedNextToken
 from stlm.training.loop import Trainer
 from stlm.training.objective import Objective
 
@@ -86,3 +89,33 @@ def test_it_is_called_once_a_micro_batch_of_training_with_its_own_numbers(make_r
         assert len(CALLS) == 4
         calls.append(list(CALLS))
     assert calls[0] == calls[1] and len({number for _, _, number in calls[0]}) == 4
+
+
+MIXTURE = [{"task": task, "share": 0.3} for task in ("infill", "prefix", "spans")]
+
+
+@pytest.mark.parametrize(
+    ("technique", "attention"),
+    [
+        (MaskedNextToken(), "across"),
+        (MaskedNextToken(), "within"),
+        (Denoising(mixture=MIXTURE), "across"),
+        (Denoising(mixture=MIXTURE), "within"),
+        (EncoderDecoder(), "across"),
+    ],
+)
+def test_a_row_alone_is_what_it_is_among_the_others(make_run, technique, attention):
+    run = make_run(batch_size=8, model={"layers": 2})
+    data = run.data.model_copy(update={"attention": attention})
+    run = run.model_copy(update={"techniques": {technique.key(): technique}, "data": data})
+    setup = Trainer(run).setup
+    model = setup.model.eval()
+    (tokens_BM,) = setup.micro_batches.of_step(1, setup.share)
+    rows = setup.rows(tokens_BM, 1)
+    together = model.hidden(rows.tokens_BL, rows.layout)
+    for number in range(8):
+        one = rows.alone(number)
+        assert torch.equal(one.targets_BL, rows.targets_BL[number : number + 1])
+        assert torch.equal(one.counted_BL, rows.counted_BL[number : number + 1])
+        found, expected = model.hidden(one.tokens_BL, one.layout)[0], together[number]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, train one run as one process does."""
+"""Several processes, started by torchrun or forked with its variables, train one run as one process does."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import time
 
 import pytest
 import torch
+from forked import in_processes
 
-from stlm.errors import UserError
+from stlm.errors import Interrupted, UserError
 from stlm.files import read_json
 from stlm.tokens.config import DataConfig
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.distributed import Group, LostPeer, processes
 from stlm.training.divergence import RECORD
-from stlm.training.loop import train
+from stlm.training.loop import Trainer, train
 
 WORKER = """
 import os, sys
@@ -29,8 +30,8 @@ from stlm.training import loop
 import stlm.cli
 
 def train(options):
-    exec(os.environ.get("BEFORE", ""), globals())
-    loop.train(Run.model_validate_json(os.environ["RUN"]))
+    exec(BEFORE, globals())
+    loop.train(Run.model_validate_json(RUN))
 
 stlm.cli.train = train
 sys.exit(main(["train", "study", "run"]))
@@ -40,12 +41,18 @@ sys.exit(main(["train", "study", "run"]))
 def torchrun(run, size, before="", **keys):
     """Train `run` in `size` processes; `before` is run in each of them first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN": run.model_dump_json(), "BEFORE": before}
+    variables = "import os; RUN, BEFORE = os.environ['RUN'], os.environ['BEFORE']"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     with open("worker.py", "w") as file:
-        file.write(WORKER)
+        file.write(variables + WORKER)
     return subprocess.Popen(
         [*command, "worker.py"], env=environment, stderr=subprocess.PIPE, text=True, **keys
     )
+
+
+def train_forked(run: str, before: str = "") -> None:
+    """What a forked process does: the verb of the command line, with the run (JSON) instead of a study's."""
+    exec(WORKER, {"RUN": run, "BEFORE": before})
 
 
 def finish(process, timeout=300):
@@ -76,15 +83,28 @@ def assert_near(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accumulation", "dropout"), [(1, 0.0), (2, 0.1)], ids=["rows", "micro-batches"])
-def test_two_processes_train_as_one(accumulation, dropout, make_run):
-    """Also with dropout, where each process works on whole micro-batches."""
-    sizes = {"model": {"dropout": dropout}, "steps": 20, "accumulation": accumulation, "checkpoints": [5]}
+def test_two_processes_of_torchrun_train_as_one(make_run):
+    sizes = {"model": {"dropout": 0.0}, "checkpoints": [5]}
     one, two = make_run("one", **sizes), make_run("two", **sizes)
     train(one)
     process = torchrun(two, 2)
     said = finish(process)
     assert process.returncode == 0, said
+    check_trained_as_one(one, two, said)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_dropout(make_run):
+    """Each process works on whole micro-batches."""
+    sizes = {"model": {"dropout": 0.1}, "accumulation": 2, "checkpoints": [5]}
+    one, two = make_run("one", **sizes), make_run("two", **sizes)
+    train(one)
+    statuses, said = in_processes(train_forked, two.model_dump_json())
+    assert statuses == [0, 0], said
+    check_trained_as_one(one, two, said)
+
+
+def check_trained_as_one(one, two, said):
     assert_near(one, two)
     assert said.count("bits per byte on validation") == 1, "one process tells"
     assert "float32, 2 processes" in said
@@ -109,9 +129,8 @@ def test_difficulty_is_measured_by_one_process_while_the_others_wait(make_run):
     train(make_run("reference", **sizes))
     data = {"data": DataConfig(order="difficulty", reference="reference")}
     one, two = (make_run(name, **sizes).model_copy(update=data) for name in ("one", "two"))
-    process = torchrun(two, 2, LEADER_MEASURES)
-    said = finish(process)
-    assert process.returncode == 0, said
+    statuses, said = in_processes(train_forked, two.model_dump_json(), LEADER_MEASURES)
+    assert statuses == [0, 0], said
     assert said.count("measuring") == 1, said
     train(one)
     assert_near(one, two)
@@ -132,9 +151,6 @@ Trainer.step = stopping
 @pytest.mark.slow
 def test_the_number_of_processes_may_change_while_a_run_is_stopped(make_run, monkeypatch):
     """One process for 3 steps, two up to step 7, one to the end: the run of one process throughout."""
-    from stlm.errors import Interrupted
-    from stlm.training.loop import Trainer
-
     sizes = {"accumulation": 2, "steps": 12, "checkpoints": [5]}
     plain, changing = make_run("plain", **sizes), make_run("changing", **sizes)
     train(plain)
@@ -149,10 +165,10 @@ def test_the_number_of_processes_may_change_while_a_run_is_stopped(make_run, mon
         patch.setattr(Trainer, "step", stopping)
         with pytest.raises(Interrupted):
             train(changing)
-    said = finish(torchrun(changing, 2, SIGNAL_SELF))
+    statuses, said = in_processes(train_forked, changing.model_dump_json(), SIGNAL_SELF)
     assert "2 processes, resuming after step 3" in said
     assert said.count("stopped by SIGTERM after step 7 of 12") == 1, "a signal to one process stops all"
-    assert len(re.findall(r"exitcode +: 143", said)) == 2, said
+    assert statuses == [143, 143], said
     train(changing)
     assert_near(plain, changing)
     assert [row["step"] for row in curve(plain)] == [row["step"] for row in curve(changing)]
@@ -171,26 +187,28 @@ Trainer.step = failing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "action", "message"),
-    [
-        (0, "raise UserError('the leader met a problem')", "error: the leader met a problem"),
-        (1, "raise UserError('the other met a problem')", "error: the other met a problem"),
-        (1, "os.kill(os.getpid(), 9)", "error: a process of this training ended without a word"),
-    ],
-    ids=["leader", "other", "killed"],
-)
-def test_an_error_in_one_process_ends_all_and_is_told_once(rank, action, message, make_run):
-    process = torchrun(make_run(), 2, FAIL_IN_ONE.format(rank=rank, action=action))
+@pytest.mark.parametrize(("rank", "who"), [(0, "the leader"), (1, "the other")])
+def test_an_error_in_one_process_ends_all_and_is_told_once(rank, who, make_run):
+    action = f"raise UserError('{who} met a problem')"
+    before = FAIL_IN_ONE.format(rank=rank, action=action)
+    statuses, said = in_processes(train_forked, make_run().model_dump_json(), before)
+    assert statuses == [2, 2], said
+    assert said.count(f"error: {who} met a problem") == said.count("error: ") == 1, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_is_told_once(make_run):
+    before = FAIL_IN_ONE.format(rank=1, action="os.kill(os.getpid(), 9)")
+    process = torchrun(make_run(), 2, before)
     begin = time.monotonic()
     said = finish(process)
     assert time.monotonic() - begin < 240, "gloo waits for half an hour"
     assert process.returncode == 1, "torchrun's own status"
-    assert said.count(message) == 1, said
+    assert said.count("error: a process of this training ended without a word") == 1, said
     assert said.count("error: ") == 1, said
     assert "Traceback" not in said.split("torch/distributed/elastic")[0]
-    if "kill" in action:
-        assert sorted(re.findall(r"exitcode +: (-?\d+)", said)) == ["-9", "2"], said
+    assert sorted(re.findall(r"exitcode +: (-?\d+)", said)) == ["-9", "2"], said
 
 
 def test_rows_of_one_micro_batch_are_summed_and_not_those_of_another(make_run, monkeypatch):
@@ -213,10 +231,9 @@ def test_rows_of_one_micro_batch_are_summed_and_not_those_of_another(make_run, m
 
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(make_run):
-    process = torchrun(make_run(model={"vocab_size": 300}), 2)
-    said = finish(process)
+    statuses, said = in_processes(train_forked, make_run(model={"vocab_size": 300}).model_dump_json())
     assert said.count("vocab_size: found 257, expected 300") == 1
-    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+    assert statuses == [2, 2], said
 
 
 REFUSE = """
@@ -232,9 +249,9 @@ loop.train = partial(loop.train, check=check)
 
 @pytest.mark.slow
 def test_what_is_checked_before_training_is_told_once(make_run):
-    said = finish(torchrun(make_run(), 2, REFUSE))
+    statuses, said = in_processes(train_forked, make_run().model_dump_json(), REFUSE)
     assert said.count("error: no room for the run") == 1, said
-    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
+    assert statuses == [2, 2], said
 
 
 DIVERGE = """
@@ -252,12 +269,12 @@ Trainer.__init__ = planted
 @pytest.mark.slow
 def test_a_divergence_of_several_processes_is_explained_once(make_run):
     run = make_run(model={"layers": 2})
-    said = finish(torchrun(run, 2, DIVERGE))
+    statuses, said = in_processes(train_forked, run.model_dump_json(), DIVERGE)
     assert said.count("training diverged") == 1, said
     assert "step 4: the loss is nan" in said
     assert "Where: the feed-forward output of block 2 is the first that is not finite." in said
-    assert re.findall(r"exitcode +: (\d+)", said) == ["2", "2"], said
-    assert "Traceback" not in said.split("torch/distributed/elastic")[0]
+    assert statuses == [2, 2], said
+    assert "Traceback" not in said
     assert (run.state_folder / RECORD).exists()
 
 
@@ -307,9 +324,8 @@ def test_two_processes_start_from_what_one_of_them_cut(make_run):
     small = {**large, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24}
     train(make_run("origin", model=large))
     one, two = (make_run(name, model=small, start_from="origin") for name in ("one", "two"))
-    process = torchrun(two, 2)
-    said = finish(process)
-    assert process.returncode == 0, said
+    statuses, said = in_processes(train_forked, two.model_dump_json())
+    assert statuses == [0, 0], said
     train(one)
     assert_near(one, two)
     start = read_json(two.folder / "train.json")["depends"]["start"]

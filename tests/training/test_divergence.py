@@ -9,13 +9,18 @@ import torch
 
 from stlm.errors import UserError
 from stlm.files import read_json
+from stlm.model.rows import Rows
+from stlm.techniques.masked_next_token import MaskedNextToken
 from stlm.tokens.shards import read_split
 from stlm.training import loop
-from stlm.training.divergence import RECORD, locate
+from stlm.training.distributed import Group
+from stlm.training.divergence import RECORD, Part, locate
+from stlm.training.finite import parts_of
 from stlm.training.loop import Trainer, train
 from stlm.training.watch import layer_of
 
 BAD = ord("7")  # of the tokenizer `bytes`: rows with a 7 in them are hit, others are not
+MASK = 257  # the id after the vocabulary
 
 
 @pytest.fixture
@@ -111,13 +116,69 @@ def test_noticed_late_the_weights_before_it_are_made_again(make_run, faulty, as_
         assert found == [0, 1, 2, 3]
 
 
+def masked_rows(trainer, step):
+    """Which rows of a step's micro-batch masked next-token prediction masks: those that read the mask."""
+    tokens_BM = next(trainer.setup.micro_batches.of_step(step, trainer.setup.share))
+    rows = trainer.setup.run.techniques["masked_next_token"].rows(Rows.of(tokens_BM), step, 6)
+    return (rows.tokens_BL == MASK).any(dim=1).nonzero().flatten().tolist()
+
+
+def test_rows_are_named_by_the_masks_with_which_the_step_diverged(make_run, monkeypatch):
+    technique = MaskedNextToken(rate=1.0, final_rate=1.0, random=0.0, kept=0.0)
+    run = make_run(steps=6, batch_size=8, watch_every=0)
+    run = run.model_copy(update={"techniques": {"masked_next_token": technique}})
+    build, expected = Trainer.__init__, masked_rows(Trainer(run), step=2)
+
+    def planted(self, *arguments):
+        build(self, *arguments)
+        loss = self.setup.model.hidden_loss
+
+        def fault(x_ND, tokens_N, targets_N):
+            """The head's loss of masks is infinite from step 2 on."""
+            hit = self.state.progress.step == 1 and (tokens_N == MASK).any()
+            return loss(x_ND, tokens_N, targets_N) * (math.inf if hit else 1.0)
+
+        self.setup.model.hidden_loss = fault
+
+    monkeypatch.setattr(Trainer, "__init__", planted)
+    with pytest.raises(UserError, match="the loss of the head is not"):
+        train(run)
+    assert len(expected) == 4
+    assert [own["row"] for own in read_json(run.state_folder / RECORD)["rows"]] == expected
+
+
+def test_what_each_process_drew_is_repeated(make_run):
+    run = make_run(batch_size=4, accumulation=2)
+    run = run.model_copy(update={"techniques": {"masked_next_token": MaskedNextToken()}})
+    trainer, micro_batches = Trainer(run), []
+    for rank in range(4):  # two processes share each micro-batch
+        share = Group(rank, 4).share(run.training)
+        (tokens_BM,) = trainer.setup.micro_batches.of_step(3, share)
+        micro_batches.append((share.micros[0], share.rows.start, trainer.setup.rows(tokens_BM, 3)))
+    trainer.setup.group = Group(0, 4)
+    found = list(parts_of(trainer.setup, 3))
+    assert [part[:2] for part in found] == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    for part, (_, _, rows) in zip(found, micro_batches, strict=True):
+        assert torch.equal(part.rows.tokens_BL, rows.tokens_BL) and len(rows.tokens_BL) == 2
+    place = found[3].place("", "head", [1, 0])
+    assert (place.micro, place.rows) == (1, [3, 2])
+
+
 def parts(make_run, **model):
     trainer = Trainer(make_run(model={"layers": 3, **model}))
     return (
         trainer.setup.model,
-        lambda tokens_BM: trainer.setup.loss(tokens_BM, 1, eager=True),
-        [torch.from_numpy(trainer.setup.micro_batches.rows.batch(0, m, 2)) for m in range(2)],
+        lambda rows: trainer.setup.loss_again(rows, 1),
+        [
+            Part(micro, 0, Rows.of(torch.from_numpy(trainer.setup.micro_batches.rows.batch(0, micro, 2))))
+            for micro in range(2)
+        ],
     )
+
+
+def losses_of_rows(model, part):
+    pairs = zip(part.rows.tokens_BL, part.rows.targets_BL, strict=True)
+    return [model.loss(tokens[None], targets[None]).item() for tokens, targets in pairs]
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_where_it_began(make_run):
@@ -132,7 +193,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_where_it_began(make_run):
     assert place.sentence.startswith("the gradient of blocks.1.attention.out.weight (block 2)")
     assert (place.layer, place.micro) == ("block 2", 0)
     model.eval()
-    losses = [model.loss(row[None, :-1], row[None, 1:]).item() for row in micro_batches[0]]
+    losses = losses_of_rows(model, micro_batches[0])
     assert place.rows == sorted(range(4), key=lambda row: -losses[row])
 
 
@@ -170,9 +231,9 @@ def test_a_step_that_repeats_without_a_fault_names_the_worst_rows(make_run):
     model, loss_of, micro_batches = parts(make_run)
     means, singles = [], []
 
-    def counting(tokens):
-        loss = loss_of(tokens)
-        (means if len(tokens) > 1 else singles).append(loss.item())
+    def counting(rows):
+        loss = loss_of(rows)
+        (means if len(rows.tokens_BL) > 1 else singles).append(loss.item())
         return loss
 
     place = locate(model, counting, micro_batches)
@@ -182,7 +243,7 @@ def test_a_step_that_repeats_without_a_fault_names_the_worst_rows(make_run):
     assert len(means) == 2 and place.micro == means.index(max(means))
     assert len(singles) == 4, "rows of one micro-batch alone are looked at"
     model.eval()
-    losses = [model.loss(row[None, :-1], row[None, 1:]).item() for row in micro_batches[place.micro]]
+    losses = losses_of_rows(model, micro_batches[place.micro])
     assert place.rows == sorted(range(4), key=lambda row: -losses[row])
 
 

@@ -14,6 +14,7 @@ from technique_runs import with_techniques
 from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.techniques.base import Technique
+from stlm.training.curve import validate
 from stlm.training.loop import Trainer, train
 from stlm.training.objective import Forward
 from stlm.training.records import CURVE_COLUMNS
@@ -57,6 +58,19 @@ class Undeclared(Halved):
 
 class Quiet(Technique):
     """Adds nothing."""
+
+
+class Counted(Technique):
+    """How many targets of the validation text are even, and how many of each block's numbers."""
+
+    figures = ("even",)
+
+    def layer_figures(self, model):
+        return {"even_here": 1}
+
+    def validated(self, model, tokens_BL, targets_BL, counted_BL) -> dict[str, torch.Tensor]:
+        counts = torch.stack([((targets_BL % 2 == 0) & counted_BL).sum(), counted_BL.sum()]).double()
+        return {"even": counts, "even_here": counts.view(2, 1, 1)}
 
 
 def rows(run) -> list[dict[str, str]]:
@@ -162,6 +176,35 @@ def test_a_part_is_there_once(make_run, techniques, part):
     (tokens,) = setup.micro_batches.of_step(1, setup.share)
     with pytest.raises(UserError, match=f"has a part '{part}' already"):
         setup.losses(tokens, 1)
+
+
+def test_metrics_of_the_validation_text_are_read_off_it(make_run):
+    trainer = Trainer(with_techniques(make_run(), counted=Counted()))
+    found = validate(trainer.setup, trainer.curve.validation)
+    batches = list(trainer.curve.validation.batches(4))
+    even = sum(((targets % 2 == 0) & (mask > 0)).sum() for _, targets, mask in batches)
+    share = even / sum(mask.sum() for _, _, mask in batches)
+    assert found.row["val_even"] == found.layers["block 1"]["even_here_1"] == pytest.approx(share)
+
+
+class Named(Technique):
+    """Another metric of a name that is there, at once or by layer."""
+
+    layered: bool = False
+
+    @property
+    def figures(self):
+        return () if self.layered else ("even",)
+
+    def layer_figures(self, model):
+        return {"even": 1} if self.layered else {}
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_a_metric_is_there_once(make_run, layered):
+    run = with_techniques(make_run(), counted=Counted(), named=Named(layered=layered))
+    with pytest.raises(UserError, match=r"techniques.test_objective: a metric 'even' is there already; name"):
+        Trainer(run)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from stlm.errors import UserError
 from stlm.files import read_json
 from stlm.model.build import build_model
 from stlm.model.counts import training_flops_per_token
+from stlm.model.rows import Rows
 from stlm.training.checkpoints import load_checkpoint, save_checkpoint
 from stlm.training.config import TrainingConfig
-from stlm.training.divergence import locate
+from stlm.training.divergence import Part, locate
 from stlm.training.loop import Trainer, train
 from stlm.training.optimizers import build_optimizer
 from stlm.training.watch import Watch
@@ -112,10 +113,10 @@ def test_a_shared_weight_is_watched_in_each_layer_that_uses_it(make_run):
 def test_a_broken_shared_weight_names_all_its_layers(make_run):
     run = make_run(model=SHARED)
     model = model_of(run)
-    tokens = [torch.randint(257, (4, 33))]
+    tokens = [Part(0, 0, Rows.of(torch.randint(257, (4, 33))))]
 
     def loss_of(rows):
-        return model.loss(rows[:, :-1], rows[:, 1:])
+        return model.loss(rows.tokens_BL, rows.targets_BL)
 
     with torch.no_grad():
         model.blocks[3].ffn.down.weight[0, 0] = math.nan
