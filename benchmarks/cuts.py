@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ tune_process()  # before torch is imported
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from machine import machine  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from stlm.errors import UserError  # noqa: E402
 from stlm.files import read_json, sha256, write_json  # noqa: E402
-from stlm.model.cut import RIDGE, choose, choose_heads, mask_heads  # noqa: E402
+from stlm.model.cut import RIDGE, choose, choose_heads, cut_ffn, mask_heads  # noqa: E402
 from stlm.model.cutting import cut, short, spread  # noqa: E402
-from stlm.model.importance import influence, removals, second_moments, subset, unit_scores  # noqa: E402
+from stlm.model.importance import first_order, influence, removals, second_moments, subset, unit_scores  # noqa: E402
 from stlm.model.inherit_config import InheritConfig  # noqa: E402
 from stlm.model.transformer import Transformer  # noqa: E402
 from stlm.tokens.batches import Batches, ValidationSet  # noqa: E402
@@ -49,9 +49,9 @@ from stlm.training.published import load_published  # noqa: E402
 
 OUTPUT = Path("results/benchmarks/cuts.json")
 # SmolLM2-135M has 30 layers of 9 heads in 3 groups, 1,536 hidden units and a width of 576.
-LAYERS = (20, 12, 10, 8, 6)
+LAYERS = (20, 12, 8, 6)
 UNITS = (1024, 768)
-WIDTHS = {"448, 7 heads": (448, 7, 7), "384, 6 heads of 3 groups": (384, 6, 3)}
+WIDTHS = {"384, 6 heads of 3 groups": (384, 6, 3)}
 HEADS = {
     "7, with a copy of keys and values for each": (7, 7),
     "6, two of each group": (6, 3),
@@ -122,11 +122,13 @@ class Cuts:
                 yield row, column, partial(self.of_heads, *counts, ridge)
 
     def _units(self) -> Iterator[Cell]:
+        columns = {f"`{measure}`": (measure, None) for measure in MEASURES} | {
+            "`wanda`, refitted": ("wanda", RIDGE),
+            **{f"with a ridge of {ridge:g}": ("wanda", ridge) for ridge in RIDGES},
+        }
         for count in UNITS:
-            for measure in MEASURES:
-                how = InheritConfig(ffn=measure, refit=False)
-                yield f"{count:,}", f"`{measure}`", partial(self.smaller, how, ffn_width=count)
-            yield f"{count:,}", "`wanda`, refitted", partial(self.smaller, InheritConfig(), ffn_width=count)
+            for column, (measure, ridge) in columns.items():
+                yield f"{count:,}", column, partial(self.of_units, count, measure, ridge)
 
     def _width(self) -> Iterator[Cell]:
         for row, (width, heads, kv_heads) in WIDTHS.items():
@@ -187,6 +189,16 @@ class Cuts:
             print(f"left out: {found[-1]}", flush=True)
             self.save()
 
+    def of_units(self, count: int, measure: str, ridge: float | None) -> Transformer:
+        """The model of so many hidden units, refitted with a ridge or not at all."""
+        downs, moments = self._downs, self._unit_moments
+        first = self._first_order if measure == "taylor" else {}
+        chosen = []
+        for (name, down), moment_XX in zip(downs.items(), moments, strict=True):
+            scores_X = unit_scores(measure, down.weight.detach(), moment_XX, 1, first.get(name))
+            chosen.append(choose(scores_X, count))
+        return cut_ffn(self.model, chosen, *(() if ridge is None else (moments, ridge)))
+
     def of_heads(self, heads: int, kv_heads: int, ridge: float | None) -> Transformer:
         """The model in which so many heads write into the stream, refitted with a ridge or not at all."""
         config, moments = self.model.config, self._head_moments
@@ -195,14 +207,24 @@ class Cuts:
             weight_YX = block.attention.out.weight.detach()
             scores_H = unit_scores("wanda", weight_YX, moment_XX, config.head_width, None)
             chosen.append(choose_heads(scores_H, config.kv_heads, heads, kv_heads)[0])
-        if ridge is None:
-            return mask_heads(self.model, chosen)
-        return mask_heads(self.model, chosen, moments, ridge)
+        return mask_heads(self.model, chosen, *(() if ridge is None else (moments, ridge)))
 
     @cached_property
-    def _head_moments(self) -> Sequence[Tensor]:
-        modules = {f"{number}": block.attention.out for number, block in enumerate(self.model.blocks)}
-        return list(second_moments(self.model, self.rows_NM, modules).values())
+    def _head_moments(self) -> list[Tensor]:
+        outs = {f"{number}": block.attention.out for number, block in enumerate(self.model.blocks)}
+        return list(second_moments(self.model, self.rows_NM, outs).values())
+
+    @property
+    def _downs(self) -> dict[str, nn.Module]:
+        return {f"{number}": block.ffn.down for number, block in enumerate(self.model.blocks)}
+
+    @cached_property
+    def _unit_moments(self) -> list[Tensor]:
+        return list(second_moments(self.model, self.rows_NM, self._downs).values())
+
+    @cached_property
+    def _first_order(self) -> dict[str, Tensor]:
+        return first_order(self.model, self.rows_NM, self._downs, dict.fromkeys(self._downs, 1))
 
 
 def main() -> int:
@@ -240,7 +262,7 @@ def run(options: argparse.Namespace) -> int:
         "test_tokens": test.n_tokens,
         "test_bytes": test.n_bytes,
     }
-    content = _begun(options.output, settings)
+    content = _begun(options.output, settings) | {"machine": machine()}
 
     def save() -> None:
         write_json(options.output, content)
@@ -277,7 +299,6 @@ def _begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {
             "command": " ".join(["benchmarks/cuts.py", *sys.argv[1:]]),
-            "machine": machine(),
             "settings": settings,
             "cpu_seconds": 0.0,
             "tables": {},

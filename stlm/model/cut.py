@@ -147,7 +147,10 @@ def head_inputs(heads: Sequence[int], E: int) -> Tensor:
 
 @torch.no_grad()
 def cut_ffn(
-    model: Transformer, units: Sequence[Sequence[int]], moments: Sequence[Tensor] | None = None
+    model: Transformer,
+    units: Sequence[Sequence[int]],
+    moments: Sequence[Tensor] | None = None,
+    ridge: float = RIDGE,
 ) -> Transformer:
     """The model with these hidden units in each layer. `moments`: of all hidden units [F, F], see above."""
     weights = dict(model.state_dict())
@@ -158,7 +161,7 @@ def cut_ffn(
         rows = torch.cat([kept, kept + model.config.ffn_width]) if up == "gate_up" else kept
         weights[f"{name}.{up}.weight"] = into_YD[rows]
         moment_XX = None if moments is None else moments[number]
-        weights[f"{name}.down.weight"] = fewer_inputs(weights[f"{name}.down.weight"], kept, moment_XX)
+        weights[f"{name}.down.weight"] = fewer_inputs(weights[f"{name}.down.weight"], kept, moment_XX, ridge)
     return rebuilt(model, {"ffn_width": len(units[0])}, weights)
 
 
