@@ -42,11 +42,9 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
     Without anything to cut it is the origin's model itself. In a group, the leader cuts.
     """
     group = group or Group()
-    ids = origin.ids(run.tokens_folder / "tokenizer")
-    shorter = run.model.positions == "learned" and run.model.context < origin.model.context
-    if ids is None and not shorter and not is_cut(run.model, origin.model):
+    if _is_whole(run, origin):
         return origin.load()
-    folder = run.state_folder.parent / ".inherited" / _fingerprint(run, origin)[:24]
+    folder = _folder(run, origin)
     if group.leads:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
@@ -60,6 +58,27 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
     model, description = load_checkpoint(folder)
     origin.record["inherited"] = description["inherited"]
     return model
+
+
+def is_kept(run: Run) -> bool:
+    """Whether what the run inherits was cut before, and is read instead of the larger model.
+
+    Raises UserError where what the run starts from is not there yet.
+    """
+    origin = Dependency.read(run, "start")
+    return not _is_whole(run, origin) and _folder(run, origin).exists()
+
+
+def _is_whole(run: Run, origin: Dependency) -> bool:
+    """Whether nothing is cut."""
+    shorter = run.model.positions == "learned" and run.model.context < origin.model.context
+    same_tokens = origin.ids(run.tokens_folder / "tokenizer") is None
+    return same_tokens and not shorter and not is_cut(run.model, origin.model)
+
+
+def _folder(run: Run, origin: Dependency) -> Path:
+    """Where the cut model is kept."""
+    return run.state_folder.parent / ".inherited" / _fingerprint(run, origin)[:24]
 
 
 def _fingerprint(run: Run, origin: Dependency) -> str:
