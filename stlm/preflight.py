@@ -88,6 +88,7 @@ def check_training(study: Study, run: Run, raw: Path = RAW) -> None:
                 found.notes.append(note)
     device = choose_device(run.training)
     check_memory(found, run, device.device.type, device.precision, device.compiled)
+    check_cut_memory(found, study, run, device.device.type)
     check_disk(found, run)
     # Last, because it records the files that it has read only if nothing is wrong.
     check_benchmark_files(found, study.evaluation, raw)
@@ -274,6 +275,43 @@ def check_memory(found: Findings, run: Run, device: str, precision: str, compile
         )
 
 
+def check_cut_memory(found: Findings, study: Study, run: Run, device: str) -> None:
+    """Refuse a run if this machine surely has too little memory for what it starts from; warn if it is close.
+
+    One process cuts for all. A cut that is kept already needs no more than training does.
+    """
+    if "start" not in run.dependencies:
+        return
+    from stlm.study.catalogues import load_models
+    from stlm.training.cut_memory import cut_memory
+    from stlm.training.inherited import is_kept
+    from stlm.training.memory import machine_room
+
+    if "start" in run.sources:
+        origin = load_models()[run.sources["start"]].model.config
+    else:
+        origin = study.runs[run.depends["start"]].model
+    need, room = cut_memory(run, origin, device == "cpu"), machine_room()
+    if room is None or need.likely <= room.free:
+        return
+    with found.look():
+        if is_kept(run):
+            return
+    name = run.dependencies["start"].name
+    has = f"{room.what} {byte_size(room.total)}"
+    if need.least > room.total:
+        found.problems.append(
+            f"training.start_from: {name}: to load it and cut it to the run's sizes takes at least "
+            f"{byte_size(need.least)} of memory, but {has}; start from a smaller model, or let a larger "
+            f"machine cut it and copy {run.state_folder.parent / '.inherited'}/"
+        )
+    else:
+        found.notes.append(
+            f"to load {name} and cut it to the run's sizes takes about {byte_size(need.likely)} of memory, "
+            f"and {byte_size(room.free)} are free ({has})"
+        )
+
+
 def _processes(variable: str) -> int:
     """The number that torchrun set in a variable; 1 if it is missing or invalid (training rejects that)."""
     value = os.environ.get(variable, "") if "RANK" in os.environ else ""
@@ -294,7 +332,7 @@ def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
     has = f"{room.what} {byte_size(room.total)}" + (f" for {processes} processes" if processes > 1 else "")
     if need.weights + need.gradients > share:
         return (
-            f"model: {run.parameters.total:,} parameters in {run.model.layers:,} layers need at least "
+            f"model: {run.parameters.in_training:,} parameters in {run.model.layers:,} layers need at least "
             f"{byte_size(need.weights + need.gradients)} of memory to train (weights, gradients and the "
             f"optimizer's moments in float32), but {has}; lower model.layers or model.width"
         )
@@ -312,7 +350,7 @@ def _too_much(run: Run, need: Memory, room: Room, processes: int) -> str:
 
 def check_disk(found: Findings, run: Run) -> None:
     """Refuse a run whose checkpoints and states cannot fit the disk; warn if they nearly fill it."""
-    weights = 4 * run.parameters.total
+    weights = 4 * run.parameters.in_training
     state = run.state_folder
     done = sum(1 for _ in (state / "output" / "checkpoints").glob("step-*"))
     kept = weights * max(0, len(run.training.checkpoint_steps) - done)

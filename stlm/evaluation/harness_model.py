@@ -27,6 +27,7 @@ from stlm.evaluation.encoding import Encoded, RequestEncoder
 from stlm.evaluation.token_model import TokenModel
 from stlm.generation.sampling import Sampling
 from stlm.generation.tokens import last_answered, window_begin
+from stlm.model.counts import parameter_groups
 from stlm.tokens.tokenizer import load_tokenizer
 from stlm.training.checkpoint_names import find_checkpoint
 from stlm.training.checkpoints import check_fits, load_checkpoint
@@ -125,7 +126,7 @@ class StlmLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """The facts about the model that the harness writes to its results."""
         return {
-            "model_num_parameters": sum(p.numel() for p in self.model.transformer.parameters()),
+            "model_num_parameters": sum(parameter_groups(self.model.transformer).values()),
             "model_dtype": self.model.precision,
             "model_sha": self.description["weights_sha256"],
             "model_step": self.description["step"],

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from stlm.errors import UserError, nearest, shortened
+from stlm.model.counts import parameter_groups
 from stlm.model.flops import forward_flops
 from stlm.model.transformer import Transformer
 from stlm.training.checkpoints import read_description
@@ -56,6 +57,6 @@ def score_readouts(
 def _cost(readout: nn.Module) -> dict[str, float]:
     context = readout.config.context
     return {
-        "parameters": sum(p.numel() for p in readout.parameters()),
+        "parameters": sum(parameter_groups(readout).values()),
         "flops_per_token": forward_flops(readout, context) / context,
     }

@@ -252,16 +252,24 @@ def _check_saves(key: str, rank: int, name: str, shape: tuple[int, int]) -> None
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters, shared ones counted once: all, embeddings with an untied head, the rest.
+    """Parameters of the model that is scored, shared ones counted once: all, embeddings with an untied head,
+    the rest.
 
-    `active`: those that a token uses, on average; None: all.
+    `active`: those that a token uses, on average; None: all. `training_only`: what training has besides, such
+    as maps to a teacher's states; None: nothing.
     """
 
     total: int
     embedding: int
     non_embedding: int
     active: int | None = None
+    training_only: int | None = None
+
+    @property
+    def in_training(self) -> int:
+        """All that training holds, and checkpoints have."""
+        return self.total + (self.training_only or 0)
 
     def record(self) -> dict[str, int]:
-        """The counts by name, `active` only where it is not all."""
+        """The counts by name, without those that are None."""
         return {name: count for name, count in self._asdict().items() if count is not None}

@@ -10,6 +10,8 @@ of it is needed. Each module says which group its parameters belong to:
   entries of its own ``parameter_groups``.
 - ``active_shares``, a mapping, gives the shares, from 0 to 1, of the parameters or child modules that a token
   uses, by their names in a module. A token uses all of what is not named.
+- ``training_only = True`` says that training alone reads a module. It is not of the model that is scored,
+  exported or started from, so it counts only in ``ParameterCounts.training_only``.
 
 FLOPs are in `stlm.model.flops`. Needs torch.
 """
@@ -100,8 +102,8 @@ def build_on_meta(config: ModelConfig, techniques: tuple[Builder, ...] = ()) -> 
 def parameter_groups(model: nn.Module) -> dict[str, int]:
     """The number of parameters in each group of `model`; shared parameters count once, at their first place.
 
-    Groups are in the order of `GROUPS`, without empty ones; together they hold all parameters of the model.
-    Parameters without a stated group form a group that is named after their top-level module.
+    Groups are in the order of `GROUPS`, without empty ones; together they hold all parameters of the model
+    that is scored. Parameters without a stated group form a group that is named after their top-level module.
     """
     groups: dict[str, int] = {}
     seen: set[int] = set()
@@ -116,9 +118,10 @@ def parameter_groups(model: nn.Module) -> dict[str, int]:
 def grouped_parameters(
     module: nn.Module, group: str | None = None, overruled: bool = False
 ) -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield each parameter within `module` with its group; `group` is the default.
+    """Yield each parameter within `module` with its group, but for those of training alone.
 
-    `overruled`: ignore what the module states. Shared parameters are yielded at each of their places.
+    `group` is the default. `overruled`: ignore what the module states. Shared parameters are yielded at each
+    of their places.
     """
     names: dict[str, str] = {}
     if not overruled:
@@ -128,9 +131,20 @@ def grouped_parameters(
     for name, parameter in module.named_parameters(recurse=False):
         yield parameter, names.get(name) or group or name
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and not is_training_only(child):
             stated = names.get(name)
             yield from grouped_parameters(child, stated or group or name, overruled and stated is None)
+
+
+def is_training_only(module: nn.Module) -> bool:
+    """Whether training alone reads `module`."""
+    return getattr(module, "training_only", False)
+
+
+def _training_only_parameters(model: nn.Module) -> int:
+    """The number of parameters that training alone has."""
+    modules = [module for module in model.modules() if is_training_only(module)]
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
 def active_parameters(model: nn.Module) -> int:
@@ -145,7 +159,7 @@ def active_parameters(model: nn.Module) -> int:
         for name, parameter in module.named_parameters(recurse=False):
             shares[parameter] = shares.get(parameter, 0.0) + share * stated.get(name, 1.0)
         for name, child in module._modules.items():
-            if child is not None:
+            if child is not None and not is_training_only(child):
                 visit(child, share * stated.get(name, 1.0))
 
     visit(model, 1.0)
@@ -153,7 +167,7 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def total_counts(groups: dict[str, int]) -> ParameterCounts:
-    """Sum up `parameter_groups`: all parameters, embeddings with an untied head, and the rest."""
+    """Sum up `parameter_groups`: all of them, embeddings with an untied head, and the rest."""
     embedding = sum(groups.get(name, 0) for name in EMBEDDING_GROUPS)
     total = sum(groups.values())
     return ParameterCounts(total, embedding, total - embedding)
@@ -164,7 +178,10 @@ def parameter_counts(config: ModelConfig, techniques: tuple[Builder, ...] = ()) 
     """The parameters of the model of `config`, which has its `vocab_size`, with its `techniques`."""
     model = build_on_meta(config, techniques)
     counts, active = total_counts(parameter_groups(model)), active_parameters(model)
-    return counts if active == counts.total else counts._replace(active=active)
+    return counts._replace(
+        active=None if active == counts.total else active,
+        training_only=_training_only_parameters(model) or None,
+    )
 
 
 def training_flops(

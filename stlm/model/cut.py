@@ -28,7 +28,7 @@ from stlm.model.transformer import Transformer
 # Added to the diagonal of the moments of heads' and hidden units' outputs, a share of its mean. On SmolLM2,
 # with the moments of 4,096 tokens and a third of the heads cut: 1.734 bits per byte, refitted with 1 1.295,
 # with 10 1.418; with 1e-4 far above what it was without (docs/inheriting.md).
-_RIDGE = 1.0
+RIDGE = 1.0
 
 
 def rebuilt(model: Transformer, sizes: Mapping[str, Any], weights: dict[str, Tensor]) -> Transformer:
@@ -120,7 +120,10 @@ def choose(scores_X: Tensor, count: int) -> list[int]:
 
 @torch.no_grad()
 def mask_heads(
-    model: Transformer, heads: Sequence[Sequence[int]], moments: Sequence[Tensor] | None = None
+    model: Transformer,
+    heads: Sequence[Sequence[int]],
+    moments: Sequence[Tensor] | None = None,
+    ridge: float = RIDGE,
 ) -> Transformer:
     """The model in which only these query heads of each layer write into the stream; its shapes are the same.
 
@@ -132,7 +135,7 @@ def mask_heads(
         name, columns = f"blocks.{number}.attention.out.weight", head_inputs(kept, model.config.head_width)
         moment_XX = None if moments is None else moments[number]
         masked_YX = torch.zeros_like(weights[name])
-        masked_YX[:, columns] = fewer_inputs(weights[name], columns, moment_XX)
+        masked_YX[:, columns] = fewer_inputs(weights[name], columns, moment_XX, ridge)
         weights[name] = masked_YX
     return rebuilt(model, {}, weights)
 
@@ -144,7 +147,10 @@ def head_inputs(heads: Sequence[int], E: int) -> Tensor:
 
 @torch.no_grad()
 def cut_ffn(
-    model: Transformer, units: Sequence[Sequence[int]], moments: Sequence[Tensor] | None = None
+    model: Transformer,
+    units: Sequence[Sequence[int]],
+    moments: Sequence[Tensor] | None = None,
+    ridge: float = RIDGE,
 ) -> Transformer:
     """The model with these hidden units in each layer. `moments`: of all hidden units [F, F], see above."""
     weights = dict(model.state_dict())
@@ -155,11 +161,11 @@ def cut_ffn(
         rows = torch.cat([kept, kept + model.config.ffn_width]) if up == "gate_up" else kept
         weights[f"{name}.{up}.weight"] = into_YD[rows]
         moment_XX = None if moments is None else moments[number]
-        weights[f"{name}.down.weight"] = fewer_inputs(weights[f"{name}.down.weight"], kept, moment_XX)
+        weights[f"{name}.down.weight"] = fewer_inputs(weights[f"{name}.down.weight"], kept, moment_XX, ridge)
     return rebuilt(model, {"ffn_width": len(units[0])}, weights)
 
 
-def fewer_inputs(weight_YX: Tensor, kept: Tensor, moment_XX: Tensor | None) -> Tensor:
+def fewer_inputs(weight_YX: Tensor, kept: Tensor, moment_XX: Tensor | None, ridge: float = RIDGE) -> Tensor:
     """The matrix that reads the inputs `kept` only, corrected for the others if their moments are given."""
     kept_Yx = weight_YX[:, kept]
     if moment_XX is None or len(kept) == weight_YX.shape[1]:
@@ -167,7 +173,7 @@ def fewer_inputs(weight_YX: Tensor, kept: Tensor, moment_XX: Tensor | None) -> T
     rest = torch.ones(weight_YX.shape[1], dtype=torch.bool).index_fill(0, kept, False).nonzero().squeeze(1)
     moment_XX = moment_XX.to(weight_YX.device)
     # From the inputs that are left to what the others would have been [rest, kept].
-    others_RX = solve(moment_XX[kept][:, kept], moment_XX[rest][:, kept], _RIDGE)
+    others_RX = solve(moment_XX[kept][:, kept], moment_XX[rest][:, kept], ridge)
     return kept_Yx + (weight_YX[:, rest].double() @ others_RX).to(weight_YX.dtype)
 
 

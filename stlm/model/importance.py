@@ -17,10 +17,10 @@ from stlm.model.layout import CausalRows
 from stlm.model.transformer import Transformer
 
 # Tokens in a forward pass, and in one with gradients, whose activations of all layers are kept.
-_TOKENS, _TOKENS_WITH_GRADIENTS = 4096, 1024
+TOKENS, TOKENS_WITH_GRADIENTS = 4096, 1024
 
 
-def _batches(rows_NM: Tensor, tokens: int = _TOKENS) -> tuple[Tensor, ...]:
+def _batches(rows_NM: Tensor, tokens: int = TOKENS) -> tuple[Tensor, ...]:
     return rows_NM.split(max(1, tokens // rows_NM.shape[1]))
 
 
@@ -209,7 +209,7 @@ def first_order(
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             stack.callback(hook.remove)
-        for rows in _batches(rows_NM, _TOKENS_WITH_GRADIENTS):
+        for rows in _batches(rows_NM, TOKENS_WITH_GRADIENTS):
             tokens_BL, targets_BL = rows[:, :-1], rows[:, 1:]
             (model.loss(tokens_BL, targets_BL) * targets_BL.numel()).backward()
             for name, x in inputs.items():

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from torch import nn
 
 from stlm.model.config import ModelConfig
-from stlm.model.counts import build_on_meta, grouped_parameters, parameter_groups
+from stlm.model.counts import build_on_meta, grouped_parameters, is_training_only, parameter_groups
 from stlm.report.names import count, some
 from stlm.report.results import Results
 from stlm.report.style import GREY, count_axis, figure, group_colours, legend, tint, variant_rows, write_data
@@ -64,7 +64,7 @@ def _part(
     name: str, path: str, modules: Sequence[nn.Module], groups: Mapping[int, str], seen: dict[int, str]
 ) -> Part:
     """The part that `modules` of one structure are. `seen`: id of earlier parts' parameters -> path."""
-    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+    parameters = {id(p): p.numel() for module in modules for p in module.parameters() if id(p) in groups}
     weights = [tuple(map(id, module.parameters(recurse=False))) for module in modules]
     sets = list(dict.fromkeys(weights))
     number = sum(numel for key, numel in parameters.items() if key not in seen)
@@ -82,6 +82,8 @@ def _part(
 def _children(modules: Sequence[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
     """The name and the modules of each part within `modules`; modules alike in a list are one part."""
     for attribute, child in modules[0].named_children():
+        if is_training_only(child):
+            continue
         name, children = attribute.replace("_", " "), [m.get_submodule(attribute) for m in modules]
         if isinstance(child, nn.ModuleList):
             alike: dict[str, list[int]] = {}

@@ -24,12 +24,13 @@ class Strict(BaseModel):
 
 
 class ParameterCounts(Strict):
-    """`active`: those that a token uses; None: all."""
+    """`active`: those that a token uses; None: all. `training_only`: what training has besides."""
 
     total: Count
     embedding: Count
     non_embedding: Count
     active: Count | None = None
+    training_only: Count | None = None
 
 
 class CheckpointReference(Strict):

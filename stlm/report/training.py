@@ -109,7 +109,8 @@ def _summary(run: RunResult) -> Table:
         "seed": str(train.seed),
         "text": f"{train.corpus}, {train.tokenizer}",
         "parameters": f"{train.parameters.total:,}"
-        + (f", of which a token uses {train.parameters.active:,}" if train.parameters.active else ""),
+        + (f", of which a token uses {train.parameters.active:,}" if train.parameters.active else "")
+        + (f"; in training {more:,} more" if (more := train.parameters.training_only) else ""),
         "training": f"{train.steps:,} steps, {count(train.tokens)} tokens, {train.seconds:,.0f} s",
         "speed": f"{train.tokens / train.seconds:,.0f} tokens/s" if train.seconds else "–",
         "on": ", ".join(filter(None, computed)),

@@ -23,8 +23,8 @@ class StatesConfig(BaseModel):
         None,
         ge=1,
         description="The teacher's width, where it differs from the student's: a learned matrix for each of "
-        "the student's layers then maps the one to the other. They count among the parameters, and export "
-        "leaves them out.",
+        "the student's layers then maps the one to the other. Training alone has them: they do not count as "
+        "the model's parameters, and export leaves them out.",
     )
     loss: Literal["cosine", "mse"] = Field(
         "cosine",

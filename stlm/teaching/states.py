@@ -18,7 +18,7 @@ class StateProjections(nn.Module):
     """Linear maps from the student's residual stream to the teacher's; training alone uses them."""
 
     parameter_group = "state projections"
-    # Neither export nor a run that starts from this one needs the weights.
+    # Nothing but training reads the weights: they are not parameters of the model, and nothing inherits them.
     training_only: ClassVar[bool] = True
 
     def __init__(self, layers: Iterable[int], width: int, teacher_width: int) -> None:

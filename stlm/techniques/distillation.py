@@ -1,7 +1,6 @@
 """Distillation: a model teaches a run (Hinton et al. 2015; the paper's section 2.2).
 
-Shapes: B rows, L positions, N = B L, C of them at a time, D the student's width, E the teacher's, V
-vocabulary, W the teacher's, S sampled tokens.
+Shapes: B rows, L positions, N = B L, E the teacher's width, R rows with answers, K tokens kept.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stlm.errors import UserError
 from stlm.files import fingerprint, read_record, record_sha256
@@ -21,6 +19,7 @@ from stlm.model.counts import TRAINING_PASSES, build_on_meta
 from stlm.model.flops import forward_flops
 from stlm.study.reading import check_reader
 from stlm.teaching.config import TaughtConfig
+from stlm.teaching.divergence import divergence
 from stlm.teaching.loss import taught_loss
 from stlm.teaching.names import settings, taught_folder
 from stlm.teaching.shards import META, AnswersMeta, TaughtText
@@ -36,11 +35,6 @@ if TYPE_CHECKING:
     from stlm.study.runs import Run
     from stlm.training.distributed import Group
     from stlm.training.objective import Forward
-
-# Logits computed at once, of the student and of the teacher each; several tensors of this size coexist.
-_LOGITS = {"cpu": 2**23, "cuda": 2**26}
-# The least probability of a token that a projection may leave without any.
-_LEAST = 1e-30
 
 
 class Distillation(Technique):
@@ -247,7 +241,7 @@ class Distillation(Technique):
         with torch.no_grad():
             tokens_BL = forward.tokens_BL if self._subset is None else self._subset.read(forward.tokens_BL)
             teacher_NE = teacher.hidden(tokens_BL, forward.layout).flatten(0, 1)
-        divergence = _Divergence.apply(
+        loss = divergence(
             forward.hidden_ND,
             student.output.weight,
             teacher_NE,
@@ -256,9 +250,8 @@ class Distillation(Technique):
             self.temperature,
             self.sampled_tokens,
             self._subset,
-            torch.is_grad_enabled(),  # inside of a Function it is not
         )
-        return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * divergence}
+        return {"next_token": next_token, "distillation": self.weight * self.temperature**2 * loss}
 
     def _from_answers(self, forward: Forward) -> dict[str, Tensor]:
         """The parts, of what the teacher has said about these rows."""
@@ -319,79 +312,3 @@ class Distillation(Technique):
     def extra_bytes(self, run: Run) -> float:
         """See `Technique.extra_bytes`: the teacher's weights, in float32; kept answers are mapped."""
         return 0 if self.taught is not None else 4 * self.others["teacher"].parameters.total
-
-
-class _Divergence(torch.autograd.Function):
-    """KL(teacher || student) at a temperature in nats, float32: the mean over positions.
-
-    As in `stlm.model.head_loss`, gradients are computed in the forward pass, for some of the positions at a
-    time: logits of all of them never exist together. Products are in the arithmetic of autocast.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        teacher_NE: Tensor,
-        teacher_WE: Tensor,
-        softcaps: tuple[float, float],
-        temperature: float,
-        sampled: int | None,
-        subset: Subset | None,
-        wanted: bool,
-    ) -> Tensor:
-        device = x_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
-        wants_x, wants_weight = (wanted and needs for needs in ctx.needs_input_grad[:2])
-        N = len(x_ND)
-        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        dx_ND = torch.empty_like(x_ND) if wants_x else None
-        dweight_VD = torch.zeros_like(weight_VD) if wants_weight else None
-        with torch.autocast(device, enabled=False):
-            x_ND, weight_VD, teacher_NE, teacher_WE = (
-                x.to(dtype) for x in (x_ND, weight_VD, teacher_NE, teacher_WE)
-            )
-            positions = max(1, _LOGITS[device] // max(len(weight_VD), len(teacher_WE)))
-            for begin in range(0, N, positions):
-                here = slice(begin, begin + positions)
-                log_q_CV, _ = _log_softmax(teacher_NE[here] @ teacher_WE.T, softcaps[1], temperature)
-                if subset is not None:
-                    log_q_CV = subset.project(log_q_CV.exp_()).clamp_(min=_LEAST).log_()
-                log_p_CV, slope_CV = _log_softmax(x_ND[here] @ weight_VD.T, softcaps[0], temperature)
-                q_CV = _target(log_q_CV, sampled)
-                loss += (q_CV * log_q_CV.sub_(log_p_CV)).sum() / N
-                if not (wants_x or wants_weight):
-                    continue
-                gradient_CV = log_p_CV.exp_().sub_(q_CV).mul_(slope_CV / (temperature * N)).to(dtype)
-                if wants_x:
-                    dx_ND[here] = gradient_CV @ weight_VD
-                if wants_weight:
-                    dweight_VD += gradient_CV.T @ x_ND[here]
-        ctx.save_for_backward(dx_ND, dweight_VD)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors]
-        return *gradients, *[None] * 7
-
-
-def _log_softmax(logits_CV: Tensor, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
-    """log softmax(z / T) in float32 of logits z, bounded where there is a softcap, and the bound's slope."""
-    logits_CV, slope_CV = logits_CV.float(), 1.0
-    if softcap:
-        bounded_CV = torch.tanh(logits_CV / softcap)
-        logits_CV, slope_CV = bounded_CV * softcap, 1 - bounded_CV.square()
-    return torch.log_softmax(logits_CV / temperature, dim=1), slope_CV
-
-
-def _target(log_q_CV: Tensor, sampled: int | None) -> Tensor:
-    """The distribution q, or the shares of tokens in so many draws from it, whose expectation is q."""
-    q_CV = log_q_CV.exp()
-    if sampled is None:
-        return q_CV
-    drawn_CS = torch.multinomial(q_CV, sampled, replacement=True)
-    share_11 = q_CV.new_full((1, 1), 1 / sampled)
-    return q_CV.zero_().scatter_add_(1, drawn_CS, share_11.expand_as(drawn_CS))

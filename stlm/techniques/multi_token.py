@@ -274,8 +274,8 @@ class FurtherHeads(nn.Module):
     """
 
     parameter_group, one_group = "further heads", True
-    # Neither export nor a run that starts from this one needs the weights; optimizers treat them as blocks'.
-    training_only: ClassVar[bool] = True
+    # A run that starts from this one has no use for the weights; optimizers treat them as blocks'.
+    inherited: ClassVar[bool] = False
     trained_as_blocks: ClassVar[bool] = True
     # Of a token in scoring and plain generation.
     active_shares: ClassVar[Mapping[str, float]] = {"blocks": 0.0, "joins": 0.0}

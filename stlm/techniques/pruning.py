@@ -288,7 +288,9 @@ class Pruning(Technique):
 
     # Records
 
-    def validated(self, model: Transformer, counted_BL: Tensor) -> dict[str, Tensor]:
+    def validated(
+        self, model: Transformer, tokens_BL: Tensor, targets_BL: Tensor, counted_BL: Tensor
+    ) -> dict[str, Tensor]:
         """See `Technique.validated`: the share of zeros of the pruned matrices."""
         weights = [matrix.weight for matrix in matrices(model, self.matrices)]
         zeros = sum((weight == 0).sum() for weight in weights)

@@ -161,7 +161,7 @@ def _model_of(
     # Compare the counts first: a model of another size may be too large to build.
     stored, described = (
         sum(map(Tensor.numel, weights.values())),
-        parameter_counts(config, tuple(techniques)).total,
+        parameter_counts(config, tuple(techniques)).in_training,
     )
     if stored != described:
         raise misfit(f"{stored:,} numbers, expected {described:,}")

@@ -13,6 +13,7 @@ from stlm.errors import UserError
 from stlm.files import sha256
 from stlm.integrity import check_listed
 from stlm.model.config import ModelConfig
+from stlm.model.counts import is_training_only
 from stlm.model.transformer import Transformer
 from stlm.study.catalogues import load_models
 from stlm.study.runs import Run
@@ -107,9 +108,9 @@ class Dependency:
 
             return load_published(self.folder, device).eval()
         model = load_checkpoint(self.folder, device)[0]
-        # What served that training alone, such as maps to its teacher's states, has no place in another.
+        # What served that training, such as maps to its teacher's states, has no place in another.
         for name, child in list(model.named_children()):
-            if getattr(child, "training_only", False):
+            if is_training_only(child) or not getattr(child, "inherited", True):
                 delattr(model, name)
         return model
 

@@ -42,9 +42,7 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
 
     Without anything to cut it is the origin's model itself. In a group, the leader cuts.
     """
-    ids = origin.ids(run.tokens_folder / "tokenizer")
-    shorter = run.model.positions == "learned" and run.model.context < origin.model.context
-    if ids is None and not shorter and not is_cut(run.model, origin.model):
+    if _is_whole(run, origin):
         return origin.load()
 
     def make() -> tuple[Transformer, dict[str, Any]]:
@@ -67,7 +65,7 @@ def kept_next_to_states(
     In a group, the leader makes it.
     """
     group = group or Group()
-    folder = run.state_folder.parent / ".inherited" / name[:24]
+    folder = _folder(run, name)
     if group.leads:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
@@ -79,6 +77,27 @@ def kept_next_to_states(
         while not group.largest(0):
             pass
     return load_checkpoint(folder)
+
+
+def is_kept(run: Run) -> bool:
+    """Whether what the run inherits was cut before, and is read instead of the larger model.
+
+    Raises UserError where what the run starts from is not there yet.
+    """
+    origin = Dependency.read(run, "start")
+    return not _is_whole(run, origin) and _folder(run, _fingerprint(run, origin)).exists()
+
+
+def _is_whole(run: Run, origin: Dependency) -> bool:
+    """Whether nothing is cut."""
+    shorter = run.model.positions == "learned" and run.model.context < origin.model.context
+    same_tokens = origin.ids(run.tokens_folder / "tokenizer") is None
+    return same_tokens and not shorter and not is_cut(run.model, origin.model)
+
+
+def _folder(run: Run, name: str) -> Path:
+    """Where a model of this name, a hash, is kept."""
+    return run.state_folder.parent / ".inherited" / name[:24]
 
 
 def _fingerprint(run: Run, origin: Dependency) -> str:

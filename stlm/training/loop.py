@@ -154,9 +154,10 @@ def _train(run: Run, group: Group, signals: StopSignals) -> None:
     compile_objective(state)
     resumed = resume(state)
     if group.leads:
+        besides = f" and {more:,} in training alone" if (more := run.parameters.training_only) else ""
         print(
-            f"{run.name}: {run.parameters.total:,} parameters, {run.tokens:,} tokens, {setup.device.name}, "
-            f"{setup.device.arithmetic}"
+            f"{run.name}: {run.parameters.total:,} parameters{besides}, {run.tokens:,} tokens, "
+            f"{setup.device.name}, {setup.device.arithmetic}"
             + (f", {group.size} processes" if group.size > 1 else "")
             + (f", resuming after step {state.progress.step}" if resumed else ""),
             file=sys.stderr,

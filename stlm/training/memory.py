@@ -16,7 +16,7 @@ from stlm.model.activations import block_activations
 from stlm.study.runs import Run
 
 # Bytes of the process: Python, torch and its libraries. Left out of `least`, as it varies between builds.
-_PROCESS = 250 << 20
+PROCESS = 250 << 20
 # Peaks are about this multiple of what the backward pass needs, with temporaries, gradients of activations,
 # and memory that the allocator keeps for reuse.
 _OVER_LEAST = 3
@@ -49,7 +49,7 @@ class Memory(NamedTuple):
     def likely(self) -> int:
         """About the peak memory of the process."""
         step = self.gradients + _OVER_LEAST * self.sequence * self.sequences
-        return _PROCESS + self.weights + max(step, self.validation)
+        return PROCESS + self.weights + max(step, self.validation)
 
     def sequences_that_fit(self, total: int) -> int:
         """The largest micro-batch that could fit into `total` bytes."""
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 
 def training_memory(run: Run, precision: str, compiled: bool, sequences: int) -> Memory:
     """The memory of a training step in a process that handles `sequences` of a micro-batch at once."""
-    parameters = run.parameters.total
+    parameters = run.parameters.in_training
     # AdamW has two moments in float32, Muon's matrices have one; they exist from the second step on.
     moments = 0 if run.training.steps <= 1 else 8 if run.training.optimizer == "adamw" else 4
     narrow = 2 if precision == "bfloat16" else 4

@@ -322,23 +322,22 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-def test_fewer_inputs_are_refitted_by_least_squares(monkeypatch):
-    monkeypatch.setattr("stlm.model.cut._RIDGE", 1e-6)
+def test_fewer_inputs_are_refitted_by_least_squares():
     torch.manual_seed(0)
     x_NX = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 12, dtype=torch.float64)
     x_NX += torch.randn(500, 12, dtype=torch.float64)
     weight_YX = torch.randn(5, 12)
     kept = torch.tensor([0, 2, 3, 5, 8, 11])
-    fitted_Yx = fewer_inputs(weight_YX, kept, x_NX.T @ x_NX / 500)
+    fitted_Yx = fewer_inputs(weight_YX, kept, x_NX.T @ x_NX / 500, ridge=1e-6)
     y_NY = x_NX @ weight_YX.double().T
     best = np.linalg.lstsq(x_NX[:, kept].numpy(), y_NY.numpy(), rcond=None)[0].T
     np.testing.assert_allclose(fitted_Yx.numpy(), best, rtol=1e-3, atol=1e-4)
     error = (x_NX[:, kept] @ fitted_Yx.double().T - y_NY).norm()
     assert error < 0.7 * (x_NX[:, kept] @ weight_YX[:, kept].double().T - y_NY).norm()
-    independent = fewer_inputs(weight_YX, kept, torch.diag(torch.rand(12, dtype=torch.float64)))
+    independent = fewer_inputs(weight_YX, kept, torch.diag(torch.rand(12, dtype=torch.float64)), 1e-6)
     assert torch.equal(independent, weight_YX[:, kept])
-    monkeypatch.setattr("stlm.model.cut._RIDGE", 1e9)
-    torch.testing.assert_close(fewer_inputs(weight_YX, kept, x_NX.T @ x_NX / 500), weight_YX[:, kept])
+    shrunk = fewer_inputs(weight_YX, kept, x_NX.T @ x_NX / 500, ridge=1e9)
+    torch.testing.assert_close(shrunk, weight_YX[:, kept])
 
 
 def test_components_hold_a_stream_of_few_directions():

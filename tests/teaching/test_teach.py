@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from stlm.engines import taught, teach_inputs, train_inputs
 from stlm.errors import UserError
 from stlm.export.llama import llama_weights
-from stlm.files import read_json, write_record
+from stlm.files import read_json, read_record, write_record
+from stlm.model.build import build_model
+from stlm.model.counts import parameter_groups
 from stlm.model.transformer import Transformer
 from stlm.preflight import check_answers
+from stlm.report.architecture import module_tree
 from stlm.report.schema import TrainRecord
 from stlm.study.load import load_study
 from stlm.study.runs import Run
@@ -31,6 +34,7 @@ from stlm.tokens.batches import Batches
 from stlm.tokens.config import DataConfig
 from stlm.training.checkpoints import load_checkpoint
 from stlm.training.loop import Trainer, train
+from stlm.training.memory import training_memory
 
 WIDER = {"layers": 2, "width": 48, "heads": 4, "ffn_width": 64}
 PLAIN = {"dropout": 0.0}
@@ -338,7 +342,6 @@ def test_hidden_states_are_imitated_through_a_map_that_no_export_has(make_run):
     curve = rows_of(run)
     assert float(curve[-1]["train_states"]) < float(curve[0]["train_states"])
     plain = make_run("plain", model=PLAIN)
-    assert run.parameters.total == plain.parameters.total + 32 * 48
     assert run.flops_per_token > plain.flops_per_token
     model, _ = load_checkpoint(run.folder / "checkpoints" / "step-0000012")
     stored = load_file(run.folder / "checkpoints" / "step-0000012" / "model.safetensors")
@@ -352,6 +355,29 @@ def test_hidden_states_are_imitated_through_a_map_that_no_export_has(make_run):
     # Nor has a run that starts from it, with or without a teacher.
     further = make_run("further", model=PLAIN, start_from="student", steps=1, warmup_steps=1)
     train(further)
+
+
+def test_maps_of_hidden_states_are_no_parameters_of_the_model(make_run, capsys):
+    """Tables and figures count the model that is scored; training, its memory and its disk all there is."""
+    states = StatesConfig(layers=((1, 1), (2, 1)), width=48)
+    run, wider = student(make_run, taught={"tokens": 4, "states": states})
+    plain, maps = make_run("plain", model=PLAIN), 32 * 48
+    assert run.parameters == plain.parameters._replace(training_only=maps)
+    assert run.parameters.in_training == plain.parameters.total + maps
+    need, less = (training_memory(one, "float32", False, 4) for one in (run, plain))
+    # The weight and AdamW's two moments; gradients are counted apart.
+    assert (need.weights - less.weights, need.gradients - less.gradients) == (12 * maps, 4 * maps)
+    built, bare = (build_model(run.model, tuple(techniques)) for techniques in (run.techniques.values(), ()))
+    assert parameter_groups(built) == parameter_groups(bare)
+    assert module_tree(built) == module_tree(bare)
+    train(wider)
+    teach(run, progress=False)
+    train(run)
+    assert f"{run.parameters.total:,} parameters and {maps:,} in training alone" in capsys.readouterr().err
+    record = read_record(run.folder / "train.json", TrainRecord)
+    assert record.parameters.model_dump() == run.parameters._asdict()
+    model, _ = load_checkpoint(run.folder / "checkpoints" / "step-0000012")
+    assert sum(p.numel() for p in model.parameters()) == run.parameters.in_training
 
 
 def test_keys_are_those_of_the_tokens_alone():

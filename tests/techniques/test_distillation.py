@@ -22,7 +22,9 @@ from stlm.model.transformer import Transformer
 from stlm.report.schema import TrainRecord
 from stlm.study.load import load_study
 from stlm.study.runs import Run
-from stlm.techniques import distillation as module
+from stlm.teaching import divergence as module
+from stlm.teaching import loss as taught_loss_module
+from stlm.teaching.divergence import divergence as of_teacher
 from stlm.techniques.distillation import Distillation
 from stlm.tokens.bpe import train_bpe
 from stlm.tokens.config import DataConfig
@@ -58,9 +60,7 @@ def plain(x, weight, teacher, head, softcaps=(0.0, 0.0), T=1.0) -> torch.Tensor:
 
 
 def divergence(x, weight, teacher, head, softcaps=(0.0, 0.0), T=1.0, sampled=None) -> torch.Tensor:
-    return module._Divergence.apply(
-        x, weight, teacher, head, softcaps, T, sampled, None, torch.is_grad_enabled()
-    )
+    return of_teacher(x, weight, teacher, head, softcaps, T, sampled, None)
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
@@ -128,7 +128,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("sampled", [None, 5])
 def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch, sampled):
-    monkeypatch.setitem(module._LOGITS, "cpu", 40 * V)
+    for parts in (module._LOGITS, taught_loss_module._LOGITS):
+        monkeypatch.setitem(parts, "cpu", 40 * V)
     with Largest() as largest:
         divergence(*inputs(), (3.0, 3.0), 2.0, sampled).backward()
     assert largest.numel == 40 * V < N * V

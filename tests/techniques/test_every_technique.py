@@ -103,10 +103,10 @@ def test_two_that_do_not_name_each_other_are_refused_together(plain, names):
         update={"techniques": dict(zip(names, (one, other), strict=True))}
     )
     if combine(one, other):
-        check_techniques("params/together.yaml", both, plain.runs)
+        check_techniques("params/together.yaml", both, plain.runs, {}, [])
     else:
         with pytest.raises(UserError, match=f"techniques.{names[0]} and techniques.{names[1]} cannot be"):
-            check_techniques("params/together.yaml", both, plain.runs)
+            check_techniques("params/together.yaml", both, plain.runs, {}, [])
 
 
 def test_a_study_with_two_that_do_not_combine_is_refused(project):
