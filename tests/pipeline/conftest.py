@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 PARAMS = {
     "corpora": """\
@@ -54,6 +55,7 @@ training:
   validation_bytes: 7000
   log_every: 2
   save_every: 5
+  watch_every: 0
 evaluation: {benchmarks: [synthetic_pairs], modes: [paper]}
 variants:
   baseline:
@@ -153,12 +155,20 @@ def fresh(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="session")
-def by_snakemake(fresh: Project) -> Project:
-    """The project after `snakemake all` and a commit; not to be changed."""
-    project = fresh.copy(fresh.folder.parent / "by_snakemake")
-    project.snakemake("all")
-    project.commit("results")
-    return project
+def by_snakemake(fresh: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project after `snakemake all` and a commit; not to be changed. One worker makes it for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made, finished = folder / "made_by_snakemake", folder / "made_by_snakemake.finished"
+    with FileLock(folder / "made_by_snakemake.lock"):
+        if not finished.exists():
+            shutil.rmtree(made, ignore_errors=True)  # of a worker that failed
+            project = fresh.copy(made)
+            project.snakemake("all")
+            project.commit("results")
+            finished.touch()
+    return Project(made).copy(fresh.folder.parent / "by_snakemake")
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,13 @@ def short(command: list[str]) -> list[str]:
     return command
 
 
+def leave_out(params: Path, first: str, last: str) -> None:
+    """Remove a study's variants from `first` up to `last`, which stays."""
+    text = params.read_text()
+    before, after = text.index(f"\n  {first}:\n"), text.index(f"\n  {last}:\n")
+    params.write_text(text[:before] + text[after:])
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_page_works(fresh, root: Path, tmp_path: Path) -> None:
@@ -56,8 +63,10 @@ def test_the_page_works(fresh, root: Path, tmp_path: Path) -> None:
         assert process.returncode == 0, printed
         if command[:2] == ["stlm", "new"]:
             assert "Found:" in printed and "Chosen:" in printed and "Run it: make all STUDY=" in printed
+            # The first and the last, which differs most, stand for the five.
+            leave_out(project.folder / "params" / "mytext.yaml", "learned", "fast")
     study = project.folder / "results" / "mytext"
-    runs = {"baseline", "learned", "simple-ffn", "dropout-free", "fast"}
+    runs = {"baseline", "fast"}
     assert {path.stem for path in (study / "cards").glob("*.md")} == runs
     assert "Language: English (en)." in (study / "cards" / "fast.md").read_text()
     for run in runs:

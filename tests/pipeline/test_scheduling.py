@@ -163,7 +163,9 @@ def test_jobs_at_the_same_time_see_gpus_of_their_own(jobs, monkeypatch, processe
     assert all(job["devices"] is None for job in done if job["verb"] not in ("train", "evaluate"))
 
 
-@pytest.mark.parametrize("processes", ["0", "-2", "two", "1.5", "true"])
+@pytest.mark.parametrize(
+    "processes", ["-2", "two", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("0", "1.5", "true"))]
+)
 def test_a_number_of_processes_that_is_none_is_refused_in_a_line(fresh, processes):
     printed = fresh.run("snakemake", "-n", "all", f"--config=processes={processes}", status=2)
     (line,) = (line for line in printed.splitlines() if line.startswith("error"))

@@ -246,29 +246,20 @@ def test_dvc_sees_what_changes_in_a_mirror(project):
 
 
 @pytest.mark.engine
-def test_a_published_model_is_evaluated_again_when_its_files_change(project):
+def test_models_are_evaluated_again_when_their_files_change(project):
+    """One in a folder; one of the catalogue, which is fetched again."""
+    changed = ["evaluate own model", "evaluate own parent", "fetch tiny", "report own"]
+    project.ran()  # what made the project, where this test is run alone
     edit_unseen(project.top / "model/model.safetensors", "weights", "Weights")
     (project.top / "model/README.md").write_text("A better model.\n")
-    project.snakemake()
-    assert project.ran() == ["evaluate own model", "report own"]
-    assert project.status() == {}
-    (project.top / "model/tokenizer.json").write_text("{}")
-    project.run("dvc", "repro")
-    assert project.work() == ["evaluate own model", "report own"]
-    project.run("stlm", "sync")
-    project.ran()
-
-
-@pytest.mark.engine
-def test_a_model_of_the_catalogue_is_fetched_again_when_its_file_changes(project):
-    project.ran()  # what made the project, where this test is run alone
     write_gguf(project.gguf, GGMLQuantizationType.F16)
     project.snakemake()
-    assert project.ran() == ["evaluate own parent", "fetch tiny", "report own"]
+    assert project.ran() == changed
     assert project.status() == {}
+    (project.top / "model/tokenizer.json").write_text("{}")
     write_gguf(project.gguf, GGMLQuantizationType.Q8_0)
     project.run("dvc", "repro")
-    assert project.work() == ["evaluate own parent", "fetch tiny", "report own"]
+    assert project.work() == changed
     record = json.loads((project.folder / "data/raw/tiny/source.json").read_text())
     assert record["stored"]["Q8_0"] == 15
     project.run("stlm", "sync")

@@ -19,8 +19,9 @@ STUDENT = """\
 """
 
 
-def test_both_engines_ask_the_teacher_once_and_know_of_each_other(fresh, tmp_path):
-    project = fresh.copy(tmp_path / "project")
+def test_both_engines_ask_the_teacher_once_and_know_of_each_other(done):
+    """Students are added to a study that has run: their teacher is there."""
+    project = done
     project.edit(LEARNED, LEARNED + STUDENT)
     project.run("stlm", "use", "smoke")
     jobs = snakemake_jobs(project)
@@ -30,14 +31,14 @@ def test_both_engines_ask_the_teacher_once_and_know_of_each_other(fresh, tmp_pat
     assert read == {"data/tokens/synthetic/bytes", "results/smoke/runs/learned/checkpoints"}
     readers = [command for command, (inputs, _) in jobs.items() if folder in inputs]
     assert sorted(readers) == ["stlm train smoke narrow", "stlm train smoke student"]
-    assert ASK in project.snakemake("all")
-    meta = json.loads((project.folder / folder / "meta.json").read_text())
-    assert meta["positions"] > 0
+    ran = project.snakemake("all")
+    assert ASK in ran and "stlm train smoke learned" not in ran
+    assert json.loads((project.folder / folder / "meta.json").read_text())["positions"] > 0
     assert "up to date" in project.run("dvc", "status")
     record = json.loads((project.folder / "results/smoke/runs/narrow/train.json").read_text())
     assert record["prepared"]["distillation"]["folder"] == folder
     # With another weight the student is trained again, and the teacher is not asked.
     project.edit("{tokens: 2}}}\n  narrow", "{tokens: 2}, weight: 0.9}}\n  narrow")
-    done = project.snakemake("all")
-    assert "stlm train smoke student" in done and ASK not in done
-    assert json.loads((project.folder / folder / "meta.json").read_text()) == meta
+    would = project.snakemake("-n", "all")
+    assert "stlm train smoke student" in would and "stlm train smoke narrow" not in would
+    assert ASK not in would
