@@ -49,8 +49,7 @@ def inherited_model(run: Run, origin: Dependency, group: Group | None = None) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
             if not folder.exists():
-                model, record = _cut(run, origin)
-                save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
+                _write(folder, run, origin)
         group.largest(1)
     else:
         while not group.largest(0):
@@ -92,6 +91,12 @@ def _fingerprint(run: Run, origin: Dependency) -> str:
         "weights_of_mix": run.data.weights,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _write(folder: Path, run: Run, origin: Dependency) -> None:
+    """Cut, and keep the smaller model; it leaves memory before it is read again."""
+    model, record = _cut(run, origin)
+    save_checkpoint(folder, model, {"step": 0, "tokens": 0, "inherited": record})
 
 
 def _cut(run: Run, origin: Dependency) -> tuple[Transformer, dict[str, Any]]:
