@@ -70,8 +70,7 @@ def kept_next_to_states(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # runs of other seeds may start at the same time
             if not folder.exists():
-                model, description = make()
-                save_checkpoint(folder, model, {"step": 0, "tokens": 0, **description})
+                _write(folder, make)
         group.largest(1)
     else:
         while not group.largest(0):
@@ -111,6 +110,12 @@ def _fingerprint(run: Run, origin: Dependency) -> str:
         "weights_of_mix": run.data.weights,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _write(folder: Path, make: Callable[[], tuple[Transformer, dict[str, Any]]]) -> None:
+    """Make a model and keep it; it leaves memory before it is read again."""
+    model, description = make()
+    save_checkpoint(folder, model, {"step": 0, "tokens": 0, **description})
 
 
 def _cut(run: Run, origin: Dependency) -> tuple[Transformer, dict[str, Any]]:
