@@ -39,8 +39,10 @@ def short(command: list[str]) -> list[str]:
 
 
 def leave_out(params: Path, first: str, last: str) -> None:
-    """Remove a study's variants from `first` up to `last`, which stays."""
+    """Remove a study's variants from `first` up to `last`, which stays, if they are still there."""
     text = params.read_text()
+    if f"\n  {first}:\n" not in text:
+        return  # another `stlm new` of the page has left the study as it was
     before, after = text.index(f"\n  {first}:\n"), text.index(f"\n  {last}:\n")
     params.write_text(text[:before] + text[after:])
 
