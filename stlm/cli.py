@@ -337,6 +337,7 @@ def document(options: argparse.Namespace) -> None:
     """Write the generated documentation: params/README.md, results in README.md, tables, plots in docs/."""
     from stlm.docs_pages.bytes import write_bytes_page
     from stlm.docs_pages.findings import write_findings
+    from stlm.docs_pages.inheriting import write_inheriting_page
     from stlm.docs_pages.readmes import check_repository, write_params_readme, write_readme_results
     from stlm.docs_pages.schedules import write_schedule_plots
     from stlm.study.sizes import write_sizes_page
@@ -348,6 +349,7 @@ def document(options: argparse.Namespace) -> None:
     print(f"wrote {write_schedule_plots()}")
     print(f"wrote {write_sizes_page()}")
     print(f"wrote {write_bytes_page()}")
+    print(f"wrote {write_inheriting_page()}")
 
 
 class _Parser(argparse.ArgumentParser):
