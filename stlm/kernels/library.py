@@ -186,7 +186,7 @@ def _openmp_of_torch() -> str:
     if not found:
         raise OSError("torch has no libgomp")
     # Other packages bring copies; torch's is in its folder, or in the neighbouring torch.libs.
-    folder = Path(torch.__file__).parent
+    folder = Path(torch.__file__).resolve().parent  # as the system names it, whatever links lead there
     homes = (folder, folder.with_name("torch.libs"))
     return str(min(found, key=lambda path: (not any(path.is_relative_to(home) for home in homes), path)))
 
