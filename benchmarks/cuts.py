@@ -146,8 +146,8 @@ class Cuts:
     def _both(self) -> Iterator[Cell]:
         for layers, units in BOTH:
             row = f"{layers} x {units:,}"
-            yield row, "layers alone", partial(self.of_layers, "loss", layers)
-            yield row, "both, refitted", partial(self.of_both, layers, units)
+            yield row, "these layers, whole", partial(self.of_layers, "loss", layers)
+            yield row, "both cut, refitted", partial(self.of_both, layers, units)
 
     def smaller(self, how: InheritConfig, **sizes: Any) -> Transformer:
         """The model cut as a run would."""

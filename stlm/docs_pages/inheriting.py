@@ -23,7 +23,7 @@ _ROWS = {
     "units": "hidden units left of {0.ffn_width:,}",
     "heads": "heads left of {0.heads}, by `wanda`",
     "width": "width left of {0.width}, all refitted",
-    "both": "layers by `loss` and hidden units by `wanda`, of about as many parameters",
+    "both": "layers by `loss` x hidden units by `wanda`",
 }
 
 

@@ -26,8 +26,8 @@ from stlm.model.config import ModelConfig
 from stlm.model.transformer import Transformer
 
 # Added to the diagonal of the moments of heads' and hidden units' outputs, a share of its mean. On SmolLM2,
-# with the moments of 4,096 tokens and a third of the heads cut: 1.734 bits per byte, refitted with 1 1.295,
-# with 10 1.418; with 1e-4 far above what it was without (docs/inheriting.md).
+# with the moments of 4,096 tokens, 10 gives away a part of what refitting gains, and 1e-4 all of it where a
+# third of the hidden units is cut (docs/inheriting.md).
 RIDGE = 1.0
 
 
