@@ -42,8 +42,9 @@ def cut_memory(run: Run, origin: ModelConfig, on_cpu: bool = True) -> CutMemory:
     least, likely = [whole], [2 * whole + 2 * _table(origin)]
     for held, measured in _cuts(run, origin):
         least.append(held)
-        # A tied head exists for a moment when a model is made.
-        likely.append(held + max(measured, _table(origin)))
+        # A tied head exists for a moment when a model is made. The second copy of the file's weights is freed
+        # by then, but the process rarely gives it back.
+        likely.append(whole + held + max(measured, _table(origin)))
     return CutMemory(own + max(least), PROCESS + own + max(likely))
 
 
