@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stlm.docs_pages.committed import read_committed
-from stlm.report.names import benchmark_label, bounds, count
+from stlm.report.names import benchmark_label
 from stlm.report.schema import TrainRecord
 from stlm.report.table import Table, markdown, read_table
 
@@ -26,12 +26,12 @@ def inherited_block(folder: Path) -> str:
 
 
 def inherited_table(folder: Path) -> Table:
-    """A row a run, then a row a published model: cost, bits per byte, and accuracies with 95% intervals."""
+    """A row a run, then a row a published model: processor time, bits per byte and accuracies."""
     scores = {metric: _scores(folder / "tables" / name) for metric, name in _TABLES.items()}
     trains = {train.run: train for train, _, _ in read_committed(folder)}
     return Table.of_columns(
         "inherited",
-        f"Study {folder.name}: accuracies in %, with 95% intervals over items",
+        f"Study {folder.name}: bits per byte, and accuracies in %",
         [
             _columns(trains.get(name), {metric: rows[name] for metric, rows in scores.items()})
             for name in scores["acc"]
@@ -43,17 +43,12 @@ def _columns(train: TrainRecord | None, scores: dict[str, dict[str, str]]) -> It
     """The cells of a model; its row of the table of each metric is in `scores`."""
     row = scores["acc"]
     yield "", row["label"].removesuffix(f" (seed {row['seed']})") if train else row["label"]
-    yield "parameters", count(int(row["parameters"]))
-    yield "trained here on", f"{count(train.tokens)} tokens" if train else "–"
     minutes = train and f"{train.seconds * (train.threads or 1) * train.processes / 60:.0f}"
     yield "minutes of a core", minutes or "–"
     yield "bits per byte", f"{float(row['test_bits_per_byte']):.3f}"
     for name, metric in _SHOWN:
-        if not scores[metric].get(f"{name}_percent"):
-            continue  # the study does not score it
-        value, low, high, items = (scores[metric][f"{name}_{end}"] for end in ("percent", "low", "high", "n"))
-        header = f"{benchmark_label(name)}{'' if metric == 'acc' else ', normalized'}, n = {int(items):,}"
-        yield header, f"{float(value):.1f} {bounds(float(low) / 100, float(high) / 100)}"
+        if found := scores[metric].get(f"{name}_percent"):  # else the study does not score it
+            yield benchmark_label(name), f"{float(found):.1f}"
 
 
 def _scores(path: Path) -> dict[str, dict[str, str]]:
